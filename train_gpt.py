@@ -1,0 +1,1949 @@
+"""
+Train a 124M-parameter-class GPT from scratch on FineWeb to 3.28 validation loss, as fast as possible.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py       # 1, 2, 4 or 8 GPUs; the same gradient on each
+    python train_gpt.py --num_scheduled_iterations=380          # one process; any hyperparameter as --name=value
+
+The mathematics is that of the public modded-nanogpt speedrun record of 2026-01-30 (97.77 s on 8 H100s).
+What this file measures as today stands in README.md and records/.
+
+Contents, in reading order (search for the banner):
+    Hyperparameters   the four tables a speedrunner edits: numbers, stages, layers, learned scalars and parameters
+    Distributed       who am I among the processes
+    Kernels           Triton, each beside its reference in plain PyTorch and one switch point
+    Model             Yarn, the compiled regions of a layer, GPT
+    Optimizer         Adam, NorMuon, communication, the order of work
+    Data              shards, micro-batches, read-ahead
+    Schedule          learning rate, momentum, windows, multi-token weights by step
+    Log               the run's log file and the terminal
+    World check       everything that can be wrong, found in two seconds
+    Train             warm-up, validation, the loop
+
+Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
+"""
+
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from glob import glob
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # no Triton for this platform: the references run instead
+    triton = tl = SimpleNamespace(jit=lambda kernel: kernel, constexpr=None)
+
+ROOT = Path(os.environ.get("DATA_PATH", Path(__file__).resolve().parent))
+
+# ======================================================================================================================
+# Hyperparameters
+# ======================================================================================================================
+
+MICRO_BATCHES = 8  # a step, dealt over all ranks: the gradient is the same quantity on 1, 2, 4 or 8 GPUs
+
+
+class Stage(NamedTuple):
+    """One row a stage of training; each has its own tensor shapes, hence its own compiled graphs."""
+
+    tokens: int  # a step, over all ranks
+    short_window: int  # attention windows, in blocks of `window_block` tokens
+    long_window: int
+    lr: float  # learning-rate multiplier, about (batch growth) ** 0.5
+    target_weights: tuple[float, ...]  # multi-token prediction: weight of the 1st, 2nd, 3rd next token at the start ...
+    target_weights_end: tuple[float, ...]  # ... and at the end of the stage
+
+
+# Small batches and short windows learn the cheap things cheaply; the extension runs at the final learning rate.
+STAGES = (
+    #     tokens  short long   lr    multi-token weights, start -> end
+    Stage(131_072, 1, 3, 1.00, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0)),
+    Stage(262_144, 3, 7, 1.52, (1.0, 0.5), (1.0, 0.0)),  # 2 ** 0.6
+    Stage(393_216, 5, 11, 1.73, (1.0,), (1.0,)),  # 3 ** 0.5
+    Stage(393_216, 6, 13, 1.73, (1.0,), (1.0,)),  # the extension; its learning rate is the cooldown's end
+)
+FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
+
+
+class Layer(NamedTuple):
+    """One row a layer: reading the table is reading the architecture."""
+
+    window: str | None = "short"  # which of the stage's windows attention uses; None: a layer without attention
+    paired: bool = False  # heads interleaved along time in pairs, so that a query sees both heads' keys
+    key_offset: bool = False  # the stationary half of a key comes from the previous token
+    value_embed: bool = False  # adds a gated embedding of the token to the values
+    skip_from: int | None = None  # adds this earlier layer's output, gated, to the input
+
+
+LAYERS = (
+    Layer("short", paired=True, value_embed=True),
+    Layer("short", value_embed=True),
+    Layer("short", paired=True),
+    Layer("long", key_offset=True),
+    Layer("short"),
+    Layer("short", paired=True),
+    Layer(None, skip_from=3),
+    Layer("short"),
+    Layer("short", value_embed=True),
+    Layer("short", paired=True, value_embed=True),
+    Layer("long", key_offset=True, value_embed=True),
+)
+BACKOUT_LAYER = 7  # its output, times a learned weight, is taken out again before the head
+GATE_DIMS = 12  # every gate looks at the first 12 dimensions of its input only
+
+ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
+VALUE_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.value_embed]
+KEPT_OUTPUTS = {layer.skip_from for layer in LAYERS} | {BACKOUT_LAYER}  # layers whose output is used again later
+
+# Learned scalars by name: (how many, initial value). They live in one float32 vector, so that eight ranks
+# exchange one small message instead of seven.
+SCALARS = {
+    "resid": (len(LAYERS), 1.1),  # weight of the residual stream ahead of each layer
+    "bigram": (len(LAYERS), 0.1),  # weight of the bigram embedding there
+    "qkv": (len(LAYERS), 0.5),  # scale of W_q, W_k, W_v
+    "out": (len(LAYERS), 1.0),  # scale of W_o
+    "smear": (1, 0.0),  # how much of the previous token's embedding is added to a token's
+    "backout": (1, 0.5),
+    "skip": (1, -1.5),  # through a sigmoid
+}
+
+
+class Row(NamedTuple):
+    """One row a parameter of the optimizer. The order of rows is the order in which gradients are reduced."""
+
+    name: str
+    algorithm: str  # "adam" (steps on odd steps only) or "normuon" (every step)
+    sharded: bool  # reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere
+    lr: tuple[float, ...]  # multiplier; several values cycle over the matrices of a bank (W_fc, W_proj)
+    wd: float  # weight-decay multiplier
+    betas: tuple[float, float] | None = None
+
+
+PARAMETERS = (
+    #   name            algorithm  sharded  lr x         wd x   betas
+    Row("scalars", "adam", False, (5.0,), 0.0, (0.9, 0.99)),
+    Row("x0_lambdas", "adam", False, (5.0,), 0.0, (0.65, 0.95)),
+    Row("smear_gate", "adam", False, (0.01,), 0.0, (0.9, 0.99)),
+    Row("skip_gate", "adam", False, (0.05,), 0.0, (0.9, 0.99)),
+    Row("attn_gates", "adam", False, (1.0,), 1.0, (0.9, 0.99)),
+    Row("value_gates", "adam", False, (1.0,), 1.0, (0.9, 0.99)),
+    Row("attn_bank", "normuon", True, (1.0,), 1.0),
+    Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0),
+    Row("head", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
+    Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
+    Row("bigram_embed", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
+    Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
+)
+# Updates run in this order: what arrives first and what takes least first, so that the gathers of the tables
+# overlap the long updates of the matrices at the end.
+UPDATE_ORDER = (
+    *("scalars", "x0_lambdas", "smear_gate", "skip_gate", "attn_gates", "value_gates"),
+    *("head", "embed", "bigram_embed", "value_embeds", "attn_bank", "mlp_bank"),
+)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Every number of a run; each can be given on the command line as --name=value."""
+
+    preset: str = "auto"  # "speedrun", "smoke", or "auto": the speedrun on a GPU, the smoke run without one
+    # data
+    train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # glob, relative to DATA_PATH or this file's folder
+    val_files: str = "data/fineweb10B/fineweb_val_*.bin"
+    train_max_seq_len: int = 2048  # documents are cut here: attention beyond it costs more than it teaches
+    val_tokens: int = 10_485_760  # fixed by the rules
+    val_batch_size: int = 2_097_152  # a validation step; each of its 8 chunks is a micro-batch
+    # length of the run
+    num_scheduled_iterations: int = 1515  # in three equal stages
+    num_extension_iterations: int = 40  # at the final learning rate, with longer windows
+    cooldown_frac: float = 0.55  # of the scheduled iterations
+    lr_end: float = 0.1  # learning-rate factor at the end of the cooldown
+    stages: tuple[Stage, ...] = STAGES
+    # model
+    vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
+    bigram_vocab_size: int = 251_520  # 5 x 50304 hash rows, the last one for the first token of a micro-batch
+    num_heads: int = 6
+    head_dim: int = 128
+    window_block: int = 128  # tokens
+    dtype: str = "auto"  # "bfloat16" on a GPU, "float32" on a CPU
+    fp8_head: str = "auto"  # training logits in FP8 where the GPU can (compute capability >= 8.9)
+    # optimizer
+    adam_lr: float = 0.008
+    adam_eps: float = 1e-10
+    adam_wd: float = 0.005
+    muon_lr: float = 0.023
+    muon_wd: float = 1.2
+    muon_beta2: float = 0.95
+    muon_momentum_warmup: int = 300  # steps from 0.85 to 0.95
+    muon_momentum_cooldown: int = 50  # the last steps, back to 0.85
+    grad_scale: float = 2.0  # of the loss, over all micro-batches of a rank; slightly better than 1 for FP8 and bf16
+    # run
+    run_id: str = ""  # names log and checkpoint; a fresh UUID if empty
+    log_dir: str = "logs"
+    val_loss_every: int = 250  # steps; 0: only at the end
+    val_steps: tuple[int, ...] = ()  # further steps at which to validate, e.g. 5,10,25
+    save_checkpoint: bool = False  # at the end
+    seed: int = 0
+    cuda_graphs: str = "auto"  # on a GPU, launch a micro-batch's kernels as one graph; "off" to debug or profile
+    compile: str = "auto"  # torch.compile on a GPU; off on a CPU, where compiling takes longer than a smoke run
+
+    @property
+    def model_dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def total_steps(self) -> int:
+        return self.num_scheduled_iterations + self.num_extension_iterations
+
+
+PRESETS = {
+    "speedrun": {},
+    # The same architecture and code path in a minute on two CPU cores: everything narrower and shorter.
+    "smoke": dict(
+        train_files="data/sample/sample_train_*.bin",
+        val_files="data/sample/sample_val_*.bin",
+        train_max_seq_len=256,
+        val_tokens=16_384,
+        val_batch_size=8_192,
+        val_loss_every=10,
+        num_scheduled_iterations=45,
+        num_extension_iterations=5,
+        stages=tuple(stage._replace(tokens=stage.tokens // 256) for stage in STAGES),
+        bigram_vocab_size=5 * 1024,
+        head_dim=8,
+        window_block=16,
+        muon_momentum_warmup=20,
+        muon_momentum_cooldown=5,
+    ),
+}
+
+
+class UserError(Exception):
+    """What the user can put right; printed as one line on one rank, without a stack trace."""
+
+
+def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameters, dict[str, object]]:
+    """`--name=value` arguments over the preset's values over the defaults.
+
+    Returns the hyperparameters and what was overridden, by name. Raises UserError for unknown names and bad values.
+    """
+    types = {field.name: field.type for field in fields(Hyperparameters)}
+    overrides: dict[str, object] = {}
+    for argument in arguments:
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals:
+            raise UserError(f"argument {argument!r} is not of the form --name=value")
+        if name not in types:
+            raise UserError(f"unknown hyperparameter --{name}; there are: {', '.join(types)}")
+        overrides[name] = parse_value(name, types[name], text)
+    preset = overrides.get("preset", "auto")
+    if preset == "auto":
+        preset = "speedrun" if has_gpu else "smoke"
+    if preset not in PRESETS:
+        raise UserError(f"--preset={preset}: choose one of {', '.join(PRESETS)}")
+    hp = Hyperparameters(**{**PRESETS[preset], **overrides, "preset": preset})
+    hp = replace(hp, run_id=hp.run_id or str(uuid.uuid4()))
+    check_hyperparameters(hp)
+    return hp, overrides
+
+
+def parse_value(name: str, kind: type, text: str) -> object:
+    """The text of --name=text as the type of the field."""
+    if kind not in (str, int, float, bool, tuple[int, ...]):
+        raise UserError(f"--{name} is a table: edit it at the top of train_gpt.py")
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind == tuple[int, ...]:
+            return tuple(int(part) for part in text.split(",") if part)
+        return int(text.replace("_", "")) if kind is int else kind(text)
+    except (KeyError, ValueError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "numbers as 5,10,25")
+        raise UserError(f"--{name}={text}: expected {expected}") from None
+
+
+def check_hyperparameters(hp: Hyperparameters) -> None:
+    """Raises UserError for values that could only fail later."""
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    for name in ("num_scheduled_iterations", "train_max_seq_len", "val_tokens", "val_batch_size", "num_heads"):
+        require(getattr(hp, name) > 0, f"--{name}={getattr(hp, name)} must be positive")
+    for name in ("num_extension_iterations", "val_loss_every", "muon_momentum_warmup", "muon_momentum_cooldown"):
+        require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
+    require(0 < hp.cooldown_frac <= 1, f"--cooldown_frac={hp.cooldown_frac} must be in (0, 1]")
+    require(hp.num_scheduled_iterations >= 3, "--num_scheduled_iterations must be at least 3: one step a stage")
+    require(hp.val_tokens % hp.val_batch_size == 0, f"--val_tokens must be a multiple of {hp.val_batch_size=}")
+    require(hp.val_batch_size % MICRO_BATCHES == 0, f"--val_batch_size must be a multiple of {MICRO_BATCHES}")
+    require(hp.num_heads % 2 == 0, f"--num_heads={hp.num_heads} must be even: some layers pair their heads")
+    require(hp.head_dim > 0 and hp.head_dim % 8 == 0, f"--head_dim={hp.head_dim} must be a multiple of 8")
+    require(hp.model_dim >= GATE_DIMS, f"--num_heads x --head_dim must be at least {GATE_DIMS}")
+    for name in ("bigram_vocab_size", "model_dim"):
+        require(getattr(hp, name) % 8 == 0, f"{name}={getattr(hp, name)} must be a multiple of 8, to shard over ranks")
+    require(hp.bigram_vocab_size >= 8, "--bigram_vocab_size must be at least 8")
+    require(50257 <= hp.vocab_size <= 65536, "--vocab_size must hold GPT-2's 50257 tokens and fit 16 bits")
+    require(hp.dtype in ("auto", "bfloat16", "float32"), f"--dtype={hp.dtype}: choose auto, bfloat16 or float32")
+    for name, choices in (("fp8_head", "auto off"), ("cuda_graphs", "auto off"), ("compile", "auto on off")):
+        require(getattr(hp, name) in choices.split(), f"--{name}={getattr(hp, name)}: choose one of {choices}")
+    require(Path(hp.run_id).name == hp.run_id, f"--run_id={hp.run_id} names files: it must not contain a path")
+
+
+# ======================================================================================================================
+# Distributed
+# ======================================================================================================================
+
+
+class World(NamedTuple):
+    """This process among the processes of the run, as torchrun describes them in the environment."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Micro-batches of this rank in a step."""
+        return MICRO_BATCHES // self.size
+
+    @staticmethod
+    def from_environment() -> "World":
+        """Raises UserError for a number of processes that does not divide 8, or with more processes than GPUs."""
+        rank, local_rank, size = (
+            int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        )
+        if MICRO_BATCHES % size:
+            raise UserError(f"{size} processes do not divide the 8 micro-batches of a step: start 1, 2, 4 or 8")
+        if not torch.cuda.is_available():
+            return World(rank, local_rank, size)
+        if local_rank >= torch.cuda.device_count():
+            gpus = torch.cuda.device_count()
+            raise UserError(f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})")
+        return World(rank, local_rank, size, torch.device("cuda", local_rank))
+
+    def start(self) -> None:
+        """Joins the other processes (NCCL on GPUs, gloo on CPUs)."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            on_gpu = self.device.type == "cuda"
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
+
+    def stop(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ======================================================================================================================
+# Kernels: each beside its reference; the one switch point is the function (or operator) that both have in common
+# ======================================================================================================================
+
+# ---------------------------------------------------------------------------- symmetric products, for Polar Express
+
+
+def symmetric_product_reference(x: Tensor, alpha: float = 1.0, addend: Tensor | None = None, beta: float = 0.0):
+    """alpha X X^T + beta S, for X (N, M, K) and an optional symmetric S (N, M, M)."""
+    product = alpha * (x @ x.mT)
+    return product if addend is None else product + beta * addend
+
+
+@triton.jit
+def symmetric_product_kernel(
+    x_ptr, addend_ptr, out_ptr, alpha, beta, M, K, x_stride_n, x_stride_m, x_stride_k,
+    HAS_ADDEND: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One BLOCK x BLOCK tile on or below the diagonal, and its mirror image."""
+    tiles = tl.cdiv(M, BLOCK)
+    tile_row, tile_col = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if tile_row < tile_col:
+        return
+    matrix = tl.program_id(1).to(tl.int64)
+    rows = tile_row * BLOCK + tl.arange(0, BLOCK)
+    cols = tile_col * BLOCK + tl.arange(0, BLOCK)
+    depth = tl.arange(0, BLOCK_K)
+    x_ptr += matrix * x_stride_n
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        in_depth = depth[None, :] < K - start
+        k_offsets = (start + depth[None, :]) * x_stride_k
+        a = tl.load(x_ptr + rows[:, None] * x_stride_m + k_offsets, mask=(rows[:, None] < M) & in_depth, other=0.0)
+        b = tl.load(x_ptr + cols[:, None] * x_stride_m + k_offsets, mask=(cols[:, None] < M) & in_depth, other=0.0)
+        acc = tl.dot(a, b.T, acc)
+    acc *= alpha
+    inside = (rows[:, None] < M) & (cols[None, :] < M)
+    offsets = matrix * M * M + rows[:, None] * M + cols[None, :]
+    if HAS_ADDEND:
+        acc += beta * tl.load(addend_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offsets, out, mask=inside)
+    if tile_row != tile_col:
+        mirrored = matrix * M * M + cols[:, None] * M + rows[None, :]
+        tl.store(out_ptr + mirrored, out.T, mask=(cols[:, None] < M) & (rows[None, :] < M))
+
+
+def symmetric_product_triton(x: Tensor, alpha: float = 1.0, addend: Tensor | None = None, beta: float = 0.0):
+    """The same, computing one triangle of tiles; X may have any strides."""
+    N, M, K = x.shape
+    out = x.new_empty(N, M, M)
+    BLOCK, BLOCK_K = 128, 64  # the seed record's tile for H100, M = 768
+    symmetric_product_kernel[(triton.cdiv(M, BLOCK) ** 2, N)](
+        x, out if addend is None else addend.contiguous(), out, alpha, beta, M, K, *x.stride(),
+        HAS_ADDEND=addend is not None, BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=8, num_stages=4,
+    )  # fmt: skip
+    return out
+
+
+def symmetric_product(x: Tensor, alpha: float = 1.0, addend: Tensor | None = None, beta: float = 0.0) -> Tensor:
+    """alpha X X^T + beta S, for X (N, M, K) and an optional symmetric S (N, M, M)."""
+    return (symmetric_product_triton if x.is_cuda else symmetric_product_reference)(x, alpha, addend, beta)
+
+
+# ---------------------------------------------------------------------------- the MLP: linear + relu^2, both directions
+
+
+def linear_relu2_reference(x: Tensor, weight: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """relu(x W^T)^2 for x (T, C), W (F, C); with `hidden` (T, F), the derivative's product 2 sqrt(hidden) (x W^T).
+
+    relu(p) is rebuilt as sqrt(relu(p)^2): the pre-activation p need not be stored, nor read back.
+    """
+    product = x @ weight.T
+    return F.relu(product).square() if hidden is None else 2 * hidden.sqrt() * product
+
+
+@triton.jit
+def linear_relu2_kernel(
+    x_desc, weight_desc, hidden_desc, out_desc, T, N, K,
+    BACKWARD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One BLOCK_T x BLOCK_N tile of the output; GROUP rows of tiles share their columns of W in the L2 cache."""
+    tiles_t, tiles_n = tl.cdiv(T, BLOCK_T), tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    first_t = pid // (GROUP * tiles_n) * GROUP
+    group = min(tiles_t - first_t, GROUP)
+    row = (first_t + pid % (GROUP * tiles_n) % group) * BLOCK_T
+    col = pid % (GROUP * tiles_n) // group * BLOCK_N
+    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        acc = tl.dot(x_desc.load([row, k]), weight_desc.load([col, k]).T, acc)
+    if BACKWARD:
+        acc *= 2.0 * tl.sqrt(hidden_desc.load([row, col]).to(tl.float32))
+    else:
+        acc = tl.maximum(acc, 0.0)
+        acc *= acc
+    out_desc.store([row, col], acc.to(out_desc.dtype))
+
+
+def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """The same in one kernel, through Hopper's bulk tensor copies. Rows must be multiples of 16 bytes."""
+    (T, K), N = x.shape, weight.shape[0]
+    out = x.new_empty(T, N)
+    BLOCK_T, BLOCK_N, BLOCK_K = 128, 128, 64  # with 4 warps, 3 stages the best of 7 on H100 for C = 768, F = 3072
+    tile = [BLOCK_T, BLOCK_N]
+    out_desc = TensorDescriptor.from_tensor(out, tile)
+    linear_relu2_kernel[(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N),)](
+        TensorDescriptor.from_tensor(x.contiguous(), [BLOCK_T, BLOCK_K]),
+        TensorDescriptor.from_tensor(weight.contiguous(), [BLOCK_N, BLOCK_K]),
+        out_desc if hidden is None else TensorDescriptor.from_tensor(hidden, tile), out_desc, T, N, K,
+        BACKWARD=hidden is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=8,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("speedrun::linear_relu2", mutates_args=())
+def linear_relu2(x: Tensor, weight: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """relu(x W^T)^2, or with `hidden` its derivative's product; see linear_relu2_reference."""
+    return (linear_relu2_triton if x.is_cuda else linear_relu2_reference)(x, weight, hidden)
+
+
+@linear_relu2.register_fake
+def _(x, weight, hidden=None):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+class MLP(torch.autograd.Function):
+    """relu(x W_fc^T)^2 W_proj for x (T, C) and W_fc, W_proj (4C, C)."""
+
+    @staticmethod
+    def forward(ctx, x, w_fc, w_proj):
+        hidden = linear_relu2(x, w_fc)  # (T, 4C)
+        ctx.save_for_backward(x, w_fc, w_proj, hidden)
+        return hidden @ w_proj
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        x, w_fc, w_proj, hidden = ctx.saved_tensors
+        grad_pre = linear_relu2(grad_out, w_proj, hidden)
+        return grad_pre @ w_fc, grad_pre.T @ x, hidden.T @ grad_out
+
+
+# ---------------------------------------------------------------------------- softcapped multi-token cross-entropy
+
+SOFTCAP = (23.0, 5.0, 7.5)  # cap, shift, temperature: z = cap * sigmoid((logit + shift) / temperature)
+
+
+def cross_entropy_reference(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Per position t: sum over k of weights[k] (lse(z_t) - z_t[targets[t + k]]), targets past the end left out.
+
+    logits (T, V), targets (T,) int, weights (n,) float32. Returns losses (T,) and lse (T,), float32 (or float64).
+    """
+    cap, shift, temperature = SOFTCAP
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    z = torch.sigmoid((logits.to(wide) + shift).div_(temperature)).mul_(cap)
+    lse = z.logsumexp(-1)
+    losses = torch.zeros_like(lse)
+    T = len(targets)
+    for k, weight in enumerate(weights[:T]):
+        picked = z[: T - k].gather(1, targets[k:, None].long()).squeeze(1)
+        losses[: T - k] += weight * (lse[: T - k] - picked)
+    return losses, lse
+
+
+def cross_entropy_backward_reference(
+    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of sum(grad * losses) with respect to the logits, over `scale`, as `dtype` (T, V)."""
+    cap, shift, temperature = SOFTCAP
+    sigmoid = torch.sigmoid((logits.to(lse.dtype) + shift).div_(temperature))
+    weights, T = weights.to(lse.dtype), len(targets)
+    total_weight = torch.zeros_like(lse)
+    for k, weight in enumerate(weights[:T]):
+        total_weight[: T - k] += weight
+    grad_z = (sigmoid * cap).sub_(lse[:, None]).exp_().mul_(total_weight[:, None])
+    for k, weight in enumerate(weights[:T]):
+        grad_z[: T - k].scatter_add_(1, targets[k:, None].long(), -weight.expand(T - k, 1))
+    grad_z *= (grad.to(lse.dtype) * cap / (temperature * scale))[:, None]
+    return torch.ops.aten.sigmoid_backward(grad_z, sigmoid).to(dtype)
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits_ptr, targets_ptr, weights_ptr, losses_ptr, lse_ptr, T, V,
+    N_TARGETS: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr, TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row. The cap bounds z, and exp(23) times the vocabulary is far inside float32: no running maximum."""
+    row = tl.program_id(0)
+    logits_ptr += row.to(tl.int64) * V
+    cols = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        inside = start + cols < V
+        logits = tl.load(logits_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
+        z = CAP * tl.sigmoid((logits + SHIFT) * (1.0 / TEMPERATURE))
+        total += tl.where(inside, tl.exp(z), 0.0)
+    lse = tl.log(tl.sum(total))
+    loss = 0.0
+    for k in tl.static_range(N_TARGETS):
+        if row + k < T:
+            target = tl.load(targets_ptr + row + k)
+            z = CAP * tl.sigmoid((tl.load(logits_ptr + target).to(tl.float32) + SHIFT) * (1.0 / TEMPERATURE))
+            loss += tl.load(weights_ptr + k) * (lse - z)
+    tl.store(losses_ptr + row, loss)
+    tl.store(lse_ptr + row, lse)
+
+
+@triton.jit
+def cross_entropy_backward_kernel(
+    logits_ptr, lse_ptr, targets_ptr, weights_ptr, grad_ptr, out_ptr, scale, T, V,
+    N_TARGETS: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr, TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of the gradient, written in the type of `out_ptr`."""
+    row = tl.program_id(0)
+    logits_ptr += row.to(tl.int64) * V
+    out_ptr += row.to(tl.int64) * V
+    cols = tl.arange(0, BLOCK)
+    lse = tl.load(lse_ptr + row)
+    factor = tl.load(grad_ptr + row) / (TEMPERATURE * scale)
+    total_weight = 0.0
+    for k in tl.static_range(N_TARGETS):
+        if row + k < T:
+            total_weight += tl.load(weights_ptr + k)
+    for start in range(0, V, BLOCK):
+        inside = start + cols < V
+        logits = tl.load(logits_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
+        z = CAP * tl.sigmoid((logits + SHIFT) * (1.0 / TEMPERATURE))
+        d_z = total_weight * tl.exp(z - lse)
+        for k in tl.static_range(N_TARGETS):
+            if row + k < T:
+                target = tl.load(targets_ptr + row + k)
+                d_z -= tl.where(start + cols == target, tl.load(weights_ptr + k), 0.0)
+        grad = factor * d_z * z * (1.0 - z * (1.0 / CAP))
+        tl.store(out_ptr + start + cols, grad.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def cross_entropy_triton(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """cross_entropy_reference, one pass over contiguous logits."""
+    T, V = logits.shape
+    losses, lse = logits.new_empty(2, T, dtype=torch.float32).unbind()
+    cross_entropy_kernel[(T,)](
+        logits, targets, weights, losses, lse, T, V, len(weights), *SOFTCAP, BLOCK=2048, num_warps=4
+    )
+    return losses.clone(), lse.clone()
+
+
+def cross_entropy_backward_triton(
+    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """cross_entropy_backward_reference, one pass over contiguous logits."""
+    T, V = logits.shape
+    out = torch.empty_like(logits, dtype=dtype)
+    cross_entropy_backward_kernel[(T,)](
+        logits, lse, targets, weights, grad, out, scale, T, V, len(weights), *SOFTCAP, BLOCK=2048, num_warps=4
+    )
+    return out
+
+
+@torch.library.custom_op("speedrun::cross_entropy", mutates_args=())
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (T,) and lse (T,); see cross_entropy_reference."""
+    return (cross_entropy_triton if logits.is_cuda else cross_entropy_reference)(logits, targets, weights)
+
+
+@cross_entropy.register_fake
+def _(logits, targets, weights):
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(2))
+
+
+@torch.library.custom_op("speedrun::cross_entropy_backward", mutates_args=())
+def cross_entropy_backward(
+    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """The logits' gradient over `scale` as `dtype`; see cross_entropy_backward_reference."""
+    backward = cross_entropy_backward_triton if logits.is_cuda else cross_entropy_backward_reference
+    return backward(logits, lse, targets, weights, grad, scale, dtype)
+
+
+@cross_entropy_backward.register_fake
+def _(logits, lse, targets, weights, grad, scale, dtype):
+    return torch.empty_like(logits, dtype=dtype)
+
+
+# ---------------------------------------------------------------------------- the head, in FP8 and bf16, with its loss
+
+# What one FP8 step stands for. Normed activations stay below 100, head weights below 1.6; 448 is e4m3's largest.
+FP8_X_SCALE, FP8_WEIGHT_SCALE, FP8_GRAD_SCALE = 100 / 448, 1.6 / 448, 0.75 / 448
+
+
+def fp8_product(a: Tensor, b: Tensor, a_scale: float, b_scale: float, out_dtype: torch.dtype) -> Tensor:
+    """a_scale a b_scale b for FP8 a (M, K), row-major, and b (K, N), column-major, the layouts Hopper multiplies."""
+    # Sums of many positions (the float32 gradient of the weights) need the slow, exact accumulation.
+    scales = (torch.full((), s, dtype=torch.float32, device=a.device) for s in (a_scale, b_scale))
+    return torch._scaled_mm(a, b, *scales, out_dtype=out_dtype, use_fast_accum=a.dtype == b.dtype)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Softcapped multi-token cross-entropy of the logits x @ head, per position: (T, C), (C, V) -> (T,) float32.
+
+    With `grad_scale` not None the products run in FP8: activations and weights in e4m3, the gradient, which is
+    `grad_scale` times that of a mean, in e5m2. The logits' gradient is only ever written in the type its products read.
+    """
+
+    @staticmethod
+    def forward(ctx, x, head, targets, weights, grad_scale):
+        if grad_scale is None:
+            logits = x @ head
+        else:
+            x_fp8 = (x / FP8_X_SCALE).to(torch.float8_e4m3fn)
+            head_fp8 = (head / FP8_WEIGHT_SCALE).to(torch.float8_e4m3fn)
+            head_columns = head_fp8.T.contiguous().T
+            logits = fp8_product(x_fp8, head_columns, FP8_X_SCALE, FP8_WEIGHT_SCALE, torch.bfloat16)
+        losses, lse = cross_entropy(logits, targets, weights)
+        ctx.save_for_backward(logits, lse, targets, weights, *((x, head) if grad_scale is None else (x_fp8, head_fp8)))
+        ctx.grad_scale, ctx.dtype = grad_scale, head.dtype
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad_losses):
+        logits, lse, targets, weights, x, head = ctx.saved_tensors
+        grad_losses = grad_losses.contiguous()
+        if ctx.grad_scale is None:
+            grad = cross_entropy_backward(logits, lse, targets, weights, grad_losses, 1.0, logits.dtype)
+            return grad @ head.T, x.T @ grad, None, None, None
+        scale = ctx.grad_scale * FP8_GRAD_SCALE
+        grad = cross_entropy_backward(logits, lse, targets, weights, grad_losses, scale, torch.float8_e5m2)
+        grad_x = fp8_product(grad, head.T, scale, FP8_WEIGHT_SCALE, ctx.dtype)
+        grad_columns = grad.T.contiguous().T
+        grad_head = fp8_product(x.T.contiguous(), grad_columns, FP8_X_SCALE, scale, torch.float32)
+        return grad_x, grad_head.to(ctx.dtype), None, None, None
+
+
+# ---------------------------------------------------------------------------- attention
+
+
+class Documents(NamedTuple):
+    """Where the documents of a micro-batch end: cu_seqlens (int32, on the device, 0 first) and the longest's length."""
+
+    cu_seqlens: Tensor
+    max_len: int
+
+    def paired(self) -> "Documents":
+        """The same documents where every token stands for two positions."""
+        return Documents(2 * self.cu_seqlens, 2 * self.max_len)
+
+
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int, scale: float) -> Tensor:
+    """Masked attention over all pairs, for CPUs."""
+    position = torch.arange(len(q), device=q.device)
+    document = torch.searchsorted(documents.cu_seqlens[1:], position, right=True)
+    distance = position[:, None] - position[None, :]
+    mask = (distance >= 0) & (distance <= window) & (document[:, None] == document[None, :])
+    heads_first = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).squeeze(0).transpose(0, 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int, scale: float) -> Tensor:
+    """Causal attention inside each document, to the `window` tokens before each token: (T, H, D) -> (T, H, D)."""
+    if not q.is_cuda:
+        return attend_reference(q, k, v, documents, window, scale)
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, longest = documents
+    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(window, 0))
+
+
+# ======================================================================================================================
+# Model
+# ======================================================================================================================
+
+# float32's epsilon for every type. It is what torch.compile's RMSNorm uses, and a bfloat16's own 2^-7 would swallow
+# the embedding, whose mean square starts at 0.005^2.
+NORM_EPS = torch.finfo(torch.float32).eps
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, without weights."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+class Yarn:
+    """Half-truncated rotary embedding whose frequencies and softmax scale follow the attention window.
+
+    A quarter of a head's dimensions' worth of frequencies turn adjacent pairs of its first half; the second half is
+    stationary. One table serves all layers: in paired layers the position is that of the interleaved sequence.
+    Source: YaRN, arXiv 2309.00071, here applied in training each time the window grows.
+    """
+
+    def __init__(self, head_dim: int, positions: int, device: torch.device):
+        self.num_frequencies = head_dim // 4
+        self.position = torch.arange(positions, dtype=torch.float32, device=device)
+        # Full width, with cos 1 and sin 0 for stationary dimensions: the rotation is two products without cases.
+        self.cos = torch.ones(positions, 1, head_dim, dtype=torch.bfloat16, device=device)
+        self.sin = torch.zeros_like(self.cos)
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the first stage's frequencies and scale."""
+        exponents = torch.linspace(0, 1, self.num_frequencies, dtype=torch.float32, device=self.position.device)
+        self.frequencies = (1 / 1024) ** exponents
+        self.scale = 0.1
+        self._fill_tables()
+
+    def grow(self, old_window: int, new_window: int) -> None:
+        """Follows the long window from `old_window` to `new_window` tokens."""
+        rotations = old_window * self.frequencies / (2 * torch.pi)
+        kept = ((rotations - 1) / (32 - 1)).clamp(0, 1)  # fast frequencies stay, slow ones are stretched
+        self.frequencies = self.frequencies * (old_window / new_window + kept * (1 - old_window / new_window))
+        self.scale *= 0.2 * float(np.log(new_window / old_window)) + 1
+        self._fill_tables()
+
+    def _fill_tables(self) -> None:
+        angle = self.position[:, None, None] * self.frequencies  # (positions, 1, frequencies)
+        turned = slice(0, 2 * self.num_frequencies)
+        self.cos[..., turned] = angle.cos().repeat_interleave(2, -1).to(self.cos.dtype)
+        self.sin[..., turned] = torch.stack((angle.sin(), -angle.sin()), -1).flatten(-2).to(self.sin.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each adjacent pair (a, b) of x (T, H, D) into (a cos + b sin, b cos - a sin); tables (>= T, 1, D)."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x * cos[: len(x)].to(x.dtype) + swapped * sin[: len(x)].to(x.dtype)
+
+
+def bigram_hash(tokens: Tensor, rows: int) -> Tensor:
+    """Row of the bigram table for each token and its predecessor; the last row stands for "no predecessor".
+
+    tokens (T,) int32; products wrap around as int32 does.
+    """
+    hashed = ((36313 * tokens[1:]) ^ (27191 * tokens[:-1])) % (rows - 1)
+    return torch.cat((torch.full_like(tokens[:1], rows - 1), hashed))
+
+
+class LayerWeights(NamedTuple):
+    """What layer i takes from the banks and scalars; 0-d lambdas, matrices as stored."""
+
+    resid: Tensor
+    x0: Tensor
+    bigram: Tensor
+    mlp: Tensor  # (2, 4C, C): W_fc, W_proj
+    # layers with attention
+    qkv_lambda: Tensor | None = None
+    out_lambda: Tensor | None = None
+    qkv: Tensor | None = None  # (3, C, C)
+    out: Tensor | None = None  # (1, C, C)
+    attn_gate: Tensor | None = None  # (H, 12)
+    value_gate: Tensor | None = None  # (H, 12)
+    # layers with a skip
+    skip_lambda: Tensor | None = None
+    skip_gate: Tensor | None = None  # (1, 12)
+
+
+# The functions below are the compiled regions. Layers of one kind share a graph, which is why compiling the whole
+# takes one to two minutes instead of five; attention stays between them, so that windows change without recompiling.
+
+
+def embed_inputs(tokens, embed, bigram_embed, value_embeds, smear_lambda, smear_gate):
+    """The token's embedding x0 (T, C), smeared and normed, bigram (T, C) and value embeddings (layers, T, C)."""
+    x = embed[tokens]
+    smear = smear_lambda * torch.sigmoid(F.linear(x[1:, :GATE_DIMS], smear_gate))
+    x = torch.cat((x[:1], x[1:] + smear * x[:-1]))
+    bigram = bigram_embed[bigram_hash(tokens, len(bigram_embed))]
+    value_tables = value_embeds.view(len(VALUE_LAYERS), len(embed), -1)
+    return norm(x), bigram, value_tables[:, tokens]
+
+
+def mix(x, x0, bigram, skip, w: LayerWeights):
+    """The input of a layer: residual stream, embedding and bigram embedding, weighted; (T, C)."""
+    if skip is not None:
+        gate = torch.sigmoid(w.skip_lambda) * 2 * torch.sigmoid(F.linear(x0[:, :GATE_DIMS], w.skip_gate))
+        x = x + gate * skip
+    return w.resid * x + w.x0 * x0 + w.bigram * bigram
+
+
+def attention_inputs(x, x0, bigram, skip, value_embed, w: LayerWeights, cos, sin, num_heads, paired, key_offset):
+    """The mixed input (T, C), the head gate (T, H), and q, k, v as attention takes them.
+
+    q, k, v are (T, H, D); in paired layers (2T, H/2, D): heads 0.. at even, the other half at odd positions.
+    """
+    x = mix(x, x0, bigram, skip, w)
+    h = norm(x)
+    q, k, v = F.linear(h, w.qkv_lambda * w.qkv.flatten(0, 1)).view(len(x), 3, num_heads, -1).unbind(1)
+    q, k = norm(q), norm(k)
+    if value_embed is not None:
+        gate = 2 * torch.sigmoid(F.linear(h[:, :GATE_DIMS], w.value_gate))
+        v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
+    if paired:
+        q, k, v = (t.reshape(2 * len(x), num_heads // 2, -1) for t in (q, k, v))
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if key_offset:
+        moving, still = k.chunk(2, dim=-1)
+        k = torch.cat((moving, torch.cat((still[:1], still[:-1]))), dim=-1)
+    head_gate = torch.sigmoid(F.linear(h[:, :GATE_DIMS], w.attn_gate))
+    return x, head_gate, q, k, v.contiguous()
+
+
+def attention_output_and_mlp(x, attended, head_gate, w: LayerWeights):
+    """The layer's output (T, C) from its mixed input, attention's result (T, H, D) and the head gate (T, H)."""
+    y = (attended * head_gate.unsqueeze(-1)).flatten(1)
+    x = x + F.linear(y, w.out_lambda * w.out.squeeze(0))
+    return x + MLP.apply(norm(x), w.mlp[0], w.mlp[1])
+
+
+def mlp_only(x, x0, bigram, skip, w: LayerWeights):
+    """The output (T, C) of a layer without attention."""
+    x = mix(x, x0, bigram, skip, w)
+    return x + MLP.apply(norm(x), w.mlp[0], w.mlp[1])
+
+
+def head_losses(x, backout, backout_lambda, head, targets, target_weights, fp8_grad_scale):
+    """Loss of each position (T,), float32, from the last layer's output (T, C)."""
+    x = norm(x - backout_lambda * backout)
+    return HeadLoss.apply(x, head, targets, target_weights, fp8_grad_scale)
+
+
+class MicroBatch(NamedTuple):
+    """Inputs and targets (T,), int32, of whole documents laid end to end."""
+
+    inputs: Tensor
+    targets: Tensor
+    documents: Documents
+
+
+class GPT(nn.Module):
+    """The model: parameters by name, as in the table PARAMETERS, and one forward pass over a micro-batch.
+
+    Initial values: head normal, std 0.005; embed its transpose; attention bank and W_fc uniform with std
+    0.5 C^-0.5; W_proj, value and bigram embeddings and all gates zero; scalars as in the table SCALARS.
+    """
+
+    def __init__(self, hp: Hyperparameters, device: torch.device, dtype: torch.dtype, compile: bool = False):
+        super().__init__()
+        C, V, H = hp.model_dim, hp.padded_vocab, hp.num_heads
+        self.num_heads = H
+
+        def parameter(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+
+        self.scalars = parameter(sum(count for count, _ in SCALARS.values()), dtype=torch.float32)
+        self.x0_lambdas = parameter(len(LAYERS), dtype=torch.float32)
+        self.smear_gate = parameter(1, GATE_DIMS)
+        self.skip_gate = parameter(1, GATE_DIMS)
+        self.attn_gates = parameter(len(ATTENTION_LAYERS), H, GATE_DIMS)
+        self.value_gates = parameter(len(VALUE_LAYERS), H, GATE_DIMS)
+        self.attn_bank = parameter(len(ATTENTION_LAYERS), 4, C, C)  # W_q, W_k, W_v, W_o of each layer
+        self.mlp_bank = parameter(len(LAYERS) + 1, 2, 4 * C, C)  # W_fc, W_proj; one more layer so that 8 divides 24
+        self.head = parameter(C, V)
+        self.embed = parameter(V, C)  # tied to the head at first, see Optimizer
+        self.bigram_embed = parameter(hp.bigram_vocab_size, C)
+        self.value_embeds = parameter(len(VALUE_LAYERS) * V, C)
+        with torch.no_grad():
+            values = [torch.full((count,), value) for count, value in SCALARS.values()]
+            self.scalars.copy_(torch.cat(values))
+            bound = 3**0.5 * 0.5 * C**-0.5
+            self.attn_bank.uniform_(-bound, bound)
+            self.mlp_bank[:, 0].uniform_(-bound, bound)
+            self.head.normal_(std=0.005)
+            self.embed.copy_(self.head.T)
+        longest = max(max(stage.tokens for stage in hp.stages), hp.val_batch_size) // MICRO_BATCHES
+        self.yarn = Yarn(hp.head_dim, 2 * longest, device)
+        region = torch.compile(dynamic=False, fullgraph=True) if compile else lambda function: function
+        # Every kind of layer in every stage is one graph of the same function, more than Dynamo expects of one.
+        torch._dynamo.config.recompile_limit = 64
+        self.embed_inputs = region(embed_inputs)
+        self.attention_inputs = region(attention_inputs)
+        self.attention_output_and_mlp = region(attention_output_and_mlp)
+        self.mlp_only = region(mlp_only)
+        self.head_losses = region(head_losses)
+
+    def layer_weights(self) -> tuple[list[LayerWeights], dict[str, list[Tensor]]]:
+        """Each layer's weights, and the learned scalars by name.
+
+        Banks are taken apart once, by split and unbind, whose backward joins the gradients in one pass; indexing
+        layer by layer would write a bank of zeros for each.
+        """
+        values = iter(self.scalars.unbind())
+        scalars = {name: [next(values) for _ in range(count)] for name, (count, _) in SCALARS.items()}
+        x0_lambdas, mlps = self.x0_lambdas.unbind(), self.mlp_bank.unbind()
+        matrices = iter(self.attn_bank.flatten(0, 1).split([3, 1] * len(ATTENTION_LAYERS)))
+        attn_gates, value_gates = iter(self.attn_gates.unbind()), iter(self.value_gates.unbind())
+        weights = []
+        for i, layer in enumerate(LAYERS):
+            w = LayerWeights(scalars["resid"][i], x0_lambdas[i], scalars["bigram"][i], mlps[i])
+            if layer.window:
+                w = w._replace(qkv_lambda=scalars["qkv"][i], out_lambda=scalars["out"][i], qkv=next(matrices))
+                w = w._replace(out=next(matrices), attn_gate=next(attn_gates))
+            if layer.value_embed:
+                w = w._replace(value_gate=next(value_gates))
+            if layer.skip_from is not None:
+                w = w._replace(skip_lambda=scalars["skip"][0], skip_gate=self.skip_gate)
+            weights.append(w)
+        return weights, scalars
+
+    def forward(
+        self,
+        batch: MicroBatch,
+        windows: dict[str, int],
+        target_weights: Tensor,
+        fp8_grad_scale: float | None = None,
+        head_chunk: int | None = None,
+    ) -> Tensor:
+        """Loss of each position, (T,) float32: sum over k of target_weights[k] times the k-th next token's.
+
+        windows: tokens, by the names in LAYERS. fp8_grad_scale: None for bf16 logits, else the factor by which the
+        losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
+        """
+        weights, scalars = self.layer_weights()
+        x0, bigram, value_embeds = self.embed_inputs(
+            batch.inputs, self.embed, self.bigram_embed, self.value_embeds, scalars["smear"][0], self.smear_gate
+        )
+        value_embeds = iter(value_embeds.unbind())
+        documents = {False: batch.documents, True: batch.documents.paired()}
+        outputs = {}
+        x = x0
+        for i, (layer, w) in enumerate(zip(LAYERS, weights, strict=True)):
+            skip = None if layer.skip_from is None else outputs[layer.skip_from]
+            if layer.window:
+                value_embed = next(value_embeds) if layer.value_embed else None
+                x, head_gate, q, k, v = self.attention_inputs(
+                    x, x0, bigram, skip, value_embed, w, self.yarn.cos, self.yarn.sin,
+                    self.num_heads, layer.paired, layer.key_offset,
+                )  # fmt: skip
+                attended = attend(q, k, v, documents[layer.paired], windows[layer.window], self.yarn.scale)
+                attended = attended.reshape(len(x), self.num_heads, -1)
+                x = self.attention_output_and_mlp(x, attended, head_gate, w)
+            else:
+                x = self.mlp_only(x, x0, bigram, skip, w)
+            if i in KEPT_OUTPUTS:
+                outputs[i] = x
+        chunk = head_chunk or len(x)
+        losses = [
+            self.head_losses(*rows, scalars["backout"][0], self.head, targets, target_weights, fp8_grad_scale)
+            for *rows, targets in zip(
+                x.split(chunk), outputs[BACKOUT_LAYER].split(chunk), batch.targets.split(chunk), strict=True
+            )
+        ]
+        return losses[0] if len(losses) == 1 else torch.cat(losses)
+
+
+# ======================================================================================================================
+# Optimizer
+# ======================================================================================================================
+
+# Polar Express (arXiv 2505.16932): coefficients of five odd polynomials that drive all singular values towards 1.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(g: Tensor) -> Tensor:
+    """The nearest (semi-)orthogonal matrix of each G (N, rows, columns), approximately, in G's type."""
+    x = g / (g.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    tall = x.size(-2) > x.size(-1)
+    for a, b, c in POLAR_EXPRESS:
+        gram = symmetric_product(x.mT if tall else x)
+        polynomial = symmetric_product(gram, alpha=c, addend=gram, beta=b)
+        # The polynomial is symmetric, so a tall matrix takes it from the right and needs no transposing.
+        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+    return x
+
+
+def join_bits(p: Tensor, low_bits: Tensor) -> Tensor:
+    """The float32 master value of a bf16 parameter and the 16 mantissa bits (uint16) that bf16 has no room for."""
+    return ((p.view(torch.int16).to(torch.int32) << 16) | low_bits.to(torch.int32)).view(torch.float32)
+
+
+def split_bits(master: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of join_bits: (bf16, uint16)."""
+    bits = master.view(torch.int32)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16), (bits & 0xFFFF).to(torch.uint16)
+
+
+def adam_update(p, grad, m, v, beta1: float, beta2: float, eps: float, step_size, decay):
+    """One Adam step with cautious weight decay, in place. m, v float32; step_size and decay 0-d on the CPU."""
+    grad = grad.to(m.dtype)
+    m.lerp_(grad, 1 - beta1)
+    v.lerp_(grad.square(), 1 - beta2)
+    update = step_size * m / (v.sqrt() + eps)
+    master = p.to(m.dtype)
+    # Decay only where it points the way the update goes anyway (cautious weight decay, arXiv 2510.12402).
+    update = update + torch.where(update * master > 0, decay * master, 0)
+    p.copy_(master - update)
+
+
+def nesterov(grad, m, momentum, out_dtype: torch.dtype):
+    """Moves the float32 momentum m towards the gradient, in place; returns the look-ahead. momentum 0-d on the CPU."""
+    grad = grad.to(m.dtype)
+    m.lerp_(grad, 1 - momentum)
+    return grad.lerp(m, momentum).to(out_dtype)
+
+
+def normuon_update(p, low_bits, u, second_moment, beta2: float, lr_eff, decay):
+    """Variance reduction (NorMuon, arXiv 2510.05491) of u (N, rows, columns), cautious decay and the step, in place.
+
+    second_moment: float32, (N, rows, 1) or (N, 1, columns): mean squares along the longer side, whose root evens out
+    rows (or columns) while each matrix keeps its Frobenius norm. lr_eff (N, 1, 1); low_bits None for float32 p.
+    """
+    u = u.to(second_moment.dtype)
+    dim = -1 if second_moment.size(-1) == 1 else -2
+    mean_square = u.square().mean(dim, keepdim=True)
+    second_moment.lerp_(mean_square, 1 - beta2)
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    old_norm = mean_square.sum((-2, -1), keepdim=True).sqrt()
+    new_norm = (mean_square * scale.square()).sum((-2, -1), keepdim=True).sqrt()
+    u = u * (scale * (old_norm / new_norm.clamp_min(1e-10)))
+    master = p.to(u.dtype) if low_bits is None else join_bits(p, low_bits)
+    master = master - lr_eff * (u + torch.where(u * master >= 0, decay * master, 0))
+    if low_bits is None:
+        p.copy_(master)
+    else:
+        high, low = split_bits(master)
+        p.copy_(high)
+        low_bits.copy_(low)
+
+
+def cpu_scalar(value: float) -> Tensor:
+    """A number that changes from step to step, as compiled functions take it without compiling again."""
+    return torch.tensor(value, dtype=torch.float32)
+
+
+class Adam:
+    """State and step of one parameter's slice."""
+
+    def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable):
+        self.row, self.hp, self.p = row, hp, slice
+        self.apply = compiled(adam_update)
+        self.m, self.v = (torch.zeros_like(slice, dtype=torch.float32) for _ in range(2))
+        self.updates = 0
+
+    def update(self, grad: Tensor, lr_factor: float, momentum: float) -> None:
+        """lr_factor: the schedule's; momentum is NorMuon's."""
+        self.updates += 1
+        beta1, beta2 = self.row.betas
+        lr = self.hp.adam_lr * lr_factor * self.row.lr[0]
+        step_size = lr * (1 - beta2**self.updates) ** 0.5 / (1 - beta1**self.updates)
+        decay = lr * lr * self.hp.adam_wd * self.row.wd
+        self.apply(
+            self.p, grad, self.m, self.v, beta1, beta2, self.hp.adam_eps, cpu_scalar(step_size), cpu_scalar(decay)
+        )
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.m.zero_()
+        self.v.zero_()
+        self.updates = 0
+
+
+class NorMuon:
+    """State and step of one bank's slice, (N, rows, columns), of which `first` is the index of the first matrix."""
+
+    def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
+        self.row, self.hp, self.p = row, hp, slice
+        self.look_ahead, self.apply = compiled(nesterov), compiled(normuon_update)
+        N, rows, columns = slice.shape
+        self.m = torch.zeros_like(slice, dtype=torch.float32)
+        shape = (N, rows, 1) if rows >= columns else (N, 1, columns)
+        self.second_moment = torch.zeros(shape, dtype=torch.float32, device=slice.device)
+        self.low_bits = torch.zeros_like(slice, dtype=torch.uint16) if slice.dtype == torch.bfloat16 else None
+        multipliers = [row.lr[(first + i) % len(row.lr)] * max(1, rows / columns) ** 0.5 for i in range(N)]
+        self.multipliers = torch.tensor(multipliers, device=slice.device).view(N, 1, 1)
+
+    def update(self, grad: Tensor, lr_factor: float, momentum: float) -> None:
+        """lr_factor and momentum: the schedule's."""
+        lr = self.hp.muon_lr * lr_factor
+        ahead = self.look_ahead(grad, self.m, cpu_scalar(momentum), self.p.dtype)
+        lr_eff, decay = self.multipliers * lr, cpu_scalar(lr * self.hp.muon_wd * self.row.wd)
+        u = polar_express(ahead)
+        self.apply(self.p, self.low_bits, u, self.second_moment, self.hp.muon_beta2, lr_eff, decay)
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        for state in (self.m, self.second_moment, self.low_bits):
+            if state is not None:
+                state.zero_()
+
+
+class Alone:
+    """Communication of a parameter when there is one rank: none. The other policies have the same four steps."""
+
+    def __init__(self, p: Tensor, world: World):
+        self.p, self.world, self.work = p, world, None
+        self.slice = p  # what this rank updates
+
+    def reduce(self, grad: Tensor) -> None:
+        """Starts averaging the gradient over the ranks."""
+        self.grad = grad
+
+    def reduced(self) -> Tensor:
+        """Waits for it; the averaged gradient of this rank's slice."""
+        grad, self.grad = self.grad, None
+        return grad
+
+    def gather(self) -> None:
+        """Starts collecting the updated slices of all ranks."""
+
+    def gathered(self) -> None:
+        """Waits for them."""
+
+    def full(self, state: Tensor) -> Tensor:
+        """The whole of an optimizer state of which every rank holds its slice."""
+        return state
+
+    def average(self, tensor: Tensor) -> Tensor:
+        # gloo has no average
+        return tensor if dist.get_backend() == "nccl" else tensor.div_(self.world.size)
+
+    @property
+    def op(self) -> dist.ReduceOp:
+        return dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM
+
+
+class Replicated(Alone):
+    """Every rank updates the whole of a small parameter from the all-reduced gradient."""
+
+    def reduce(self, grad: Tensor) -> None:
+        self.grad, self.work = grad, dist.all_reduce(grad, self.op, async_op=True)
+
+    def reduced(self) -> Tensor:
+        self.work.wait()
+        return self.average(super().reduced())
+
+
+class Sharded(Alone):
+    """Each rank updates an equal share of the first dimension: reduce-scatter, update, all-gather."""
+
+    def __init__(self, p: Tensor, world: World):
+        super().__init__(p, world)
+        self.slice = p.chunk(world.size)[world.rank]
+
+    def reduce(self, grad: Tensor) -> None:
+        self.grad = torch.empty_like(self.slice)
+        self.work = dist.reduce_scatter_tensor(self.grad, grad.contiguous(), self.op, async_op=True)
+
+    reduced = Replicated.reduced
+
+    def gather(self) -> None:
+        self.work = dist.all_gather_into_tensor(self.p, self.slice.clone(), async_op=True)
+
+    def gathered(self) -> None:
+        self.work.wait()
+
+    def full(self, state: Tensor) -> Tensor:
+        out = state.new_empty(self.p.shape)
+        dist.all_gather_into_tensor(out, state)
+        return out
+
+
+class Slot:
+    """A parameter, its row of the table, its communication and its algorithm."""
+
+    def __init__(self, row: Row, p: nn.Parameter, hp: Hyperparameters, world: World, compiled: Callable):
+        self.row, self.p = row, p
+        p.grad = torch.zeros_like(p)  # for good: captured graphs add to it where it stands
+        bank = row.algorithm == "normuon"
+        self.shape = (-1, *p.shape[-2:]) if bank else p.shape  # banks as one stack of matrices
+        policy = Alone if world.size == 1 else Sharded if row.sharded else Replicated
+        self.communication = policy(p.data.view(self.shape), world)
+        slice = self.communication.slice
+        self.algorithm = (
+            NorMuon(row, hp, slice, compiled, first=world.rank * len(slice) if row.sharded else 0)
+            if bank
+            else Adam(row, hp, slice, compiled)
+        )
+
+
+class Optimizer:
+    """Steps every parameter, with the communication scheduled by hand.
+
+    All reductions start in the order of PARAMETERS; updates run in UPDATE_ORDER as their gradients arrive, and
+    gathers run beneath the updates that follow. Adam's parameters step on odd steps, with the gradients of two steps.
+
+    Head and embedding are one parameter, stored twice, until `untie_step`: the embedding's gradient is added to the
+    head's, and the embedding is the head's transpose after every Adam step. After that step they part, and the
+    embedding starts with a copy of the head's state.
+    """
+
+    def __init__(self, model: GPT, hp: Hyperparameters, world: World, untie_step: int, compile: bool = False):
+        compiled = torch.compile(dynamic=False, fullgraph=True) if compile else lambda function: function
+        parameters = dict(model.named_parameters())
+        self.slots = {row.name: Slot(row, parameters.pop(row.name), hp, world, compiled) for row in PARAMETERS}
+        assert not parameters, f"parameters without a row in PARAMETERS: {', '.join(parameters)}"
+        assert sorted(UPDATE_ORDER) == sorted(self.slots), "UPDATE_ORDER and PARAMETERS name different parameters"
+        self.untie_step = untie_step
+        self.tied = True
+
+    @torch.no_grad()
+    def step(self, step: int, lr_factor: float, momentum: float) -> None:
+        """Updates the parameters that are due at `step` from their .grad, and clears these."""
+        adam_is_due = step % 2 == 1
+        due = {n: slot for n, slot in self.slots.items() if adam_is_due or slot.row.algorithm == "normuon"}
+        if adam_is_due and self.tied:
+            head, embed = due["head"].p, due.pop("embed").p
+            head.grad += embed.grad.T
+            embed.grad.zero_()
+        for slot in due.values():
+            slot.communication.reduce(slot.p.grad.view(slot.shape))
+        for name in UPDATE_ORDER:
+            if name in due:
+                slot = due[name]
+                slot.algorithm.update(slot.communication.reduced(), lr_factor, momentum)
+                slot.communication.gather()
+        for slot in due.values():
+            slot.communication.gathered()
+            slot.p.grad.zero_()
+        if adam_is_due and self.tied:
+            embed.copy_(head.T)
+            if step >= self.untie_step:
+                self._untie()
+
+    def _untie(self) -> None:
+        self.tied = False
+        head, embed = self.slots["head"], self.slots["embed"]
+        rows = embed.communication.slice.storage_offset() // embed.p.size(1)
+        for state in ("m", "v"):
+            full = head.communication.full(getattr(head.algorithm, state)).T
+            getattr(embed.algorithm, state).copy_(full[rows : rows + len(embed.communication.slice)])
+        embed.algorithm.updates = head.algorithm.updates
+
+    def reset(self) -> None:
+        """Forgets every step taken: momentum, second moments, low bits, counts, gradients, the untying."""
+        self.tied = True
+        for slot in self.slots.values():
+            slot.algorithm.reset()
+            slot.p.grad.zero_()
+
+
+# ======================================================================================================================
+# Data
+# ======================================================================================================================
+
+BOS = 50256  # <|endoftext|>; every document begins with it
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+FIRST_SCAN = 6_000_000  # tokens of the first shard searched for documents before the first step; a thread does the rest
+FETCH = "fetch it again: python data/cached_fineweb10B.py, or make shards with data/tokenize_text.py"
+
+
+def find_files(pattern: str) -> list[Path]:
+    """The files of a glob pattern relative to ROOT, sorted. Raises UserError when there is none."""
+    paths = sorted(Path(name) for name in glob(str(ROOT / pattern)))
+    if not paths:
+        raise UserError(
+            f"no data files match {ROOT / pattern}: get FineWeb with python data/cached_fineweb10B.py, an offline "
+            "sample with python data/sample.py, or set DATA_PATH to the folder that holds data/"
+        )
+    return paths
+
+
+def read_header(path: Path) -> int:
+    """Number of tokens of a shard file. Raises UserError naming the file for anything that is not a whole shard."""
+    try:
+        with open(path, "rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if size < HEADER_BYTES:
+        raise UserError(f"{path}: truncated, {size} bytes are less than a header's {HEADER_BYTES}; {FETCH}")
+    if header[0] != SHARD_MAGIC:
+        raise UserError(f"{path}: not a token shard, magic number {header[0]} instead of {SHARD_MAGIC}; {FETCH}")
+    if header[1] != SHARD_VERSION:
+        raise UserError(f"{path}: shard version {header[1]}, this program reads version {SHARD_VERSION}; {FETCH}")
+    tokens = int(header[2])
+    if tokens < 0 or size != HEADER_BYTES + 2 * tokens:
+        held = (size - HEADER_BYTES) // 2
+        raise UserError(f"{path}: the header promises {tokens} tokens, the file holds {held}; {FETCH}")
+    return tokens
+
+
+def read_tokens(path: Path, vocab_size: int, limit: int | None = None) -> np.ndarray:
+    """Token ids of a shard (its first `limit`), uint16. Raises UserError for a bad header or an id out of range."""
+    count = read_header(path) if limit is None else min(limit, read_header(path))
+    tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
+    if len(tokens) < count:
+        raise UserError(f"{path}: shrank while it was read; {FETCH}")
+    if count and tokens.max() >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))
+        raise UserError(f"{path}: token id {tokens[at]} at position {at}, the vocabulary ends at {vocab_size - 1}")
+    return tokens
+
+
+class Shard:
+    """A shard in memory and its documents, dealt out front to back in micro-batches.
+
+    The index of documents covers the first FIRST_SCAN tokens at once and the rest when a thread is through; the part
+    known at first is a prefix of the whole, so that the two can be swapped at any time.
+    """
+
+    def __init__(self, path: Path, vocab_size: int, max_seq_len: int, scan_all: bool):
+        self.tokens = read_tokens(path, vocab_size)
+        self.max_seq_len = max_seq_len
+        self.next_document = 0
+        self.whole_index: Future | None = None
+        if scan_all or len(self.tokens) <= FIRST_SCAN:
+            self.index = self._scan(len(self.tokens))
+        else:
+            starts, lengths, ends = self._scan(FIRST_SCAN)
+            self.index = starts[:-1], lengths[:-1], ends[:-1]  # the last document may go on
+            pool = ThreadPoolExecutor(1, "shard index")
+            self.whole_index = pool.submit(self._scan, len(self.tokens))
+            pool.shutdown(wait=False)
+
+    def _scan(self, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Per document: start, length as cut, and the sum of cut lengths up to its end."""
+        starts = np.flatnonzero(self.tokens[:limit] == BOS)
+        lengths = np.minimum(np.diff(starts, append=limit), self.max_seq_len)
+        return starts, lengths, np.cumsum(lengths)
+
+    def deal(self, num_tokens: int) -> list[tuple[int, int]] | None:
+        """Spans of documents of the next 8 micro-batches of num_tokens + 1 tokens; None when the shard can't fill them.
+
+        A span is (first, last + 1); its last document is cut where the micro-batch is full, and the next span begins
+        at the next document. A deal that can't be filled is dropped whole.
+        """
+        if self.whole_index and self.whole_index.done():
+            self.index, self.whole_index = self.whole_index.result(), None
+        _, _, ends = self.index
+        spans, first = [], self.next_document
+        for _ in range(MICRO_BATCHES):
+            before = ends[first - 1] if first else 0
+            last = int(np.searchsorted(ends, before + num_tokens + 1))
+            if last >= len(ends):
+                if not self.whole_index:
+                    return None
+                self.index, self.whole_index = self.whole_index.result(), None  # only now is it needed
+                return self.deal(num_tokens)
+            spans.append((first, last + 1))
+            first = last + 1
+        self.next_document = first
+        return spans
+
+    def assemble(self, span: tuple[int, int], num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """The num_tokens + 1 tokens of a span and the documents' cumulative ends within num_tokens, 0 first."""
+        starts, lengths, _ = (array[slice(*span)] for array in self.index)
+        pieces = [self.tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+        ends = np.minimum(np.cumsum(lengths), num_tokens)
+        return np.concatenate(pieces)[: num_tokens + 1], np.concatenate(([0], ends))
+
+
+def make_micro_batch(tokens: np.ndarray, ends: np.ndarray, device: torch.device) -> MicroBatch:
+    """Inputs, targets and documents on the device; tokens (T + 1,), ends cumulative from 0 to T.
+
+    cu_seqlens is padded with T, empty documents, to a length that hardly ever changes.
+    """
+    T = len(tokens) - 1
+    padded = -(-max(T // 300, 1) // 128) * 128
+    while padded < len(ends):
+        padded *= 2
+    cu_seqlens = np.full(padded, T, dtype=np.int32)
+    cu_seqlens[: len(ends)] = ends
+    tensors = [torch.from_numpy(a.astype(np.int32)) for a in (tokens[:-1], tokens[1:], cu_seqlens)]
+    if device.type == "cuda":
+        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    inputs, targets, cu_seqlens = tensors
+    return MicroBatch(inputs, targets, Documents(cu_seqlens, int(np.diff(ends).max())))
+
+
+class StepBatch(NamedTuple):
+    """This rank's micro-batches of one step, and how often the files have been begun by then."""
+
+    epoch: int
+    micro_batches: list[MicroBatch]
+
+
+class TrainLoader:
+    """Iterates over steps; while one is computed, a thread assembles the next and copies it to the GPU.
+
+    sizes: tokens of a micro-batch at each step. Every rank deals all 8 micro-batches of a step and keeps its own, so
+    that any number of ranks sees the same. When the files run out, they start over, and the epoch counts up.
+    Raises UserError if no file can fill a step, or when a file turns out to be damaged.
+    """
+
+    def __init__(self, paths: list[Path], sizes: list[int], hp: Hyperparameters, world: World):
+        self.paths, self.sizes, self.hp, self.world = paths, sizes, hp, world
+        self.files_begun = 1
+        self.shard = self._load(0, scan_all=False)
+        self.reader = ThreadPoolExecutor(1, "next shard")
+        self.next_shard = self.reader.submit(self._load, 1)
+        self.stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+
+    def _load(self, number: int, scan_all: bool = True) -> Shard:
+        path = self.paths[number % len(self.paths)]
+        return Shard(path, self.hp.vocab_size, self.hp.train_max_seq_len, scan_all)
+
+    def _deal(self, num_tokens: int) -> list[tuple[int, int]]:
+        for _ in range(len(self.paths) + 1):
+            if spans := self.shard.deal(num_tokens):
+                return spans
+            self.shard = self.next_shard.result()
+            self.files_begun += 1
+            self.next_shard = self.reader.submit(self._load, self.files_begun)
+        raise UserError(
+            f"none of the {len(self.paths)} train files ({self.paths[0]} ...) can fill a step: it takes "
+            f"{MICRO_BATCHES} x {num_tokens + 1} tokens of documents that begin with token {BOS} and count up to "
+            f"{self.hp.train_max_seq_len} tokens each; get more data or lower the stages' tokens"
+        )
+
+    def _prepare(self, num_tokens: int) -> StepBatch:
+        spans = self._deal(num_tokens)[self.world.rank :: self.world.size]
+        with torch.cuda.stream(self.stream):  # does nothing without a GPU
+            batches = [make_micro_batch(*self.shard.assemble(span, num_tokens), self.world.device) for span in spans]
+            if self.stream:
+                self.stream.synchronize()  # in this thread; the main thread never waits for a copy
+        return StepBatch(1 + (self.files_begun - 1) // len(self.paths), batches)
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        with ThreadPoolExecutor(1, "micro-batches") as assembler, self.reader:
+            ahead = assembler.submit(self._prepare, self.sizes[0])
+            for size in [*self.sizes[1:], None]:
+                batch = ahead.result()
+                ahead = assembler.submit(self._prepare, size) if size else None
+                for tensor in (t for b in batch.micro_batches for t in (b.inputs, b.targets, b.documents.cu_seqlens)):
+                    if self.stream:  # the memory was taken on the copying stream: keep it until this one is through
+                        tensor.record_stream(torch.cuda.current_stream())
+                yield batch
+
+
+def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> list[MicroBatch]:
+    """This rank's chunks of the first val_tokens tokens, cut at fixed offsets whatever the number of ranks.
+
+    Raises UserError when the files hold fewer than val_tokens + 1 tokens.
+    """
+    needed = hp.val_tokens + 1
+    parts: list[np.ndarray] = []
+    for path in paths:
+        parts.append(read_tokens(path, hp.vocab_size, needed - sum(map(len, parts))))
+    tokens = np.concatenate(parts)
+    T = hp.val_batch_size // MICRO_BATCHES
+    batches = []
+    for start in range(T * world.rank, hp.val_tokens, T * world.size):
+        chunk = tokens[start : start + T + 1]
+        starts = np.flatnonzero(chunk[:-1] == BOS)
+        ends = np.concatenate(([0], starts[starts > 0], [T]))
+        batches.append(make_micro_batch(chunk, ends, world.device))
+    return batches
+
+
+# ======================================================================================================================
+# Schedule
+# ======================================================================================================================
+
+
+class Schedule:
+    """What depends on the step alone. Stages: three equal parts of the scheduled iterations, then the extension."""
+
+    def __init__(self, hp: Hyperparameters):
+        self.hp = hp
+        third = hp.num_scheduled_iterations // 3
+        self.starts = (0, third, 2 * third, hp.num_scheduled_iterations)
+        self.ends = (third, 2 * third, 3 * third, hp.total_steps)
+        # The first step at or after stage 3's start on which Adam steps; see Optimizer.
+        self.untie_step = self.starts[2] | 1
+
+    def stage_index(self, step: int) -> int:
+        """0, 1, 2, or 3 for the extension."""
+        return max(i for i, start in enumerate(self.starts) if step >= start)
+
+    def stage(self, step: int) -> Stage:
+        return self.hp.stages[self.stage_index(step)]
+
+    def tokens(self, step: int) -> int:
+        """Tokens of a micro-batch."""
+        return self.stage(step).tokens // MICRO_BATCHES
+
+    def lr(self, step: int) -> float:
+        """Learning-rate factor: the stage's multiplier, from the cooldown on moving linearly to lr_end."""
+        hp = self.hp
+        if step >= hp.num_scheduled_iterations:
+            return hp.lr_end
+        multiplier = self.stage(step).lr
+        cooldown_start = int(hp.num_scheduled_iterations * (1 - hp.cooldown_frac))
+        if step < cooldown_start:
+            return multiplier
+        t = (step - cooldown_start) / (hp.num_scheduled_iterations - cooldown_start)
+        return (1 - t) * multiplier + t * hp.lr_end
+
+    def momentum(self, step: int) -> float:
+        """NorMuon's: 0.85 to 0.95 over the warm-up, and back over the cool-down."""
+        low, high = 0.85, 0.95
+        warmup, cooldown = self.hp.muon_momentum_warmup, self.hp.muon_momentum_cooldown
+        if step < warmup:
+            return low + (high - low) * step / warmup
+        into_cooldown = max(0, step - (self.hp.total_steps - cooldown))
+        return high - (high - low) * into_cooldown / cooldown if into_cooldown else high
+
+    def target_weights(self, step: int) -> list[float]:
+        """Multi-token weights: linear inside a stage, from its first to its second row."""
+        i = self.stage_index(step)
+        t = (step - self.starts[i]) / max(self.ends[i] - self.starts[i], 1)
+        stage = self.hp.stages[i]
+        return [a + (b - a) * t for a, b in zip(stage.target_weights, stage.target_weights_end, strict=True)]
+
+    def windows(self, step: int) -> dict[str, int]:
+        """Attention windows in tokens, by the names in LAYERS."""
+        stage = self.stage(step)
+        return self.window_tokens(stage.short_window, stage.long_window)
+
+    def window_tokens(self, short: int, long: int) -> dict[str, int]:
+        return {"short": short * self.hp.window_block, "long": long * self.hp.window_block}
+
+
+# ======================================================================================================================
+# Log
+# ======================================================================================================================
+
+
+class Log:
+    """The run's log file, and the same lines on the terminal; on rank 0, elsewhere silent.
+
+    On a terminal, steps move a progress bar and only the other lines are printed.
+    """
+
+    def __init__(self, hp: Hyperparameters, world: World):
+        self.file, self.bar = None, None
+        self.path = Path(hp.log_dir) / f"{hp.run_id}.txt"
+        if world.rank:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "w")  # noqa: SIM115 - open for the whole run
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot write the log ({error.strerror}); give another folder with --log_dir="
+            ) from None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=hp.total_steps, unit="step", smoothing=0.05, dynamic_ncols=True)
+
+    def write(self, text: str, console: bool = True) -> None:
+        """One or more lines, at once on the disk's way."""
+        if self.file is None:
+            return
+        print(text, file=self.file, flush=True)
+        if console and self.bar is not None:
+            self.bar.write(text)
+        elif console:
+            print(text, flush=True)
+
+    def step(self, step: int, text: str) -> None:
+        """A step's line: in the file, and on the terminal as a line or the bar's progress."""
+        self.write(text, console=self.bar is None)
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> None:
+    """The source that runs, the versions, the GPUs and the overrides: what it takes to repeat the run."""
+    from subprocess import PIPE, STDOUT, run
+
+    rule = "=" * 100
+    log.write(Path(__file__).read_text(), console=False)
+    log.write(rule, console=False)
+    log.write(f"Running Python {sys.version}", console=False)
+    triton_version = getattr(triton, "__version__", "none")
+    log.write(
+        f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}, Triton {triton_version}", False
+    )
+    if torch.cuda.is_available():
+        try:
+            log.write(run(["nvidia-smi"], stdout=PIPE, stderr=STDOUT, text=True, timeout=30).stdout, console=False)
+        except (OSError, ValueError) as error:
+            log.write(f"nvidia-smi: {error}", console=False)
+    log.write(f"preset: {hp.preset}; overrides: " + (" ".join(f"--{k}={v}" for k, v in overrides.items()) or "none"))
+    log.write(rule, console=False)
+
+
+# ======================================================================================================================
+# World check
+# ======================================================================================================================
+
+
+def check_world(hp: Hyperparameters, world: World) -> list[str]:
+    """Everything that can be found wrong in two seconds; returns the lines that sum it up. Raises UserError."""
+    schedule = Schedule(hp)
+    train, val = find_files(hp.train_files), find_files(hp.val_files)
+    train_tokens, val_tokens = (sum(map(read_header, paths)) for paths in (train, val))
+    if val_tokens < hp.val_tokens + 1:
+        raise UserError(
+            f"{val[0]}{' ...' if val[1:] else ''}: {val_tokens} validation tokens, the run needs val_tokens + 1 = "
+            f"{hp.val_tokens + 1}; {FETCH}, or lower --val_tokens"
+        )
+    for path in (train[0], val[0]):  # a taste; the loader checks every token of what it reads
+        read_tokens(path, hp.vocab_size, limit=1_000_000)
+    for stage in hp.stages:
+        if train_tokens < stage.tokens + MICRO_BATCHES:
+            raise UserError(f"{train[0]}: {train_tokens} train tokens, a step takes {stage.tokens}; {FETCH}")
+    if torch.__version__ < "2.11":
+        raise UserError(f"PyTorch {torch.__version__}: 2.11 or newer is needed: pip install -r requirements.txt")
+    total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
+    machine = f"{world.size} x CPU"
+    if world.device.type == "cuda":
+        if not hasattr(triton, "__version__"):
+            raise UserError("Triton is missing, the kernels need it: pip install -r requirements.txt")
+        gpu = torch.cuda.get_device_properties(world.device)
+        free = torch.cuda.mem_get_info(world.device)[0] / 2**30
+        machine = f"{world.size} x {gpu.name}, {free:.0f} of {gpu.total_memory / 2**30:.0f} GiB free"
+    return [
+        f"world: {machine}, {world.grad_accum_steps} micro-batches each a step; {device_numbers(hp, world)}",
+        f"data: {len(train)} train shards, {train_tokens:,} tokens; "
+        f"{hp.val_tokens:,} of {val_tokens:,} validation tokens",
+        f"run: {hp.run_id}, {hp.total_steps} steps, {total:,} tokens ({total / train_tokens:.2f} of the train files)",
+    ]
+
+
+def device_numbers(hp: Hyperparameters, world: World) -> str:
+    """How numbers are held on this device, for the log."""
+    fp8, why = use_fp8(hp, world)
+    return f"parameters in {str(choose_dtype(hp, world)).removeprefix('torch.')}, head in {'FP8' if fp8 else why}"
+
+
+def choose_dtype(hp: Hyperparameters, world: World) -> torch.dtype:
+    """Type of parameters and activations."""
+    name = hp.dtype if hp.dtype != "auto" else "bfloat16" if world.device.type == "cuda" else "float32"
+    if name == "float32" and world.device.type == "cuda":
+        raise UserError("--dtype=float32: attention on a GPU takes bfloat16")
+    return getattr(torch, name)
+
+
+def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
+    """Whether the head's training products run in FP8, and if not, what they run in and why."""
+    if hp.fp8_head == "off":
+        return False, "the parameters' type (--fp8_head=off)"
+    if world.device.type != "cuda":
+        return False, "the parameters' type (no GPU)"
+    capability = torch.cuda.get_device_capability(world.device)
+    if capability >= (8, 9):
+        return True, ""
+    return False, f"bf16 (compute capability {capability[0]}.{capability[1]} has no FP8, it takes 8.9)"
+
+
+# ======================================================================================================================
+# Train
+# ======================================================================================================================
+
+
+class MicroBatchGraph:
+    """Forward and backward of one micro-batch as a CUDA graph: captured once, launched as one.
+
+    Launching its 700 kernels one by one takes longer than they run (55 ms to 31 in stage 1 on H100). Windows and
+    softmax scale are part of the capture, hence a graph a stage; gradients are added to the parameters' .grad.
+    """
+
+    def __init__(self, run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor, pool):
+        self.inputs = [t.clone() for t in (batch.inputs, batch.targets, batch.documents.cu_seqlens, target_weights)]
+        inputs, targets, cu_seqlens, target_weights = self.inputs
+        static = MicroBatch(inputs, targets, Documents(cu_seqlens, batch.documents.max_len))
+        self.graph = torch.cuda.CUDAGraph()
+        # The loader's threads go on using the GPU meanwhile: only this thread's calls belong to the capture.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            run(static, target_weights)
+
+    def fits(self, batch: MicroBatch) -> bool:
+        """False for a batch of so many documents that its cu_seqlens is longer than usual."""
+        return batch.documents.cu_seqlens.shape == self.inputs[2].shape
+
+    def replay(self, batch: MicroBatch, target_weights: Tensor) -> None:
+        """Runs it on another micro-batch of the same shape."""
+        new = (batch.inputs, batch.targets, batch.documents.cu_seqlens, target_weights)
+        for static, tensor in zip(self.inputs, new, strict=True):
+            static.copy_(tensor)
+        self.graph.replay()
+
+
+class Trainer:
+    """Model, optimizer and schedule of a run; the warm-up and the run itself go through the same steps."""
+
+    def __init__(self, hp: Hyperparameters, world: World):
+        self.hp, self.world, self.schedule = hp, world, Schedule(hp)
+        compile = hp.compile == "on" or (hp.compile == "auto" and world.device.type == "cuda")
+        torch.manual_seed(hp.seed)
+        self.model = GPT(hp, world.device, choose_dtype(hp, world), compile)
+        if world.size > 1:
+            for p in self.model.parameters():
+                dist.broadcast(p.data, src=0)
+        self.optimizer = Optimizer(self.model, hp, world, self.schedule.untie_step, compile)
+        self.grad_scale = hp.grad_scale / world.grad_accum_steps
+        self.fp8_grad_scale = self.grad_scale if use_fp8(hp, world)[0] else None
+        weights = torch.zeros(hp.total_steps, max(len(stage.target_weights) for stage in hp.stages))
+        for step, row in enumerate(weights):
+            values = self.schedule.target_weights(step)
+            row[: len(values)] = torch.tensor(values)
+        self.target_weights = weights.to(world.device)  # every step's, so that no step copies its own
+        self.stage_index = 0
+        self.graphs: dict[int, MicroBatchGraph] = {}  # by stage
+        self.use_graphs = world.device.type == "cuda" and hp.cuda_graphs == "auto"
+
+    def enter_step(self, step: int) -> None:
+        """Follows the schedule to the stage of `step`; at a stage's first step the rotary frequencies follow."""
+        while self.stage_index < self.schedule.stage_index(step):
+            old, new = self.hp.stages[self.stage_index : self.stage_index + 2]
+            self.stage_index += 1
+            if new.long_window != old.long_window:
+                block = self.hp.window_block
+                self.model.yarn.grow(old.long_window * block, new.long_window * block)
+
+    def target_weights_of(self, step: int) -> Tensor:
+        """Multi-token weights of a step, on the device."""
+        return self.target_weights[step, : len(self.schedule.stage(step).target_weights)]
+
+    def micro_step(self, step: int, batch: MicroBatch, target_weights: Tensor) -> None:
+        """Forward and backward of one micro-batch; adds to the gradients."""
+        losses = self.model(batch, self.schedule.windows(step), target_weights, self.fp8_grad_scale)
+        (losses.sum() * self.grad_scale).backward()
+
+    def train_step(self, step: int, micro_batches: list[MicroBatch]) -> None:
+        """One step: forward and backward on each micro-batch, then the optimizer."""
+        target_weights, graph = self.target_weights_of(step), self.graphs.get(self.stage_index)
+        for batch in micro_batches:
+            if graph and graph.fits(batch):
+                graph.replay(batch, target_weights)
+            else:
+                self.micro_step(step, batch, target_weights)
+        self.optimizer.step(step, self.schedule.lr(step), self.schedule.momentum(step))
+
+    def capture(self, step: int, batch: MicroBatch) -> None:
+        """Captures the graph of the stage of `step` from a micro-batch of its shape, after that shape has run once."""
+        longest = min(self.hp.train_max_seq_len, len(batch.inputs))
+        batch = batch._replace(documents=batch.documents._replace(max_len=longest))
+        pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None  # stages never overlap
+        self.graphs[self.stage_index] = MicroBatchGraph(
+            partial(self.micro_step, step), batch, self.target_weights_of(step), pool
+        )
+
+    @torch.no_grad()
+    def validate(self, batches: list[MicroBatch], windows: dict[str, int]) -> float:
+        """Mean cross-entropy of all ranks' validation tokens, in nats."""
+        one = torch.ones(1, device=self.world.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for batch in batches:
+            total += self.model(batch, windows, one, head_chunk=32_768).double().sum()
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        return total.item() / self.hp.val_tokens
+
+    def warm_up(self, train_paths: list[Path], val_batches: list[MicroBatch]) -> None:
+        """Compiles everything the run will use, on real shapes, and puts everything back as it was."""
+        saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        schedule = self.schedule
+        steps = [start for start, end in zip(schedule.starts, schedule.ends, strict=True) if start < end]
+        batches = TrainLoader(train_paths, [schedule.tokens(step) for step in steps], self.hp, self.world)
+        for step, batch in zip(steps, batches, strict=True):
+            self.enter_step(step)
+            if self.use_graphs:
+                self.micro_step(step, batch.micro_batches[0], self.target_weights_of(step))  # compiles
+                self.capture(step, batch.micro_batches[0])
+            self.train_step(step, batch.micro_batches)
+        untie = schedule.untie_step
+        for step in (0, 1, untie, untie + 2):  # Adam steps on odd steps only, on the embedding after the untying
+            self.optimizer.step(step, schedule.lr(0), schedule.momentum(0))
+        self.validate(val_batches[:1], schedule.windows(0))
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(saved[name])
+        self.optimizer.reset()
+        self.model.yarn.reset()
+        self.stage_index = 0
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()  # what ran before the graphs were captured is not needed again
+
+    def run(self, log: Log, train_paths: list[Path], val_batches: list[MicroBatch]) -> float:
+        """The run on the clock; returns the final validation loss."""
+        hp, schedule = self.hp, self.schedule
+        validate_at = {*hp.val_steps, *range(0, hp.total_steps, hp.val_loss_every or hp.total_steps + 1)}
+        if not hp.val_loss_every:
+            validate_at.discard(0)
+        sizes = [schedule.tokens(step) for step in range(hp.total_steps)]
+        batches = iter(TrainLoader(train_paths, sizes, hp, self.world))
+        clock, epoch = Clock(self.world.device), 1
+        first_loss = None
+        for step in range(hp.total_steps + 1):
+            last = step == hp.total_steps
+            if last or step in validate_at:
+                clock.stop()
+                # The windows trained with so far: a new stage begins with its first training step.
+                windows = schedule.window_tokens(*FINAL_WINDOWS) if last else schedule.windows(max(step - 1, 0))
+                loss = self.validate(val_batches, windows)
+                first_loss = loss if first_loss is None else first_loss
+                log.step(step, f"step:{step}/{hp.total_steps} val_loss:{loss:.4f} {clock.text(step)}")
+                clock.start()
+            if last:
+                break
+            batch = next(batches)
+            if batch.epoch > epoch:
+                epoch = batch.epoch
+                log.write(f"epoch {epoch}: the train files ran out at step {step} and start over")
+            self.enter_step(step)
+            self.train_step(step, batch.micro_batches)
+            clock.step_issued()
+            log.step(step + 1, f"step:{step + 1}/{hp.total_steps} {clock.text(step + 1)}")
+        next(batches, None)  # lets the loader end its threads
+        return loss
+
+    def save_checkpoint(self, log: Log) -> None:
+        """The model's parameters, on rank 0, beside the log; torch.load(path, weights_only=True) reads them."""
+        if self.world.rank:
+            return
+        path = log.path.with_name(f"{self.hp.run_id}_step{self.hp.total_steps:06d}.pt")
+        settings = {f.name: getattr(self.hp, f.name) for f in fields(self.hp) if f.name != "stages"}
+        temporary = path.with_suffix(".part")
+        torch.save(dict(step=self.hp.total_steps, hyperparameters=settings, model=self.model.state_dict()), temporary)
+        temporary.rename(path)
+        log.write(f"checkpoint: {path}")
+
+
+class Clock:
+    """Training time in milliseconds, without what is off the clock. It waits for the GPU only when it stops."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.elapsed = device, 0.0
+        self.issued: list[torch.cuda.Event] = []
+        self.start()
+
+    def step_issued(self) -> None:
+        """Lets the CPU run one step ahead of the GPU, not more, so that times in the log are times of the GPU."""
+        if self.device.type == "cuda":
+            self.issued.append(torch.cuda.Event())
+            self.issued[-1].record()
+            if len(self.issued) > 1:
+                self.issued.pop(0).synchronize()
+
+    def start(self) -> None:
+        self._synchronize()
+        self.since = time.perf_counter()
+
+    def stop(self) -> None:
+        self._synchronize()
+        self.elapsed += 1000 * (time.perf_counter() - self.since)
+        self.since = None
+
+    def text(self, step: int) -> str:
+        """As logs have it; `step` steps are done."""
+        total = self.elapsed + (1000 * (time.perf_counter() - self.since) if self.since else 0)
+        return f"train_time:{total:.0f}ms step_avg:{total / max(step, 1):.2f}ms"
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def main(arguments: list[str]) -> None:
+    """A whole run."""
+    begin = time.perf_counter()
+    log = None
+    try:
+        world = World.from_environment()
+        hp, overrides = parse_arguments(arguments, has_gpu=world.device.type == "cuda")
+        summary = check_world(hp, world)
+        log = Log(hp, world)
+        for line in summary:
+            print(line, flush=True) if world.rank == 0 else None
+        log_header(log, hp, overrides)
+        for line in summary:
+            log.write(line, console=False)
+        world.start()
+        trainer = Trainer(hp, world)
+        val_batches = validation_batches(find_files(hp.val_files), hp, world)
+        train_paths = find_files(hp.train_files)
+        trainer.warm_up(train_paths, val_batches)
+        log.write(f"warm-up: {time.perf_counter() - begin:.1f} s from the start of main")
+        loss = trainer.run(log, train_paths, val_batches)
+        if hp.save_checkpoint:
+            trainer.save_checkpoint(log)
+        if world.device.type == "cuda":
+            allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+            log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+        log.write(f"validation loss {loss:.4f} after {hp.total_steps} steps; log: {log.path}")
+        world.stop()
+    except UserError as error:
+        message = f"train_gpt.py: error: {error}"
+        if log:
+            log.write(message, console=False)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(message, file=sys.stderr, flush=True)
+        sys.exit(1)
+    finally:
+        if log:
+            log.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
