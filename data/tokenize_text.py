@@ -1,0 +1,455 @@
+"""Make token shards from your own text, with GPT-2's tokens.
+
+    python data/tokenize_text.py FILES... --out DIR [--prefix text] [--separator STRING] [--field text]
+        [--val_fraction 0.05] [--shard_tokens 100000000] [--workers N] [--overwrite]
+
+reads .txt and .jsonl files, also gzipped (.txt.gz, .jsonl.gz), in UTF-8, and writes DIR/<prefix>_val_000000.bin, ...
+and DIR/<prefix>_train_000001.bin, ... A .jsonl file has one document per line, under the key --field. A .txt file is
+one document, or several between --separator strings. Documents without any text are left out. Training reads only
+the first 2048 tokens of each document (`train_max_seq_len`), so a book is better given in chapters or pages.
+
+Shards hold exactly --shard_tokens tokens, the last ones fewer; a document that reaches a shard's end goes on in the
+next, as in FineWeb10B. The result depends only on the files, their order and these options, not on --workers. Memory
+stays bounded by the shard size and the longest .jsonl line. Shards appear in DIR together, once all of them are done.
+"""
+
+import argparse
+import codecs
+import contextlib
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from shards import BOS, MAX_TOKENS, DataError, reason, root_cause, write_shard
+from tqdm import tqdm
+
+EXTENSIONS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+READ_BYTES = 1 << 20
+PIECE_CHARS = 1 << 20  # longer documents are encoded in pieces
+MAX_PIECE_CHARS = 1 << 22  # a text without white space is cut here, at the price of one unusual token border
+BATCH_CHARS = 1 << 20  # what a worker encodes at a time
+TRAIN_MAX_SEQ_LEN = 2048  # train_gpt.py's default, for the closing note only
+
+
+class Piece(NamedTuple):
+    """A document or a part of one."""
+
+    starts_document: bool
+    text: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def last_safe_cut(text: str, end: int) -> int:
+    """The last position <= `end` where text can be cut without changing its tokens, or 0 if there is none.
+
+    GPT-2's tokens never reach from a visible character into white space after it, and its splitting pattern looks
+    ahead only from white space. So both sides of such a place encode the same, together or apart.
+    """
+    match = re.compile(r".*\S(?=[ \n])", re.DOTALL).match(text, 0, end + 1)
+    return match.end() if match else 0
+
+
+def pieces(chunks: Iterable[str], separator: str = "") -> Iterator[Piece]:
+    """Turn a text that comes in chunks into documents, cut at `separator` (if not empty), and long ones into pieces.
+
+    The concatenated texts of a document's pieces are the document; blank documents are left out.
+    """
+    buffer, starts = "", True
+    for chunk in chunks:
+        buffer += chunk
+        if separator:
+            *documents, buffer = buffer.split(separator)
+            for text in documents:
+                if not starts or text.strip():
+                    yield Piece(starts, text)
+                starts = True
+        if len(buffer) > PIECE_CHARS:
+            # What may be the beginning of a separator stays; so does the white space that makes a cut safe.
+            end = len(buffer) - max(len(separator) - 1, 1)
+            cut = last_safe_cut(buffer, end) or (end if len(buffer) > MAX_PIECE_CHARS else 0)
+            if cut > 0:
+                yield Piece(starts, buffer[:cut])
+                buffer, starts = buffer[cut:], False
+    if buffer.strip() or (buffer and not starts):
+        yield Piece(starts, buffer)
+
+
+def text_chunks(stream: BinaryIO, path: Path) -> Iterator[str]:
+    """Decode a UTF-8 stream in chunks, without its byte order mark. Raises DataError with the place of bad bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, first = 0, True
+    while True:
+        data = stream.read(READ_BYTES)
+        waiting = len(decoder.getstate()[0])  # bytes of an unfinished character, decoded together with the next chunk
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not valid UTF-8 at byte {offset - waiting + error.start}") from None
+        offset += len(data)
+        yield text.removeprefix("\ufeff") if first else text
+        first = first and not text
+        if not data:
+            return
+
+
+def json_document(line: bytes, field: str, where: str) -> str:
+    """The text under the key `field` of one .jsonl line. Raises DataError naming the line, `where`."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: not valid UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({reason(error)})") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object with the key {field!r}, not a {type(record).__name__}")
+    if field not in record:
+        keys = ", ".join(map(repr, record)) or "none"
+        raise DataError(f"{where}: no key {field!r}, choose with --field; the keys are: {keys[:100]}")
+    if not isinstance(record[field], str):
+        raise DataError(f"{where}: {field!r} is a {type(record[field]).__name__}, not a string")
+    return record[field]
+
+
+def read_pieces(path: Path, field: str, separator: str, advance: Callable[[int], object]) -> Iterator[Piece]:
+    """The documents of one input file. Calls `advance` with the number of bytes read from disk since the last call."""
+    with contextlib.ExitStack() as stack:
+        try:
+            raw = stack.enter_context(open(path, "rb"))
+            stream = stack.enter_context(gzip.open(raw)) if path.suffix == ".gz" else raw
+            position = 0
+
+            def watched(parts: Iterable) -> Iterator:
+                nonlocal position
+                for part in parts:
+                    if raw.seekable():  # a named pipe has no position
+                        advance(raw.tell() - position)
+                        position = raw.tell()
+                    yield part
+
+            if ".jsonl" in path.suffixes[-2:]:
+                for number, line in enumerate(watched(stream), start=1):
+                    if line.strip():
+                        text = json_document(line, field, f"{path}:{number}")
+                        yield from pieces(text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
+            else:
+                yield from pieces(watched(text_chunks(stream, path)), separator)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{path}: damaged gzip file ({reason(error)})") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({reason(error)})") from None
+
+
+def batches(all_pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Group pieces to batches of about BATCH_CHARS characters."""
+    batch, size = [], 0
+    for piece in all_pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gpt2_encoding():
+    """tiktoken's GPT-2 encoding. Raises DataError if its files are neither cached nor to be had.
+
+    Called once a run, in the main process; the workers get the encoding from there. A test can put a smaller
+    `tiktoken.Encoding` in its place.
+    """
+    try:
+        import tiktoken
+    except ImportError:
+        raise DataError("needs the package tiktoken; install it with: pip install tiktoken") from None
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:
+        raise DataError(
+            f"GPT-2's vocabulary is not on this machine and tiktoken could not download it "
+            f"({reason(root_cause(error))}); run once with a network, or set TIKTOKEN_CACHE_DIR to a copy of the "
+            "cache folder of a machine where it has run"
+        ) from None
+
+
+def encode_batch(encoding, batch: list[Piece]) -> list[np.ndarray]:
+    """Token ids of each piece, uint16, with BOS in front of a document's first."""
+    encoded = []
+    for piece in batch:
+        # encode_ordinary: "<|endoftext|>" written in a text is text, not the beginning of a document
+        ids = encoding.encode_ordinary(piece.text)
+        encoded.append(np.array([BOS, *ids] if piece.starts_document else ids, dtype=np.uint16))
+    return encoded
+
+
+def start_worker(encoding) -> None:
+    """Set a worker process up: it keeps the encoding, and leaves Ctrl-C to the main process."""
+    global worker_encoding
+    worker_encoding = encoding
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def encode_in_worker(batch: list[Piece]) -> list[np.ndarray]:
+    """`encode_batch` in a worker process."""
+    return encode_batch(worker_encoding, batch)
+
+
+def encode_all(encoding, all_batches: Iterable[list[Piece]], workers: int) -> Iterator[tuple[bool, np.ndarray]]:
+    """(starts a document?, token ids) of each piece, in the order of the pieces, whatever the number of workers."""
+    if workers == 1:
+        for batch in all_batches:
+            for piece, ids in zip(batch, encode_batch(encoding, batch), strict=True):
+                yield piece.starts_document, ids
+        return
+
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(encoding,))
+    waiting = deque()  # of (starts, future); bounded, or reading would run ahead of encoding and fill the memory
+
+    def oldest() -> Iterator[tuple[bool, np.ndarray]]:
+        starts, future = waiting.popleft()
+        return zip(starts, future.result(), strict=True)
+
+    try:
+        for batch in all_batches:
+            waiting.append(([piece.starts_document for piece in batch], pool.submit(encode_in_worker, batch)))
+            if len(waiting) > 3 * workers:
+                yield from oldest()
+        while waiting:
+            yield from oldest()
+    except BrokenProcessPool:
+        raise DataError("a worker process was killed, perhaps for lack of memory; try fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Writes a stream of tokens as shards `<name>_<number>.bin` of `shard_tokens` tokens each."""
+
+    def __init__(self, folder: Path, name: str, first_number: int, shard_tokens: int):
+        self.folder, self.name, self.number, self.shard_tokens = folder, name, first_number, shard_tokens
+        self.total = 0  # tokens so far, in all shards
+        self.parts, self.size = [], 0  # the tokens of the shard to come
+
+    def append(self, ids: np.ndarray) -> None:
+        """Add token ids, uint16 of shape (n,), writing every shard that they fill. Raises OSError."""
+        self.total += len(ids)
+        while len(ids):
+            part, ids = np.split(ids, [self.shard_tokens - self.size])
+            self.parts.append(part)
+            self.size += len(part)
+            if self.size == self.shard_tokens:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what there is as one shard. Raises OSError."""
+        if self.size:
+            write_shard(self.folder / f"{self.name}_{self.number:06d}.bin", np.concatenate(self.parts))
+            self.number += 1
+            self.parts, self.size = [], 0
+
+
+def existing_shards(folder: Path, prefix: str) -> list[Path]:
+    """The shards of this prefix in `folder`, validation first."""
+    return [path for kind in ("val", "train") for path in sorted(folder.glob(f"{prefix}_{kind}_*.bin"))]
+
+
+@contextlib.contextmanager
+def staging_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder inside `out` for shards in the making, gone afterwards; so is `out`, if it is new and empty."""
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".tokenize_text.", dir=out))
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if new:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+
+
+def write_shards(encoded: Iterable[tuple[bool, np.ndarray]], args: argparse.Namespace) -> list[str]:
+    """Deal documents to validation and training and write their shards; returns lines that say what was made.
+
+    A document goes to validation whenever validation has less than its fraction of the tokens so far: the split needs
+    no knowledge of what is to come, and reaches the fraction however long the documents are.
+    """
+    with staging_folder(args.out) as staging:
+        val = ShardWriter(staging, f"{args.prefix}_val", 0, args.shard_tokens)
+        train = ShardWriter(staging, f"{args.prefix}_train", 1, args.shard_tokens)
+        target, documents, long_documents, length = train, 0, 0, 0
+        for starts, ids in encoded:
+            if starts:
+                target = val if val.total < args.val_fraction * (val.total + train.total) else train
+                documents, length = documents + 1, 0
+            target.append(ids)
+            long_documents += length <= TRAIN_MAX_SEQ_LEN < length + len(ids)
+            length += len(ids)
+        if not documents:
+            raise DataError(f"nothing to tokenise: no text in {', '.join(map(str, args.files))}"[:300])
+        if documents == 1 and args.val_fraction > 0:
+            raise DataError(
+                "there is only one document, so nothing would be left for validation; split it with --separator, "
+                "give more files, or make training shards only with --val_fraction 0"
+            )
+        val.flush()
+        train.flush()
+
+        for path in existing_shards(args.out, args.prefix):  # only with --overwrite; training would read leftovers too
+            path.unlink()
+        for path in existing_shards(staging, args.prefix):
+            os.replace(path, args.out / path.name)
+
+    lines = [f"{documents:,} documents: {train.total:,} training and {val.total:,} validation tokens in {args.out}"]
+    lines += [f"  {path.name}" for path in existing_shards(args.out, args.prefix)]
+    if long_documents:
+        lines.append(
+            f"note: {long_documents:,} documents have more than {TRAIN_MAX_SEQ_LEN} tokens, and training reads only "
+            f"the first {TRAIN_MAX_SEQ_LEN} of each (train_max_seq_len); --separator cuts .txt files to smaller ones"
+        )
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def number_between(kind: type, low: float, high: float, below: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` from `low` to `high`, without `high` itself if `below`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (below and value == high):
+            what = "a whole number" if kind is int else "a number"
+            upper = f"below {high}" if below else f"to {high}"
+            raise argparse.ArgumentTypeError(f"must be {what} from {low} {upper}, not {text!r}")
+        return value
+
+    return parse
+
+
+def prefix_name(text: str) -> str:
+    """An argparse type: a beginning of file names, without the characters that glob patterns treat specially."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", text):
+        raise argparse.ArgumentTypeError(f"must be of letters, digits, '_', '-' and '.', not {text!r}")
+    return text
+
+
+def unescape(text: str) -> str:
+    r"""An argparse type: a string in which \n, \t and \\ stand for a line break, a tab and a backslash."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line as a namespace; exits with a message if it is not valid."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("files", nargs="+", type=Path, metavar="FILES", help=", ".join(EXTENSIONS))
+    add("--out", type=Path, required=True, metavar="DIR", help="output folder, made if it does not exist")
+    add("--prefix", type=prefix_name, default="text", help="beginning of the shards' names (default: %(default)s)")
+    add("--separator", type=unescape, default="", help=r"between documents in .txt files; \n is a line break")
+    add("--field", default="text", help="key of the text in .jsonl files (default: %(default)s)")
+    add(
+        "--val_fraction",
+        type=number_between(float, 0, 1, below=True),
+        default=0.05,
+        help="part of the tokens that goes to validation, by whole documents (default: %(default)s)",
+    )
+    add(
+        "--shard_tokens",
+        type=number_between(int, 1, MAX_TOKENS),
+        default=100_000_000,
+        help="tokens per shard (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=number_between(int, 1, 1024),
+        default=os.cpu_count() or 1,
+        help="processes that encode (default: %(default)s, one for each CPU core)",
+    )
+    add("--overwrite", action="store_true", help="replace the shards of this prefix that are in DIR")
+    return parser.parse_args(argv)
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Find what can be known to be wrong before any work. Raises DataError."""
+    for path in args.files:
+        if not path.name.endswith(EXTENSIONS):
+            raise DataError(f"{path}: unknown kind of file; known are {', '.join(EXTENSIONS)}")
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder, not a file")
+        if not path.exists():
+            raise DataError(f"{path}: no such file")
+    if not args.overwrite and (shards := existing_shards(args.out, args.prefix)):
+        raise DataError(f"{shards[0]} is there already; choose another --out or --prefix, or pass --overwrite")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the shards that the parsed command line asks for. Raises DataError."""
+    check_paths(args)
+    encoding = gpt2_encoding()
+    size = sum(path.stat().st_size for path in args.files)
+    # disable=None: a progress bar on a terminal only
+    with tqdm(total=size, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar:
+        documents = (
+            piece for path in args.files for piece in read_pieces(path, args.field, args.separator, bar.update)
+        )
+        # closing: on an error, wait for the workers here and now
+        with contextlib.closing(encode_all(encoding, batches(documents), args.workers)) as encoded:
+            try:
+                lines = write_shards(encoded, args)
+            except OSError as error:  # of reading, there are none left
+                raise DataError(f"cannot write to {args.out}: {reason(error)}") from None
+    print("\n".join(lines))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv`; returns the exit status."""
+    args = parse_args(argv)
+    try:
+        run(args)
+    except DataError as error:
+        print(f"tokenize_text.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tokenize_text.py: interrupted; no shards were written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, which removes what is half-made
+    sys.exit(main())
