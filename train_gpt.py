@@ -1833,6 +1833,8 @@ class Trainer:
             validate_at.discard(0)
         sizes = [schedule.tokens(step) for step in range(hp.total_steps)]
         batches = iter(TrainLoader(train_paths, sizes, hp, self.world))
+        if self.world.size > 1:
+            dist.barrier()  # the clock does not run while the first rank waits for the last to compile
         clock, epoch = Clock(self.world.device), 1
         first_loss = None
         for step in range(hp.total_steps + 1):
