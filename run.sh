@@ -11,9 +11,11 @@ say() { printf 'run.sh: %s\n' "$*" >&2; }
 
 # ---- set-up: a virtual environment with requirements.txt, unless PYTHON names a Python that has them
 if [ -z "${PYTHON:-}" ]; then
-    base=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3 || true)
-    if [ -z "$base" ] || ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        say "Python 3.11 or newer is needed, found: ${base:-none}"
+    for base in python3 python3.13 python3.12 python3.11 ""; do
+        "${base:-true}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+    done
+    if [ -z "$base" ]; then
+        say "Python 3.11 or newer is needed; python3 is $(python3 --version 2>&1 || echo missing)"
         exit 1
     fi
     if [ ! -x .venv/bin/python ]; then
