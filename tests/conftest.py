@@ -1,0 +1,32 @@
+"""What all tests share. Without a GPU the Triton kernels run in Triton's interpreter, on the CPU."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Before anything imports triton: it reads the variable when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    """||out - ref|| / ||ref|| in float64; infinite where a NaN is. A reference of zero or infinite norm is an error."""
+    assert out.shape == ref.shape, f"shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
+    out, ref = out.detach().cpu().double(), ref.detach().cpu().double()
+    size = ref.norm().item()
+    assert 0 < size < float("inf"), f"a reference of norm {size} tests nothing"
+    error = ((out - ref).norm() / size).item()
+    return error if error == error else float("inf")
