@@ -265,6 +265,12 @@ def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameter
     return hp, overrides
 
 
+def help_text() -> str:
+    """The usage lines and every hyperparameter with its default."""
+    lines = [f"  --{f.name}={f.default}" for f in fields(Hyperparameters) if f.name != "stages"]
+    return "\n".join([*__doc__.strip().splitlines()[:5], "Hyperparameters and their defaults:", *lines])
+
+
 def parse_value(name: str, kind: type, text: str) -> object:
     """The text of --name=text as the type of the field."""
     if kind not in (str, int, float, bool, tuple[int, ...]):
@@ -655,8 +661,8 @@ def fp8_product(a: Tensor, b: Tensor, a_scale: float, b_scale: float, out_dtype:
 class HeadLoss(torch.autograd.Function):
     """Softcapped multi-token cross-entropy of the logits x @ head, per position: (T, C), (C, V) -> (T,) float32.
 
-    With `grad_scale` not None the products run in FP8: activations and weights in e4m3, the gradient, which is
-    `grad_scale` times that of a mean, in e5m2. The logits' gradient is only ever written in the type its products read.
+    With `grad_scale` not None the products run in FP8: activations and weights in e4m3, the gradient in e5m2, in steps
+    that suit losses multiplied by `grad_scale`. The logits' gradient is written in the type its products read, only.
     """
 
     @staticmethod
@@ -1611,6 +1617,12 @@ class Log:
             self.file.close()
 
 
+def versions() -> str:
+    """Of PyTorch, CUDA and Triton."""
+    triton_version = getattr(triton, "__version__", "none")
+    return f"PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}, Triton {triton_version}"
+
+
 def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> None:
     """The source that runs, the versions, the GPUs and the overrides: what it takes to repeat the run."""
     from subprocess import PIPE, STDOUT, run
@@ -1618,11 +1630,7 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
     rule = "=" * 100
     log.write(Path(__file__).read_text(), console=False)
     log.write(rule, console=False)
-    log.write(f"Running Python {sys.version}", console=False)
-    triton_version = getattr(triton, "__version__", "none")
-    log.write(
-        f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}, Triton {triton_version}", False
-    )
+    log.write(f"Running Python {sys.version}\nRunning {versions()}", console=False)
     if torch.cuda.is_available():
         try:
             log.write(run(["nvidia-smi"], stdout=PIPE, stderr=STDOUT, text=True, timeout=30).stdout, console=False)
@@ -1647,7 +1655,7 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
             f"{val[0]}{' ...' if val[1:] else ''}: {val_tokens} validation tokens, the run needs val_tokens + 1 = "
             f"{hp.val_tokens + 1}; {FETCH}, or lower --val_tokens"
         )
-    for path in (train[0], val[0]):  # a taste; the loader checks every token of what it reads
+    for path in (*train, *val):  # a taste; the loader checks every token of what it reads
         read_tokens(path, hp.vocab_size, limit=1_000_000)
     for stage in hp.stages:
         if train_tokens < stage.tokens + MICRO_BATCHES:
@@ -1655,18 +1663,25 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
     if torch.__version__ < "2.11":
         raise UserError(f"PyTorch {torch.__version__}: 2.11 or newer is needed: pip install -r requirements.txt")
     total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
-    machine = f"{world.size} x CPU"
+    machine, notes = f"{world.size} x CPU", []
     if world.device.type == "cuda":
         if not hasattr(triton, "__version__"):
             raise UserError("Triton is missing, the kernels need it: pip install -r requirements.txt")
         gpu = torch.cuda.get_device_properties(world.device)
         free = torch.cuda.mem_get_info(world.device)[0] / 2**30
         machine = f"{world.size} x {gpu.name}, {free:.0f} of {gpu.total_memory / 2**30:.0f} GiB free"
+        # Measured for the speedrun's model: 7.4 GiB whatever the batch, 28 GiB with 49,152 tokens.
+        largest = max(stage.tokens for stage in hp.stages) // MICRO_BATCHES
+        needed = 7.4 + 20.7 * largest / 49_152 * hp.model_dim / 768
+        if free < needed:
+            notes = [f"note: about {needed:.0f} GiB are needed, {free:.0f} are free: lower the tokens in STAGES"]
     return [
         f"world: {machine}, {world.grad_accum_steps} micro-batches each a step; {device_numbers(hp, world)}",
+        f"software: Python {sys.version.split()[0]}, {versions()}",
         f"data: {len(train)} train shards, {train_tokens:,} tokens; "
         f"{hp.val_tokens:,} of {val_tokens:,} validation tokens",
         f"run: {hp.run_id}, {hp.total_steps} steps, {total:,} tokens ({total / train_tokens:.2f} of the train files)",
+        *notes,
     ]
 
 
@@ -1909,6 +1924,9 @@ class Clock:
 
 def main(arguments: list[str]) -> None:
     """A whole run."""
+    if {"-h", "--help"} & {*arguments}:
+        print(help_text())
+        return
     begin = time.perf_counter()
     log = None
     try:
@@ -1916,11 +1934,10 @@ def main(arguments: list[str]) -> None:
         hp, overrides = parse_arguments(arguments, has_gpu=world.device.type == "cuda")
         summary = check_world(hp, world)
         log = Log(hp, world)
-        for line in summary:
-            print(line, flush=True) if world.rank == 0 else None
+        if world.rank == 0:
+            print(*summary, sep="\n", flush=True)
         log_header(log, hp, overrides)
-        for line in summary:
-            log.write(line, console=False)
+        log.write("\n".join(summary), console=False)
         world.start()
         trainer = Trainer(hp, world)
         val_batches = validation_batches(find_files(hp.val_files), hp, world)
