@@ -1146,7 +1146,7 @@ class Alone:
     """Communication of a parameter when there is one rank: none. The other policies have the same four steps."""
 
     def __init__(self, p: Tensor, world: World):
-        self.p, self.world, self.work = p, world, None
+        self.p, self.world = p, world
         self.slice = p  # what this rank updates
 
     def reduce(self, grad: Tensor) -> None:
@@ -1168,27 +1168,30 @@ class Alone:
         """The whole of an optimizer state of which every rank holds its slice."""
         return state
 
-    def average(self, tensor: Tensor) -> Tensor:
-        # gloo has no average
-        return tensor if dist.get_backend() == "nccl" else tensor.div_(self.world.size)
 
-    @property
-    def op(self) -> dist.ReduceOp:
-        return dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM
+# PyTorch 2.13 renamed these two; 2.11 has the old names only.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Replicated(Alone):
     """Every rank updates the whole of a small parameter from the all-reduced gradient."""
+
+    def __init__(self, p: Tensor, world: World):
+        super().__init__(p, world)
+        self.averages = dist.get_backend() == "nccl"  # gloo can only sum
+        self.op = dist.ReduceOp.AVG if self.averages else dist.ReduceOp.SUM
 
     def reduce(self, grad: Tensor) -> None:
         self.grad, self.work = grad, dist.all_reduce(grad, self.op, async_op=True)
 
     def reduced(self) -> Tensor:
         self.work.wait()
-        return self.average(super().reduced())
+        grad = super().reduced()
+        return grad if self.averages else grad.div_(self.world.size)
 
 
-class Sharded(Alone):
+class Sharded(Replicated):
     """Each rank updates an equal share of the first dimension: reduce-scatter, update, all-gather."""
 
     def __init__(self, p: Tensor, world: World):
@@ -1197,19 +1200,17 @@ class Sharded(Alone):
 
     def reduce(self, grad: Tensor) -> None:
         self.grad = torch.empty_like(self.slice)
-        self.work = dist.reduce_scatter_tensor(self.grad, grad.contiguous(), self.op, async_op=True)
-
-    reduced = Replicated.reduced
+        self.work = reduce_scatter(self.grad, grad.contiguous(), self.op, async_op=True)
 
     def gather(self) -> None:
-        self.work = dist.all_gather_into_tensor(self.p, self.slice.clone(), async_op=True)
+        self.work = all_gather(self.p, self.slice.clone(), async_op=True)
 
     def gathered(self) -> None:
         self.work.wait()
 
     def full(self, state: Tensor) -> Tensor:
         out = state.new_empty(self.p.shape)
-        dist.all_gather_into_tensor(out, state)
+        all_gather(out, state)
         return out
 
 
