@@ -252,7 +252,9 @@ def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameter
         if not argument.startswith("--") or not equals:
             raise UserError(f"argument {argument!r} is not of the form --name=value")
         if name not in types:
-            raise UserError(f"unknown hyperparameter --{name}; there are: {', '.join(types)}")
+            raise UserError(
+                f"unknown hyperparameter --{name}; there are: {', '.join(n for n in types if n != 'stages')}"
+            )
         overrides[name] = parse_value(name, types[name], text)
     preset = overrides.get("preset", "auto")
     if preset == "auto":
@@ -299,7 +301,10 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
         require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
     require(0 < hp.cooldown_frac <= 1, f"--cooldown_frac={hp.cooldown_frac} must be in (0, 1]")
     require(hp.num_scheduled_iterations >= 3, "--num_scheduled_iterations must be at least 3: one step a stage")
-    require(hp.val_tokens % hp.val_batch_size == 0, f"--val_tokens must be a multiple of {hp.val_batch_size=}")
+    require(
+        hp.val_tokens % hp.val_batch_size == 0,
+        f"--val_tokens must be a multiple of --val_batch_size={hp.val_batch_size}",
+    )
     require(hp.val_batch_size % MICRO_BATCHES == 0, f"--val_batch_size must be a multiple of {MICRO_BATCHES}")
     require(hp.num_heads % 2 == 0, f"--num_heads={hp.num_heads} must be even: some layers pair their heads")
     require(hp.head_dim > 0 and hp.head_dim % 8 == 0, f"--head_dim={hp.head_dim} must be a multiple of 8")
@@ -342,8 +347,9 @@ class World(NamedTuple):
             raise UserError(f"{size} processes do not divide the 8 micro-batches of a step: start 1, 2, 4 or 8")
         if not torch.cuda.is_available():
             return World(rank, local_rank, size)
-        if local_rank >= torch.cuda.device_count():
-            gpus = torch.cuda.device_count()
+        gpus = torch.cuda.device_count()
+        # Not by this process's own rank: every rank must see it, so that rank 0 can say it.
+        if max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > gpus:
             raise UserError(f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})")
         return World(rank, local_rank, size, torch.device("cuda", local_rank))
 
@@ -1318,12 +1324,13 @@ def read_header(path: Path) -> int:
     """Number of tokens of a shard file. Raises UserError naming the file for anything that is not a whole shard."""
     try:
         with open(path, "rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
+            header = file.read(HEADER_BYTES)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if size < HEADER_BYTES:
         raise UserError(f"{path}: truncated, {size} bytes are less than a header's {HEADER_BYTES}; {FETCH}")
+    header = np.frombuffer(header, dtype="<i4")
     if header[0] != SHARD_MAGIC:
         raise UserError(f"{path}: not a token shard, magic number {header[0]} instead of {SHARD_MAGIC}; {FETCH}")
     if header[1] != SHARD_VERSION:
@@ -1343,7 +1350,9 @@ def read_tokens(path: Path, vocab_size: int, limit: int | None = None) -> np.nda
         raise UserError(f"{path}: shrank while it was read; {FETCH}")
     if count and tokens.max() >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
-        raise UserError(f"{path}: token id {tokens[at]} at position {at}, the vocabulary ends at {vocab_size - 1}")
+        raise UserError(
+            f"{path}: token id {tokens[at]} at position {at}, the vocabulary ends at {vocab_size - 1}; {FETCH}"
+        )
     return tokens
 
 
@@ -1493,6 +1502,8 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
     for path in paths:
         parts.append(read_tokens(path, hp.vocab_size, needed - sum(map(len, parts))))
     tokens = np.concatenate(parts)
+    if len(tokens) < needed:
+        raise UserError(f"{paths[0]} ...: {len(tokens)} validation tokens instead of {needed}; {FETCH}")
     T = hp.val_batch_size // MICRO_BATCHES
     batches = []
     for start in range(T * world.rank, hp.val_tokens, T * world.size):
@@ -1585,10 +1596,10 @@ class Log:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "w")  # noqa: SIM115 - open for the whole run
+            self.file = open(self.path, "x")  # noqa: SIM115 - open for the whole run
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot write the log ({error.strerror}); give another folder with --log_dir="
+                f"{self.path}: cannot write the log ({error.strerror}); give another --run_id= or --log_dir="
             ) from None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -1658,9 +1669,12 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
         )
     for path in (*train, *val):  # a taste; the loader checks every token of what it reads
         read_tokens(path, hp.vocab_size, limit=1_000_000)
-    for stage in hp.stages:
-        if train_tokens < stage.tokens + MICRO_BATCHES:
-            raise UserError(f"{train[0]}: {train_tokens} train tokens, a step takes {stage.tokens}; {FETCH}")
+    largest_step, largest_shard = max(stage.tokens for stage in hp.stages), max(map(read_header, train))
+    if largest_shard < largest_step + MICRO_BATCHES:  # a step never crosses shards
+        raise UserError(
+            f"{train[0]}{' ...' if train[1:] else ''}: {largest_shard} train tokens in the largest shard, a step takes "
+            f"{largest_step}; {FETCH}"
+        )
     if torch.__version__ < "2.11":
         raise UserError(f"PyTorch {torch.__version__}: 2.11 or newer is needed: pip install -r requirements.txt")
     total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
@@ -1672,8 +1686,7 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
         free = torch.cuda.mem_get_info(world.device)[0] / 2**30
         machine = f"{world.size} x {gpu.name}, {free:.0f} of {gpu.total_memory / 2**30:.0f} GiB free"
         # Measured for the speedrun's model: 7.4 GiB whatever the batch, 28 GiB with 49,152 tokens.
-        largest = max(stage.tokens for stage in hp.stages) // MICRO_BATCHES
-        needed = 7.4 + 20.7 * largest / 49_152 * hp.model_dim / 768
+        needed = 7.4 + 20.7 * largest_step / MICRO_BATCHES / 49_152 * hp.model_dim / 768
         if free < needed:
             notes = [f"note: about {needed:.0f} GiB are needed, {free:.0f} are free: lower the tokens in STAGES"]
     return [
@@ -1956,8 +1969,11 @@ def main(arguments: list[str]) -> None:
         message = f"train_gpt.py: error: {error}"
         if log:
             log.write(message, console=False)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(message, file=sys.stderr, flush=True)
+        if int(os.environ.get("RANK", 0)):
+            # torchrun ends all processes as soon as one has ended: rank 0, which finds the same, must speak first.
+            # Still alive after that, this rank is the only one to know.
+            time.sleep(10)
+        print(message, file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
         if log:

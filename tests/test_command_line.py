@@ -1,0 +1,237 @@
+"""The command line: --name=value for every number, presets, and what is refused; who a process is in the world."""
+
+import dataclasses
+import re
+import uuid
+
+import pytest
+import torch
+
+from train_gpt import PRESETS, STAGES, Hyperparameters, UserError, World, parse_arguments
+
+
+def parse(*arguments, has_gpu=False):
+    return parse_arguments(list(arguments), has_gpu)[0]
+
+
+def refused(*arguments):
+    """The message of the error; one line."""
+    with pytest.raises(UserError) as error:
+        parse(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    "argument, name, value",
+    [
+        ("--num_scheduled_iterations=380", "num_scheduled_iterations", 380),
+        ("--bigram_vocab_size=251_520", "bigram_vocab_size", 251_520),
+        ("--adam_lr=0.01", "adam_lr", 0.01),
+        ("--adam_eps=1e-8", "adam_eps", 1e-8),
+        ("--muon_wd=2", "muon_wd", 2.0),
+        ("--save_checkpoint=true", "save_checkpoint", True),
+        ("--save_checkpoint=True", "save_checkpoint", True),
+        ("--save_checkpoint=1", "save_checkpoint", True),
+        ("--save_checkpoint=false", "save_checkpoint", False),
+        ("--save_checkpoint=0", "save_checkpoint", False),
+        ("--val_steps=5,10,25", "val_steps", (5, 10, 25)),
+        ("--val_steps=7", "val_steps", (7,)),
+        ("--val_steps=", "val_steps", ()),
+        ("--train_files=some/where/*.bin", "train_files", "some/where/*.bin"),
+        ("--train_files=a=b", "train_files", "a=b"),
+        ("--run_id=first", "run_id", "first"),
+    ],
+)
+def test_a_value_is_read_as_its_hyperparameters_type(argument, name, value):
+    hp, overrides = parse_arguments([argument], has_gpu=False)
+    assert getattr(hp, name) == value and type(getattr(hp, name)) is type(value)
+    assert overrides == {name: value}
+
+
+def test_every_hyperparameter_but_the_tables_can_be_given():
+    for field in dataclasses.fields(Hyperparameters):
+        if field.name in ("stages", "preset"):
+            continue
+        value = getattr(Hyperparameters(), field.name)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        hp, overrides = parse_arguments([f"--{field.name}={text}"], has_gpu=True)
+        assert overrides == {field.name: value}
+        assert getattr(hp, field.name) == value or field.name == "run_id"
+
+
+def test_the_last_of_two_values_counts():
+    assert parse("--seed=1", "--seed=2").seed == 2
+
+
+def test_without_arguments_nothing_is_overridden_and_the_run_gets_a_fresh_name():
+    hp, overrides = parse_arguments([], has_gpu=True)
+    assert overrides == {}
+    assert str(uuid.UUID(hp.run_id)) == hp.run_id
+    assert parse().run_id != parse().run_id
+    assert dataclasses.replace(hp, run_id="", preset="auto") == Hyperparameters()
+
+
+def test_an_unknown_name_is_refused_with_the_list_of_names():
+    message = refused("--num_iterations=5")
+    assert "unknown hyperparameter --num_iterations" in message
+    for field in dataclasses.fields(Hyperparameters):
+        if field.name != "stages":
+            assert re.search(rf"\b{field.name}\b", message)
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("--num_scheduled_iterations=1e3", "a whole number"),
+        ("--num_scheduled_iterations=", "a whole number"),
+        ("--seed=0.5", "a whole number"),
+        ("--adam_lr=fast", "a number"),
+        ("--save_checkpoint=maybe", "true or false"),
+        ("--val_steps=5;10", "numbers as 5,10,25"),
+    ],
+)
+def test_a_bad_value_is_refused_with_what_was_expected(argument, expected):
+    assert refused(argument) == f"{argument}: expected {expected}"
+
+
+@pytest.mark.parametrize("argument", ["--seed", "seed=3", "-seed=3", "--save_checkpoint", "3", "--help"])
+def test_an_argument_of_another_form_is_refused_with_the_form(argument):
+    message = refused(argument)
+    assert repr(argument) in message and "--name=value" in message
+
+
+def test_tables_are_edited_in_the_file_not_given_on_the_command_line():
+    message = refused("--stages=3")
+    assert "--stages is a table" in message and "edit it at the top of train_gpt.py" in message
+
+
+# ------------------------------------------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("argument", [[], ["--preset=auto"]])
+def test_without_a_preset_a_gpu_runs_the_speedrun_and_a_cpu_the_smoke_run(argument):
+    assert parse(*argument, has_gpu=True).preset == "speedrun"
+    assert parse(*argument, has_gpu=False).preset == "smoke"
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_a_preset_that_is_given_is_taken_whatever_the_machine(has_gpu):
+    speedrun, smoke = (parse(f"--preset={name}", has_gpu=has_gpu) for name in ("speedrun", "smoke"))
+    assert (speedrun.preset, smoke.preset) == ("speedrun", "smoke")
+    assert (speedrun.num_scheduled_iterations, speedrun.val_tokens, speedrun.stages) == (1515, 10_485_760, STAGES)
+    assert (smoke.num_scheduled_iterations, smoke.val_tokens) == (45, 16_384)
+    assert [stage.tokens for stage in smoke.stages] == [512, 1024, 1536, 1536]
+
+
+def test_a_value_that_is_given_wins_over_the_preset_and_the_preset_over_the_default():
+    hp = parse("--head_dim=16", "--preset=smoke")
+    assert hp.head_dim == 16
+    assert hp.window_block == PRESETS["smoke"]["window_block"] == 16
+    assert hp.num_heads == Hyperparameters().num_heads
+
+
+def test_an_unknown_preset_is_refused_with_the_list_of_presets():
+    message = refused("--preset=quick")
+    assert "--preset=quick" in message and "speedrun, smoke" in message
+
+
+# ------------------------------------------------------------------------------------------------- inconsistent values
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--num_scheduled_iterations=2"], ["--num_scheduled_iterations", "at least 3"]),
+        (["--num_scheduled_iterations=0"], ["--num_scheduled_iterations=0", "positive"]),
+        (["--num_extension_iterations=-1"], ["--num_extension_iterations=-1", "negative"]),
+        (["--val_loss_every=-5"], ["--val_loss_every=-5", "negative"]),
+        (["--train_max_seq_len=0"], ["--train_max_seq_len=0", "positive"]),
+        (["--cooldown_frac=0"], ["--cooldown_frac=0", "(0, 1]"]),
+        (["--cooldown_frac=1.5"], ["--cooldown_frac=1.5", "(0, 1]"]),
+        (["--cooldown_frac=nan"], ["--cooldown_frac=nan", "(0, 1]"]),
+        (["--val_tokens=10000"], ["--val_tokens", "multiple of", "8192"]),
+        (["--val_tokens=12", "--val_batch_size=12"], ["--val_batch_size", "multiple of 8"]),
+        (["--val_batch_size=0"], ["--val_batch_size=0", "positive"]),
+        (["--num_heads=3"], ["--num_heads=3", "even"]),
+        (["--head_dim=12"], ["--head_dim=12", "multiple of 8"]),
+        (["--head_dim=0"], ["--head_dim=0", "multiple of 8"]),
+        (["--bigram_vocab_size=1001"], ["bigram_vocab_size=1001", "multiple of 8"]),
+        (["--bigram_vocab_size=0"], ["--bigram_vocab_size", "at least 8"]),
+        (["--vocab_size=50000"], ["--vocab_size", "50257"]),
+        (["--vocab_size=70000"], ["--vocab_size", "16 bits"]),
+        (["--dtype=float16"], ["--dtype=float16", "auto", "bfloat16", "float32"]),
+        (["--fp8_head=maybe"], ["--fp8_head=maybe", "auto", "on", "off"]),
+        (["--compile=true"], ["--compile=true", "auto", "on", "off"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_values_that_could_only_fail_later_are_refused_by_name(arguments, words):
+    message = refused("--preset=smoke", *arguments)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("run_id", ["a/b", "/a", "../a", "a/", ".", "/"])
+def test_a_run_id_with_a_path_is_refused(run_id):
+    message = refused(f"--run_id={run_id}")
+    assert f"--run_id={run_id}" in message and "must not contain a path" in message
+
+
+# ------------------------------------------------------------------------------------------------------------ the world
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Sets what torchrun puts into the environment, and how many GPUs there are."""
+
+    def set_up(gpus=0, **environment):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+    return set_up
+
+
+def test_a_process_without_a_launcher_is_alone(machine):
+    machine()
+    assert World.from_environment() == World(0, 0, 1, torch.device("cpu"))
+
+
+def test_a_process_is_who_the_launcher_says(machine):
+    machine(RANK=5, LOCAL_RANK=1, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4)
+    assert World.from_environment() == World(5, 1, 8, torch.device("cpu"))
+
+
+def test_each_process_of_a_host_takes_its_own_gpu(machine):
+    machine(gpus=4, RANK=7, LOCAL_RANK=3, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4)
+    assert World.from_environment() == World(7, 3, 8, torch.device("cuda", 3))
+
+
+@pytest.mark.parametrize("size, micro_batches", [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_the_micro_batches_of_a_step_are_shared_by_all_ranks(machine, size, micro_batches):
+    machine(RANK=0, LOCAL_RANK=0, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    assert World.from_environment().grad_accum_steps == micro_batches
+
+
+@pytest.mark.parametrize("size", [3, 5, 6, 7, 16])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_number_of_processes_that_does_not_divide_8_is_refused(machine, size, rank):
+    machine(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    with pytest.raises(UserError) as error:
+        World.from_environment()
+    assert str(error.value).startswith(f"{size} processes") and "start 1, 2, 4 or 8" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_more_processes_than_gpus_are_refused_on_every_rank_so_that_rank_0_says_it(machine, rank):
+    machine(gpus=2, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=4, LOCAL_WORLD_SIZE=4)
+    with pytest.raises(UserError, match=r"more processes than GPUs.*--nproc_per_node=2"):
+        World.from_environment()

@@ -1,0 +1,225 @@
+"""What a user sees when the world is not as a run needs it: real processes, one line, at once."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from shard_files import text_of, write_shard
+
+TRAIN_GPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
+PREFIX = "train_gpt.py: error: "
+PYTHON = [sys.executable, str(TRAIN_GPT)]
+DATA = ["--preset=smoke", "--train_files=train_*.bin", "--val_files=val_*.bin", "--val_tokens=8192"]
+
+
+def torchrun(processes, folder):
+    """The launcher, with what each process says in files of its own under the folder."""
+    options = ["--standalone", f"--nproc_per_node={processes}", "--redirects=3", f"--log-dir={folder}"]
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(TRAIN_GPT)]
+
+
+def environment(folder, **values):
+    """That of a user without a launcher and without a GPU whose data lie in the folder."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    base = {name: value for name, value in os.environ.items() if name not in launcher}
+    return {**base, "DATA_PATH": str(folder), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **values}
+
+
+def run(folder, arguments, command=PYTHON, **values):
+    """What a process started in the folder says, and how it ends."""
+    begin = time.monotonic()
+    result = subprocess.run(
+        [*command, *arguments],
+        cwd=folder,
+        env=environment(folder, **values),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    result.seconds = time.monotonic() - begin
+    return result
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two train shards and a validation shard in which nothing is wrong."""
+    for i in (1, 2):
+        write_shard(tmp_path / f"train_{i}.bin", text_of([50] * 200, 5000 * i))
+    write_shard(tmp_path / "val_0.bin", text_of([50] * 200))
+    return tmp_path
+
+
+def no_validation_files(folder):
+    (folder / "val_0.bin").unlink()
+
+
+def no_train_files(folder):
+    for path in folder.glob("train_*.bin"):
+        path.unlink()
+
+
+def wrong_magic(folder):
+    write_shard(folder / "train_2.bin", text_of([50] * 200), magic=20240801)
+
+
+def wrong_version(folder):
+    write_shard(folder / "val_0.bin", text_of([50] * 200), version=2)
+
+
+def truncated(folder):
+    path = folder / "train_2.bin"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def shorter_than_a_header(folder):
+    (folder / "train_1.bin").write_bytes(b"<!DOCTYPE html>")  # what a failed download can leave behind
+
+
+def header_promises_too_much(folder):
+    write_shard(folder / "val_0.bin", text_of([50] * 200), count=100_000)
+
+
+def id_out_of_range(folder):
+    write_shard(folder / "train_1.bin", [*text_of([50] * 100), 50257, *text_of([50] * 100)])
+
+
+def short_validation_set(folder):
+    write_shard(folder / "val_0.bin", text_of([64] * 128))  # 8192: one token less than it takes
+
+
+def few_train_tokens(folder):
+    write_shard(folder / "train_1.bin", text_of([50] * 10))
+    write_shard(folder / "train_2.bin", text_of([50] * 10))
+
+
+def nothing(folder):
+    pass
+
+
+def log_of_that_name(folder):
+    (folder / "kept").mkdir()
+    (folder / "kept" / "first.txt").write_text("the first run")
+
+
+def file_instead_of_a_log_folder(folder):
+    (folder / "occupied").write_text("")
+
+
+FETCH = "data/cached_fineweb10B.py"
+# What is broken, further arguments, words of the line on the screen: the file or value, what is wrong, the remedy.
+BROKEN = [
+    (no_validation_files, [], ["{folder}/val_*.bin", "no data files match", FETCH, "DATA_PATH"]),
+    (no_train_files, [], ["{folder}/train_*.bin", "no data files match", FETCH, "DATA_PATH"]),
+    (wrong_magic, [], ["{folder}/train_2.bin", "magic number 20240801 instead of 20240520", FETCH]),
+    (wrong_version, [], ["{folder}/val_0.bin", "version 2, this program reads version 1", FETCH]),
+    (truncated, [], ["{folder}/train_2.bin", "promises 10000 tokens, the file holds 9500", FETCH]),
+    (shorter_than_a_header, [], ["{folder}/train_1.bin", "truncated", "15 bytes", FETCH]),
+    (header_promises_too_much, [], ["{folder}/val_0.bin", "promises 100000 tokens, the file holds 10000", FETCH]),
+    (id_out_of_range, [], ["{folder}/train_1.bin", "token id 50257 at position 5000", "ends at 50256", FETCH]),
+    (short_validation_set, [], ["{folder}/val_0.bin", "8192 validation tokens", "8193", "lower --val_tokens"]),
+    (
+        few_train_tokens,
+        [],
+        ["{folder}/train_1.bin", "500 train tokens in the largest shard", "a step takes 1536", FETCH],
+    ),
+    (
+        file_instead_of_a_log_folder,
+        ["--log_dir=occupied/logs"],
+        ["occupied/logs/", "cannot write the log", "--log_dir="],
+    ),
+    (
+        log_of_that_name,
+        ["--log_dir=kept", "--run_id=first"],
+        ["kept/first.txt", "cannot write the log", "File exists", "--run_id="],
+    ),
+    (nothing, ["--num_iterations=5"], ["unknown hyperparameter --num_iterations", "num_scheduled_iterations"]),
+    (nothing, ["--seed=many"], ["--seed=many", "expected a whole number"]),
+    (nothing, ["--val_tokens=9000"], ["--val_tokens", "multiple of"]),
+]
+
+
+def assert_one_line(text, words):
+    """Of the process's own, nothing else, no stack trace."""
+    assert text.startswith(PREFIX) and text.count("\n") == 1 and text.endswith("\n"), text
+    for word in words:
+        assert word in text, text
+
+
+@pytest.mark.parametrize(
+    "broken, arguments, words", BROKEN, ids=[" ".join((b.__name__.replace("_", " "), *a)) for b, a, _ in BROKEN]
+)
+def test_what_is_broken_is_said_in_one_line_at_once(folder, broken, arguments, words):
+    broken(folder)
+    result = run(folder, [*DATA, *arguments])
+    assert result.returncode == 1
+    assert_one_line(result.stderr, [word.format(folder=folder) for word in words])
+    assert "step:" not in result.stdout and "warm-up" not in result.stdout
+    assert result.seconds < 30  # two or three by itself; a busy machine takes longer
+    assert not (folder / "logs").exists()  # a run that never began leaves no log
+
+
+def test_three_processes_are_refused_by_a_value_in_the_environment(folder):
+    result = run(folder, DATA, WORLD_SIZE="3", RANK="0", LOCAL_RANK="0")
+    assert result.returncode == 1
+    assert_one_line(result.stderr, ["3 processes", "start 1, 2, 4 or 8"])
+    assert result.stdout == ""
+
+
+def test_the_first_process_does_not_wait_for_others_to_say_it(folder):
+    no_validation_files(folder)
+    launched = dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29499")
+    result = run(folder, DATA, **launched)  # a second process never comes
+    assert result.returncode == 1
+    assert_one_line(result.stderr, ["no data files match"])
+
+
+def assert_said_once(result, outputs, words):
+    """By one of the launcher's processes, no other said anything on stderr."""
+    assert result.returncode != 0
+    texts = [path.read_text() for path in sorted(outputs.rglob("stderr.log"))]
+    assert [text for text in texts if text] == texts[:1], texts
+    assert_one_line(texts[0], words)
+    assert result.seconds < 45
+
+
+def test_three_processes_of_a_launcher_are_refused_once(folder, tmp_path_factory):
+    outputs = tmp_path_factory.mktemp("outputs")
+    result = run(folder, DATA, torchrun(3, outputs))
+    assert len(list(outputs.rglob("stderr.log"))) == 3
+    assert_said_once(result, outputs, ["3 processes", "start 1, 2, 4 or 8"])
+
+
+def test_two_processes_say_it_once_even_when_the_first_is_the_last_to_find_it(folder, tmp_path_factory):
+    # The launcher ends all processes when one has ended: the others must not end before rank 0 has spoken.
+    outputs = tmp_path_factory.mktemp("outputs")
+    late = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(2)\n"
+    (folder / "sitecustomize.py").write_text(late)
+    no_validation_files(folder)
+    result = run(folder, DATA, torchrun(2, outputs), PYTHONPATH=str(folder))
+    assert_said_once(result, outputs, [f"{folder}/val_*.bin", "no data files match"])
+
+
+def test_what_only_the_first_of_two_processes_finds_is_said_once(folder, tmp_path_factory):
+    outputs = tmp_path_factory.mktemp("outputs")
+    file_instead_of_a_log_folder(folder)
+    result = run(folder, [*DATA, "--log_dir=occupied/logs"], torchrun(2, outputs))
+    assert_said_once(result, outputs, ["occupied/logs/", "cannot write the log"])
+
+
+def test_a_good_world_is_summed_up_in_the_first_lines_on_the_screen(folder):
+    process = subprocess.Popen(
+        [*PYTHON, *DATA, "--run_id=good"], cwd=folder, env=environment(folder), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        lines = [process.stdout.readline() for _ in range(4)]
+    finally:
+        process.kill()
+        process.communicate()
+    world, _, data, run = lines  # the second names the software
+    assert world.startswith("world: 1 x CPU, 8 micro-batches each a step; parameters in float32")
+    assert data == "data: 2 train shards, 20,000 tokens; 8,192 of 10,000 validation tokens\n"
+    # 15 steps each of 512, 1024 and 1536 tokens, 5 more of the extension
+    assert run == "run: good, 50 steps, 53,760 tokens (2.69 of the train files)\n"

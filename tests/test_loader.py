@@ -1,0 +1,576 @@
+"""The data loader on small shards, against a dealer in plain Python written from the description of the task."""
+
+import random
+import tempfile
+import threading
+import time
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shard_files import BOS, text_of, write_shard
+
+import train_gpt
+from train_gpt import Hyperparameters, TrainLoader, UserError, World, make_micro_batch, validation_batches
+
+VOCAB = 50257
+
+
+def documents_of(tokens):
+    """The documents of a text; what stands before the first BOS belongs to none."""
+    documents = []
+    for token in tokens:
+        if token == BOS:
+            documents.append([])
+        if documents:
+            documents[-1].append(token)
+    return documents
+
+
+def deal_by_hand(texts, sizes, max_seq_len):
+    """Per step: (epoch, 8 micro-batches of (tokens, ends)); ends with a None at a step that no file can fill."""
+    files = [[document[:max_seq_len] for document in documents_of(text)] for text in texts]
+    begun, position, steps = 0, 0, []
+    for T in sizes:
+        if all(deal_from(documents, T) is None for documents in files):
+            return [*steps, None]
+        while (dealt := deal_from(files[begun % len(files)][position:], T)) is None:
+            begun, position = begun + 1, 0
+        deal, used = dealt
+        position += used
+        steps.append((1 + begun // len(files), deal))
+    return steps
+
+
+def deal_from(documents, T):
+    """8 micro-batches of T + 1 tokens and how many documents they took; None if the documents don't fill them."""
+    deal, used = [], 0
+    for _ in range(8):
+        tokens, ends = [], [0]
+        while len(tokens) < T + 1:
+            if used == len(documents):
+                return None
+            tokens = (tokens + documents[used])[: T + 1]
+            ends.append(min(len(tokens), T))
+            used += 1
+        deal.append((tokens, ends))
+    return deal, used
+
+
+def hyperparameters(max_seq_len=64, **values):
+    return Hyperparameters(train_max_seq_len=max_seq_len, **values)
+
+
+def load(paths, sizes, size=1, rank=0, max_seq_len=64):
+    return TrainLoader(paths, sizes, hyperparameters(max_seq_len), World(rank, rank, size))
+
+
+def in_dealing_order(of_ranks):
+    """The micro-batches of all ranks: rank 0's first one, rank 1's first one, ..."""
+    return [b for turn in zip(*(batch.micro_batches for batch in of_ranks), strict=True) for b in turn]
+
+
+def load_all_ranks(paths, sizes, size, max_seq_len=64):
+    """Per step: (epoch, the 8 micro-batches in the order they were dealt in)."""
+    ranks = [list(load(paths, sizes, size, rank, max_seq_len)) for rank in range(size)]
+    steps = []
+    for of_ranks in zip(*ranks, strict=True):
+        assert len({batch.epoch for batch in of_ranks}) == 1
+        steps.append((of_ranks[0].epoch, in_dealing_order(of_ranks)))
+    return steps
+
+
+def assert_dealt(step, expected):
+    (epoch, batches), (expected_epoch, deal) = step, expected
+    assert epoch == expected_epoch
+    assert len(batches) == 8
+    for batch, (tokens, ends) in zip(batches, deal, strict=True):
+        T = len(tokens) - 1
+        assert batch.inputs.tolist() == tokens[:-1]
+        assert batch.targets.tolist() == tokens[1:]
+        cu_seqlens = batch.documents.cu_seqlens.tolist()
+        assert cu_seqlens[: len(ends)] == ends
+        assert set(cu_seqlens[len(ends) :]) <= {T}
+        assert batch.documents.max_len == max(b - a for a, b in pairwise(ends))
+
+
+def write_texts(folder, texts):
+    return [write_shard(Path(folder) / f"train_{i:06d}.bin", text) for i, text in enumerate(texts)]
+
+
+def ordinary_lengths(seed, count, low=2, high=90):
+    generator = random.Random(seed)
+    return [generator.randint(low, high) for _ in range(count)]
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.fixture
+def two_texts(tmp_path):
+    texts = [text_of(ordinary_lengths(1, 150)), text_of(ordinary_lengths(2, 120), 20_000)]
+    return texts, write_texts(tmp_path, texts)
+
+
+# ------------------------------------------------------------------------------------------------------ train batches
+
+
+def test_every_micro_batch_starts_at_a_document(two_texts):
+    for batch in load(two_texts[1], [40, 40, 100]):
+        assert [int(b.inputs[0]) for b in batch.micro_batches] == [BOS] * 8
+
+
+def test_targets_are_the_inputs_shifted_by_one(two_texts):
+    for batch in load(two_texts[1], [40, 100]):
+        for b in batch.micro_batches:
+            assert torch.equal(b.inputs[1:], b.targets[:-1])
+            assert b.inputs.dtype == b.targets.dtype == torch.int32
+
+
+def test_a_micro_batch_has_the_tokens_its_step_asks_for(two_texts):
+    sizes = [40, 7, 100, 1]
+    for T, batch in zip(sizes, load(two_texts[1], sizes), strict=True):
+        assert {len(b.inputs) for b in batch.micro_batches} == {len(b.targets) for b in batch.micro_batches} == {T}
+
+
+def test_documents_are_cut_to_the_maximum_length(tmp_path):
+    (path,) = write_texts(tmp_path, [text_of([100] * 60)])
+    (batch,) = load([path], [70], max_seq_len=30)
+    first, text = batch.micro_batches[0], text_of([100] * 3)
+    assert first.documents.cu_seqlens.tolist()[:5] == [0, 30, 60, 70, 70]
+    assert first.inputs.tolist() == text[:30] + text[100:130] + text[200:210]
+
+
+def test_documents_are_dealt_in_order_each_once(two_texts):
+    texts, paths = two_texts
+    first_ids = [document[1] for document in documents_of(texts[0])]  # the ids count up: a document's name
+    seen = []
+    for epoch, batches in load_all_ranks(paths, [40] * 4, size=4):
+        assert epoch == 1
+        for b in batches:
+            starts = [i for i, token in enumerate(b.inputs.tolist()) if token == BOS]
+            seen += [int(b.targets[i]) for i in starts]
+    # A document that begins at the one token which is a target only is used up, but not seen as an input.
+    assert seen == sorted(set(seen))
+    assert set(seen) <= set(first_ids)
+    expected = deal_by_hand(texts, [40] * 4, 64)
+    assert seen == [t[i + 1] for _, deal in expected for t, _ in deal for i in range(len(t) - 1) if t[i] == BOS]
+
+
+def test_the_deal_is_that_of_the_plain_dealer_over_shards_and_epochs(two_texts):
+    texts, paths = two_texts
+    sizes = [40, 40, 64, 100, 100, 120] + [120] * 12 + [30]
+    expected = deal_by_hand(texts, sizes, 64)
+    assert {epoch for epoch, _ in expected} == {1, 2}
+    for step, hand in zip(load_all_ranks(paths, sizes, 1), expected, strict=True):
+        assert_dealt(step, hand)
+
+
+def test_a_deal_that_the_shard_cannot_fill_is_dropped_whole_and_the_next_shard_starts_afresh(tmp_path):
+    # 20 documents of 11 tokens: one deal of 8 micro-batches of 10 + 1 tokens, then 12 documents are left: another
+    # deal, 4 documents are left, and all of them are dropped.
+    texts = [text_of([11] * 20), text_of([11] * 20, 30_000)]
+    steps = list(load(write_texts(tmp_path, texts), [10] * 3))
+    firsts = [[b.inputs[1].item() for b in batch.micro_batches] for batch in steps]
+    assert firsts == [
+        [10 * i for i in range(8)],
+        [10 * i for i in range(8, 16)],
+        [30_000 + 10 * i for i in range(8)],
+    ]
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_any_number_of_ranks_deals_the_same_micro_batches(two_texts, size):
+    texts, paths = two_texts
+    sizes = [40, 100, 100, 120, 120, 120]
+    for step, hand in zip(load_all_ranks(paths, sizes, size), deal_by_hand(texts, sizes, 64), strict=True):
+        assert_dealt(step, hand)
+
+
+def test_a_rank_takes_every_size_th_micro_batch_from_its_own_on(two_texts):
+    texts, paths = two_texts
+    ((_, deal),) = deal_by_hand(texts, [40], 64)
+    (batch,) = load(paths, [40], size=4, rank=3)
+    assert [b.inputs.tolist() for b in batch.micro_batches] == [deal[3][0][:-1], deal[7][0][:-1]]
+
+
+def test_tokens_ahead_of_the_first_document_are_left_out(tmp_path):
+    (path,) = write_texts(tmp_path, [[7, 8, 9, *text_of([20] * 30)]])
+    (batch,) = load([path], [19])
+    assert batch.micro_batches[0].inputs.tolist() == text_of([20])[:19]
+
+
+def random_lengths(seed, count, kind):
+    """Lengths of documents: all 1, short, or a mixture with documents longer than any micro-batch."""
+    choices = {"ones": [1], "short": range(1, 40), "mixture": [1, 1, 1, 2, 3, 17, 60, 300]}[kind]
+    return random.Random(seed).choices(choices, k=count)
+
+
+length_lists = st.builds(
+    random_lengths,
+    st.integers(0, 1000),
+    st.one_of(st.integers(0, 30), st.integers(100, 500)),
+    st.sampled_from(["ones", "short", "mixture"]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(length_lists, min_size=1, max_size=3),
+    ahead=st.integers(0, 4),
+    sizes=st.lists(st.one_of(st.integers(1, 8), st.integers(1, 60)), min_size=1, max_size=6),
+    max_seq_len=st.integers(1, 80),
+    size=st.sampled_from([1, 2, 4, 8]),
+    first_scan=st.integers(1, 2000),
+)
+def test_any_lengths_of_documents_are_dealt_as_by_the_plain_dealer(
+    lengths, ahead, sizes, max_seq_len, size, first_scan
+):
+    texts = [[5] * ahead + text_of(of_file, 1000 * i) for i, of_file in enumerate(lengths)]
+    expected = deal_by_hand(texts, sizes, max_seq_len)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "FIRST_SCAN", first_scan)
+        paths = write_texts(folder, texts)
+        if expected[-1] is None:
+            with pytest.raises(UserError, match="can fill a step"):
+                load_all_ranks(paths, sizes, size, max_seq_len)
+        else:
+            for step, hand in zip(load_all_ranks(paths, sizes, size, max_seq_len), expected, strict=True):
+                assert_dealt(step, hand)
+
+
+def test_a_file_without_any_document_is_an_error_that_names_it_and_the_remedy(tmp_path):
+    (path,) = write_texts(tmp_path, [range(5000)])
+    with pytest.raises(UserError) as error:
+        list(load([path], [40]))
+    for words in (str(path), "begin with token 50256", "get more data or lower"):
+        assert words in str(error.value)
+
+
+def test_a_document_as_long_as_its_shard_fills_nothing_and_the_next_shard_is_taken(tmp_path):
+    texts = [text_of([5000]), text_of([11] * 20)]
+    paths = write_texts(tmp_path, texts)
+    (batch,) = load(paths, [10])
+    assert batch.micro_batches[0].inputs.tolist() == texts[1][:10]
+    with pytest.raises(UserError, match="can fill a step"):
+        list(load(paths[:1], [10]))
+
+
+def test_one_document_can_fill_a_micro_batch_where_the_cut_allows_it(tmp_path):
+    (path,) = write_texts(tmp_path, [text_of([5000] * 8)])
+    (batch,) = load([path], [4000], max_seq_len=5000)
+    for b in batch.micro_batches:
+        assert b.documents.cu_seqlens.tolist() == [0] + [4000] * 127
+        assert b.documents.max_len == 4000
+
+
+def test_a_micro_batch_can_hold_thousands_of_documents_of_one_token(tmp_path):
+    T = 3000
+    (path,) = write_texts(tmp_path, [[BOS] * (8 * (T + 1))])
+    (batch,) = load([path], [T])
+    for b in batch.micro_batches:
+        cu_seqlens = b.documents.cu_seqlens.tolist()
+        assert cu_seqlens[: T + 1] == list(range(T + 1))
+        assert set(cu_seqlens[T + 1 :]) == {T}
+        assert b.documents.max_len == 1
+
+
+# --------------------------------------------------------------------------------------------------------- cu_seqlens
+
+
+def micro_batch_of(lengths):
+    tokens = np.array([*text_of(lengths), BOS], dtype=np.uint16)
+    return make_micro_batch(tokens, np.array([0, *accumulate(lengths)]), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("T", [1, 300, 16_384, 49_152, 262_144])
+@pytest.mark.parametrize("longest", [1, 3, 700, 5000])
+def test_cu_seqlens_counts_from_0_to_the_end_and_is_padded_with_it(T, longest):
+    generator, lengths, left = random.Random(T * longest), [], T
+    while left:
+        lengths.append(min(generator.randint(1, longest), left))
+        left -= lengths[-1]
+    batch = micro_batch_of(lengths)
+    cu_seqlens = batch.documents.cu_seqlens
+    assert cu_seqlens.dtype == torch.int32
+    assert cu_seqlens[0] == 0 and cu_seqlens[-1] == T
+    assert (cu_seqlens.diff() >= 0).all()
+    assert len(cu_seqlens) % 128 == 0
+    assert cu_seqlens[1 : len(lengths) + 1].tolist() == list(accumulate(lengths))
+    assert (cu_seqlens[len(lengths) :] == T).all()
+    assert batch.documents.max_len == max(lengths)
+
+
+def test_the_length_of_cu_seqlens_is_the_same_for_all_usual_texts_and_grows_for_others():
+    def padded(T, documents):
+        return len(micro_batch_of([T // documents] * documents).documents.cu_seqlens)
+
+    assert {padded(16_384, n) for n in (1, 2, 16, 64)} == {128}
+    assert {padded(49_152, n) for n in (1, 2, 32, 128)} == {256}
+    assert padded(16_384, 128) == 256  # 129 numbers
+    assert padded(16_384, 16_384) >= 16_385
+
+
+# ------------------------------------------------------------------------------------------ shards ahead and over again
+
+
+def test_when_the_files_run_out_they_start_over_and_the_epoch_counts_up(tmp_path):
+    texts = [text_of([11] * 17), text_of([11] * 17, 30_000)]
+    steps = list(load(write_texts(tmp_path, texts), [10] * 10))
+    assert [batch.epoch for batch in steps] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+    for earlier, later in zip(steps, steps[4:], strict=False):
+        for a, b in zip(earlier.micro_batches, later.micro_batches, strict=True):
+            assert torch.equal(a.inputs, b.inputs)
+
+
+def test_a_run_says_in_its_log_at_which_step_the_files_start_over(tmp_path, capsys, monkeypatch):
+    hp, _ = train_gpt.parse_arguments(
+        ["--preset=smoke", "--num_scheduled_iterations=9", "--num_extension_iterations=2", f"--log_dir={tmp_path}"],
+        has_gpu=False,
+    )
+    text = text_of(ordinary_lengths(3, 150))
+    (path,) = write_texts(tmp_path, [text])
+    schedule = train_gpt.Schedule(hp)
+    trained = []
+    trainer = object.__new__(train_gpt.Trainer)  # the run's loop alone: no model
+    trainer.hp, trainer.world, trainer.schedule = hp, World(), schedule
+    trainer.enter_step = lambda step: None
+    trainer.train_step = lambda step, micro_batches: trained.append(micro_batches)
+    trainer.validate = lambda batches, windows: 1.0
+    log = train_gpt.Log(hp, World())
+    trainer.run(log, [path], [])
+    log.close()
+
+    sizes = [schedule.tokens(step) for step in range(hp.total_steps)]
+    epochs = [epoch for epoch, _ in deal_by_hand([text], sizes, hp.train_max_seq_len)]
+    assert len(trained) == hp.total_steps and epochs[-1] >= 3
+    lines = [line for line in log.path.read_text().splitlines() if line.startswith("epoch")]
+    begins = {epoch: epochs.index(epoch) for epoch in epochs if epoch > 1}
+    assert lines == [f"epoch {e}: the train files ran out at step {s} and start over" for e, s in begins.items()]
+
+
+@pytest.fixture
+def blocked_scan(monkeypatch):
+    """Scans beyond FIRST_SCAN, here 4000 tokens, wait for an event."""
+    release, scan = threading.Event(), train_gpt.Shard._scan
+    release.waits = release.timeouts = 0
+
+    def waiting_scan(self, limit):
+        if limit > train_gpt.FIRST_SCAN:
+            release.waits += 1
+            release.timeouts += not release.wait(20)
+        return scan(self, limit)
+
+    monkeypatch.setattr(train_gpt, "FIRST_SCAN", 4000)
+    monkeypatch.setattr(train_gpt.Shard, "_scan", waiting_scan)
+    yield release
+    release.set()
+
+
+def test_early_steps_do_not_wait_for_the_whole_index_of_the_first_shard(tmp_path, blocked_scan):
+    texts = [text_of(ordinary_lengths(4, 400)), text_of(ordinary_lengths(5, 200))]
+    paths, sizes = write_texts(tmp_path, texts), [40] * 60
+    expected = deal_by_hand(texts, sizes, 64)
+    loader = load(paths, sizes)
+    steps = iter(loader)
+    early = [next(steps) for _ in range(4)]
+    assert loader.shard.whole_index is not None and not loader.shard.whole_index.done()
+    assert blocked_scan.waits and not blocked_scan.timeouts
+    blocked_scan.set()
+    later = list(steps)
+    assert loader.files_begun > 1  # the whole of the first shard was used
+    for batch, hand in zip(early + later, expected, strict=True):
+        assert_dealt((batch.epoch, batch.micro_batches), hand)
+
+
+def test_the_whole_index_is_swapped_in_as_soon_as_it_is_ready(tmp_path, blocked_scan):
+    text = text_of(ordinary_lengths(4, 400))
+    (path,) = write_texts(tmp_path, [text])
+    shard = train_gpt.Shard(path, VOCAB, 64, scan_all=False)
+    whole = train_gpt.Shard._scan
+    first_part = len(shard.index[0])
+    assert shard.deal(40) and len(shard.index[0]) == first_part
+    blocked_scan.set()
+    assert wait_until(lambda: shard.whole_index.done())
+    assert shard.deal(40) and shard.whole_index is None
+    for swapped, scanned, part in zip(shard.index, whole(shard, len(text)), (first_part,) * 3, strict=True):
+        assert len(swapped) > part and np.array_equal(swapped, scanned)
+
+
+def test_a_deal_beyond_the_first_part_of_the_index_waits_for_the_whole(tmp_path, blocked_scan):
+    (path,) = write_texts(tmp_path, [text_of([20] * 1000)])
+    shard = train_gpt.Shard(path, VOCAB, 64, scan_all=False)
+    threading.Timer(0.2, blocked_scan.set).start()
+    spans = shard.deal(1000)  # 8 x 51 documents; the first 4000 tokens hold 199 whole ones
+    assert spans == [(51 * i, 51 * i + 51) for i in range(8)]
+    assert not blocked_scan.timeouts
+
+
+def test_the_next_shard_is_read_while_the_first_is_dealt(two_texts, monkeypatch):
+    _, paths = two_texts
+    paths = [*paths, paths[0].with_name("not_there_yet.bin")]
+    reads, read_tokens = [], train_gpt.read_tokens
+
+    def noting_read(path, *arguments):
+        reads.append((path, threading.current_thread()))
+        return read_tokens(path, *arguments)
+
+    monkeypatch.setattr(train_gpt, "read_tokens", noting_read)
+    loader = load(paths, [10] * 4)
+    assert wait_until(lambda: len(reads) == 2)
+    assert reads[0] == (paths[0], threading.current_thread())
+    assert reads[1][0] == paths[1] and reads[1][1] is not threading.current_thread()
+    assert len(list(loader)) == 4 and loader.files_begun == 1
+    assert len(reads) == 2  # one shard ahead, no more
+
+
+def bad_id(path):
+    data = bytearray(path.read_bytes())
+    data[1024 + 2 * 300 : 1024 + 2 * 301] = (50257).to_bytes(2, "little")
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [(bad_id, "token id 50257 at position 300"), (truncate, "the file holds"), (Path.unlink, "No such file")],
+    ids=["id out of range", "truncated", "deleted"],
+)
+def test_damage_in_a_later_shard_ends_the_iteration_with_an_error_that_names_the_file(two_texts, damage, words):
+    texts, paths = two_texts
+    before = set(threading.enumerate())
+    damage(paths[1])
+    sizes = [40] * 40
+    good = sum(1 for epoch, deal in deal_by_hand(texts[:1], sizes, 64) if epoch == 1)
+    loader, done = load(paths, sizes), []
+    steps = iter(loader)
+    with pytest.raises(UserError) as error:
+        while True:
+            done.append(next(steps))
+    assert len(done) == good > 0
+    assert str(paths[1]) in str(error.value) and words in str(error.value)
+    assert next(steps, "ended") == "ended"
+    assert wait_until(lambda: set(threading.enumerate()) <= before, 5)
+
+
+def test_threads_end_when_the_last_step_is_taken_and_when_the_iteration_is_given_up(two_texts):
+    _, paths = two_texts
+    before = set(threading.enumerate())
+    assert len(list(load(paths, [40] * 5))) == 5
+    assert wait_until(lambda: set(threading.enumerate()) <= before, 5)
+    given_up = iter(load(paths, [40] * 5))
+    next(given_up)
+    given_up.close()
+    assert wait_until(lambda: set(threading.enumerate()) <= before, 5)
+
+
+# --------------------------------------------------------------------------------------------------------- validation
+
+
+@pytest.fixture
+def validation(tmp_path):
+    """4 validation steps of 8 x 16 tokens, over three files; (tokens, paths, hyperparameters)."""
+    tokens = text_of(ordinary_lengths(6, 40, 1, 50))
+    tokens[128] = BOS  # a document that begins with a chunk
+    tokens[160] = BOS  # and one that begins with the last target of one
+    cuts = [0, 100, 333, len(tokens)]
+    paths = [write_shard(tmp_path / f"val_{i}.bin", tokens[cuts[i] : cuts[i + 1]]) for i in range(3)]
+    return tokens, paths, Hyperparameters(val_tokens=512, val_batch_size=128)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_ranks_cover_every_validation_chunk_exactly_once(validation, size):
+    tokens, paths, hp = validation
+    of_ranks = [validation_batches(paths, hp, World(rank, rank, size)) for rank in range(size)]
+    assert {len(batches) for batches in of_ranks} == {32 // size}
+    chunks = sorted((b.inputs.tolist(), b.targets.tolist()) for batches in of_ranks for b in batches)
+    assert chunks == sorted((tokens[i : i + 16], tokens[i + 1 : i + 17]) for i in range(0, 512, 16))
+    assert sum(int(b.targets.sum()) for batches in of_ranks for b in batches) == sum(tokens[1:513])
+
+
+def test_validation_chunks_lie_at_fixed_offsets_in_the_stream_of_all_files(validation):
+    tokens, paths, hp = validation
+    for number, batch in enumerate(validation_batches(paths, hp, World())):
+        assert batch.inputs.tolist() == tokens[16 * number : 16 * number + 16]
+    for number, batch in enumerate(validation_batches(paths, hp, World(3, 3, 4))):
+        start = 16 * (4 * number + 3)
+        assert batch.inputs.tolist() == tokens[start : start + 16]
+
+
+def test_the_documents_of_a_validation_chunk_are_found_from_their_first_token(validation):
+    tokens, paths, hp = validation
+    for number, batch in enumerate(validation_batches(paths, hp, World())):
+        chunk = tokens[16 * number : 16 * number + 16]
+        ends = [0, *(i for i in range(1, 16) if chunk[i] == BOS), 16]
+        assert batch.documents.cu_seqlens.tolist() == ends + [16] * (128 - len(ends))
+        assert batch.documents.max_len == max(b - a for a, b in pairwise(ends))
+
+
+def test_validation_files_that_end_too_early_are_an_error(validation):
+    _, paths, _ = validation
+    hp = Hyperparameters(val_tokens=2048, val_batch_size=128)
+    with pytest.raises(UserError, match="2049"):
+        validation_batches(paths, hp, World())
+
+
+# -------------------------------------------------------------------------------------------------------- shard files
+
+
+def test_a_header_gives_the_number_of_tokens(tmp_path):
+    assert train_gpt.read_header(write_shard(tmp_path / "a.bin", range(1000))) == 1000
+    assert train_gpt.read_header(write_shard(tmp_path / "b.bin", [])) == 0
+
+
+def make_directory(path):
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda path: write_shard(path, [1, 2], magic=1), "magic number 1 instead of 20240520"),
+        (lambda path: write_shard(path, [1, 2], version=7), "version 7, this program reads version 1"),
+        (lambda path: write_shard(path, [1, 2], count=3), "promises 3 tokens, the file holds 2"),
+        (lambda path: write_shard(path, [1, 2], count=1), "promises 1 tokens, the file holds 2"),
+        (lambda path: write_shard(path, [1, 2], count=-1), "promises -1 tokens"),
+        (lambda path: path.write_bytes(write_shard(path, [1, 2]).read_bytes() + b"x"), "promises 2 tokens"),
+        (lambda path: path.write_bytes(b"\0" * 1023), "truncated, 1023 bytes"),
+        (lambda path: path.write_bytes(b""), "truncated, 0 bytes"),
+        (lambda path: None, "No such file"),
+        (make_directory, "Is a directory"),
+    ],
+)
+def test_a_file_that_is_not_a_whole_shard_is_an_error_that_names_it(tmp_path, make, words):
+    path = tmp_path / "shard.bin"
+    make(path)
+    with pytest.raises(UserError) as error:
+        train_gpt.read_header(path)
+    assert str(error.value).startswith(f"{path}: ") and words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_reading_tokens_gives_them_all_or_the_first_few(tmp_path):
+    path = write_shard(tmp_path / "a.bin", [5, 50256, 7])
+    assert train_gpt.read_tokens(path, VOCAB).tolist() == [5, 50256, 7]
+    assert train_gpt.read_tokens(path, VOCAB, limit=2).tolist() == [5, 50256]
+    assert train_gpt.read_tokens(path, VOCAB, limit=9).tolist() == [5, 50256, 7]
+    assert train_gpt.read_tokens(path, VOCAB, limit=0).tolist() == []
+
+
+def test_an_id_outside_the_vocabulary_is_an_error_that_says_where(tmp_path):
+    path = write_shard(tmp_path / "a.bin", [5, 50257, 65535])
+    with pytest.raises(UserError) as error:
+        train_gpt.read_tokens(path, VOCAB)
+    assert str(error.value).startswith(f"{path}: token id 50257 at position 1, the vocabulary ends at 50256")
+    assert train_gpt.read_tokens(path, VOCAB, limit=1).tolist() == [5]
