@@ -18,7 +18,7 @@ if [ -z "${PYTHON:-}" ]; then
         say "Python 3.11 or newer is needed; python3 is $(python3 --version 2>&1 || echo missing)"
         exit 1
     fi
-    if [ ! -x .venv/bin/python ]; then
+    if [ ! -x .venv/bin/pip ]; then
         say "making the virtual environment .venv"
         "$base" -m venv .venv || { say "could not make it; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
     fi
@@ -35,8 +35,10 @@ if [ "${1:-}" = test ]; then
     exec "$PYTHON" -m pytest "$@"
 fi
 
+case " $* " in *" --help "* | *" -h "*) exec "$PYTHON" train_gpt.py --help ;; esac
+
 # ---- what to run: the arguments' preset and data files, or what fits this machine
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
 preset=speedrun
 [ "$gpus" -gt 0 ] || preset=smoke
 own_data=no

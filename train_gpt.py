@@ -23,12 +23,14 @@ Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, 
 """
 
 import os
+import shutil
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -48,7 +50,7 @@ try:
 except ImportError:  # no Triton for this platform: the references run instead
     triton = tl = SimpleNamespace(jit=lambda kernel: kernel, constexpr=None)
 
-ROOT = Path(os.environ.get("DATA_PATH", Path(__file__).resolve().parent))
+ROOT = Path(os.environ.get("DATA_PATH") or Path(__file__).resolve().parent)
 
 # ======================================================================================================================
 # Hyperparameters
@@ -107,7 +109,9 @@ GATE_DIMS = 12  # every gate looks at the first 12 dimensions of its input only
 
 ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
 VALUE_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.value_embed]
-KEPT_OUTPUTS = {layer.skip_from for layer in LAYERS} | {BACKOUT_LAYER}  # layers whose output is used again later
+KEPT_OUTPUTS = {layer.skip_from for layer in LAYERS if layer.skip_from is not None} | {
+    BACKOUT_LAYER
+}  # layers whose output is used again later
 
 # Learned scalars by name: (how many, initial value). They live in one float32 vector, so that eight ranks
 # exchange one small message instead of seven.
@@ -148,8 +152,8 @@ PARAMETERS = (
     Row("bigram_embed", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
 )
-# Updates run in this order: what arrives first and what takes least first, so that the gathers of the tables
-# overlap the long updates of the matrices at the end.
+# Updates run in this order: the small ones first, the matrices, which take longest, last, so that the gathers of the
+# tables run beneath them.
 UPDATE_ORDER = (
     *("scalars", "x0_lambdas", "smear_gate", "skip_gate", "attn_gates", "value_gates"),
     *("head", "embed", "bigram_embed", "value_embeds", "attn_bank", "mlp_bank"),
@@ -216,7 +220,7 @@ class Hyperparameters:
 
 PRESETS = {
     "speedrun": {},
-    # The same architecture and code path in a minute on two CPU cores: everything narrower and shorter.
+    # The same architecture and code path in about two minutes on two CPU cores: everything narrower and shorter.
     "smoke": dict(
         train_files="data/sample/sample_train_*.bin",
         val_files="data/sample/sample_val_*.bin",
@@ -282,7 +286,7 @@ def parse_value(name: str, kind: type, text: str) -> object:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind == tuple[int, ...]:
             return tuple(int(part) for part in text.split(",") if part)
-        return int(text.replace("_", "")) if kind is int else kind(text)
+        return kind(text)
     except (KeyError, ValueError):
         expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "numbers as 5,10,25")
         raise UserError(f"--{name}={text}: expected {expected}") from None
@@ -333,6 +337,10 @@ class World(NamedTuple):
     device: torch.device = torch.device("cpu")
 
     @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
     def grad_accum_steps(self) -> int:
         """Micro-batches of this rank in a step."""
         return MICRO_BATCHES // self.size
@@ -355,11 +363,16 @@ class World(NamedTuple):
 
     def start(self) -> None:
         """Joins the other processes (NCCL on GPUs, gloo on CPUs)."""
-        if self.device.type == "cuda":
+        if self.on_gpu:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            on_gpu = self.device.type == "cuda"
-            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
+            dist.init_process_group(
+                "nccl" if self.on_gpu else "gloo",
+                device_id=self.device if self.on_gpu else None,
+                timeout=timedelta(
+                    minutes=30
+                ),  # for ranks that compile at different speeds; torchrun sees a death at once
+            )
 
     def stop(self) -> None:
         if dist.is_initialized():
@@ -606,11 +619,11 @@ def cross_entropy_backward_kernel(
 def cross_entropy_triton(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """cross_entropy_reference, one pass over contiguous logits."""
     T, V = logits.shape
-    losses, lse = logits.new_empty(2, T, dtype=torch.float32).unbind()
+    losses, lse = (logits.new_empty(T, dtype=torch.float32) for _ in range(2))
     cross_entropy_kernel[(T,)](
         logits, targets, weights, losses, lse, T, V, len(weights), *SOFTCAP, BLOCK=2048, num_warps=4
     )
-    return losses.clone(), lse.clone()
+    return losses, lse
 
 
 def cross_entropy_backward_triton(
@@ -657,11 +670,13 @@ def _(logits, lse, targets, weights, grad, scale, dtype):
 FP8_X_SCALE, FP8_WEIGHT_SCALE, FP8_GRAD_SCALE = 100 / 448, 1.6 / 448, 0.75 / 448
 
 
-def fp8_product(a: Tensor, b: Tensor, a_scale: float, b_scale: float, out_dtype: torch.dtype) -> Tensor:
-    """a_scale a b_scale b for FP8 a (M, K), row-major, and b (K, N), column-major, the layouts Hopper multiplies."""
-    # Sums of many positions (the float32 gradient of the weights) need the slow, exact accumulation.
+def fp8_product(a: Tensor, b: Tensor, a_scale: float, b_scale: float, out_dtype: torch.dtype, fast: bool) -> Tensor:
+    """a_scale a b_scale b for FP8 a (M, K), row-major, and b (K, N), column-major, the layouts Hopper multiplies.
+
+    fast: sums in the tensor core's own, shorter registers; good enough for logits, not for gradients.
+    """
     scales = (torch.full((), s, dtype=torch.float32, device=a.device) for s in (a_scale, b_scale))
-    return torch._scaled_mm(a, b, *scales, out_dtype=out_dtype, use_fast_accum=a.dtype == b.dtype)
+    return torch._scaled_mm(a, b, *scales, out_dtype=out_dtype, use_fast_accum=fast)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -679,7 +694,7 @@ class HeadLoss(torch.autograd.Function):
             x_fp8 = (x / FP8_X_SCALE).to(torch.float8_e4m3fn)
             head_fp8 = (head / FP8_WEIGHT_SCALE).to(torch.float8_e4m3fn)
             head_columns = head_fp8.T.contiguous().T
-            logits = fp8_product(x_fp8, head_columns, FP8_X_SCALE, FP8_WEIGHT_SCALE, torch.bfloat16)
+            logits = fp8_product(x_fp8, head_columns, FP8_X_SCALE, FP8_WEIGHT_SCALE, torch.bfloat16, fast=True)
         losses, lse = cross_entropy(logits, targets, weights)
         ctx.save_for_backward(logits, lse, targets, weights, *((x, head) if grad_scale is None else (x_fp8, head_fp8)))
         ctx.grad_scale, ctx.dtype = grad_scale, head.dtype
@@ -694,9 +709,9 @@ class HeadLoss(torch.autograd.Function):
             return grad @ head.T, x.T @ grad, None, None, None
         scale = ctx.grad_scale * FP8_GRAD_SCALE
         grad = cross_entropy_backward(logits, lse, targets, weights, grad_losses, scale, torch.float8_e5m2)
-        grad_x = fp8_product(grad, head.T, scale, FP8_WEIGHT_SCALE, ctx.dtype)
+        grad_x = fp8_product(grad, head.T, scale, FP8_WEIGHT_SCALE, ctx.dtype, fast=False)
         grad_columns = grad.T.contiguous().T
-        grad_head = fp8_product(x.T.contiguous(), grad_columns, FP8_X_SCALE, scale, torch.float32)
+        grad_head = fp8_product(x.T.contiguous(), grad_columns, FP8_X_SCALE, scale, torch.float32, fast=False)
         return grad_x, grad_head.to(ctx.dtype), None, None, None
 
 
@@ -704,10 +719,10 @@ class HeadLoss(torch.autograd.Function):
 
 
 class Documents(NamedTuple):
-    """Where the documents of a micro-batch end: cu_seqlens (int32, on the device, 0 first) and the longest's length."""
+    """Where the documents of a micro-batch end."""
 
-    cu_seqlens: Tensor
-    max_len: int
+    cu_seqlens: Tensor  # int32, on the device, 0 first
+    max_len: int  # of the longest, or a bound: in a captured graph the same for all micro-batches
 
     def paired(self) -> "Documents":
         """The same documents where every token stands for two positions."""
@@ -820,6 +835,15 @@ class LayerWeights(NamedTuple):
     skip_gate: Tensor | None = None  # (1, 12)
 
 
+def compiler(enabled: bool) -> Callable:
+    """torch.compile with static shapes, or nothing."""
+    if not enabled:
+        return lambda function: function
+    # Every kind of layer in every stage is a graph of the same function: more than Dynamo expects.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(dynamic=False, fullgraph=True)
+
+
 # The functions below are the compiled regions. Layers of one kind share a graph, which is why compiling the whole
 # takes three minutes instead of more than five; attention stays between them, so that windows change without compiling.
 
@@ -912,8 +936,10 @@ class GPT(nn.Module):
         self.skip_gate = parameter(1, GATE_DIMS)
         self.attn_gates = parameter(len(ATTENTION_LAYERS), H, GATE_DIMS)
         self.value_gates = parameter(len(VALUE_LAYERS), H, GATE_DIMS)
-        self.attn_bank = parameter(len(ATTENTION_LAYERS), 4, C, C)  # W_q, W_k, W_v, W_o of each layer
-        self.mlp_bank = parameter(len(LAYERS) + 1, 2, 4 * C, C)  # W_fc, W_proj; one more layer so that 8 divides 24
+        # W_q, W_k, W_v, W_o and W_fc, W_proj of each layer; padded with layers that nobody uses until 8 ranks can share
+        # the matrices evenly (the MLP's 11 layers become 12).
+        self.attn_bank = parameter(-(-len(ATTENTION_LAYERS) // 2) * 2, 4, C, C)
+        self.mlp_bank = parameter(-(-len(LAYERS) // 4) * 4, 2, 4 * C, C)
         self.head = parameter(C, V)
         self.embed = parameter(V, C)  # tied to the head at first, see Optimizer
         self.bigram_embed = parameter(hp.bigram_vocab_size, C)
@@ -928,9 +954,7 @@ class GPT(nn.Module):
             self.embed.copy_(self.head.T)
         longest = max(max(stage.tokens for stage in hp.stages), hp.val_batch_size) // MICRO_BATCHES
         self.yarn = Yarn(hp.head_dim, 2 * longest, device)
-        if compile:  # every kind of layer in every stage is a graph of the same function: more than Dynamo expects
-            torch._dynamo.config.recompile_limit = 64
-        region = torch.compile(dynamic=False, fullgraph=True) if compile else lambda function: function
+        region = compiler(compile)
         self.embed_inputs = region(embed_inputs)
         self.attention_inputs = region(attention_inputs)
         self.attention_output_and_mlp = region(attention_output_and_mlp)
@@ -946,7 +970,7 @@ class GPT(nn.Module):
         values = iter(self.scalars.unbind())
         scalars = {name: [next(values) for _ in range(count)] for name, (count, _) in SCALARS.items()}
         x0_lambdas, mlps = self.x0_lambdas.unbind(), self.mlp_bank.unbind()
-        matrices = iter(self.attn_bank.flatten(0, 1).split([3, 1] * len(ATTENTION_LAYERS)))
+        matrices = iter(self.attn_bank.flatten(0, 1).split([3, 1] * len(self.attn_bank)))
         attn_gates, value_gates = iter(self.attn_gates.unbind()), iter(self.value_gates.unbind())
         weights = []
         for i, layer in enumerate(LAYERS):
@@ -1059,8 +1083,8 @@ def adam_update(p, grad, m, v, beta1: float, beta2: float, eps: float, step_size
 def nesterov(grad, m, momentum, out_dtype: torch.dtype):
     """Moves the float32 momentum m towards the gradient, in place; returns the look-ahead. momentum 0-d on the CPU."""
     grad = grad.to(m.dtype)
-    m.lerp_(grad, 1 - momentum)
-    return grad.lerp(m, momentum).to(out_dtype)
+    m += (grad - m) * (1 - momentum)
+    return (grad + (m - grad) * momentum).to(out_dtype)
 
 
 def normuon_update(p, low_bits, u, second_moment, beta2: float, lr_eff, decay):
@@ -1149,11 +1173,19 @@ class NorMuon:
 
 
 class Alone:
-    """Communication of a parameter when there is one rank: none. The other policies have the same four steps."""
+    """Communication of a parameter when there is one rank: none. The other policies have the same steps."""
 
     def __init__(self, p: Tensor, world: World):
         self.p, self.world = p, world
-        self.slice = p  # what this rank updates
+        self.slice = self.own(p)  # what this rank updates
+
+    def own(self, full: Tensor) -> Tensor:
+        """This rank's slice of a whole tensor."""
+        return full
+
+    def full(self, slice: Tensor) -> Tensor:
+        """The whole of a tensor of which every rank holds its slice."""
+        return slice
 
     def reduce(self, grad: Tensor) -> None:
         """Starts averaging the gradient over the ranks."""
@@ -1169,10 +1201,6 @@ class Alone:
 
     def gathered(self) -> None:
         """Waits for them."""
-
-    def full(self, state: Tensor) -> Tensor:
-        """The whole of an optimizer state of which every rank holds its slice."""
-        return state
 
 
 # PyTorch 2.13 renamed these two; 2.11 has the old names only.
@@ -1200,24 +1228,23 @@ class Replicated(Alone):
 class Sharded(Replicated):
     """Each rank updates an equal share of the first dimension: reduce-scatter, update, all-gather."""
 
-    def __init__(self, p: Tensor, world: World):
-        super().__init__(p, world)
-        self.slice = p.chunk(world.size)[world.rank]
+    def own(self, full: Tensor) -> Tensor:
+        return full.chunk(self.world.size)[self.world.rank]
+
+    def full(self, slice: Tensor) -> Tensor:
+        out = slice.new_empty(self.p.shape)
+        all_gather(out, slice)
+        return out
 
     def reduce(self, grad: Tensor) -> None:
         self.grad = torch.empty_like(self.slice)
-        self.work = reduce_scatter(self.grad, grad.contiguous(), self.op, async_op=True)
+        self.work = reduce_scatter(self.grad, grad, self.op, async_op=True)
 
     def gather(self) -> None:
         self.work = all_gather(self.p, self.slice.clone(), async_op=True)
 
     def gathered(self) -> None:
         self.work.wait()
-
-    def full(self, state: Tensor) -> Tensor:
-        out = state.new_empty(self.p.shape)
-        all_gather(out, state)
-        return out
 
 
 class Slot:
@@ -1250,7 +1277,7 @@ class Optimizer:
     """
 
     def __init__(self, model: GPT, hp: Hyperparameters, world: World, untie_step: int, compile: bool = False):
-        compiled = torch.compile(dynamic=False, fullgraph=True) if compile else lambda function: function
+        compiled = compiler(compile)
         parameters = dict(model.named_parameters())
         self.slots = {row.name: Slot(row, parameters.pop(row.name), hp, world, compiled) for row in PARAMETERS}
         assert not parameters, f"parameters without a row in PARAMETERS: {', '.join(parameters)}"
@@ -1285,10 +1312,9 @@ class Optimizer:
     def _untie(self) -> None:
         self.tied = False
         head, embed = self.slots["head"], self.slots["embed"]
-        rows = embed.communication.slice.storage_offset() // embed.p.size(1)
         for state in ("m", "v"):
-            full = head.communication.full(getattr(head.algorithm, state)).T
-            getattr(embed.algorithm, state).copy_(full[rows : rows + len(embed.communication.slice)])
+            full = head.communication.full(getattr(head.algorithm, state))
+            getattr(embed.algorithm, state).copy_(embed.communication.own(full.T))
         embed.algorithm.updates = head.algorithm.updates
 
     def reset(self) -> None:
@@ -1453,7 +1479,11 @@ class TrainLoader:
         self.shard = self._load(0, scan_all=False)
         self.reader = ThreadPoolExecutor(1, "next shard")
         self.next_shard = self.reader.submit(self._load, 1)
-        self.stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(world.device) if world.on_gpu else None
+        # A thread starts out on GPU 0, where it would open a second context for every other rank.
+        set_device = partial(torch.cuda.set_device, world.device) if world.on_gpu else None
+        self.assembler = ThreadPoolExecutor(1, "micro-batches", set_device)
+        self.ahead = self.assembler.submit(self._prepare, sizes[0])
 
     def _load(self, number: int, scan_all: bool = True) -> Shard:
         path = self.paths[number % len(self.paths)]
@@ -1481,11 +1511,10 @@ class TrainLoader:
         return StepBatch(1 + (self.files_begun - 1) // len(self.paths), batches)
 
     def __iter__(self) -> Iterator[StepBatch]:
-        with ThreadPoolExecutor(1, "micro-batches") as assembler, self.reader:
-            ahead = assembler.submit(self._prepare, self.sizes[0])
+        with self.assembler, self.reader:
             for size in [*self.sizes[1:], None]:
-                batch = ahead.result()
-                ahead = assembler.submit(self._prepare, size) if size else None
+                batch = self.ahead.result()
+                self.ahead = self.assembler.submit(self._prepare, size) if size else None
                 for tensor in (t for b in batch.micro_batches for t in (b.inputs, b.targets, b.documents.cu_seqlens)):
                     if self.stream:  # the memory was taken on the copying stream: keep it until this one is through
                         tensor.record_stream(torch.cuda.current_stream())
@@ -1526,7 +1555,7 @@ class Schedule:
         self.hp = hp
         third = hp.num_scheduled_iterations // 3
         self.starts = (0, third, 2 * third, hp.num_scheduled_iterations)
-        self.ends = (third, 2 * third, 3 * third, hp.total_steps)
+        self.ends = (*self.starts[1:], hp.total_steps)
         # The first step at or after stage 3's start on which Adam steps; see Optimizer.
         self.untie_step = self.starts[2] | 1
 
@@ -1637,7 +1666,7 @@ def versions() -> str:
 
 def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> None:
     """The source that runs, the versions, the GPUs and the overrides: what it takes to repeat the run."""
-    from subprocess import PIPE, STDOUT, run
+    from subprocess import PIPE, STDOUT, SubprocessError, run
 
     rule = "=" * 100
     log.write(Path(__file__).read_text(), console=False)
@@ -1646,7 +1675,7 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
     if torch.cuda.is_available():
         try:
             log.write(run(["nvidia-smi"], stdout=PIPE, stderr=STDOUT, text=True, timeout=30).stdout, console=False)
-        except (OSError, ValueError) as error:
+        except (OSError, SubprocessError) as error:
             log.write(f"nvidia-smi: {error}", console=False)
     log.write(f"preset: {hp.preset}; overrides: " + (" ".join(f"--{k}={v}" for k, v in overrides.items()) or "none"))
     log.write(rule, console=False)
@@ -1678,10 +1707,13 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
     if torch.__version__ < "2.11":
         raise UserError(f"PyTorch {torch.__version__}: 2.11 or newer is needed: pip install -r requirements.txt")
     total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
+    fp8, why_not = use_fp8(hp, world)
     machine, notes = f"{world.size} x CPU", []
-    if world.device.type == "cuda":
+    if world.on_gpu:
         if not hasattr(triton, "__version__"):
             raise UserError("Triton is missing, the kernels need it: pip install -r requirements.txt")
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            raise UserError("Triton needs a C compiler, there is none: apt install gcc python3-dev")
         gpu = torch.cuda.get_device_properties(world.device)
         free = torch.cuda.mem_get_info(world.device)[0] / 2**30
         machine = f"{world.size} x {gpu.name}, {free:.0f} of {gpu.total_memory / 2**30:.0f} GiB free"
@@ -1690,7 +1722,8 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
         if free < needed:
             notes = [f"note: about {needed:.0f} GiB are needed, {free:.0f} are free: lower the tokens in STAGES"]
     return [
-        f"world: {machine}, {world.grad_accum_steps} micro-batches each a step; {device_numbers(hp, world)}",
+        f"world: {machine}, {world.grad_accum_steps} micro-batches each a step; "
+        f"parameters in {str(choose_dtype(hp, world)).removeprefix('torch.')}, head in {'FP8' if fp8 else why_not}",
         f"software: Python {sys.version.split()[0]}, {versions()}",
         f"data: {len(train)} train shards, {train_tokens:,} tokens; "
         f"{hp.val_tokens:,} of {val_tokens:,} validation tokens",
@@ -1699,16 +1732,10 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
     ]
 
 
-def device_numbers(hp: Hyperparameters, world: World) -> str:
-    """How numbers are held on this device, for the log."""
-    fp8, why = use_fp8(hp, world)
-    return f"parameters in {str(choose_dtype(hp, world)).removeprefix('torch.')}, head in {'FP8' if fp8 else why}"
-
-
 def choose_dtype(hp: Hyperparameters, world: World) -> torch.dtype:
     """Type of parameters and activations."""
-    name = hp.dtype if hp.dtype != "auto" else "bfloat16" if world.device.type == "cuda" else "float32"
-    if name == "float32" and world.device.type == "cuda":
+    name = hp.dtype if hp.dtype != "auto" else "bfloat16" if world.on_gpu else "float32"
+    if name == "float32" and world.on_gpu:
         raise UserError("--dtype=float32: attention on a GPU takes bfloat16")
     return getattr(torch, name)
 
@@ -1717,7 +1744,7 @@ def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
     """Whether the head's training products run in FP8, and if not, what they run in and why."""
     if hp.fp8_head == "off":
         return False, "the parameters' type (--fp8_head=off)"
-    if world.device.type != "cuda":
+    if not world.on_gpu:
         return False, "the parameters' type (no GPU)"
     capability = torch.cuda.get_device_capability(world.device)
     if capability >= (8, 9):
@@ -1763,7 +1790,7 @@ class Trainer:
 
     def __init__(self, hp: Hyperparameters, world: World):
         self.hp, self.world, self.schedule = hp, world, Schedule(hp)
-        compile = hp.compile == "on" or (hp.compile == "auto" and world.device.type == "cuda")
+        compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
         torch.manual_seed(hp.seed)
         self.model = GPT(hp, world.device, choose_dtype(hp, world), compile)
         if world.size > 1:
@@ -1779,7 +1806,7 @@ class Trainer:
         self.target_weights = weights.to(world.device)  # every step's, so that no step copies its own
         self.stage_index = 0
         self.graphs: dict[int, MicroBatchGraph] = {}  # by stage
-        self.use_graphs = world.device.type == "cuda" and hp.cuda_graphs == "auto"
+        self.use_graphs = world.on_gpu and hp.cuda_graphs == "auto"
 
     def enter_step(self, step: int) -> None:
         """Follows the schedule to the stage of `step`; at a stage's first step the rotary frequencies follow."""
@@ -1851,7 +1878,7 @@ class Trainer:
         self.optimizer.reset()
         self.model.yarn.reset()
         self.stage_index = 0
-        if self.world.device.type == "cuda":
+        if self.world.on_gpu:
             torch.cuda.empty_cache()  # what ran before the graphs were captured is not needed again
 
     def run(self, log: Log, train_paths: list[Path], val_batches: list[MicroBatch]) -> list[float]:
@@ -1904,16 +1931,16 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device, self.elapsed = device, 0.0
-        self.issued: list[torch.cuda.Event] = []
+        self.issued: torch.cuda.Event | None = None
         self.start()
 
     def step_issued(self) -> None:
         """Lets the CPU run one step ahead of the GPU, not more, so that times in the log are times of the GPU."""
         if self.device.type == "cuda":
-            self.issued.append(torch.cuda.Event())
-            self.issued[-1].record()
-            if len(self.issued) > 1:
-                self.issued.pop(0).synchronize()
+            before, self.issued = self.issued, torch.cuda.Event()
+            self.issued.record()
+            if before:
+                before.synchronize()
 
     def start(self) -> None:
         self._synchronize()
@@ -1943,11 +1970,11 @@ def main(arguments: list[str]) -> None:
     log = None
     try:
         world = World.from_environment()
-        hp, overrides = parse_arguments(arguments, has_gpu=world.device.type == "cuda")
+        hp, overrides = parse_arguments(arguments, has_gpu=world.on_gpu)
         summary = check_world(hp, world)
-        log = Log(hp, world)
         if world.rank == 0:
             print(*summary, sep="\n", flush=True)
+        log = Log(hp, world)
         log_header(log, hp, overrides)
         log.write("\n".join(summary), console=False)
         world.start()
@@ -1959,7 +1986,7 @@ def main(arguments: list[str]) -> None:
         val_losses = trainer.run(log, train_paths, val_batches)
         if hp.save_checkpoint:
             trainer.save_checkpoint(log)
-        if world.device.type == "cuda":
+        if world.on_gpu:
             allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
             log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
         learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))

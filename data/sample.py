@@ -3,9 +3,10 @@
     python data/sample.py [--out DIR]
 
 turns pydoc's topics and the docstrings of the standard library into shards sample_val_000000.bin and
-sample_train_000001.bin, ..., by default in data/sample/: over 1M training and over 131,072 validation tokens, enough
-to try training and to run the tests, too little to learn from. One token is one byte: GPT-2's vocabulary, which would
-have to be downloaded, begins with the 256 single bytes. The same Python installation always gives the same shards.
+sample_train_000001.bin, ..., by default in data/sample/, under DATA_PATH if that is set: over 1M training and over
+131,072 validation tokens, enough to try training and to run the tests, too little to learn from. One token is one byte:
+GPT-2's vocabulary, which would have to be downloaded, begins with the 256 single bytes. The same Python installation
+always gives the same shards.
 """
 
 import argparse
@@ -130,8 +131,9 @@ def write_sample(shards: dict[str, np.ndarray], folder: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv`; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).resolve().parent / "sample"
-    parser.add_argument("--out", metavar="DIR", type=Path, default=default, help="output folder (default: data/sample)")
+    root = Path(os.environ.get("DATA_PATH") or Path(__file__).resolve().parent.parent)
+    default = root / "data" / "sample"
+    parser.add_argument("--out", metavar="DIR", type=Path, default=default, help="output folder (default: %(default)s)")
     folder = parser.parse_args(argv).out
     try:
         write_sample(sample_shards(Path(sysconfig.get_path("stdlib"))), folder)
