@@ -1,0 +1,633 @@
+"""
+Reads the logs of training runs and judges them by the rules of the speedrun.
+
+A log holds the whole source that ran, a line of "=", versions and nvidia-smi, a second line of "=", then the run's
+lines. Two kinds are read: those of this repository's train_gpt.py (`Run.own`), which also name preset, overrides, world
+and data, and those of the public speedruns, which do not. Logs are data from strangers: nothing in them is executed,
+every search is linear in their size, and every text taken from them is cut to one printable line.
+
+Contents: Reading, Statistics, Comparison, Rules, Record folders, Text for people.
+"""
+
+import math
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+RECORDS = Path(__file__).resolve().parent
+REFERENCE = RECORDS.parent / "train_gpt.py"
+TARGET, ALPHA = 3.28, 0.01  # nats; the t-test's level
+VAL_TOKENS, GPUS, GPU_NAME = 10_485_760, 8, "H100"
+SHARD_TOKENS = 100_000_000  # of a FineWeb10B file
+MAX_BYTES = 16 << 20  # a log of a run is 0.1 to 0.5 MB
+HARMLESS = {"run_id", "log_dir", "val_loss_every", "val_steps", "save_checkpoint", "seed", "preset"}  # as overrides
+PLAIN_COMPILE = {"dynamic", "fullgraph"}  # the arguments of torch.compile that the public baseline has
+STAGES = ("stage 1", "stage 2", "stage 3", "extension")
+
+# ======================================================================================================================
+# Reading
+# ======================================================================================================================
+
+HEADER = re.compile(r"^={20,}[ \t]*\n(?=Running (?:Python|PyTorch|pytorch) )", re.M)
+RULE_LINE = re.compile(r"^={20,}[ \t]*$", re.M)
+STEP = re.compile(
+    r"^step:([0-9]{1,7})/([0-9]{1,7}) (?:val_loss:(\S{1,20}) |train_loss:\S{1,20} )?train_time:([0-9.]{1,14})ms", re.M
+)
+PEAK = re.compile(r"^peak memory allocated: ([0-9]{1,7}) MiB reserved: ([0-9]{1,7}) MiB", re.M)
+WORLD = re.compile(r"^world: ([0-9]{1,4}) x ([^,\n]{1,100})", re.M)
+DATA = re.compile(
+    r"^data: ([0-9]{1,5}) train shards, ([0-9,]{1,20}) tokens; ([0-9,]{1,20}) of ([0-9,]{1,20}) validation tokens", re.M
+)
+PRESET = re.compile(r"^preset: (\w{1,30}); overrides: (.*)$", re.M)
+GPU_ROW = re.compile(r"^\| {1,9}[0-9]{1,3} {1,9}(\S[^|\n]{0,60}?) {1,60}(?:On|Off|N/A) {1,9}\|", re.M)
+VERSIONS = {
+    "Python": re.compile(r"^Running Python ([^\s,]{1,40})", re.M),
+    "PyTorch": re.compile(r"^Running .{0,200}?\b[Pp]y[Tt]orch ([^\s,]{1,60})", re.M),
+    "CUDA": re.compile(r"compiled for CUDA ([^\s,]{1,20})"),
+    "Triton": re.compile(r"^Running .{0,200}Triton (?:version )?(\S{1,40})", re.M),
+    "driver": re.compile(r"Driver Version: (\S{1,20})"),
+}
+# Python's strings and comments; one that never ends goes to the end of its line, or of the text. Never backtracks.
+STRING_OR_COMMENT = re.compile(
+    r'"""(?:[^"\\]|\\(?:.|\Z)|"(?!""))*+(?:"""|\Z)'
+    r"|'''(?:[^'\\]|\\(?:.|\Z)|'(?!''))*+(?:'''|\Z)"
+    r'|"(?:[^"\\\n]|\\(?:.|\Z))*+(?:"|$)'
+    r"|'(?:[^'\\\n]|\\(?:.|\Z))*+(?:'|$)"
+    r"|#[^\n]*+",
+    re.S | re.M,
+)
+COMPILE_CALL = re.compile(r"(?<!\bre)\.compile\b\s*+(\((?:[^()]|\([^()]*+\))*+\)|[^\n]*+)")
+BANNER = r"^# ={20,}\n"
+
+
+@dataclass
+class Run:
+    """What a log says. `problems` are why it is not one whole run; `notes` are worth knowing."""
+
+    path: Path
+    source: str = ""
+    own: bool = False
+    preset: str = ""
+    overrides: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    gpus: list[str] = field(default_factory=list)  # a name each
+    data: tuple[int, ...] = ()  # train shards, their tokens, validation tokens used, validation tokens there
+    total: int = 0  # steps
+    losses: dict[int, float] = field(default_factory=dict)  # validation loss by steps done
+    times: dict[int, float] = field(default_factory=dict)  # milliseconds of training by steps done
+    peak: tuple[int, int] | None = None  # MiB allocated, reserved
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return clean(self.path.name)
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return max(self.times, default=0)
+
+    @property
+    def complete(self) -> bool:
+        return not self.problems
+
+    @property
+    def loss(self) -> float:
+        """The final validation's; of a complete run."""
+        return self.losses[self.total]
+
+    @property
+    def seconds(self) -> float:
+        """Training time; of a complete run."""
+        return self.times[self.total] / 1000
+
+    @property
+    def hardware(self) -> str:
+        return ", ".join(f"{n} x {name}" for name, n in Counter(self.gpus).items()) or "unknown hardware"
+
+    @property
+    def software(self) -> str:
+        return ", ".join(f"{name} {version}" for name, version in self.versions.items()) or "unknown versions"
+
+    def numbers(self, name: str) -> list[int]:
+        """Values of a whole-number hyperparameter: the override, or what the source says, in its order."""
+        texts = [self.overrides[name]] if name in self.overrides else assignments(self.source, name)
+        products = (re.match(r"[0-9_]{1,15}(?:\s*\*\s*[0-9_]{1,15})*", text) for text in texts)
+        parts = ([p.strip().strip("_") for p in m[0].split("*")] for m in products if m)
+        return [math.prod(map(int, p)) for p in parts if all(p)]
+
+    def files(self, name: str) -> str:
+        """A file pattern: the override, or what the source says; '' if that cannot be found."""
+        if name in self.overrides:
+            return self.overrides[name]
+        quoted = [m[1] for text in assignments(self.source, name) if (m := re.search(r"""["']([^"'\n]+)["']""", text))]
+        return (quoted[-1] if self.preset == "smoke" else quoted[0]) if quoted else ""
+
+    def stage_starts(self) -> list[int]:
+        """First steps of the three equal stages and the extension; [] where the log does not tell."""
+        for scheduled in self.numbers("num_scheduled_iterations"):
+            if any(scheduled + extension == self.total for extension in self.numbers("num_extension_iterations")):
+                return [0, scheduled // 3, 2 * (scheduled // 3), scheduled]
+        return []
+
+    def stage(self, step: int) -> str:
+        starts = self.stage_starts()
+        return STAGES[max(i for i, start in enumerate(starts) if step >= start)] if starts else ""
+
+    def stage_ms(self) -> dict[str, float]:
+        """Milliseconds a step by stage, where the log has the times at both ends of the stage."""
+        starts = self.stage_starts()
+        ends = zip(STAGES, starts, [*starts[1:], self.total], strict=False)
+        times = {0: 0.0, **self.times}
+        return {s: (times[b] - times[a]) / (b - a) for s, a, b in ends if a < b and a in times and b in times}
+
+
+def clean(text: str, limit: int = 120) -> str:
+    """One printable line: what comes from a log must not steer a terminal or break a table."""
+    text = "".join(c if c.isprintable() else "?" for c in text[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def assignments(source: str, name: str) -> list[str]:
+    """What stands right of `name =` or `name: type =` at the start of a line, at most ten."""
+    pattern = rf"^[ \t]*{name}(?:\s?:\s?\w{{1,20}})?\s?=\s?([^=\n][^\n]{{0,300}})"
+    return [m[1] for m in re.finditer(pattern, source, re.M)][:10]
+
+
+def read_run(path: Path) -> Run:
+    """A log, whatever is in the file: what is wrong with it stands in `problems`."""
+    run = Run(Path(path))
+    try:
+        if path.is_dir() or (path.exists() and not path.is_file()):
+            run.problems.append("not a file")
+            return run
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        run.problems.append(f"cannot be read: {getattr(error, 'strerror', None) or error}")
+        return run
+    if not data:
+        run.problems.append("an empty file")
+    elif len(data) > MAX_BYTES:
+        run.problems.append(f"larger than {MAX_BYTES >> 20} MiB: not a log")
+    elif b"\0" in data:
+        run.problems.append("a binary file")
+    else:
+        parse(run, data.decode("utf-8", errors="replace").replace("\r\n", "\n"))
+    return run
+
+
+def parse(run: Run, text: str) -> None:
+    """Fills `run` from a log's text."""
+    header = find_header(text)
+    if header is None:
+        run.problems.append("no line of '=' before 'Running Python': another program's log, or cut off in the source")
+        return
+    run.source = text[: header.start()]
+    rule = RULE_LINE.search(text, header.end())
+    head = text[header.end() : rule.start() if rule else len(text)]
+    body = text[rule.end() :] if rule else ""
+    run.versions = {name: clean(m[1]) for name, pattern in VERSIONS.items() if (m := pattern.search(head))}
+    run.gpus = [clean(m[1]) for m in GPU_ROW.finditer(head)][:64]
+    if preset := PRESET.search(head):
+        run.own, run.preset = True, preset[1]
+        parts = re.split(r"(?:^|(?<= ))--(\w{1,40})=", preset[2][:5000])[1:]
+        run.overrides = {name: clean(value.strip()) for name, value in zip(parts[::2], parts[1::2], strict=True)}
+    if world := WORLD.search(body):
+        run.gpus = [clean(world[2])] * int(world[1])
+    if data := DATA.search(body):
+        run.data = tuple(int(number.replace(",", "") or 0) for number in data.groups())
+    if peaks := PEAK.findall(body):
+        run.peak = (int(peaks[-1][0]), int(peaks[-1][1]))
+    parse_steps(run, body)
+    if HEADER.search(body):
+        run.problems.append("several runs in one file (a restart): their lines cannot be told apart")
+    if error := re.search(r"^train_gpt\.py: error: (.{0,100})", body, re.M):
+        run.problems.append(f"ended with an error: {clean(error[1])}")
+    if epoch := re.search(r"^epoch [0-9]{1,4}: .{0,100}", body, re.M):
+        run.notes.append(clean(epoch[0]))
+
+
+def find_header(text: str) -> re.Match | None:
+    """The line of '=' that ends the source: the first one that is not inside one of the source's strings."""
+    candidates = list(HEADER.finditer(text))
+    if not candidates:
+        return None
+    # Both in order. A string that never ends is no string but the log's own prose.
+    strings = (m for m in STRING_OR_COMMENT.finditer(text) if m[0].endswith(('"""', "'''")))
+    string = next(strings, None)
+    for candidate in candidates:
+        while string and string.end() <= candidate.start():
+            string = next(strings, None)
+        if not string or candidate.start() < string.start():
+            return candidate
+    return None
+
+
+def parse_steps(run: Run, body: str) -> None:
+    """Losses and times, and what is wrong with them."""
+    totals, step_times, val_times = set(), {}, {}
+    twice = contradictions = 0
+    for m in STEP.finditer(body):
+        step, total = int(m[1]), int(m[2])
+        time, loss = number(m[4]), number(m[3]) if m[3] else None
+        if time is None or step > total or (m[3] and loss is None):
+            if len(run.notes) < 5:
+                run.notes.append(f"unreadable line: {clean(m[0], 60)}")
+            continue
+        totals.add(total)
+        seen = val_times if m[3] else step_times
+        value = (time, loss)
+        if step in seen:
+            twice += 1
+            contradictions += repr(seen[step]) != repr(value)
+        seen[step] = value
+    run.total = max(totals, default=0)
+    run.losses = {step: loss for step, (_, loss) in sorted(val_times.items())}
+    # A validation's time is the exact one: the GPU has finished by then.
+    merged = {**step_times, **val_times}
+    run.times = {step: merged[step][0] for step in sorted(merged)}
+    bad = [step for step, loss in run.losses.items() if not math.isfinite(loss)]
+    times = list(run.times.values())
+    if len(totals) > 1:
+        run.problems.append(f"steps of different runs: {', '.join(map(str, sorted(totals)[:5]))} in all")
+    if contradictions:
+        run.problems.append(f"{contradictions} steps stand twice with different figures (a restart): not one run")
+    elif twice:
+        run.notes.append(f"{twice} lines stand twice")
+    if bad:
+        run.problems.append(f"validation loss is {run.losses[bad[0]]} at step {bad[0]}")
+    if any(b < a - 1000 for a, b in pairwise(times)):  # step lines may be a step off, no more
+        run.problems.append("the clock runs backwards")
+    if not totals:
+        run.problems.append("no steps: cut off before the first")
+    elif run.total not in run.losses:
+        what = "no final validation" if run.step == run.total else f"cut off at step {run.step} of {run.total}"
+        run.problems.append(what)
+
+
+def number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def read_runs(arguments: list[Path]) -> list[Run]:
+    """The logs given, and those in the folders given (*.txt, *.log), each once. Problems stand in the runs."""
+    paths: dict[Path, Path] = {}
+    runs = []
+    for argument in map(Path, arguments):
+        inside = [argument]
+        if argument.is_dir():
+            inside = sorted(p for p in argument.iterdir() if p.suffix in (".txt", ".log"))
+            if not inside:
+                runs.append(Run(argument, problems=["no logs (*.txt, *.log) in this folder"]))
+        for path in inside:
+            paths.setdefault(path.resolve(), path)
+    runs += [read_run(path) for path in paths.values()]
+    seen: dict[tuple, Run] = {}
+    for run in runs:
+        if run.complete and (first := seen.setdefault((*run.times.items(), *run.losses.items()), run)) is not run:
+            run.problems.append(f"the same run as {first.name}")
+    return runs
+
+
+# ======================================================================================================================
+# Statistics
+# ======================================================================================================================
+
+
+class Stats(NamedTuple):
+    """Of a sample; std is the sample standard deviation, NaN for one value."""
+
+    n: int
+    mean: float
+    std: float
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        return self.std / self.n**0.5 if self.n else math.nan
+
+
+def stats(values: list[float]) -> Stats:
+    n = len(values)
+    return Stats(n, statistics.fmean(values) if n else math.nan, statistics.stdev(values) if n > 1 else math.nan)
+
+
+def p_value(losses: list[float], target: float = TARGET) -> float:
+    """One-sided one-sample t-test against "the mean loss is target or more"; NaN where it is not defined."""
+    if len(losses) < 2 or len(set(losses)) == 1:
+        return math.nan
+    from scipy.stats import ttest_1samp
+
+    return float(ttest_1samp(losses, target, alternative="less").pvalue)
+
+
+def runs_needed(losses: Stats, target: float = TARGET, most: int = 1000) -> int | None:
+    """Runs that would make p < 0.01 at this mean and standard deviation."""
+    if not (losses.std > 0 and losses.mean < target):
+        return None
+    from scipy.stats import t
+
+    distance = (target - losses.mean) / losses.std
+    return next((n for n in range(2, most) if t.sf(distance * n**0.5, n - 1) < ALPHA), None)
+
+
+class Group:
+    """Several logs; statistics are over the complete ones."""
+
+    def __init__(self, runs: list[Run], target: float = TARGET):
+        self.runs, self.target = runs, target
+        self.counted = [run for run in runs if run.complete]
+        self.loss = stats([run.loss for run in self.counted])
+        self.time = stats([run.seconds for run in self.counted])
+        self.p = p_value([run.loss for run in self.counted], target)
+
+    def stage_ms(self) -> dict[str, Stats]:
+        runs = [run.stage_ms() for run in self.counted]
+        return {s: stats([ms[s] for ms in runs if s in ms]) for s in STAGES if any(s in ms for ms in runs)}
+
+    def each(self, attribute: str) -> list[str]:
+        """The different values of a text attribute, the most frequent first."""
+        return [value for value, _ in Counter(getattr(run, attribute) for run in self.counted).most_common()]
+
+    def steps(self) -> list[int]:
+        return sorted({run.total for run in self.counted})
+
+    def time_at(self, step: float) -> float | None:
+        """Mean seconds at a step."""
+        return mean_of([interpolate(run.times, step) for run in self.counted], 1e-3)
+
+    def loss_at(self, step: float) -> float | None:
+        """Mean validation loss at a step, on the line between the validations beside it."""
+        return mean_of([interpolate(run.losses, step) for run in self.counted])
+
+
+def interpolate(points: dict[int, float], x: float) -> float | None:
+    """Linear between points in ascending order; None outside of them."""
+    if x in points:
+        return points[int(x)]
+    below, above = [p for p in points if p < x], [p for p in points if p > x]
+    if not below or not above:
+        return None
+    a, b = below[-1], above[0]
+    return points[a] + (points[b] - points[a]) * (x - a) / (b - a)
+
+
+def mean_of(values: list[float | None], scale: float = 1.0) -> float | None:
+    known = [value for value in values if value is not None]
+    return scale * statistics.fmean(known) if known else None
+
+
+# ======================================================================================================================
+# Comparison
+# ======================================================================================================================
+
+
+class Comparison(NamedTuple):
+    """New minus old; negative is better."""
+
+    loss: float  # difference of mean losses
+    loss_error: float  # its standard error
+    time: float  # seconds
+    time_error: float
+    steps: float | None  # fewer steps that would reach the old loss; negative: more steps
+    steps_seconds: float | None  # what those steps take
+    warnings: list[str]
+
+
+def compare(new: Group, old: Group) -> Comparison:
+    """Two groups. `steps` divides the difference of losses by the slope of loss at the end of the runs.
+
+    That slope is a run's own, in its cooldown, and steeper than the final loss of longer and longer runs: the true
+    number of steps is larger.
+    """
+    steps = seconds = None
+    slopes = [s for run in new.counted + old.counted if (s := final_slope(run))]
+    loss, time = new.loss.mean - old.loss.mean, new.time.mean - old.time.mean
+    if slopes and math.isfinite(loss):
+        slope, last_ms = zip(*slopes, strict=True)
+        if statistics.fmean(slope) < 0:
+            steps = loss / statistics.fmean(slope)
+            seconds = steps * statistics.fmean(last_ms) / 1000
+    warnings = [
+        f"{what} differ ({clean('; '.join(new.each(name)))} and {clean('; '.join(old.each(name)))}): {advice}"
+        for what, name, advice in (
+            ("hardware", "hardware", "times cannot be compared"),
+            ("versions", "software", "time both on the same machine"),
+        )
+        if new.counted and old.counted and set(new.each(name)) != set(old.each(name))
+    ]
+    loss_error = math.hypot(new.loss.error, old.loss.error)
+    return Comparison(loss, loss_error, time, math.hypot(new.time.error, old.time.error), steps, seconds, warnings)
+
+
+def final_slope(run: Run) -> tuple[float, float] | None:
+    """Loss a step, and milliseconds a step, between the last validation and one at least 2% of the run before it."""
+    earlier = [step for step in run.losses if step <= run.total - max(1, run.total // 50)]
+    if not earlier or earlier[-1] < run.total / 2:
+        return None
+    a, b = earlier[-1], run.total
+    return (run.losses[b] - run.losses[a]) / (b - a), (run.times[b] - run.times[a]) / (b - a)
+
+
+# ======================================================================================================================
+# Rules
+# ======================================================================================================================
+
+
+class Rule(NamedTuple):
+    name: str
+    holds: bool | None  # None: these logs do not tell
+    detail: str
+    called: str = ""  # what logs that break it are, as in "... is no record: <called>"
+
+
+def judge(group: Group, reference: str | None = None) -> list[Rule]:
+    """The rules, one by one; `reference` is a source whose data section is the right one."""
+    runs = group.counted
+    rules = [runs_rule(group), complete_rule(group)]
+    if not runs:
+        return rules
+    tokens = [run.data[2] if run.data else next(iter(run.numbers("val_tokens")), None) for run in runs]
+    rules += [
+        each_rule(f"{VAL_TOKENS:,} validation tokens", runs, tokens, lambda n: n == VAL_TOKENS, "other validation"),
+        fineweb_rule(runs),
+        gpu_rule(runs),
+    ]
+    sources = {run.source for run in runs}
+    if len(sources) > 1:
+        rules.append(Rule("one source in all logs", False, f"{len(sources)} different sources", "of different sources"))
+    elif len(group.steps()) > 1:
+        detail = f"the same source, but {' and '.join(map(str, group.steps()))} steps"
+        rules.append(Rule("one source in all logs", False, detail, "of different lengths"))
+    else:
+        rules.append(Rule("one source in all logs", True, "the same in all"))
+    own = [run for run in runs if run.own]
+    changed = sorted({f"--{k}={v}" for run in own for k, v in run.overrides.items() if k not in HARMLESS})
+    changed += sorted({f"preset {run.preset}" for run in own if run.preset != "speedrun"})
+    detail = clean(" ".join(changed)) or "none that changes the training"
+    if own:
+        rules.append(Rule("no overrides", not changed, detail, "with overrides"))
+    flags = sorted({flag for source in sources for flag in compile_flags(source)})
+    detail = clean(", ".join(flags)) or "none"
+    rules.append(Rule("no extra compile flags", not flags, detail, "with extra compile flags"))
+    rules.append(data_rule(sources, reference))
+    return rules
+
+
+def verdict(group: Group, rules: list[Rule]) -> str:
+    """One sentence."""
+    n = len(group.counted)
+    what = f"{n} complete run{'s' * (n != 1)}"
+    broken, unknown = [r for r in rules if r.holds is False], [r for r in rules if r.holds is None]
+    if broken:
+        return f"Not a record: {what}, " + ", ".join(dict.fromkeys(rule.called for rule in broken)) + "."
+    if unknown:
+        return f"A record if these hold, which the logs do not tell: {'; '.join(rule.name for rule in unknown)}."
+    return f"A record by every rule that logs can show: {what}."
+
+
+def runs_rule(group: Group) -> Rule:
+    name, loss = f"enough runs for p < {ALPHA}", group.loss
+    if loss.n < 2:
+        return Rule(
+            name, False, f"{loss.n} complete run{'s' * (loss.n != 1)}; a t-test takes 2 or more", "too few runs"
+        )
+    if math.isnan(group.p):
+        return Rule(name, False, "all losses alike: the t-test is not defined", "all of one loss")
+    detail = f"{loss.n} runs, p = {p_text(group.p)}"
+    if group.p < ALPHA:
+        return Rule(name, True, detail)
+    if loss.mean >= group.target:
+        return Rule(name, False, f"{detail}; the mean loss is not below {group.target}", f"not below {group.target}")
+    needed = runs_needed(loss, group.target)
+    more = f"; about {needed} runs would do at this mean and std" if needed else ""
+    return Rule(name, False, detail + more, f"too few to show a loss below {group.target}")
+
+
+def complete_rule(group: Group) -> Rule:
+    broken = len(group.runs) - len(group.counted)
+    detail = f"{broken} of {len(group.runs)} logs are not whole runs" if broken else f"all {len(group.runs)}"
+    return Rule("every run complete", not broken and bool(group.runs), detail, "beside logs that are not whole runs")
+
+
+def each_rule(name: str, runs: list[Run], values: list[int | None], right: Callable[[int], bool], called: str) -> Rule:
+    """A rule on one number of each run; None: unknown."""
+    different = clean(", ".join(f"{v:,}" for v in sorted({v for v in values if v is not None})))
+    if any(v is not None and not right(v) for v in values):
+        return Rule(name, False, different, called)
+    if None in values:
+        return Rule(name, None, "cannot be found in the logs")
+    return Rule(name, True, f"in {'all' if len(runs) > 1 else 'the'} log{'s' * (len(runs) > 1)}")
+
+
+def fineweb_rule(runs: list[Run]) -> Rule:
+    name, called = "FineWeb files", "on another corpus"
+    files = {(run.files("train_files"), run.files("val_files")) for run in runs}
+    for train, val in files:
+        for pattern, part in ((train, "train"), (val, "val")):
+            if pattern and not re.search(rf"(?:^|/)fineweb_{part}_[^/]*\.bin$", pattern):
+                return Rule(name, False, clean(pattern), called)
+    for shards, tokens, _, val_tokens in {run.data for run in runs if run.data}:
+        # The last of the 103 train files may be shorter.
+        if not (shards - 1) * SHARD_TOKENS < tokens <= shards * SHARD_TOKENS or val_tokens % SHARD_TOKENS:
+            detail = f"{shards} train files of {tokens:,} tokens, {val_tokens:,} validation tokens: not FineWeb10B's"
+            return Rule(name, False, detail, called)
+    if any(not (train and val) for train, val in files):
+        return Rule(name, None, "their names cannot be found in the logs")
+    return Rule(name, True, clean(", ".join(sorted({name for pair in files for name in pair}))))
+
+
+def gpu_rule(runs: list[Run]) -> Rule:
+    name = f"{GPUS} {GPU_NAME} GPUs"
+    detail = clean("; ".join(sorted({run.hardware for run in runs})))
+    for run in runs:
+        if run.gpus and not (
+            len(run.gpus) == GPUS and all(GPU_NAME in gpu.split() and "MIG" not in gpu for gpu in run.gpus)
+        ):
+            return Rule(name, False, detail, f"on {clean(run.hardware)}")
+    return Rule(name, True if all(run.gpus for run in runs) else None, detail)
+
+
+def compile_flags(source: str) -> list[str]:
+    """Arguments of torch.compile beyond the baseline's, and settings of torch._inductor, in the code of a source."""
+    flags = set()
+
+    def keep(match: re.Match) -> str:
+        if match[0][0] == "#":
+            return ""
+        if "\n" not in match[0]:
+            flags.update(re.findall(r"TORCHINDUCTOR_\w{1,40}|TORCH_COMPILE_\w{1,40}", match[0]))
+        return '""'
+
+    code = STRING_OR_COMMENT.sub(keep, source)
+    for call in COMPILE_CALL.finditer(code):
+        flags.update(f"{k}=" for k in re.findall(r"\b(\w{1,40})\s?=(?!=)", call[1]) if k not in PLAIN_COMPILE)
+        flags.update(["**"] if "**" in call[1] else [])
+    flags.update("_inductor.config" + m[1] for m in re.finditer(r"_inductor\.config((?:\.\w{1,60}){0,3})", code))
+    flags.update(["_inductor.config"] if re.search(r"_inductor import [^\n]*\bconfig\b", code) else [])
+    return sorted(flags)
+
+
+def data_section(source: str) -> str | None:
+    """What stands under the banner "Data" of train_gpt.py."""
+    match = re.search(BANNER + r"# Data\n" + BANNER + rf"(.*?)(?={BANNER}|\Z)", source, re.M | re.S)
+    return match[1].rstrip() if match else None
+
+
+def data_rule(sources: set[str], reference: str | None) -> Rule:
+    name = "data section unchanged"
+    right = data_section(reference) if reference else None
+    sections = [data_section(source) for source in sources]
+    if right is None:
+        return Rule(name, None, "no reference to compare with")
+    if any(section is not None and section != right for section in sections):
+        return Rule(name, False, "differs from the reference's: the token stream may too", "with another data section")
+    if None in sections:
+        return Rule(name, None, "cannot be compared: not a source of this repository")
+    return Rule(name, True, "as in the reference")
+
+
+# ======================================================================================================================
+# Record folders
+# ======================================================================================================================
+
+FOLDER = re.compile(r"(\d{4}-\d{2}-\d{2})_(\w[\w.-]*)", re.A)
+
+
+class Record(NamedTuple):
+    folder: Path
+    date: str
+    name: str
+    group: Group
+
+
+def read_records(records: Path = RECORDS) -> list[Record]:
+    """The record folders, oldest first; of one day, the slower first."""
+    folders = [p for p in records.iterdir() if p.is_dir() and FOLDER.fullmatch(p.name)] if records.is_dir() else []
+    found = [Record(p, *FOLDER.fullmatch(p.name).groups(), Group(read_runs([p]))) for p in folders]
+    return sorted(found, key=lambda r: (r.date, -r.group.time.mean if r.group.counted else -math.inf, r.name))
+
+
+# ======================================================================================================================
+# Text for people
+# ======================================================================================================================
+
+
+def p_text(p: float) -> str:
+    return "undefined" if math.isnan(p) else f"{p:.4f}" if p >= 0.0001 else f"{p:.1e}"
+
+
+def md(text: str) -> str:
+    """A text from a log, a file or a command line as plain text of a markdown table or paragraph."""
+    text = re.sub(r"([\\`*_{}\[\]<>#!|~&$])", r"\\\1", clean(text, 1000))
+    return text.replace("://", ":&#47;/").replace("www.", "www&#46;")  # no links by themselves either
