@@ -1,0 +1,137 @@
+"""A run of ten steps in a few seconds, for tests; as a program, one process of it:
+
+python tests/small_run.py FOLDER DTYPE
+
+with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment, writes what it found to FOLDER/<size>_<rank>.pt.
+"""
+
+import hashlib
+import os
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from shard_files import BOS, write_shard
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from train_gpt import (
+    FINAL_WINDOWS,
+    STAGES,
+    Hyperparameters,
+    Trainer,
+    TrainLoader,
+    World,
+    find_files,
+    parse_arguments,
+    validation_batches,
+)
+
+STEPS = 10
+UNTIE_STEP = 7  # the first odd step of the last third of nine
+
+
+def write_text(folder: Path) -> None:
+    """Shards of documents of random lengths, in which few of the vocabulary's tokens occur: soon learned."""
+    generator = random.Random(0)
+
+    def text(tokens: int) -> list[int]:
+        out = []
+        while len(out) < tokens:
+            out += [BOS, *(int(generator.paretovariate(0.7)) % 300 for _ in range(generator.randint(2, 40)))]
+        return out
+
+    write_shard(folder / "train_1.bin", text(2500))
+    write_shard(folder / "train_2.bin", text(2500))
+    write_shard(folder / "val_0.bin", text(600))
+
+
+def small_hyperparameters(folder: Path, **overrides) -> Hyperparameters:
+    """The smoke run's code path with micro-batches of 16 to 32 tokens and a model 16 wide."""
+    hp, _ = parse_arguments(["--preset=smoke", f"--log_dir={folder}", "--run_id=small"], has_gpu=False)
+    tokens = (16, 24, 32, 32)
+    small = dict(
+        train_files=str(folder / "train_*.bin"),  # absolute: not below the program's own folder
+        val_files=str(folder / "val_*.bin"),
+        stages=tuple(stage._replace(tokens=8 * n) for stage, n in zip(STAGES, tokens, strict=True)),
+        num_scheduled_iterations=9,
+        num_extension_iterations=1,
+        muon_momentum_warmup=4,
+        muon_momentum_cooldown=2,
+        window_block=4,
+        num_heads=2,
+        bigram_vocab_size=64,
+        val_tokens=512,
+        val_batch_size=256,
+        val_loss_every=0,
+    )
+    return replace(hp, **{**small, **overrides})
+
+
+def record_gradients(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
+    """Fills up with the first two gradients (of this rank's slices) that the optimizer updates with, by parameter."""
+    gradients = {name: [] for name in trainer.optimizer.slots}
+    for name, slot in trainer.optimizer.slots.items():
+
+        def reduced(reduced=slot.communication.reduced, name=name):
+            gradient = reduced()
+            if len(gradients[name]) < 2:
+                gradients[name].append(gradient.detach().clone())
+            return gradient
+
+        slot.communication.reduced = reduced
+    return gradients
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Of every bit of the parameters."""
+    total = hashlib.sha256()
+    for _, p in sorted(model.named_parameters()):
+        total.update(p.detach().contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def train(hp: Hyperparameters, world: World) -> dict:
+    """What a test may ask about a run of all steps."""
+    trainer = Trainer(hp, world)
+    found = dict(begin={name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+    found["begin_digest"] = digest(trainer.model)
+    found["gradients"] = record_gradients(trainer)
+    found["inputs"] = []
+    val_batches = validation_batches(find_files(hp.val_files), hp, world)
+    windows = trainer.schedule.window_tokens(*FINAL_WINDOWS)
+    found["losses"] = [trainer.validate(val_batches, windows)]
+    sizes = [trainer.schedule.tokens(step) for step in range(hp.total_steps)]
+    for step, batch in enumerate(TrainLoader(find_files(hp.train_files), sizes, hp, world)):
+        found["inputs"].append([micro_batch.inputs for micro_batch in batch.micro_batches])
+        trainer.enter_step(step)
+        trainer.train_step(step, batch.micro_batches)
+    found["losses"].append(trainer.validate(val_batches, windows))
+    found["end"] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    found["end_digest"] = digest(trainer.model)
+    found["tied"] = trainer.optimizer.tied
+    found["state"] = {}
+    for name, slot in trainer.optimizer.slots.items():
+        states = ("m", "v", "updates") if slot.row.algorithm == "adam" else ("m", "second_moment", "low_bits")
+        found["state"][name] = {state: getattr(slot.algorithm, state) for state in states}
+    return found
+
+
+def main(folder: Path, dtype: str) -> None:
+    torch.set_num_threads(1)
+    world = World.from_environment()
+    world.start()
+    found = train(small_hyperparameters(folder, dtype=dtype), world)
+    if world.rank:
+        found.update(begin=None, end=None)  # the digest tells whether they are the same
+    temporary = folder / f"{world.rank}.part"
+    torch.save(found, temporary)
+    temporary.rename(folder / f"{world.size}_{world.rank}.pt")
+    world.stop()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(Path(sys.argv[1]), sys.argv[2])

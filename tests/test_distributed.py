@@ -1,0 +1,146 @@
+"""One, two and four real processes (gloo, on the CPU): the same run, whatever their number."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_run
+import torch
+from conftest import relative_error
+
+from train_gpt import PARAMETERS, World
+
+SMALL_RUN = Path(small_run.__file__).resolve()
+SIZES = (1, 2, 4)
+NAMES = [row.name for row in PARAMETERS]
+SHARDED = [row.name for row in PARAMETERS if row.sharded]
+
+# Only the order in which gradients are summed differs, in float32. Losses in nats, the rest as relative norms; measured
+# for two and four processes.
+LOSS_TOLERANCE = 1e-4  # 5e-8 after ten steps
+GRADIENT_TOLERANCE = 1e-5  # 1e-6 in the first two updates; 4e-6 in the embedding's first, of the tenth step
+PARAMETER_TOLERANCE = 3e-4  # 4e-5 of the way gone in ten steps; Adam's steps do not shrink with a gradient near zero
+STATE_TOLERANCE = 3e-5  # 4e-6 after ten steps
+# In bfloat16 gradients are rounded to 2^-9 of themselves before they are summed; measured 5e-3 nats.
+BF16_LOSS_TOLERANCE = 0.03
+
+
+def start(folder, dtype, size):
+    """What each of `size` processes found, by rank. They may not take a minute: waiting for each other is a failure."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": str(size)}
+    base.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    processes, outputs = [], []
+    try:
+        for rank in range(size):
+            outputs.append(folder / f"{size}_{rank}.out")
+            command = [sys.executable, str(SMALL_RUN), str(folder), dtype]
+            environment = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with open(outputs[-1], "w") as out:
+                processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
+        for process, output in zip(processes, outputs, strict=True):
+            assert process.wait(timeout=150) == 0, output.read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [torch.load(folder / f"{size}_{rank}.pt") for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """By number of processes: what each rank found in the float32 run."""
+    folder = tmp_path_factory.mktemp("float32")
+    small_run.write_text(folder)
+    alone = small_run.train(small_run.small_hyperparameters(folder), World())
+    return {1: [alone], **{size: start(folder, "float32", size) for size in SIZES[1:]}}
+
+
+def whole(name, slices):
+    """A state or gradient of which the ranks hold slices (or, of replicated parameters, all of it)."""
+    return torch.cat(slices) if name in SHARDED else slices[0]
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_all_ranks_begin_and_end_with_the_same_bits(runs, size):
+    for at in ("begin_digest", "end_digest"):
+        assert len({rank[at] for rank in runs[size]}) == 1
+    assert runs[size][0]["begin_digest"] == runs[1][0]["begin_digest"] != runs[size][0]["end_digest"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_run_learns_and_every_rank_knows_the_same_loss(runs, size):
+    first, last = runs[size][0]["losses"]
+    assert last < first - 0.5
+    assert all(rank["losses"] == [first, last] for rank in runs[size])
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_the_loss_after_ten_steps_is_that_of_one_process(runs, size):
+    for loss, alone in zip(runs[size][0]["losses"], runs[1][0]["losses"], strict=True):
+        assert abs(loss - alone) < LOSS_TOLERANCE
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_ranks_share_the_same_eight_micro_batches_of_each_step(runs, size):
+    for step in range(small_run.STEPS):
+        shares = [rank["inputs"][step] for rank in runs[size]]
+        assert [len(share) for share in shares] == [8 // size] * size
+        dealt = [micro_batch for turn in zip(*shares, strict=True) for micro_batch in turn]
+        for micro_batch, alone in zip(dealt, runs[1][0]["inputs"][step], strict=True):
+            assert torch.equal(micro_batch, alone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_the_gradient_is_that_of_one_process(runs, size, name):
+    # Compared by itself: NorMuon and Adam hardly notice a sum in the place of an average.
+    alone = runs[1][0]["gradients"][name]
+    assert alone[-1].any()
+    for update, gradient in enumerate(alone):  # of the first two updates; some gradients are zero at first
+        shared = whole(name, [rank["gradients"][name][update] for rank in runs[size]])
+        if gradient.any():
+            assert relative_error(shared, gradient) < GRADIENT_TOLERANCE
+        else:
+            assert not shared.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_the_steps_taken_are_those_of_one_process(runs, size, name):
+    begin, alone, end = runs[1][0]["begin"][name], runs[1][0]["end"][name], runs[size][0]["end"][name]
+    assert relative_error(end - begin, alone - begin) < PARAMETER_TOLERANCE
+
+
+@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_each_rank_keeps_its_share_of_the_state_and_together_that_of_one_process(runs, size, name):
+    for state, alone in runs[1][0]["state"][name].items():
+        slices = [rank["state"][name][state] for rank in runs[size]]
+        if not isinstance(alone, torch.Tensor):
+            assert slices == [alone] * size
+            continue
+        assert all(len(part) == len(alone) // size for part in slices)
+        assert relative_error(torch.cat(slices), alone) < STATE_TOLERANCE
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_head_and_embedding_have_parted_by_the_end_on_every_rank(runs, size):
+    assert not any(rank["tied"] for rank in runs[size])
+    begin, end = runs[size][0]["begin"], runs[size][0]["end"]
+    assert torch.equal(begin["embed"], begin["head"].T)
+    assert relative_error(end["embed"], end["head"].T) > 0.01
+
+
+def test_two_processes_in_bfloat16_hold_the_same_bits_and_reach_the_loss_of_one(tmp_path):
+    small_run.write_text(tmp_path)
+    alone = small_run.train(small_run.small_hyperparameters(tmp_path, dtype="bfloat16"), World())
+    ranks = start(tmp_path, "bfloat16", 2)
+    assert len({rank["end_digest"] for rank in ranks}) == 1
+    assert all(p.dtype == torch.bfloat16 for n, p in ranks[0]["end"].items() if n.endswith("bank"))
+    assert abs(ranks[0]["losses"][-1] - alone["losses"][-1]) < BF16_LOSS_TOLERANCE

@@ -1,0 +1,634 @@
+"""The optimizer on a CPU against plain formulas in float64, written independently of it."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import relative_error
+
+import train_gpt
+from train_gpt import (
+    GPT,
+    PARAMETERS,
+    UPDATE_ORDER,
+    Hyperparameters,
+    NorMuon,
+    Optimizer,
+    Slot,
+    World,
+    join_bits,
+    normuon_update,
+    polar_express,
+    split_bits,
+)
+
+CPU = torch.device("cpu")
+HP = Hyperparameters(
+    vocab_size=120,  # padded to 128
+    bigram_vocab_size=64,
+    num_heads=4,
+    head_dim=8,
+    val_batch_size=8 * 16,
+    stages=(train_gpt.STAGES[0]._replace(tokens=8 * 16),),
+)
+STEPS, UNTIE_STEP = 10, 5
+
+# In relative norm. The formulas themselves, both in float64; measured 2e-14.
+EXACT_TOLERANCE = 1e-12
+# One step of a few float32 operations; measured below 2e-7.
+STEP_TOLERANCE = 1e-6
+# The same, as seen in parameters of about 0.1 that move by 4e-5 to 5e-2 and are rounded to 4e-9; measured 8e-5, 2e-6.
+MOVE_TOLERANCE = {"smallest": 3e-4, "banks": 1e-5}
+# Ten steps in float32, of which Polar Express turns rounding of small singular values into up to 800 times as much;
+# measured 1.1e-5.
+TRAJECTORY_TOLERANCE = 5e-5
+# Five iterations bring every singular value from 1 to 1/100 of the largest into this band; measured 0.85 to 1.15, in
+# bfloat16 too, and their distance from 1 as a root mean square.
+SINGULAR_VALUES = 0.8, 1.2
+POLAR_TOLERANCE = 0.15
+# Polar Express in bfloat16 against float64, norms of whole matrices; measured 2.6e-3.
+BF16_NORM_TOLERANCE = 1e-2
+NEVER = 10**9
+
+ADAM = {  # betas, lr multiplier, weight-decay multiplier
+    "scalars": (0.9, 0.99, 5, 0),
+    "x0_lambdas": (0.65, 0.95, 5, 0),
+    "smear_gate": (0.9, 0.99, 0.01, 0),
+    "skip_gate": (0.9, 0.99, 0.05, 0),
+    "attn_gates": (0.9, 0.99, 1, 1),
+    "value_gates": (0.9, 0.99, 1, 1),
+    "head": (0.5, 0.95, 1, 150),
+    "embed": (0.5, 0.95, 1, 150),
+    "bigram_embed": (0.75, 0.95, 75, 5),
+    "value_embeds": (0.75, 0.95, 75, 5),
+}
+BANKS = ["attn_bank", "mlp_bank"]
+TABLES = ["head", "embed"]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def random_model(dtype=torch.float32):
+    """None of whose parameters is zero; the embedding is the head's transpose."""
+    model = GPT(HP, CPU, dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.1)
+        model.embed.copy_(model.head.T)
+    return model
+
+
+def optimizer_of(model, untie_step=NEVER, **overrides):
+    return Optimizer(model, replace(HP, **overrides), World(), untie_step)
+
+
+def random_gradients(model, scale=1.0):
+    return {name: scale * torch.randn(p.shape).to(p.dtype) for name, p in model.named_parameters()}
+
+
+def add_gradients(model, gradients):
+    for name, p in model.named_parameters():
+        if name in gradients:
+            p.grad += gradients[name]
+
+
+def values_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def states_of(optimizer):
+    """Every tensor and count of every algorithm, by parameter and name."""
+    out = {}
+    for name, slot in optimizer.slots.items():
+        for state in ("m", "v", "second_moment", "low_bits", "updates"):
+            value = getattr(slot.algorithm, state, None)
+            if value is not None:
+                out[name, state] = value.clone() if isinstance(value, torch.Tensor) else value
+    return out
+
+
+def schedule_of(step):
+    """A learning-rate factor and a momentum that differ from step to step."""
+    return 1.0 + 0.1 * step, 0.85 + 0.01 * step
+
+
+# ---------------------------------------------------------------------------- the plain formulas
+
+
+class PlainAdam:
+    """Kingma & Ba 2015 with bias correction, and weight decay where it points the way the update goes."""
+
+    def __init__(self, p, beta1, beta2, lr_multiplier, wd_multiplier):
+        self.p, self.b1, self.b2, self.lr_multiplier, self.wd_multiplier = p, beta1, beta2, lr_multiplier, wd_multiplier
+        self.m, self.v, self.t = torch.zeros_like(p), torch.zeros_like(p), 0
+
+    def step(self, g, factor):
+        self.t += 1
+        lr = 0.008 * factor * self.lr_multiplier
+        self.m = self.b1 * self.m + (1 - self.b1) * g
+        self.v = self.b2 * self.v + (1 - self.b2) * g**2
+        corrected_m, corrected_v = self.m / (1 - self.b1**self.t), self.v / (1 - self.b2**self.t)
+        # eps is added to the root ahead of its correction, as in the formula with one step size
+        u = lr * corrected_m / (corrected_v.sqrt() + 1e-10 / (1 - self.b2**self.t) ** 0.5)
+        u = u + (u * self.p > 0) * lr**2 * 0.005 * self.wd_multiplier * self.p
+        self.p = self.p - u
+
+
+COEFFICIENTS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
+
+def plain_polar_express(g):
+    """The polynomials applied to the singular values themselves."""
+    left, values, right = torch.linalg.svd(g / (1.02 * torch.linalg.matrix_norm(g) + 1e-6), full_matrices=False)
+    for a, b, c in COEFFICIENTS:
+        values = a * values + b * values**3 + c * values**5
+    return left @ torch.diag(values) @ right
+
+
+class PlainNorMuon:
+    """One matrix."""
+
+    def __init__(self, p, multiplier):
+        self.p, self.multiplier = p, multiplier
+        self.m, self.average = torch.zeros_like(p), 0.0
+        self.dim = 1 if p.shape[0] >= p.shape[1] else 0
+
+    def step(self, g, factor, momentum):
+        self.m = momentum * self.m + (1 - momentum) * g
+        u = plain_polar_express(momentum * self.m + (1 - momentum) * g)
+        self.average = 0.95 * self.average + 0.05 * u.square().mean(self.dim, keepdim=True)
+        even = u / self.average.sqrt()
+        u = even * torch.linalg.matrix_norm(u) / torch.linalg.matrix_norm(even)
+        lr = 0.023 * factor
+        decay = lr * 1.2 * self.p * (u * self.p >= 0)
+        self.p = self.p - lr * self.multiplier * (u + decay)
+
+
+def plain_banks(start):
+    """The matrices of both banks, in order. W_fc steps twice as far as square ones, W_proj four times."""
+    return {
+        "attn_bank": [PlainNorMuon(p, 1.0) for p in start["attn_bank"].flatten(0, 1)],
+        "mlp_bank": [PlainNorMuon(p, 4.0 if i % 2 else 2.0) for i, p in enumerate(start["mlp_bank"].flatten(0, 1))],
+    }
+
+
+def plain_run(start, gradients):
+    """Parameters after each step, in float64, by the formulas; `gradients` by step."""
+    start = {name: p.double() for name, p in start.items()}
+    adams = {name: PlainAdam(start[name], *row) for name, row in ADAM.items()}
+    banks = plain_banks(start)
+    after, waiting, tied = [], {name: 0.0 for name in ADAM}, True
+    for step, new in enumerate(gradients):
+        factor, momentum = schedule_of(step)
+        for name in BANKS:
+            for matrix, g in zip(banks[name], new[name].double().flatten(0, 1), strict=True):
+                matrix.step(g, factor, momentum)
+        waiting = {name: waiting[name] + new[name].double() for name in ADAM}
+        if step % 2:
+            for name, adam in adams.items():
+                if name == "head" and tied:
+                    adam.step(waiting["head"] + waiting["embed"].T, factor)
+                elif name != "embed" or not tied:
+                    adam.step(waiting[name], factor)
+            waiting = {name: 0.0 for name in ADAM}
+            if tied:
+                head, embed = adams["head"], adams["embed"]
+                embed.p = head.p.T
+                if step >= UNTIE_STEP:
+                    tied = False
+                    embed.m, embed.v, embed.t = head.m.T, head.v.T, head.t
+        values = {name: adam.p for name, adam in adams.items()}
+        values.update({n: torch.stack([m.p for m in banks[n]]).view(start[n].shape) for n in BANKS})
+        after.append(values)
+    return after
+
+
+@pytest.fixture(scope="module")
+def both_runs():
+    """Start, and parameters after each step: of the optimizer and of the plain formulas."""
+    torch.manual_seed(1)
+    model = random_model()
+    optimizer = optimizer_of(model, UNTIE_STEP)
+    start, after = values_of(model), []
+    gradients = [random_gradients(model) for _ in range(STEPS)]
+    for step, new in enumerate(gradients):
+        add_gradients(model, new)
+        optimizer.step(step, *schedule_of(step))
+        after.append(values_of(model))
+    return start, after, plain_run(start, gradients)
+
+
+@pytest.mark.parametrize("name", [row.name for row in PARAMETERS])
+def test_each_parameter_follows_the_plain_formulas_through_ten_steps(both_runs, name):
+    start, after, plain = both_runs
+    for step, (ours, formula) in enumerate(zip(after, plain, strict=True)):
+        if step == 0 and name in ADAM:
+            assert torch.equal(ours[name], start[name])
+            continue
+        moved, should_move = ours[name].double() - start[name].double(), formula[name] - start[name].double()
+        assert relative_error(moved, should_move) < TRAJECTORY_TOLERANCE, f"step {step}"
+
+
+# ---------------------------------------------------------------------------- the tables
+
+
+def test_every_parameter_of_the_model_has_a_row_and_a_turn():
+    names = sorted(name for name, _ in GPT(HP, CPU, torch.float32).named_parameters())
+    assert sorted(row.name for row in PARAMETERS) == names
+    assert sorted(UPDATE_ORDER) == names
+
+
+def test_a_parameter_without_a_row_is_refused():
+    model = random_model()
+    model.forgotten = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(AssertionError, match="forgotten"):
+        optimizer_of(model)
+
+
+def test_an_update_order_without_a_parameter_is_refused(monkeypatch):
+    monkeypatch.setattr(train_gpt, "UPDATE_ORDER", UPDATE_ORDER[1:])
+    with pytest.raises(AssertionError, match="UPDATE_ORDER"):
+        optimizer_of(random_model())
+
+
+# ---------------------------------------------------------------------------- Adam
+
+
+def test_adams_parameters_rest_on_even_steps_and_normuons_never_do():
+    model = random_model()
+    optimizer = optimizer_of(model)
+    for step in range(4):
+        before = values_of(model)
+        add_gradients(model, random_gradients(model))
+        optimizer.step(step, *schedule_of(step))
+        for name, p in model.named_parameters():
+            moves = name in BANKS or step % 2 == 1
+            assert torch.equal(p, before[name]) != moves, f"{name} at step {step}"
+
+
+def test_adam_steps_with_the_sum_of_two_steps_gradients():
+    apart, at_once = random_model(), random_model()
+    at_once.load_state_dict(apart.state_dict())
+    first, second = random_gradients(apart), random_gradients(apart)
+    optimizers = optimizer_of(apart), optimizer_of(at_once)
+    add_gradients(apart, first)
+    for optimizer in optimizers:
+        optimizer.step(0, 1.0, 0.9)
+    add_gradients(apart, second)
+    add_gradients(at_once, {name: first[name] + second[name] for name in ADAM})
+    for optimizer in optimizers:
+        optimizer.step(1, 1.0, 0.9)
+    for name in ADAM:
+        assert torch.equal(apart.get_parameter(name), at_once.get_parameter(name)), name
+
+
+def test_gradients_are_cleared_once_they_are_used_and_no_sooner():
+    model = random_model()
+    optimizer = optimizer_of(model)
+    gradients = random_gradients(model)
+    add_gradients(model, gradients)
+    places = {name: p.grad.data_ptr() for name, p in model.named_parameters()}
+    optimizer.step(0, 1.0, 0.9)
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, torch.zeros_like(p) if name in BANKS else gradients[name]), name
+    optimizer.step(1, 1.0, 0.9)
+    for name, p in model.named_parameters():
+        assert not p.grad.any() and p.grad.data_ptr() == places[name], name  # captured graphs add to the same place
+
+
+@pytest.mark.parametrize("step", [1, 41])
+def test_the_first_adam_update_moves_by_the_learning_rate_at_whatever_step(step):
+    model = random_model()
+    optimizer = optimizer_of(model, adam_wd=0.0)
+    before = values_of(model)
+    gradients = random_gradients(model)
+    add_gradients(model, gradients)
+    optimizer.step(step, 0.5, 0.9)
+    for name, (_, _, lr_multiplier, _) in ADAM.items():
+        if name not in TABLES:
+            moved = model.get_parameter(name) - before[name]
+            # with t = 1 the corrections leave g / |g|
+            expected = -0.008 * 0.5 * lr_multiplier * gradients[name].sign()
+            assert relative_error(moved, expected) < MOVE_TOLERANCE["smallest"], name
+
+
+def test_adam_decays_by_the_learning_rate_squared_and_only_where_the_update_shrinks_the_value():
+    model = random_model()
+    optimizer = optimizer_of(model, adam_wd=3.0)
+    before = values_of(model)
+    gradients = random_gradients(model)
+    add_gradients(model, gradients)
+    optimizer.step(1, 0.5, 0.9)
+    lr = 0.008 * 0.5 * 75
+    p, g = before["value_embeds"].double(), gradients["value_embeds"].double()
+    shrinking = g.sign() == p.sign()
+    assert 0.4 < shrinking.double().mean() < 0.6
+    expected = p - lr * g.sign() - shrinking * lr**2 * 3.0 * 5 * p
+    assert relative_error(model.value_embeds - p, expected - p) < STEP_TOLERANCE
+
+
+def test_adams_moments_are_float32_whatever_the_parameters_type():
+    model = random_model(torch.bfloat16)
+    optimizer = optimizer_of(model)
+    for name in ADAM:
+        algorithm = optimizer.slots[name].algorithm
+        assert algorithm.m.dtype == algorithm.v.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------- head and embedding
+
+
+def test_the_embedding_is_the_heads_transpose_until_they_part():
+    model = random_model()
+    optimizer = optimizer_of(model, untie_step=5)
+    for step in range(8):
+        add_gradients(model, random_gradients(model))
+        optimizer.step(step, *schedule_of(step))
+        assert torch.equal(model.embed, model.head.T) == (step < 7), step  # the untying step itself is still tied
+        assert optimizer.tied == (step < 5)
+
+
+def test_tied_weights_learn_from_the_sum_of_both_gradients():
+    as_given, summed = random_model(), random_model()
+    summed.load_state_dict(as_given.state_dict())
+    optimizers = optimizer_of(as_given), optimizer_of(summed)
+    gradients = random_gradients(as_given)
+    add_gradients(as_given, gradients)
+    add_gradients(summed, {"head": gradients["head"] + gradients["embed"].T})
+    before = as_given.head.detach().clone()
+    for optimizer in optimizers:
+        optimizer.step(1, 1.0, 0.9)
+    assert torch.equal(as_given.head, summed.head) and not torch.equal(as_given.head, before)
+    assert torch.equal(as_given.embed, summed.embed)
+
+
+def test_the_embedding_goes_on_with_a_copy_of_the_heads_state():
+    model = random_model()
+    optimizer = optimizer_of(model, untie_step=3)
+    for step in range(4):
+        add_gradients(model, random_gradients(model))
+        optimizer.step(step, *schedule_of(step))
+    head, embed = (optimizer.slots[name].algorithm for name in TABLES)
+    assert torch.equal(embed.m, head.m.T) and torch.equal(embed.v, head.v.T) and head.m.any() and head.v.any()
+    assert embed.updates == head.updates == 2
+    # The same gradient moves both alike: nothing else of the state is missing.
+    same = torch.randn_like(model.head)
+    add_gradients(model, {"head": same, "embed": same.T})
+    optimizer.step(5, *schedule_of(5))
+    assert torch.equal(model.embed, model.head.T) and embed.updates == head.updates == 3
+    # A gradient of the embedding's alone is the embedding's alone.
+    before = head.m.clone()
+    add_gradients(model, {"embed": torch.randn_like(model.embed)})
+    optimizer.step(7, *schedule_of(7))
+    assert torch.equal(head.m, 0.5 * before) and not torch.equal(embed.m, head.m.T)
+    assert not torch.equal(model.embed, model.head.T)
+
+
+def test_weights_that_have_parted_share_no_memory():
+    model = random_model()
+    optimizer = optimizer_of(model, untie_step=1)
+    add_gradients(model, random_gradients(model))
+    optimizer.step(1, 1.0, 0.9)
+    head, embed = (optimizer.slots[name] for name in TABLES)
+    for a, b in ((head.p, embed.p), (head.algorithm.m, embed.algorithm.m), (head.algorithm.v, embed.algorithm.v)):
+        assert a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()
+
+
+# ---------------------------------------------------------------------------- NorMuon
+
+SHAPES = {"square": (32, 32), "tall": (96, 24), "wide": (24, 96)}
+by_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def with_singular_values(shape, values):
+    left, _, right = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    return left @ torch.diag(values) @ right, left @ right
+
+
+@by_shape
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_polar_express_brings_singular_values_near_1_and_keeps_the_directions(shape, dtype):
+    count = min(shape)
+    # From the largest to a hundredth of it
+    g, nearest = with_singular_values(shape, torch.logspace(0, -2, count, dtype=torch.float64))
+    out = polar_express(g[None].to(dtype))[0].double()
+    values = torch.linalg.svdvals(out)
+    low, high = SINGULAR_VALUES
+    assert low < values.min() and values.max() < high
+    assert relative_error(out, nearest) < POLAR_TOLERANCE
+
+
+@by_shape
+def test_polar_express_is_five_polynomials_of_the_singular_values(shape):
+    g = torch.randn(3, *shape, dtype=torch.float64)
+    expected = torch.stack([plain_polar_express(matrix) for matrix in g])
+    assert relative_error(polar_express(g), expected) < EXACT_TOLERANCE
+
+
+def test_polar_express_does_not_depend_on_the_gradients_scale_nor_fail_at_zero():
+    g = torch.randn(1, 24, 96, dtype=torch.float64)
+    assert relative_error(polar_express(1e4 * g), polar_express(g)) < 1e-6  # the 1e-6 beside a norm of 48
+    assert not polar_express(torch.zeros(1, 24, 96)).any()
+
+
+def variance_reduced(u, second_moment, beta2=0.95):
+    """What normuon_update makes of u: its step from zero at learning rate 1."""
+    p = torch.zeros_like(u)
+    normuon_update(p, None, u, second_moment, beta2, torch.ones(len(u), 1, 1), torch.tensor(0.0))
+    return -p
+
+
+def second_moment_of(shape):
+    hp = replace(HP, num_heads=2)
+    row = next(row for row in PARAMETERS if row.name == "attn_bank")
+    return NorMuon(row, hp, torch.zeros(2, *shape), lambda function: function, first=0).second_moment
+
+
+@by_shape
+def test_variance_reduction_evens_out_the_longer_sides_vectors_and_keeps_the_norm(shape):
+    u = torch.randn(2, *shape) * torch.logspace(0, 1, shape[1]) * torch.logspace(0, 1, shape[0])[:, None]
+    second_moment = second_moment_of(shape)
+    out = variance_reduced(u, second_moment)
+    dim = -1 if shape[0] >= shape[1] else -2  # rows of tall and square matrices, columns of wide ones
+    norms = out.norm(dim=dim)
+    assert relative_error(norms, norms.mean(-1, keepdim=True).expand_as(norms)) < STEP_TOLERANCE
+    assert relative_error(out.norm(dim=(-2, -1)), u.norm(dim=(-2, -1))) < STEP_TOLERANCE
+    assert relative_error(second_moment, 0.05 * u.square().mean(dim, keepdim=True)) < STEP_TOLERANCE
+    # Later the average over time decides, and the norm is still kept.
+    v = torch.randn(2, *shape)
+    expected_moment = 0.95 * second_moment + 0.05 * v.square().mean(dim, keepdim=True)
+    out = variance_reduced(v, second_moment)
+    assert relative_error(second_moment, expected_moment) < STEP_TOLERANCE
+    even = v / expected_moment.sqrt()
+    expected = even * (v.norm(dim=(-2, -1)) / even.norm(dim=(-2, -1)))[:, None, None]
+    assert relative_error(out, expected) < STEP_TOLERANCE
+
+
+def test_variance_reduction_of_a_zero_update_is_zero():
+    out = variance_reduced(torch.zeros(2, 8, 8), second_moment_of((8, 8)))
+    assert not out.any()
+
+
+def test_normuon_decays_only_where_the_update_shrinks_the_value_or_is_zero():
+    p = torch.tensor([[[1.0, 1.0], [-1.0, -1.0], [2.0, -2.0]]])
+    u = torch.tensor([[[1.0, -1.0], [1.0, -1.0], [0.0, 0.0]]])
+    second_moment = torch.full((1, 3, 1), 1.0)
+    moved = p.clone()
+    # beta2 = 1: the second moment stays 1, so that u is left alone
+    normuon_update(moved, None, u, second_moment, 1.0, torch.full((1, 1, 1), 0.5), torch.tensor(0.1))
+    expected = p - 0.5 * (u + 0.1 * p * torch.tensor([[[1, 0], [0, 1], [1, 1]]]))
+    assert torch.allclose(moved, expected, rtol=1e-6)
+
+
+def test_w_proj_takes_steps_twice_as_long_as_w_fc():
+    model = random_model()
+    optimizer = optimizer_of(model, muon_wd=0.0)
+    before = values_of(model)["mlp_bank"]
+    g = torch.randn(model.mlp_bank.shape[2:])
+    add_gradients(model, {"mlp_bank": g.expand_as(model.mlp_bank)})
+    optimizer.step(0, 0.5, 0.9)
+    moved = model.mlp_bank - before
+    assert relative_error(moved[:, 1], 2 * moved[:, 0]) < MOVE_TOLERANCE["banks"]
+    # max(1, rows / columns) ** 0.5 = 2 for matrices stored (4C, C)
+    size = 0.023 * 0.5 * 2 * polar_express(g[None]).norm()
+    assert relative_error(moved[0, 0].norm(), size) < MOVE_TOLERANCE["banks"]
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_a_matrix_keeps_its_multiplier_whichever_ranks_slice_it_is_in(monkeypatch, size):
+    # Of eight ranks each has three of the 24 matrices W_fc, W_proj, W_fc, ...: every other slice begins with W_proj.
+    monkeypatch.setattr(train_gpt.dist, "get_backend", lambda: "gloo")
+    row = next(row for row in PARAMETERS if row.name == "mlp_bank")
+    p = random_model().mlp_bank
+    slots = [Slot(row, p, HP, World(rank, rank, size), lambda function: function) for rank in range(size)]
+    assert all(len(slot.algorithm.p) == 24 // size for slot in slots)
+    multipliers = torch.cat([slot.algorithm.multipliers for slot in slots]).flatten()
+    assert multipliers.tolist() == [2.0, 4.0] * 12
+
+
+# ---------------------------------------------------------------------------- the master value's further bits
+
+
+def random_bits(n=100_000):
+    return torch.randint(-(2**31), 2**31, (n,), dtype=torch.int64).to(torch.int32)
+
+
+def test_joining_is_the_inverse_of_splitting_for_every_pattern_of_bits():
+    bits = torch.cat((random_bits(), torch.tensor([0, -1, 0x8000, 0xFFFF, -0x80000000, -0x7FFF8001]).to(torch.int32)))
+    high, low = split_bits(bits.view(torch.float32))
+    assert high.dtype == torch.bfloat16 and low.dtype == torch.uint16
+    assert torch.equal(join_bits(high, low).view(torch.int32), bits)
+
+
+def test_splitting_is_the_inverse_of_joining_for_every_pattern_of_bits():
+    high = random_bits().to(torch.int16).view(torch.bfloat16)
+    low = (random_bits().to(torch.int32) & 0xFFFF).to(torch.uint16)
+    again_high, again_low = split_bits(join_bits(high, low))
+    assert torch.equal(again_high.view(torch.int16), high.view(torch.int16))
+    assert torch.equal(again_low.to(torch.int32), low.to(torch.int32))
+
+
+@pytest.mark.parametrize(
+    "value, high, low",
+    [
+        (1.0, 1.0, 0),
+        (-1.0, -1.0, 0),
+        (1 + 2**-23, 1.0, 1),
+        (-(1 + 2**-23), -1.0, 1),
+        (1 + 2**-7 - 2**-23, 1.0, 0xFFFF),  # bf16 is cut, not rounded: the further bits count up from it
+        (-(1 + 2**-7 - 2**-23), -1.0, 0xFFFF),
+    ],
+)
+def test_known_values_split_into_bf16_and_further_bits(value, high, low):
+    parts = split_bits(torch.tensor([value]))
+    assert (parts[0].item(), int(parts[1].item())) == (high, low)
+
+
+def test_a_bf16_bank_follows_its_float32_master_through_updates_bf16_would_lose():
+    shape = (3, 16, 8)
+    master = torch.randn(shape) + 3 * torch.randn(shape).sign()
+    with_bits, low_bits = split_bits(master)
+    with_bits, low_bits = with_bits.clone(), low_bits.clone()
+    bf16_alone = with_bits.clone()
+    begin = master.clone()
+    moments = [torch.zeros(3, 16, 1) for _ in range(3)]
+    lr, decay = torch.full((3, 1, 1), 1e-6), torch.tensor(0.01)
+    direction = torch.randn(shape)
+    for _ in range(300):
+        u = (direction + 0.3 * torch.randn(shape)).bfloat16()
+        for p, low, moment in zip((master, with_bits, bf16_alone), (None, low_bits, None), moments, strict=True):
+            normuon_update(p, low, u, moment, 0.95, lr, decay)
+        assert torch.equal(join_bits(with_bits, low_bits), master)
+    assert torch.equal(bf16_alone, split_bits(begin)[0])  # each step alone is lost
+    assert (with_bits != bf16_alone).any() and (master != begin).double().mean() > 0.9
+
+
+def test_banks_in_bf16_have_further_bits_and_nothing_else_has():
+    optimizer = optimizer_of(random_model(torch.bfloat16))
+    for name, slot in optimizer.slots.items():
+        low_bits = getattr(slot.algorithm, "low_bits", None)
+        assert (low_bits is not None) == (name in BANKS)
+        if low_bits is not None:
+            assert low_bits.dtype == torch.uint16 and low_bits.shape == slot.p.view(slot.shape).shape
+    for name in BANKS:
+        assert optimizer_of(random_model()).slots[name].algorithm.low_bits is None
+
+
+def test_the_optimizer_moves_a_bf16_bank_by_steps_smaller_than_a_bf16_step():
+    model = random_model(torch.bfloat16)
+    optimizer = optimizer_of(model)
+    before = {name: model.get_parameter(name).detach().float() for name in BANKS}
+    gradients = random_gradients(model)
+    for step in range(0, 20, 2):
+        add_gradients(model, {name: gradients[name] for name in BANKS})
+        optimizer.step(step, 1e-3, 0.9)
+    for name in BANKS:
+        slot = optimizer.slots[name]
+        master = join_bits(slot.p.detach().view(slot.shape), slot.algorithm.low_bits)
+        moved = master - before[name].view(slot.shape)
+        # ten steps the same way, each of 0.001 x the learning rate
+        multipliers = slot.algorithm.multipliers
+        sizes = (moved / multipliers).norm(dim=(-2, -1)) / (10 * 1e-3 * 0.023)
+        expected = torch.stack([plain_polar_express(g.double()).norm() for g in gradients[name].flatten(0, 1)])
+        assert relative_error(sizes, expected) < BF16_NORM_TOLERANCE
+
+
+# ---------------------------------------------------------------------------- reset
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_reset_forgets_everything(dtype):
+    model = random_model(dtype)
+    start = values_of(model)
+    gradients = [random_gradients(model) for _ in range(6)]
+    optimizer = optimizer_of(model, untie_step=3)
+
+    def run(optimizer):
+        for step, new in enumerate(gradients):
+            add_gradients(model, new)
+            optimizer.step(step, *schedule_of(step))
+        return SimpleNamespace(values=values_of(model), states=states_of(optimizer))
+
+    first = run(optimizer)
+    add_gradients(model, gradients[0])  # gradients left lying are forgotten too
+    assert not optimizer.tied and all(torch.as_tensor(state).any() for state in first.states.values())
+    optimizer.reset()
+    assert optimizer.tied
+    assert not any(torch.as_tensor(state).any() for state in states_of(optimizer).values())
+    assert not any(p.grad.any() for p in model.parameters())
+    model.load_state_dict(start)
+    second = run(optimizer)
+    for name, value in first.values.items():
+        assert torch.equal(second.values[name], value), name
+    for key, state in first.states.items():
+        assert torch.equal(torch.as_tensor(second.states[key]), torch.as_tensor(state)), key

@@ -1,0 +1,390 @@
+"""Warm-up, the run and what it leaves behind: in this process, and end to end through the launcher."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import small_run
+import torch
+
+import train_gpt
+from train_gpt import (
+    FINAL_WINDOWS,
+    PRESETS,
+    Clock,
+    Hyperparameters,
+    Log,
+    Trainer,
+    World,
+    find_files,
+    validation_batches,
+)
+
+CPU = torch.device("cpu")
+# Nats at steps 0, 5 and 10, the types' rounding; measured 1e-5, 9e-4, 3e-3.
+BF16_LOSS_TOLERANCE = 0.01
+# Nats between one process and two, as logged; measured 0 in four digits.
+LOSS_TOLERANCE = 1e-3
+REPOSITORY = Path(train_gpt.__file__).resolve().parent
+
+# ---------------------------------------------------------------------------- warm-up
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    small_run.write_text(folder)
+    return folder
+
+
+def everything_of(trainer):
+    """Every tensor and number that a step can change, by name."""
+    out = {}
+    for name, p in trainer.model.named_parameters():
+        out[f"{name}"], out[f"{name}.grad"] = p.detach(), p.grad
+    for name, slot in trainer.optimizer.slots.items():
+        for state in ("m", "v", "second_moment", "low_bits", "updates"):
+            value = getattr(slot.algorithm, state, None)
+            if value is not None:
+                out[f"{name}.{state}"] = value
+    yarn = trainer.model.yarn
+    out.update({"yarn.frequencies": yarn.frequencies, "yarn.cos": yarn.cos, "yarn.sin": yarn.sin})
+    out.update({"yarn.scale": yarn.scale, "tied": trainer.optimizer.tied, "stage_index": trainer.stage_index})
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in out.items()}
+
+
+def different(before, after):
+    """Names of what is not the same to the bit."""
+    assert before.keys() == after.keys()
+
+    def bits(value):
+        return value.contiguous().view(torch.uint8) if isinstance(value, torch.Tensor) else torch.tensor([value])
+
+    return {name for name in before if not torch.equal(bits(before[name]), bits(after[name]))}
+
+
+def run_of(folder, name, warm, **overrides):
+    """A trainer after its run; what it was before and after its warm-up, its losses, and the shapes the model saw."""
+    hp = small_run.small_hyperparameters(folder, run_id=name, val_loss_every=5, **overrides)
+    trainer = Trainer(hp, World())
+    found = SimpleNamespace(trainer=trainer, before=everything_of(trainer), shapes={"warm-up": set(), "run": set()})
+    at = "warm-up"
+
+    def note(module, arguments):
+        batch, _, target_weights, *_ = arguments
+        stage = trainer.stage_index if torch.is_grad_enabled() else None
+        found.shapes[at].add((len(batch.inputs), stage, len(target_weights), torch.is_grad_enabled()))
+
+    trainer.model.register_forward_pre_hook(note)
+    val_batches, train_paths = validation_batches(find_files(hp.val_files), hp, World()), find_files(hp.train_files)
+    changed = set()
+    reset = trainer.optimizer.reset
+
+    def reset_after_a_look():
+        changed.update(different(found.before, everything_of(trainer)))
+        reset()
+
+    trainer.optimizer.reset = reset_after_a_look
+    if warm:
+        trainer.warm_up(train_paths, val_batches)
+    found.changed, found.after = changed, everything_of(trainer)
+    at = "run"
+    log = Log(hp, World())
+    found.losses = trainer.run(log, train_paths, val_batches)
+    log.close()
+    found.end = everything_of(trainer)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """By type of the parameters: the run after a warm-up, and the run without."""
+    return {
+        dtype: SimpleNamespace(
+            warm=run_of(folder, f"warm_{dtype}", warm=True, dtype=dtype),
+            cold=run_of(folder, f"cold_{dtype}", warm=False, dtype=dtype),
+        )
+        for dtype in ("float32", "bfloat16")
+    }
+
+
+in_both_types = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+@in_both_types
+def test_warm_up_puts_back_every_bit(runs, dtype):
+    warm = runs[dtype].warm
+    assert different(warm.before, warm.after) == set()
+    # The comparison means something: until the optimizer's reset, states, frequencies, the stage and the tie were
+    # others. (Parameters are back by then, and every step clears its gradients.)
+    yarn = {f"yarn.{name}" for name in ("frequencies", "scale", "cos", "sin")}
+    assert {*yarn, "stage_index", "tied"} <= warm.changed
+    for row in train_gpt.PARAMETERS:
+        states = ("m", "v", "updates") if row.algorithm == "adam" else ("m", "second_moment")
+        assert {f"{row.name}.{state}" for state in states} <= warm.changed
+    assert ("attn_bank.low_bits" in warm.changed) == (dtype == "bfloat16")
+
+
+@in_both_types
+def test_a_run_after_a_warm_up_is_to_the_bit_the_run_without(runs, dtype):
+    warm, cold = runs[dtype].warm, runs[dtype].cold
+    assert warm.losses == cold.losses and len(warm.losses) == 3
+    assert different(warm.end, cold.end) == set()
+    assert different(cold.before, cold.end) >= {row.name for row in train_gpt.PARAMETERS}
+
+
+def test_warm_up_sees_every_stage_and_shape_of_the_run(runs):
+    shapes = runs["float32"].warm.shapes
+    assert shapes["run"] == shapes["warm-up"]
+    assert {stage for _, stage, _, training in shapes["run"] if training} == {0, 1, 2, 3}
+
+
+def test_bfloat16_follows_float32(runs):
+    narrow, wide = runs["bfloat16"].cold, runs["float32"].cold
+    assert narrow.trainer.model.head.dtype == torch.bfloat16 and wide.trainer.model.head.dtype == torch.float32
+    for ours, theirs in zip(narrow.losses, wide.losses, strict=True):
+        assert abs(ours - theirs) < BF16_LOSS_TOLERANCE
+    assert wide.losses[-1] < wide.losses[0] - 0.5
+
+
+# ---------------------------------------------------------------------------- end to end
+
+STEPS = 7
+SMALLER = [
+    "--preset=smoke",
+    "--num_scheduled_iterations=6",
+    "--num_extension_iterations=1",
+    "--num_heads=2",
+    "--bigram_vocab_size=64",
+    "--val_tokens=4096",
+    "--val_batch_size=4096",
+    "--muon_momentum_warmup=4",
+    "--adam_lr=0.03",
+]
+STEP_LINE = re.compile(rf"step:(\d+)/{STEPS} train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
+VAL_LINE = re.compile(rf"step:(\d+)/{STEPS} val_loss:(\d+\.\d{{4}}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """The folder whose data/sample/ holds the offline sample."""
+    if (REPOSITORY / "data" / "sample" / "sample_val_000000.bin").exists():
+        return REPOSITORY
+    root = tmp_path_factory.mktemp("sample")
+    script = REPOSITORY / "data" / "sample.py"
+    subprocess.run([sys.executable, str(script), "--out", str(root / "data" / "sample")], check=True, timeout=120)
+    return root
+
+
+def launch(folder, sample, processes, *arguments, stderr=subprocess.PIPE):
+    """train_gpt.py under the launcher, started in the folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    environment.update(DATA_PATH=str(sample), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    # glibc would give the memory of each micro-batch's logits back and ask for it again: half of the time.
+    environment.update(MALLOC_MMAP_THRESHOLD_="1000000000", MALLOC_TRIM_THRESHOLD_="1000000000")
+    return subprocess.run(
+        [*command, str(REPOSITORY / "train_gpt.py"), *SMALLER, *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        timeout=240,
+    )
+
+
+def parse_log(path):
+    """Source, header lines, {step: train time}, {step: validation loss}, remaining lines. Order is asserted."""
+    text = path.read_text()
+    rule = "=" * 100
+    source, header, body = re.split(rf"^{rule}\n", text, maxsplit=2, flags=re.MULTILINE)
+    steps, losses, rest, last = {}, {}, [], 0
+    for line in body.splitlines():
+        if match := STEP_LINE.fullmatch(line):
+            step, time, average = int(match[1]), int(match[2]), float(match[3])
+            assert step == last + 1
+            steps[step] = time
+        elif match := VAL_LINE.fullmatch(line):
+            step, time, average = int(match[1]), int(match[3]), float(match[4])
+            assert step == last  # after the step's own line
+            losses[step] = float(match[2])
+        else:
+            assert not line.startswith("step:"), line
+            rest.append(line)
+            continue
+        assert abs(time - max(step, 1) * average) <= 0.5 + 0.005 * max(step, 1) + 1e-6
+        last = step
+    assert list(steps) == sorted(steps) and list(steps.values()) == sorted(steps.values())
+    return source, header.splitlines(), steps, losses, rest
+
+
+class Run(SimpleNamespace):
+    """The folder a run was started in, its result, what was on its screen."""
+
+    @cached_property
+    def log(self):
+        (path,) = self.folder.glob("logs/*.txt")
+        return parse_log(path)
+
+
+@pytest.fixture(scope="module")
+def one_process(sample, tmp_path_factory):
+    """A run with output that is not a terminal's."""
+    folder = tmp_path_factory.mktemp("one")
+    result = launch(folder, sample, 1, "--run_id=one", "--val_loss_every=2", "--val_steps=3", "--save_checkpoint=true")
+    assert result.returncode == 0, result.stderr
+    return Run(folder=folder, result=result)
+
+
+@pytest.fixture(scope="module")
+def two_processes(sample, tmp_path_factory):
+    """A run whose standard error is a terminal."""
+    folder = tmp_path_factory.mktemp("two")
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # a new one has no width, and no bar
+    screen = []
+
+    def read():
+        try:
+            while piece := os.read(ours, 4096):
+                screen.append(piece)
+        except OSError:  # the other end is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        result = launch(folder, sample, 2, "--run_id=two", "--val_loss_every=0", stderr=theirs)
+    finally:
+        os.close(theirs)
+        reader.join()
+        os.close(ours)
+    screen = b"".join(screen).decode()
+    assert result.returncode == 0, screen
+    return Run(folder=folder, result=result, screen=screen)
+
+
+def test_a_run_learns_more_than_a_nat_in_seven_steps(one_process, two_processes):
+    losses = one_process.log[3]
+    assert abs(losses[0] - 10.82) < 0.05  # ln 50257
+    assert losses[STEPS] < losses[0] - 1
+    assert two_processes.log[3][STEPS] < losses[0] - 1
+
+
+def test_two_processes_reach_the_loss_of_one(one_process, two_processes):
+    assert abs(one_process.log[3][STEPS] - two_processes.log[3][STEPS]) < LOSS_TOLERANCE
+
+
+def test_the_log_begins_with_the_program_that_ran(one_process):
+    assert one_process.log[0].rstrip("\n") == (REPOSITORY / "train_gpt.py").read_text().rstrip("\n")
+
+
+def test_the_log_names_versions_and_overrides(one_process, two_processes):
+    for run, name in ((one_process, "one"), (two_processes, "two")):
+        header = run.log[1]
+        assert header[0].startswith(f"Running Python {sys.version.split()[0]}")
+        assert any(
+            re.search(rf"Running PyTorch {re.escape(torch.__version__)} .*CUDA .*Triton ", line) for line in header
+        )
+        (line,) = [line for line in header if line.startswith("preset: smoke; overrides: ")]
+        for override in (*SMALLER, f"--run_id={name}"):
+            assert override in line.split()
+
+
+def test_every_step_has_its_line_and_times_only_grow(one_process, two_processes):
+    for run in (one_process, two_processes):
+        assert list(run.log[2]) == list(range(1, STEPS + 1))
+
+
+def test_validation_comes_every_so_many_steps_and_where_it_is_asked_for_and_at_the_end(one_process):
+    assert list(one_process.log[3]) == [0, 2, 3, 4, 6, STEPS]
+
+
+def test_without_a_period_validation_comes_only_at_the_end(two_processes):
+    assert list(two_processes.log[3]) == [STEPS]
+
+
+def test_the_log_ends_with_the_final_loss(one_process):
+    last = one_process.log[4][-1]
+    assert f"{one_process.log[3][STEPS]:.4f}" in last and "logs/one.txt" in last
+
+
+def test_without_a_terminal_the_output_has_the_logs_lines_and_no_bar(one_process):
+    text = (one_process.folder / "logs" / "one.txt").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("step:")]
+    assert [line for line in one_process.result.stdout.splitlines() if line.startswith("step:")] == lines
+    assert "\r" not in one_process.result.stderr and "%|" not in one_process.result.stderr
+
+
+def test_on_a_terminal_a_bar_stands_for_the_steps_lines(two_processes):
+    assert f"{STEPS}/{STEPS}" in two_processes.screen and "\r" in two_processes.screen
+    assert "step:" not in two_processes.result.stdout
+    assert "validation loss" in two_processes.result.stdout  # other lines are printed as ever
+
+
+def test_only_the_first_process_writes(two_processes):
+    assert [path.name for path in two_processes.folder.rglob("*") if path.is_file()] == ["two.txt"]
+    assert two_processes.result.stdout.count("validation loss") == 1
+    assert len(re.findall(rf"{STEPS}/{STEPS} \[[^\r\n]*\r?\n", two_processes.screen)) == 1  # one bar's last state
+
+
+def test_a_checkpoint_gives_the_final_validation_loss_again(one_process, sample, monkeypatch):
+    (path,) = one_process.folder.rglob("*.pt")
+    assert path.parent.name == "logs" and path.name == f"one_step{STEPS:06d}.pt"
+    assert not list(one_process.folder.rglob("*.part"))
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["step"] == STEPS
+    hp = Hyperparameters(**checkpoint["hyperparameters"], stages=PRESETS["smoke"]["stages"])
+    monkeypatch.setattr(train_gpt, "ROOT", sample)
+    trainer = Trainer(replace(hp, seed=1), World())
+    trainer.model.load_state_dict(checkpoint["model"])
+    trainer.enter_step(STEPS - 1)  # the rotary frequencies follow from the step
+    batches = validation_batches(find_files(hp.val_files), hp, World())
+    loss = trainer.validate(batches, trainer.schedule.window_tokens(*FINAL_WINDOWS))
+    assert f"{loss:.4f}" == f"{one_process.log[3][STEPS]:.4f}"
+
+
+# ---------------------------------------------------------------------------- the clock
+
+
+@pytest.fixture
+def time_of_day(monkeypatch):
+    """Seconds, as a test sets them."""
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now.seconds)
+    return now
+
+
+def test_the_clock_counts_milliseconds_and_their_average_over_steps(time_of_day):
+    clock = Clock(CPU)
+    time_of_day.seconds += 8.7014
+    clock.step_issued()
+    assert clock.text(250) == "train_time:8701ms step_avg:34.81ms"
+
+
+def test_the_clock_leaves_out_the_time_between_stop_and_start(time_of_day):
+    clock = Clock(CPU)
+    time_of_day.seconds += 2
+    clock.stop()
+    time_of_day.seconds += 1000
+    assert clock.text(4) == "train_time:2000ms step_avg:500.00ms"
+    clock.start()
+    time_of_day.seconds += 1
+    assert clock.text(4) == "train_time:3000ms step_avg:750.00ms"
+
+
+def test_the_clock_can_be_read_before_the_first_step(time_of_day):
+    assert Clock(CPU).text(0) == "train_time:0ms step_avg:0.00ms"
