@@ -123,7 +123,7 @@ def test_a_preset_that_is_given_is_taken_whatever_the_machine(has_gpu):
     speedrun, smoke = (parse(f"--preset={name}", has_gpu=has_gpu) for name in ("speedrun", "smoke"))
     assert (speedrun.preset, smoke.preset) == ("speedrun", "smoke")
     assert (speedrun.num_scheduled_iterations, speedrun.val_tokens, speedrun.stages) == (1515, 10_485_760, STAGES)
-    assert (smoke.num_scheduled_iterations, smoke.val_tokens) == (45, 16_384)
+    assert (smoke.num_scheduled_iterations, smoke.val_tokens) == (36, 16_384)
     assert [stage.tokens for stage in smoke.stages] == [512, 1024, 1536, 1536]
 
 
