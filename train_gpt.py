@@ -207,14 +207,17 @@ class Hyperparameters:
 
     @property
     def model_dim(self) -> int:
+        """C."""
         return self.num_heads * self.head_dim
 
     @property
     def padded_vocab(self) -> int:
+        """V."""
         return -(-self.vocab_size // 128) * 128
 
     @property
     def total_steps(self) -> int:
+        """Scheduled iterations and extension."""
         return self.num_scheduled_iterations + self.num_extension_iterations
 
 
@@ -338,6 +341,7 @@ class World(NamedTuple):
 
     @property
     def on_gpu(self) -> bool:
+        """Whether this process computes on a GPU."""
         return self.device.type == "cuda"
 
     @property
@@ -375,6 +379,7 @@ class World(NamedTuple):
             )
 
     def stop(self) -> None:
+        """Leaves the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1564,6 +1569,7 @@ class Schedule:
         return max(i for i, start in enumerate(self.starts) if step >= start)
 
     def stage(self, step: int) -> Stage:
+        """The row of the stage of `step`."""
         return self.hp.stages[self.stage_index(step)]
 
     def tokens(self, step: int) -> int:
@@ -1604,6 +1610,7 @@ class Schedule:
         return self.window_tokens(stage.short_window, stage.long_window)
 
     def window_tokens(self, short: int, long: int) -> dict[str, int]:
+        """Windows given in blocks, in tokens."""
         return {"short": short * self.hp.window_block, "long": long * self.hp.window_block}
 
 
@@ -1646,12 +1653,13 @@ class Log:
             print(text, flush=True)
 
     def step(self, step: int, text: str) -> None:
-        """A step's line: in the file, and on the terminal as a line or the bar's progress."""
+        """A training step's line: in the file, and on the terminal as a line or the bar's progress."""
         self.write(text, console=self.bar is None)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
+        """Ends bar and file."""
         if self.bar is not None:
             self.bar.close()
         if self.file is not None:
@@ -1899,7 +1907,7 @@ class Trainer:
                 # The windows trained with so far: a new stage begins with its first training step.
                 windows = schedule.window_tokens(*FINAL_WINDOWS) if last else schedule.windows(max(step - 1, 0))
                 val_losses.append(self.validate(val_batches, windows))
-                log.step(step, f"step:{step}/{hp.total_steps} val_loss:{val_losses[-1]:.4f} {clock.text(step)}")
+                log.write(f"step:{step}/{hp.total_steps} val_loss:{val_losses[-1]:.4f} {clock.text(step)}")
                 clock.start()
             if last:
                 break
@@ -1943,10 +1951,12 @@ class Clock:
                 before.synchronize()
 
     def start(self) -> None:
+        """Lets the time run."""
         self._synchronize()
         self.since = time.perf_counter()
 
     def stop(self) -> None:
+        """Holds it, once all that was issued is done."""
         self._synchronize()
         self.elapsed += 1000 * (time.perf_counter() - self.since)
         self.since = None
