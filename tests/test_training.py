@@ -32,8 +32,9 @@ from train_gpt import (
 )
 
 CPU = torch.device("cpu")
-# Nats at steps 0, 5 and 10, the types' rounding; measured 1e-5, 9e-4, 3e-3.
-BF16_LOSS_TOLERANCE = 0.01
+# Nats at steps 0, 5 and 10, the types' rounding, which ten steps magnify differently on each PyTorch and processor;
+# measured 1e-5, 9e-4, 3e-3 with 2.13 and up to 1.1e-2 with 2.11. Within these steps the loss falls by 0.7.
+BF16_LOSS_TOLERANCE = 0.03
 # Nats between one process and two, as logged; measured 0 in four digits.
 LOSS_TOLERANCE = 1e-3
 REPOSITORY = Path(train_gpt.__file__).resolve().parent
