@@ -109,9 +109,8 @@ GATE_DIMS = 12  # every gate looks at the first 12 dimensions of its input only
 
 ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
 VALUE_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.value_embed]
-KEPT_OUTPUTS = {layer.skip_from for layer in LAYERS if layer.skip_from is not None} | {
-    BACKOUT_LAYER
-}  # layers whose output is used again later
+# Layers whose output is used again later.
+KEPT_OUTPUTS = {BACKOUT_LAYER, *(layer.skip_from for layer in LAYERS if layer.skip_from is not None)}
 
 # Learned scalars by name: (how many, initial value). They live in one float32 vector, so that eight ranks
 # exchange one small message instead of seven.
@@ -223,7 +222,7 @@ class Hyperparameters:
 
 PRESETS = {
     "speedrun": {},
-    # The same architecture and code path in about two minutes on two CPU cores: everything narrower and shorter.
+    # The same architecture and code path in a minute and a half on two CPU cores: everything narrower and shorter.
     "smoke": dict(
         train_files="data/sample/sample_train_*.bin",
         val_files="data/sample/sample_val_*.bin",
@@ -243,6 +242,10 @@ PRESETS = {
 }
 
 
+# What can be given on the command line: everything but the table of stages.
+SETTINGS = {field.name: field for field in fields(Hyperparameters) if field.name != "stages"}
+
+
 class UserError(Exception):
     """What the user can put right; printed as one line on one rank, without a stack trace."""
 
@@ -259,9 +262,7 @@ def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameter
         if not argument.startswith("--") or not equals:
             raise UserError(f"argument {argument!r} is not of the form --name=value")
         if name not in types:
-            raise UserError(
-                f"unknown hyperparameter --{name}; there are: {', '.join(n for n in types if n != 'stages')}"
-            )
+            raise UserError(f"unknown hyperparameter --{name}; there are: {', '.join(SETTINGS)}")
         overrides[name] = parse_value(name, types[name], text)
     preset = overrides.get("preset", "auto")
     if preset == "auto":
@@ -276,7 +277,7 @@ def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameter
 
 def help_text() -> str:
     """The usage lines and every hyperparameter with its default."""
-    lines = [f"  --{f.name}={f.default}" for f in fields(Hyperparameters) if f.name != "stages"]
+    lines = [f"  --{name}={field.default}" for name, field in SETTINGS.items()]
     return "\n".join([*__doc__.strip().splitlines()[:5], "Hyperparameters and their defaults:", *lines])
 
 
@@ -370,12 +371,11 @@ class World(NamedTuple):
         if self.on_gpu:
             torch.cuda.set_device(self.device)
         if self.size > 1:
+            # A long timeout, for ranks that compile at different speeds; torchrun sees a death at once.
             dist.init_process_group(
                 "nccl" if self.on_gpu else "gloo",
                 device_id=self.device if self.on_gpu else None,
-                timeout=timedelta(
-                    minutes=30
-                ),  # for ranks that compile at different speeds; torchrun sees a death at once
+                timeout=timedelta(minutes=30),
             )
 
     def stop(self) -> None:
@@ -1698,7 +1698,8 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
     """Everything that can be found wrong in two seconds; returns the lines that sum it up. Raises UserError."""
     schedule = Schedule(hp)
     train, val = find_files(hp.train_files), find_files(hp.val_files)
-    train_tokens, val_tokens = (sum(map(read_header, paths)) for paths in (train, val))
+    shard_tokens = [read_header(path) for path in train]
+    train_tokens, val_tokens = sum(shard_tokens), sum(map(read_header, val))
     if val_tokens < hp.val_tokens + 1:
         raise UserError(
             f"{val[0]}{' ...' if val[1:] else ''}: {val_tokens} validation tokens, the run needs val_tokens + 1 = "
@@ -1706,7 +1707,7 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
         )
     for path in (*train, *val):  # a taste; the loader checks every token of what it reads
         read_tokens(path, hp.vocab_size, limit=1_000_000)
-    largest_step, largest_shard = max(stage.tokens for stage in hp.stages), max(map(read_header, train))
+    largest_step, largest_shard = max(stage.tokens for stage in hp.stages), max(shard_tokens)
     if largest_shard < largest_step + MICRO_BATCHES:  # a step never crosses shards
         raise UserError(
             f"{train[0]}{' ...' if train[1:] else ''}: {largest_shard} train tokens in the largest shard, a step takes "
@@ -1927,7 +1928,7 @@ class Trainer:
         if self.world.rank:
             return
         path = log.path.with_name(f"{self.hp.run_id}_step{self.hp.total_steps:06d}.pt")
-        settings = {f.name: getattr(self.hp, f.name) for f in fields(self.hp) if f.name != "stages"}
+        settings = {name: getattr(self.hp, name) for name in SETTINGS}
         temporary = path.with_suffix(".part")
         torch.save(dict(step=self.hp.total_steps, hyperparameters=settings, model=self.model.state_dict()), temporary)
         temporary.rename(path)
