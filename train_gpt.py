@@ -16,20 +16,29 @@ Contents, in reading order (search for the banner):
     Data              shards, micro-batches, read-ahead
     Schedule          learning rate, momentum, windows, multi-token weights by step
     Log               the run's log file and the terminal
+    Checkpoints       what a killed run goes on from
+    Watch             signals, hangs, the failures of other ranks: one message, and no process left
     World check       everything that can be wrong, found in two seconds
     Train             warm-up, validation, the loop
 
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
 """
 
+import hashlib
 import os
+import re
+import select
 import shutil
+import signal
+import socket
 import sys
+import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from glob import glob
@@ -199,7 +208,10 @@ class Hyperparameters:
     log_dir: str = "logs"
     val_loss_every: int = 250  # steps; 0: only at the end
     val_steps: tuple[int, ...] = ()  # further steps at which to validate, e.g. 5,10,25
-    save_checkpoint: bool = False  # at the end
+    save_checkpoint: bool = False  # at the end: the model alone
+    checkpoint_every: int = 0  # steps between checkpoints to go on from, 5 GB each; also at SIGTERM. 0: none
+    resume: str = ""  # the run_id of a run to go on with, from its last checkpoint
+    hang_timeout: float = 300  # seconds on the clock without a step's end after which the run is ended; 0: never
     seed: int = 0
     cuda_graphs: str = "auto"  # on a GPU, launch a micro-batch's kernels as one graph; "off" to debug or profile
     compile: str = "auto"  # torch.compile on a GPU; off on a CPU, where compiling takes longer than a smoke run
@@ -270,7 +282,7 @@ def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameter
     if preset not in PRESETS:
         raise UserError(f"--preset={preset}: choose one of {', '.join(PRESETS)}")
     hp = Hyperparameters(**{**PRESETS[preset], **overrides, "preset": preset})
-    hp = replace(hp, run_id=hp.run_id or str(uuid.uuid4()))
+    hp = replace(hp, run_id=hp.run_id or hp.resume or str(uuid.uuid4()))
     check_hyperparameters(hp)
     return hp, overrides
 
@@ -305,7 +317,9 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
 
     for name in ("num_scheduled_iterations", "train_max_seq_len", "val_tokens", "val_batch_size", "num_heads"):
         require(getattr(hp, name) > 0, f"--{name}={getattr(hp, name)} must be positive")
-    for name in ("num_extension_iterations", "val_loss_every", "muon_momentum_warmup", "muon_momentum_cooldown"):
+    for name in ("num_extension_iterations", "val_loss_every", "checkpoint_every", "hang_timeout"):
+        require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
+    for name in ("muon_momentum_warmup", "muon_momentum_cooldown"):
         require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
     require(0 < hp.cooldown_frac <= 1, f"--cooldown_frac={hp.cooldown_frac} must be in (0, 1]")
     require(hp.num_scheduled_iterations >= 3, "--num_scheduled_iterations must be at least 3: one step a stage")
@@ -324,7 +338,9 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     require(hp.dtype in ("auto", "bfloat16", "float32"), f"--dtype={hp.dtype}: choose auto, bfloat16 or float32")
     for name, choices in (("fp8_head", "auto off"), ("cuda_graphs", "auto off"), ("compile", "auto on off")):
         require(getattr(hp, name) in choices.split(), f"--{name}={getattr(hp, name)}: choose one of {choices}")
-    require(Path(hp.run_id).name == hp.run_id, f"--run_id={hp.run_id} names files: it must not contain a path")
+    for name in ("run_id", "resume"):
+        value = getattr(hp, name)
+        require(Path(value).name == value, f"--{name}={value} names files: it must not contain a path")
 
 
 # ======================================================================================================================
@@ -1124,6 +1140,8 @@ def cpu_scalar(value: float) -> Tensor:
 class Adam:
     """State and step of one parameter's slice."""
 
+    states = ("m", "v", "updates")
+
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable):
         self.row, self.hp, self.p = row, hp, slice
         self.apply = compiled(adam_update)
@@ -1150,6 +1168,8 @@ class Adam:
 
 class NorMuon:
     """State and step of one bank's slice, (N, rows, columns), of which `first` is the index of the first matrix."""
+
+    states = ("m", "second_moment", "low_bits")
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
         self.row, self.hp, self.p = row, hp, slice
@@ -1237,8 +1257,8 @@ class Sharded(Replicated):
         return full.chunk(self.world.size)[self.world.rank]
 
     def full(self, slice: Tensor) -> Tensor:
-        out = slice.new_empty(self.p.shape)
-        all_gather(out, slice)
+        out = slice.new_empty(len(self.p), *slice.shape[1:])
+        all_gather(out.view(torch.uint8), slice.contiguous().view(torch.uint8))  # as bytes: NCCL knows no uint16
         return out
 
     def reduce(self, grad: Tensor) -> None:
@@ -1250,6 +1270,15 @@ class Sharded(Replicated):
 
     def gathered(self) -> None:
         self.work.wait()
+
+
+def copy_saved(into: Tensor, saved: Tensor | None, name: str, own: Callable = lambda whole: whole) -> None:
+    """Copies this rank's own part of a saved tensor. Raises UserError when it is another program's."""
+    part = own(saved) if isinstance(saved, Tensor) and saved.dim() == into.dim() else None
+    if part is None or part.shape != into.shape or part.dtype != into.dtype:
+        shape = "missing" if saved is None else f"{tuple(saved.shape)} in {saved.dtype}"
+        raise UserError(f"{name} in the checkpoint is {shape}, this program's part {tuple(into.shape)} in {into.dtype}")
+    into.copy_(part)
 
 
 class Slot:
@@ -1287,7 +1316,7 @@ class Optimizer:
         self.slots = {row.name: Slot(row, parameters.pop(row.name), hp, world, compiled) for row in PARAMETERS}
         assert not parameters, f"parameters without a row in PARAMETERS: {', '.join(parameters)}"
         assert sorted(UPDATE_ORDER) == sorted(self.slots), "UPDATE_ORDER and PARAMETERS name different parameters"
-        self.untie_step = untie_step
+        self.world, self.untie_step = world, untie_step
         self.tied = True
 
     @torch.no_grad()
@@ -1321,6 +1350,33 @@ class Optimizer:
             full = head.communication.full(getattr(head.algorithm, state))
             getattr(embed.algorithm, state).copy_(embed.communication.own(full.T))
         embed.algorithm.updates = head.algorithm.updates
+
+    def state(self) -> dict[str, Tensor | int]:
+        """What steps have left in the states, whole tensors whatever the number of ranks, on rank 0; all call it."""
+        state: dict[str, Tensor | int] = {"tied": int(self.tied)}
+        for name, slot in self.slots.items():
+            for key in slot.algorithm.states:
+                value = getattr(slot.algorithm, key)
+                if isinstance(value, Tensor):
+                    whole = slot.communication.full(value)
+                    value = None if self.world.rank else whole.cpu()  # one by one: the GPU need not hold them all
+                if value is not None:
+                    state[f"{name}.{key}"] = value
+        return state
+
+    def load(self, state: dict[str, Tensor | int]) -> None:
+        """Takes what `state` gave, in place: captured graphs keep their addresses. Raises UserError if it won't fit."""
+        state = dict(state)
+        self.tied = bool(state.pop("tied"))
+        for name, slot in self.slots.items():
+            for key in slot.algorithm.states:
+                value = getattr(slot.algorithm, key)
+                if isinstance(value, Tensor):
+                    copy_saved(value, state.pop(f"{name}.{key}", None), f"{name}.{key}", slot.communication.own)
+                elif value is not None:
+                    setattr(slot.algorithm, key, state.pop(f"{name}.{key}"))
+        if state:
+            raise UserError(f"the checkpoint has states that this program has not: {', '.join(state)[:200]}")
 
     def reset(self) -> None:
         """Forgets every step taken: momentum, second moments, low bits, counts, gradients, the untying."""
@@ -1371,6 +1427,14 @@ def read_header(path: Path) -> int:
         held = (size - HEADER_BYTES) // 2
         raise UserError(f"{path}: the header promises {tokens} tokens, the file holds {held}; {FETCH}")
     return tokens
+
+
+def file_state(path: Path) -> tuple[int, int] | None:
+    """Size and time of the last change; None for a file that is not there."""
+    try:
+        return os.stat(path).st_size, os.stat(path).st_mtime_ns
+    except OSError:
+        return None
 
 
 def read_tokens(path: Path, vocab_size: int, limit: int | None = None) -> np.ndarray:
@@ -1464,10 +1528,11 @@ def make_micro_batch(tokens: np.ndarray, ends: np.ndarray, device: torch.device)
 
 
 class StepBatch(NamedTuple):
-    """This rank's micro-batches of one step, and how often the files have been begun by then."""
+    """This rank's micro-batches of one step, how often the files have been begun by then, and where the next begin."""
 
     epoch: int
     micro_batches: list[MicroBatch]
+    position: tuple[int, int]  # files begun, and the next document of the last of them
 
 
 class TrainLoader:
@@ -1475,15 +1540,18 @@ class TrainLoader:
 
     sizes: tokens of a micro-batch at each step. Every rank deals all 8 micro-batches of a step and keeps its own, so
     that any number of ranks sees the same. When the files run out, they start over, and the epoch counts up.
+    position: of the last step's batch before these, in a run that goes on.
     Raises UserError if no file can fill a step, or when a file turns out to be damaged.
     """
 
-    def __init__(self, paths: list[Path], sizes: list[int], hp: Hyperparameters, world: World):
+    def __init__(self, paths: list[Path], sizes: list[int], hp: Hyperparameters, world: World, position=(1, 0)):
         self.paths, self.sizes, self.hp, self.world = paths, sizes, hp, world
-        self.files_begun = 1
-        self.shard = self._load(0, scan_all=False)
+        self.found = {path: file_state(path) for path in paths}
+        self.files_begun, document = position
+        self.shard = self._load(self.files_begun - 1, scan_all=document > 0)
+        self.shard.next_document = document
         self.reader = ThreadPoolExecutor(1, "next shard")
-        self.next_shard = self.reader.submit(self._load, 1)
+        self.next_shard = self.reader.submit(self._load, self.files_begun)
         self.stream = torch.cuda.Stream(world.device) if world.on_gpu else None
         # A thread starts out on GPU 0, where it would open a second context for every other rank.
         set_device = partial(torch.cuda.set_device, world.device) if world.on_gpu else None
@@ -1491,8 +1559,17 @@ class TrainLoader:
         self.ahead = self.assembler.submit(self._prepare, sizes[0])
 
     def _load(self, number: int, scan_all: bool = True) -> Shard:
-        path = self.paths[number % len(self.paths)]
+        path = self.reading = self.paths[number % len(self.paths)]
+        if self.found.setdefault(path, file_state(path)) != file_state(path):
+            raise UserError(f"{path}: changed since the run began")
         return Shard(path, self.hp.vocab_size, self.hp.train_max_seq_len, scan_all)
+
+    def _wait(self) -> StepBatch:
+        try:  # less than the timeout of the watch, which could not name the file
+            return self.ahead.result(0.8 * self.hp.hang_timeout or None)
+        except TimeoutError:
+            told = f"not read within {0.8 * self.hp.hang_timeout:g} s (--hang_timeout): does the file system stall?"
+            raise UserError(f"{self.reading}: {told}") from None
 
     def _deal(self, num_tokens: int) -> list[tuple[int, int]]:
         for _ in range(len(self.paths) + 1):
@@ -1513,17 +1590,21 @@ class TrainLoader:
             batches = [make_micro_batch(*self.shard.assemble(span, num_tokens), self.world.device) for span in spans]
             if self.stream:
                 self.stream.synchronize()  # in this thread; the main thread never waits for a copy
-        return StepBatch(1 + (self.files_begun - 1) // len(self.paths), batches)
+        position = self.files_begun, self.shard.next_document
+        return StepBatch(1 + (self.files_begun - 1) // len(self.paths), batches, position)
 
     def __iter__(self) -> Iterator[StepBatch]:
-        with self.assembler, self.reader:
+        try:
             for size in [*self.sizes[1:], None]:
-                batch = self.ahead.result()
+                batch = self._wait()
                 self.ahead = self.assembler.submit(self._prepare, size) if size else None
                 for tensor in (t for b in batch.micro_batches for t in (b.inputs, b.targets, b.documents.cu_seqlens)):
                     if self.stream:  # the memory was taken on the copying stream: keep it until this one is through
                         tensor.record_stream(torch.cuda.current_stream())
                 yield batch
+        finally:  # not waiting for a thread that reads: a network file system can stall for ever
+            for pool in (self.assembler, self.reader):
+                pool.shutdown(wait=False, cancel_futures=True)
 
 
 def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> list[MicroBatch]:
@@ -1628,11 +1709,15 @@ class Log:
     def __init__(self, hp: Hyperparameters, world: World):
         self.file, self.bar = None, None
         self.path = Path(hp.log_dir) / f"{hp.run_id}.txt"
+        self.unwritten, self.in_trouble = b"", False
         if world.rank:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "x")  # noqa: SIM115 - open for the whole run
+            self.file = open(self.path, "a+b" if hp.resume else "x+b", buffering=0)  # noqa: SIM115 - for the whole run
+            self.continues = self.file.tell() > 0
+            if self.continues and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
+                self.unwritten = b"\n"  # ends a line that was cut short
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot write the log ({error.strerror}); give another --run_id= or --log_dir="
@@ -1643,14 +1728,33 @@ class Log:
             self.bar = tqdm(total=hp.total_steps, unit="step", smoothing=0.05, dynamic_ncols=True)
 
     def write(self, text: str, console: bool = True) -> None:
-        """One or more lines, at once on the disk's way."""
+        """One or more lines, at once on the disk's way; what a full disk does not take is kept for later."""
         if self.file is None:
             return
-        print(text, file=self.file, flush=True)
+        self.unwritten += text.encode(errors="replace") + b"\n"
+        self._flush()
         if console and self.bar is not None:
             self.bar.write(text)
         elif console:
             print(text, flush=True)
+
+    def _flush(self) -> None:
+        try:
+            if os.fstat(self.file.fileno()).st_nlink == 0:  # removed: what it held is still there to be copied
+                old = self.file
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(self.path, "x+b", buffering=0)  # noqa: SIM115
+                old.seek(0)
+                self.unwritten = old.read() + self.unwritten
+                old.close()
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            self.in_trouble = False
+        except OSError as error:
+            if not self.in_trouble:
+                message = f"{self.path}: cannot write the log ({error.strerror}); training goes on, the lines are kept"
+                print(message, file=sys.stderr, flush=True)
+            self.in_trouble = True
 
     def step(self, step: int, text: str) -> None:
         """A training step's line: in the file, and on the terminal as a line or the bar's progress."""
@@ -1659,11 +1763,15 @@ class Log:
             self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
-        """Ends bar and file."""
+        """Ends bar and file; what could not be written comes on the terminal."""
         if self.bar is not None:
             self.bar.close()
         if self.file is not None:
-            self.file.close()
+            self._flush()
+            self.file, file = None, self.file
+            file.close()
+            if self.unwritten:
+                print(f"the end of {self.path}, not written:\n{self.unwritten.decode()}", file=sys.stderr, flush=True)
 
 
 def versions() -> str:
@@ -1677,7 +1785,12 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
     from subprocess import PIPE, STDOUT, SubprocessError, run
 
     rule = "=" * 100
-    log.write(Path(__file__).read_text(), console=False)
+    source = Path(__file__).read_text()
+    if log.file and log.continues:
+        if os.pread(log.file.fileno(), len(source.encode()), 0) != source.encode():
+            log.write("note: train_gpt.py is not the one that this log begins with")
+        return
+    log.write(source, console=False)
     log.write(rule, console=False)
     log.write(f"Running Python {sys.version}\nRunning {versions()}", console=False)
     if torch.cuda.is_available():
@@ -1687,6 +1800,324 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
             log.write(f"nvidia-smi: {error}", console=False)
     log.write(f"preset: {hp.preset}; overrides: " + (" ".join(f"--{k}={v}" for k, v in overrides.items()) or "none"))
     log.write(rule, console=False)
+
+
+# ======================================================================================================================
+# Checkpoints
+# ======================================================================================================================
+
+CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=list, model=dict, optimizer=dict, progress=dict)
+CHECKPOINTS_KEPT = 2
+# What may differ when a run goes on: where things are, and what leaves the mathematics alone.
+FREE_ON_RESUME = {
+    *("resume", "log_dir", "train_files", "val_files", "checkpoint_every", "save_checkpoint", "hang_timeout"),
+    *("cuda_graphs", "compile"),
+}
+
+
+@dataclass
+class Progress:
+    """Where a run is between two steps, beside what model and optimizer hold."""
+
+    step: int = 0  # steps done
+    elapsed: float = 0.0  # the clock's, ms
+    position: tuple[int, int] = (1, 0)  # the loader's
+    val_losses: list[float] = field(default_factory=list)
+
+
+def plain(stages: tuple[Stage, ...]) -> list:
+    """The table of stages in types that a checkpoint may hold."""
+    return [tuple(stage) for stage in stages]
+
+
+def checkpoints_of(run_id: str, folder: Path, suffix: str = "pt") -> list[Path]:
+    """The files of a run's checkpoints in the folder, the newest last."""
+    name = re.compile(rf"{re.escape(run_id)}_step\d{{6}}\.{suffix}")
+    return sorted(p for p in (folder.iterdir() if folder.is_dir() else ()) if name.fullmatch(p.name))
+
+
+def write_checkpoint(path: Path, content: dict) -> None:
+    """A file for torch.load, then 32 bytes of SHA-256; whole or not at all, also when the machine dies meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, digest = path.with_suffix(".part"), hashlib.sha256()
+    try:
+        with open(temporary, "wb") as file:
+
+            def write(data) -> int:
+                digest.update(data)
+                return file.write(data)
+
+            torch.save(content, SimpleNamespace(write=write, flush=file.flush))
+            file.write(digest.digest())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name too
+        os.close(folder)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Its content, tensors mapped from the disk. Raises UserError for what write_checkpoint has not written whole.
+
+    It may come from a stranger: nothing in it is executed, and it takes no memory beyond what its tensors hold.
+    """
+    try:
+        with open(path, "rb") as file:
+            left, digest = os.fstat(file.fileno()).st_size - 32, hashlib.sha256()
+            while left > 0 and (block := file.read(min(left, 1 << 24))):
+                digest.update(block)
+                left -= len(block)
+            if left or file.read() != digest.digest():
+                raise UserError(f"{path}: damaged or cut short, its checksum differs")
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a stranger's bytes make of torch.load
+        raise UserError(f"{path}: not a checkpoint ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(content, dict) or {k: type(v) for k, v in content.items()} != CHECKPOINT:
+        raise UserError(f"{path}: not a checkpoint of this program")
+    return content
+
+
+def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperparameters, dict, list[str]]:
+    """What to go on with: the run's hyperparameters, its newest sound checkpoint, and lines that say which it is.
+
+    Raises UserError when there is none, or when arguments, files or program contradict it.
+    """
+    folder, lines = Path(hp.log_dir), []
+    for path in reversed(checkpoints_of(hp.resume, folder)):
+        try:
+            content = read_checkpoint(path)
+            break
+        except UserError as error:
+            lines.append(f"checkpoint not used: {error}")
+    else:
+        raise UserError("; ".join([f"--resume={hp.resume}: no usable checkpoint in {folder}/", *lines]))
+    if not content["optimizer"]:
+        raise UserError(f"--resume={hp.resume}: the run has ended, {path} is its result")
+    saved, defaults = content["hyperparameters"], {name: field.default for name, field in SETTINGS.items()}
+    for key, value in saved.items():
+        if type(value) is not type(defaults.get(key)):
+            raise UserError(f"{path}: its hyperparameter {str(key)[:40]} is none of this program's")
+    for key in overrides.keys() - FREE_ON_RESUME:
+        if saved.get(key) != getattr(hp, key):
+            raise UserError(f"--{key}={getattr(hp, key)} contradicts the run's {key}={saved.get(key)}: leave it away")
+    given = {key: getattr(hp, key) for key in FREE_ON_RESUME if key in overrides or key not in saved}
+    preset = PRESETS.get(saved.get("preset"), {})
+    hp = Hyperparameters(**{**preset, **saved, **given, "run_id": hp.resume, "log_dir": hp.log_dir})
+    check_hyperparameters(hp)
+    if plain(hp.stages) != content["stages"]:
+        raise UserError(f"{path}: the run had other STAGES than the table in this train_gpt.py")
+    train = find_files(hp.train_files)
+    shards = [read_header(path) for path in train]
+    if shards != content["shards"]:
+        at = next((i for i, pair in enumerate(zip(shards, content["shards"], strict=False)) if len({*pair}) > 1), -1)
+        raise UserError(f"{train[at]}: not a train file that the run began with; --train_files= names others")
+    return hp, content, [*lines, f"resumed at step {content['step']} from {path}"]
+
+
+# ======================================================================================================================
+# Watch
+# ======================================================================================================================
+
+
+class Watch:
+    """A thread that notices what the main thread can't while it waits for a GPU, a file or another rank.
+
+    Ranks meet in the launcher's key-value store, to which each keeps a connection of its own. There every rank leaves
+    a beat twice a second: a count, its host, its step and where its main thread is. There also stands the run's end,
+    an exit status and one message: the first rank to write it says it, all others follow.
+    """
+
+    TICK, SILENT, PATIENCE = 0.5, 5.0, 8.0  # seconds; a rank is silent when its count has stood still for so long
+
+    def __init__(self):
+        self.rank, self.size, self.host = int(os.environ.get("RANK", 0)), 1, socket.gethostname()
+        self.log: Log | None = None
+        self.store = self.side = self.asked = None
+        self.step: int | None = None  # steps done, on the clock
+        self.stop = ""  # the signal that asked for an end at the next checkpoint
+        self.can_stop, self.hang_timeout, self.moved = False, 0.0, 0.0
+        self.doubt: float | None = None  # since when something is known to be wrong, perhaps another rank's fault
+        self.verdict: tuple | None = None  # the end, if no rank turns out to be silent
+        self.count, self.beats = 0, {}  # by rank: its last beat, and when it came
+        self.ending, self.closed = threading.Lock(), False
+
+    def start(self) -> None:
+        """From now on signals end the process whatever the main thread is waiting for."""
+        self.signals, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        signal.set_wakeup_fd(self.writer.fileno())
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._run, daemon=True, name="watch").start()
+
+    def join(self, hp: Hyperparameters, world: World) -> None:
+        """Meets the other ranks; after World.start."""
+        if world.size > 1:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=20))
+            self.store = dist.PrefixStore(f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            # Whether to stop is agreed upon between CPUs, beside NCCL, and only where a stop leaves a checkpoint.
+            self.side = dist.new_group(backend="gloo") if hp.checkpoint_every else None
+        self.size, self.can_stop, self.hang_timeout = world.size, hp.checkpoint_every > 0, hp.hang_timeout
+
+    def at(self, step: int) -> None:
+        """The main thread has come to this step."""
+        self.step, self.moved = step, time.monotonic()
+
+    def agree_to_stop(self) -> bool:
+        """Whether a rank had been asked to stop when this was called before: the same answer on all, and none waits."""
+        if self.size == 1:
+            return bool(self.stop)
+        before, flag = self.asked, torch.tensor([bool(self.stop)], dtype=torch.uint8)
+        self.asked = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.side, async_op=True), flag
+        if before:
+            before[0].wait()
+        return bool(before and before[1])
+
+    def stop_here(self, step: int) -> None:
+        """Ends all processes, after the checkpoint of this step. It does not return."""
+        if self.size > 1:
+            dist.barrier(group=self.side)  # torchrun ends all when one has ended: rank 0 writes first
+        self.end(
+            143,
+            f"train_gpt.py: {self.stop or 'a signal to another rank'}: stopped at step {step}; "
+            f"go on with --resume={self.log.path.stem}",
+        )
+
+    def fail(self, error: BaseException) -> None:
+        """Ends all processes with the error's message. It does not return."""
+        details = "" if isinstance(error, UserError) else traceback.format_exc()
+        end = 1, f"train_gpt.py: error: {self._where(self.rank)}{reason_of(error)}", details
+        if self.store and isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            self.verdict, self.doubt = end, time.monotonic()  # perhaps another rank is gone: the thread finds out
+            threading.Event().wait()
+        if self.rank and not self.store:
+            # torchrun ends all processes as soon as one has ended: rank 0, which finds the same, must speak first.
+            # Still alive after that, this rank is the only one to know.
+            time.sleep(10)
+        self.end(*end)
+
+    def end(self, status: int, message: str, details: str = "") -> None:
+        """Ends all processes: the message comes once, and last in the log. It does not return."""
+        self.ending.acquire()  # for good: one thread ends the process
+        word, first = f"{status} {self.rank} {message}", status == 1 or self.rank == 0
+        try:
+            if self.store:
+                try:
+                    word = self.store.compare_set("end", "", word).decode()
+                    status, speaker, message = word.split(" ", 2)
+                    status, first = int(status), int(speaker) == self.rank
+                except RuntimeError:  # the store is gone
+                    self.store = None
+            if first:
+                print(details + message, file=sys.stderr, flush=True)
+            if self.rank == 0:
+                self._last_lines((details if first else "") + message)
+            elif first and self.store:
+                self._see_that_it_is_logged(message)
+        finally:
+            os._exit(status)  # without waiting for threads that wait for a file system, or a GPU for a rank
+
+    def close(self) -> None:
+        """The run has ended well."""
+        self.closed = True
+
+    def _last_lines(self, text: str) -> None:
+        if self.log:
+            self.log.write(text, console=False)
+            self.log.close()
+        if self.store:
+            self.store.set("logged", "")
+
+    def _see_that_it_is_logged(self, message: str) -> None:
+        for _ in range(60):
+            if self.store.check(["logged"]):
+                return
+            time.sleep(0.05)
+        if self.log.path.exists():  # rank 0 is gone
+            with open(self.log.path, "a") as file:
+                print(message, file=file)
+
+    def _where(self, rank: int) -> str:
+        host, step = self.beats[rank][0][1:3] if rank != self.rank else (self.host, str(self.step))
+        at = "" if step == "None" else f"at step {step}"
+        return f"rank {rank} on {host} {at}".rstrip() + ": " if self.size > 1 else f"{at}: " if at else ""
+
+    def _place(self) -> str:
+        """Where the main thread is: the innermost function that is not a library's."""
+        frame = sys._current_frames()[threading.main_thread().ident]
+        while frame.f_back and any(f"/{part}/" in frame.f_code.co_filename for part in ("site-packages", "lib")):
+            frame = frame.f_back
+        return f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+
+    def _run(self) -> None:
+        lost = None
+        while not self.closed:
+            try:
+                if select.select([self.signals], [], [], self.TICK)[0]:
+                    self._signalled(signal.Signals(self.signals.recv(1)[0]))
+                self._tick(time.monotonic())
+                lost = None
+            except RuntimeError:  # the store: its process is gone, or the run ends at this moment
+                lost = lost or time.monotonic()
+                if time.monotonic() - lost > self.SILENT and not self.closed:
+                    self.end(1, f"train_gpt.py: error: {self._where(self.rank)}the launcher or rank 0 is gone")
+
+    def _signalled(self, number: signal.Signals) -> None:
+        at = f" at step {self.step}" if self.step is not None else ""
+        end = 128 + number, f"train_gpt.py: {number.name}: ended{at}" + (f"; log: {self.log.path}" if self.log else "")
+        self.stop = number.name
+        if number != signal.SIGINT and self.can_stop and self.step is not None:
+            end = None  # at the next checkpoint
+        elif number == signal.SIGINT or self.size == 1:
+            self.end(*end)
+        if self.size > 1:  # torchrun also signals the ranks that are left when one has died
+            self.doubt, self.verdict = self.doubt or time.monotonic(), self.verdict or end
+
+    def _tick(self, now: float) -> None:
+        self.count += 1
+        beat = [str(self.count), self.host, str(self.step), self._place()]
+        self.beats[self.rank] = beat, now
+        if self.store:
+            if self.store.check(["end"]):
+                self.end(1, "")
+            self.store.set(f"beat{self.rank}", "\n".join(beat))
+            keys = [f"beat{rank}" for rank in range(self.size)]
+            for rank, text in enumerate(self.store.multi_get(keys) if self.store.check(keys) else ()):
+                beat = text.decode().split("\n")
+                if rank not in self.beats or beat != self.beats[rank][0]:
+                    self.beats[rank] = beat, now
+        silent = [rank for rank, (_, when) in self.beats.items() if now - when > self.SILENT]
+        if self.doubt and silent:
+            reason = f"the process is gone or stopped: no sign of life for {self.SILENT:.0f} s"
+            self.end(1, f"train_gpt.py: error: {self._where(silent[0])}{reason}")
+        if self.doubt and self.verdict and now - self.doubt > self.PATIENCE:
+            self.end(*self.verdict)
+        if self.hang_timeout and self.step is not None and now - self.moved > self.hang_timeout:
+            places = {rank: "silent" if rank in silent else beat[3] for rank, (beat, _) in sorted(self.beats.items())}
+            waiting = ("reduced ", "gathered ", "full ", "agree_to_stop ")  # for another rank
+            last = min(places, key=lambda rank: (rank not in silent, places[rank].startswith(waiting)))
+            told = "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
+            reason = f"no step has ended for {self.hang_timeout:g} s (--hang_timeout), {told}"
+            self.end(1, f"train_gpt.py: error: {self._where(last)}{reason}")
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception in one line, with the remedy where it is known."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        remedy = "fewer tokens in STAGES, a smaller --val_batch_size, or end what else uses the device's memory"
+        return f"out of memory: {text[:300]} Remedies: {remedy}"
+    return f"{type(error).__name__}: {text[:500]}"
 
 
 # ======================================================================================================================
@@ -1890,56 +2321,101 @@ class Trainer:
         if self.world.on_gpu:
             torch.cuda.empty_cache()  # what ran before the graphs were captured is not needed again
 
-    def run(self, log: Log, train_paths: list[Path], val_batches: list[MicroBatch]) -> list[float]:
-        """The run on the clock; returns the validation losses, the final one last."""
-        hp, schedule = self.hp, self.schedule
+    def run(
+        self,
+        log: Log,
+        train_paths: list[Path],
+        val_batches: list[MicroBatch],
+        progress: Progress | None = None,
+        watch: Watch | None = None,
+    ) -> list[float]:
+        """The run on the clock, from `progress` on; returns the validation losses, the final one last."""
+        hp, schedule, now, watch = self.hp, self.schedule, progress or Progress(), watch or Watch()
         validate_at = {*hp.val_steps}
         if hp.val_loss_every:
             validate_at |= {*range(0, hp.total_steps, hp.val_loss_every)}
-        sizes = [schedule.tokens(step) for step in range(hp.total_steps)]
-        batches = iter(TrainLoader(train_paths, sizes, hp, self.world))
+        validate_at -= {now.step} if progress else set()  # done before the checkpoint was written
+        sizes = [schedule.tokens(step) for step in range(now.step, hp.total_steps)]
+        batches = iter(TrainLoader(train_paths, sizes, hp, self.world, now.position))
         if self.world.size > 1:
             dist.barrier()  # the clock does not run while the first rank waits for the last to compile
-        clock, epoch, val_losses = Clock(self.world.device), 1, []
-        for step in range(hp.total_steps + 1):
+        clock, saved_at = Clock(self.world.device, now.elapsed), now.step
+        epoch = 1 + (now.position[0] - 1) // len(train_paths)
+        for step in range(now.step, hp.total_steps + 1):
             last = step == hp.total_steps
+            watch.at(step)
             if last or step in validate_at:
                 clock.stop()
                 # The windows trained with so far: a new stage begins with its first training step.
                 windows = schedule.window_tokens(*FINAL_WINDOWS) if last else schedule.windows(max(step - 1, 0))
-                val_losses.append(self.validate(val_batches, windows))
-                log.write(f"step:{step}/{hp.total_steps} val_loss:{val_losses[-1]:.4f} {clock.text(step)}")
+                now.val_losses.append(self.validate(val_batches, windows))
+                log.write(f"step:{step}/{hp.total_steps} val_loss:{now.val_losses[-1]:.4f} {clock.text(step)}")
                 clock.start()
             if last:
                 break
+            # After an even number of steps no gradient waits for the next.
+            if hp.checkpoint_every and step % 2 == 0:
+                stop = watch.agree_to_stop()
+                if step >= saved_at + hp.checkpoint_every or (stop and step > saved_at):
+                    clock.stop()
+                    now.step, now.elapsed, saved_at = step, clock.elapsed, step
+                    self.save_checkpoint(log, train_paths, now)
+                    clock.start()
+                if stop:
+                    watch.stop_here(step)
+            watch.at(step)
             batch = next(batches)
             if batch.epoch > epoch:
                 epoch = batch.epoch
                 log.write(f"epoch {epoch}: the train files ran out at step {step} and start over")
             self.enter_step(step)
             self.train_step(step, batch.micro_batches)
+            now.position = batch.position
             clock.step_issued()
             log.step(step + 1, f"step:{step + 1}/{hp.total_steps} {clock.text(step + 1)}")
         next(batches, None)  # lets the loader end its threads
-        return val_losses
+        return now.val_losses
 
-    def save_checkpoint(self, log: Log) -> None:
-        """The model's parameters, on rank 0, beside the log; torch.load(path, weights_only=True) reads them."""
+    def save_checkpoint(self, log: Log, train_paths: list[Path], progress: Progress | None = None) -> None:
+        """Writes the model, and with `progress` all it takes to go on, beside the log; every rank must call it.
+
+        torch.load(path, weights_only=True) reads the file. The newest two are kept.
+        """
+        optimizer = self.optimizer.state() if progress else {}
         if self.world.rank:
             return
-        path = log.path.with_name(f"{self.hp.run_id}_step{self.hp.total_steps:06d}.pt")
+        step = progress.step if progress else self.hp.total_steps
+        path = log.path.with_name(f"{self.hp.run_id}_step{step:06d}.pt")
         settings = {name: getattr(self.hp, name) for name in SETTINGS}
-        temporary = path.with_suffix(".part")
-        torch.save(dict(step=self.hp.total_steps, hyperparameters=settings, model=self.model.state_dict()), temporary)
-        temporary.rename(path)
+        content = dict(step=step, hyperparameters=settings, stages=plain(self.hp.stages))
+        content.update(shards=[read_header(path) for path in train_paths], progress=vars(progress) if progress else {})
+        content.update(model=dict(self.model.state_dict()), optimizer=optimizer)
+        try:
+            write_checkpoint(path, content)
+        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
+            log.write(f"no checkpoint at step {step}: {path}: {error}; training goes on")
+            return
         log.write(f"checkpoint: {path}")
+        unfinished = checkpoints_of(self.hp.run_id, path.parent, "part")  # of a run that was killed meanwhile
+        for old in checkpoints_of(self.hp.run_id, path.parent)[:-CHECKPOINTS_KEPT] + unfinished:
+            old.unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def restore(self, checkpoint: dict) -> Progress:
+        """Takes a checkpoint's model and state, in place, on any number of ranks; returns where the run is."""
+        for name, p in self.model.named_parameters():
+            copy_saved(p, checkpoint["model"].get(name), name)
+        self.optimizer.load(checkpoint["optimizer"])
+        progress = Progress(**checkpoint["progress"])
+        self.enter_step(progress.step - 1)  # the rotary frequencies follow from the step
+        return progress
 
 
 class Clock:
     """Training time in milliseconds, without what is off the clock. It waits for the GPU only when it stops."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.elapsed = device, 0.0
+    def __init__(self, device: torch.device, elapsed: float = 0.0):
+        self.device, self.elapsed = device, elapsed
         self.issued: torch.cuda.Event | None = None
         self.start()
 
@@ -1978,44 +2454,41 @@ def main(arguments: list[str]) -> None:
         print(help_text())
         return
     begin = time.perf_counter()
-    log = None
+    watch = Watch()
+    watch.start()
     try:
         world = World.from_environment()
         hp, overrides = parse_arguments(arguments, has_gpu=world.on_gpu)
-        summary = check_world(hp, world)
+        checkpoint, resumed = None, []
+        if hp.resume:
+            hp, checkpoint, resumed = resume(hp, overrides)
+        summary = check_world(hp, world) + resumed
         if world.rank == 0:
             print(*summary, sep="\n", flush=True)
-        log = Log(hp, world)
+        log = watch.log = Log(hp, world)
         log_header(log, hp, overrides)
         log.write("\n".join(summary), console=False)
         world.start()
+        watch.join(hp, world)
         trainer = Trainer(hp, world)
         val_batches = validation_batches(find_files(hp.val_files), hp, world)
         train_paths = find_files(hp.train_files)
         trainer.warm_up(train_paths, val_batches)
         log.write(f"warm-up: {time.perf_counter() - begin:.1f} s from the start of main")
-        val_losses = trainer.run(log, train_paths, val_batches)
+        progress = trainer.restore(checkpoint) if checkpoint else None
+        val_losses = trainer.run(log, train_paths, val_batches, progress, watch)
         if hp.save_checkpoint:
-            trainer.save_checkpoint(log)
+            trainer.save_checkpoint(log, train_paths)
         if world.on_gpu:
             allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
             log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
         learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
         log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
+        watch.close()
         world.stop()
-    except UserError as error:
-        message = f"train_gpt.py: error: {error}"
-        if log:
-            log.write(message, console=False)
-        if int(os.environ.get("RANK", 0)):
-            # torchrun ends all processes as soon as one has ended: rank 0, which finds the same, must speak first.
-            # Still alive after that, this rank is the only one to know.
-            time.sleep(10)
-        print(message, file=sys.stderr, flush=True)
-        sys.exit(1)
-    finally:
-        if log:
-            log.close()
+        log.close()
+    except Exception as error:
+        watch.fail(error)
 
 
 if __name__ == "__main__":
