@@ -25,6 +25,7 @@ Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, 
 """
 
 import hashlib
+import math
 import os
 import re
 import select
@@ -36,6 +37,7 @@ import threading
 import time
 import traceback
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -1318,6 +1320,7 @@ class Optimizer:
         assert sorted(UPDATE_ORDER) == sorted(self.slots), "UPDATE_ORDER and PARAMETERS name different parameters"
         self.world, self.untie_step = world, untie_step
         self.tied = True
+        self.largest = deque(maxlen=8)  # (step, names, on the CPU: the largest magnitude of each gradient)
 
     @torch.no_grad()
     def step(self, step: int, lr_factor: float, momentum: float) -> None:
@@ -1330,11 +1333,16 @@ class Optimizer:
             embed.grad.zero_()
         for slot in due.values():
             slot.communication.reduce(slot.p.grad.view(slot.shape))
+        gradients = {}
         for name in UPDATE_ORDER:
             if name in due:
                 slot = due[name]
-                slot.algorithm.update(slot.communication.reduced(), lr_factor, momentum)
+                gradients[name] = slot.communication.reduced()
+                slot.algorithm.update(gradients[name], lr_factor, momentum)
                 slot.communication.gather()
+        # NaN or infinite where a gradient is. One kernel and a copy that nobody waits for; read steps later.
+        largest = torch.stack(torch._foreach_norm(list(gradients.values()), math.inf))
+        self.largest.append((step, [*gradients], largest.to("cpu", non_blocking=True)))
         for slot in due.values():
             slot.communication.gathered()
             slot.p.grad.zero_()
@@ -1381,6 +1389,7 @@ class Optimizer:
     def reset(self) -> None:
         """Forgets every step taken: momentum, second moments, low bits, counts, gradients, the untying."""
         self.tied = True
+        self.largest.clear()
         for slot in self.slots.values():
             slot.algorithm.reset()
             slot.p.grad.zero_()
@@ -2350,6 +2359,9 @@ class Trainer:
                 windows = schedule.window_tokens(*FINAL_WINDOWS) if last else schedule.windows(max(step - 1, 0))
                 now.val_losses.append(self.validate(val_batches, windows))
                 log.write(f"step:{step}/{hp.total_steps} val_loss:{now.val_losses[-1]:.4f} {clock.text(step)}")
+                self.check_gradients(log, lag=0)
+                if not math.isfinite(now.val_losses[-1]):
+                    raise UserError(f"the validation loss is {now.val_losses[-1]}: a parameter has left finite numbers")
                 clock.start()
             if last:
                 break
@@ -2358,6 +2370,7 @@ class Trainer:
                 stop = watch.agree_to_stop()
                 if step >= saved_at + hp.checkpoint_every or (stop and step > saved_at):
                     clock.stop()
+                    self.check_gradients(log, lag=0)  # what is saved is sound
                     now.step, now.elapsed, saved_at = step, clock.elapsed, step
                     self.save_checkpoint(log, train_paths, now)
                     clock.start()
@@ -2372,9 +2385,25 @@ class Trainer:
             self.train_step(step, batch.micro_batches)
             now.position = batch.position
             clock.step_issued()
+            self.check_gradients(log, lag=1)  # of the step before, which the clock has waited for
             log.step(step + 1, f"step:{step + 1}/{hp.total_steps} {clock.text(step + 1)}")
         next(batches, None)  # lets the loader end its threads
         return now.val_losses
+
+    def check_gradients(self, log: Log, lag: int) -> None:
+        """Raises UserError for a gradient, of all but the last `lag` steps, that is not finite; saves what there is."""
+        while len(self.optimizer.largest) > lag:
+            step, names, values = self.optimizer.largest.popleft()
+            bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
+            if bad:
+                first = next(row.name for row in PARAMETERS if row.name in bad)
+                path = log.path.with_name(f"{self.hp.run_id}_nonfinite_rank{self.world.rank}.pt")
+                algorithms = {name: slot.algorithm for name, slot in self.optimizer.slots.items()}
+                states = {f"{name}.{key}": getattr(a, key) for name, a in algorithms.items() for key in a.states}
+                write_checkpoint(path, dict(step=step + 1, bad=bad, model=dict(self.model.state_dict()), states=states))
+                more = f" (nor those of {len(bad) - 1} more parameters: the forward pass is not)" if bad[1:] else ""
+                told = f"the gradient of {first} in step {step + 1} is not finite{more}"
+                raise UserError(f"{told}; parameters and this rank's states a step or two later: {path}")
 
     def save_checkpoint(self, log: Log, train_paths: list[Path], progress: Progress | None = None) -> None:
         """Writes the model, and with `progress` all it takes to go on, beside the log; every rank must call it.

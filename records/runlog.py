@@ -25,7 +25,19 @@ TARGET, ALPHA = 3.28, 0.01  # nats; the t-test's level
 VAL_TOKENS, GPUS, GPU_NAME = 10_485_760, 8, "H100"
 SHARD_TOKENS = 100_000_000  # of a FineWeb10B file
 MAX_BYTES = 16 << 20  # a log of a run is 0.1 to 0.5 MB
-HARMLESS = {"run_id", "log_dir", "val_loss_every", "val_steps", "save_checkpoint", "seed", "preset"}  # as overrides
+# As overrides.
+HARMLESS = {
+    "run_id",
+    "log_dir",
+    "val_loss_every",
+    "val_steps",
+    "save_checkpoint",
+    "seed",
+    "preset",
+    "checkpoint_every",
+    "resume",
+    "hang_timeout",
+}
 PLAIN_COMPILE = {"dynamic", "fullgraph"}  # the arguments of torch.compile that the public baseline has
 STAGES = ("stage 1", "stage 2", "stage 3", "extension")
 
@@ -38,6 +50,8 @@ RULE_LINE = re.compile(r"^={20,}[ \t]*$", re.M)
 STEP = re.compile(
     r"^step:([0-9]{1,7})/([0-9]{1,7}) (?:val_loss:(\S{1,20}) |train_loss:\S{1,20} )?train_time:([0-9.]{1,14})ms", re.M
 )
+RESUMED = re.compile(r"^resumed at step ([0-9]{1,7}) from ", re.M)
+ERROR = re.compile(r"^train_gpt\.py: error: (.{0,100})", re.M)
 PEAK = re.compile(r"^peak memory allocated: ([0-9]{1,7}) MiB reserved: ([0-9]{1,7}) MiB", re.M)
 WORLD = re.compile(r"^world: ([0-9]{1,4}) x ([^,\n]{1,100})", re.M)
 DATA = re.compile(
@@ -205,10 +219,11 @@ def parse(run: Run, text: str) -> None:
         run.data = tuple(int(number.replace(",", "") or 0) for number in data.groups())
     if peaks := PEAK.findall(body):
         run.peak = (int(peaks[-1][0]), int(peaks[-1][1]))
+    body = without_lost_steps(run, body)
     parse_steps(run, body)
     if HEADER.search(body):
         run.problems.append("several runs in one file (a restart): their lines cannot be told apart")
-    if error := re.search(r"^train_gpt\.py: error: (.{0,100})", body, re.M):
+    if error := ERROR.search(body):
         run.problems.append(f"ended with an error: {clean(error[1])}")
     if epoch := re.search(r"^epoch [0-9]{1,4}: .{0,100}", body, re.M):
         run.notes.append(clean(epoch[0]))
@@ -228,6 +243,20 @@ def find_header(text: str) -> re.Match | None:
         if not string or candidate.start() < string.start():
             return candidate
     return None
+
+
+def without_lost_steps(run: Run, body: str) -> str:
+    """The body of a log without the steps, and the error, after which the run went on from an earlier checkpoint."""
+    first, *rest = RESUMED.split(body)
+    if not rest:
+        return body
+    parts, limit = [rest[-1]], math.inf
+    for text, step in zip([first, *rest[1:-1:2]][::-1], rest[::2][::-1], strict=True):
+        limit = min(limit, int(step))
+        text = STEP.sub(lambda m, limit=limit: m[0] if int(m[1]) <= limit else "lost", text)
+        parts.append(ERROR.sub("", text))
+    run.notes.append(f"resumed {len(rest) // 2} times, the last time at step {rest[-2]}")
+    return "".join(parts[::-1])
 
 
 def parse_steps(run: Run, body: str) -> None:

@@ -345,6 +345,7 @@ def test_a_run_says_in_its_log_at_which_step_the_files_start_over(tmp_path, caps
     trainer.enter_step = lambda step: None
     trainer.train_step = lambda step, micro_batches: trained.append(micro_batches)
     trainer.validate = lambda batches, windows: 1.0
+    trainer.check_gradients = lambda log, lag: None
     log = train_gpt.Log(hp, World())
     trainer.run(log, [path], [])
     log.close()

@@ -1,0 +1,115 @@
+"""train_gpt.py, small, with something going wrong: python tests/fault_run.py FAULT RANK STEP [--name=value ...]
+
+The fault happens on one rank at the beginning of a step of the run (STEPS in all). DATA_PATH must name a folder that
+small_run.write_text has filled; a step takes some hundredths of a second.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import train_gpt
+
+STEPS = 20
+CHANGES = dict(
+    train_files="train_*.bin",
+    val_files="val_*.bin",
+    stages=tuple(s._replace(tokens=8 * n) for s, n in zip(train_gpt.STAGES, (16, 24, 32, 32), strict=True)),
+    num_scheduled_iterations=18,
+    num_extension_iterations=2,
+    muon_momentum_warmup=4,
+    muon_momentum_cooldown=2,
+    window_block=4,
+    num_heads=2,
+    bigram_vocab_size=64,
+    val_tokens=512,
+    val_batch_size=256,
+    val_loss_every=5,
+    adam_lr=0.03,
+)
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.31 GiB is free."
+
+
+def send(number):
+    return lambda trainer: os.kill(os.getpid(), number)
+
+
+def raise_bug(trainer):
+    raise ValueError("a bug in this rank alone")
+
+
+def run_out_of_gpu_memory(trainer):
+    raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+
+def run_out_of_memory(trainer):
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def poison(trainer):
+    with torch.no_grad():
+        trainer.model.mlp_bank[3, 0, 0, 0] = float("nan")
+
+
+def poison_gradient(trainer):
+    trainer.model.bigram_embed.grad[5, 3] = float("inf")
+
+
+def lose_the_next_shard(trainer):
+    for path in Path(os.environ["DATA_PATH"]).glob("train_*.bin"):
+        path.unlink()
+
+
+def change_the_next_shard(trainer):
+    for path in Path(os.environ["DATA_PATH"]).glob("train_*.bin"):
+        path.touch()
+
+
+def stall_file_system(trainer):
+    train_gpt.read_tokens = lambda *arguments: time.sleep(1e6)
+
+
+FAULTS = {
+    "none": lambda trainer: None,
+    "die": send(signal.SIGKILL),
+    "freeze": send(signal.SIGSTOP),
+    "terminate": send(signal.SIGTERM),
+    "wait": lambda trainer: time.sleep(1e6),
+    **{
+        f.__name__: f
+        for f in (
+            *(raise_bug, run_out_of_gpu_memory, run_out_of_memory, poison, poison_gradient),
+            *(lose_the_next_shard, change_the_next_shard, stall_file_system),
+        )
+    },
+}
+
+
+def main(fault, rank, step, *arguments):
+    train_gpt.PRESETS["smoke"].update(CHANGES)
+    train_gpt.parse_arguments([], has_gpu=False)
+    train_step, run = train_gpt.Trainer.train_step, train_gpt.Trainer.run
+    on_the_clock = []
+
+    def faulty_step(self, at, micro_batches):
+        if on_the_clock and at == int(step) and self.world.rank == int(rank):
+            FAULTS[fault](self)
+        train_step(self, at, micro_batches)
+
+    def noted_run(self, *arguments):
+        on_the_clock.append(True)
+        return run(self, *arguments)
+
+    train_gpt.Trainer.train_step, train_gpt.Trainer.run = faulty_step, noted_run
+    train_gpt.main([*arguments])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

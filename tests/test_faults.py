@@ -1,0 +1,466 @@
+"""Nothing lost, nothing silent: real processes are killed, real files damaged; what is said, and what is kept.
+
+The runs are tests/fault_run.py: train_gpt.py with a small model of 20 steps, and a fault at a step of a rank.
+"""
+
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fault_run
+import pytest
+import small_run
+import torch
+from fault_run import STEPS
+
+import train_gpt
+
+sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
+from runlog import read_run
+
+FAULT_RUN = Path(fault_run.__file__).resolve()
+HOST = socket.gethostname()
+# Between one process and two after 20 steps, nats; only the order of sums differs, measured 1e-6.
+LOSS_TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    small_run.write_text(folder)
+    return folder
+
+
+def start(folder, data, processes=1, fault=("none", 0, 0), arguments=(), command=(), **options):
+    """A run started in the folder, by the launcher if it has several processes; it says what it says in folder/said."""
+    if processes > 1:
+        command = [*command, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    environment.update(DATA_PATH=str(data), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    words = [*map(str, fault), "--preset=smoke", f"--log_dir={folder / 'logs'}", *arguments]
+    with open(folder / "said", "w") as said:
+        return subprocess.Popen(
+            [sys.executable, *command, str(FAULT_RUN), *words],
+            cwd=folder,
+            env=environment,
+            stdout=said,
+            stderr=said,
+            **options,
+        )
+
+
+def finish(process, folder, seconds=60):
+    """The exit status and what was said; no process of the run may be left a moment later."""
+    try:
+        status = process.wait(timeout=seconds)
+    finally:
+        process.kill()
+    assert wait_until(lambda: not processes_of(folder), 3), processes_of(folder)
+    return status, (folder / "said").read_text()
+
+
+def run(folder, data, *arguments, **options):
+    return finish(start(folder, data, *arguments, **options), folder)
+
+
+def processes_of(folder):
+    """Those that have the folder in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = path.read_bytes()
+        except OSError:
+            continue
+        if f"--log_dir={folder}".encode() in text:
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not (result := condition()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return result
+
+
+def log_of(folder):
+    (path,) = (folder / "logs").glob("*.txt")
+    return path
+
+
+def wait_for_step(folder, step):
+    logs = folder / "logs"
+    assert wait_until(lambda: any(f"\nstep:{step}/" in path.read_text() for path in logs.glob("*.txt")))
+
+
+def ours(said):
+    """Of all that was said, the lines of the program's own."""
+    return [line for line in said.splitlines() if line.startswith("train_gpt.py: ")]
+
+
+def assert_said_once_and_last(folder, said, *words):
+    (line,) = ours(said)
+    for word in words:
+        assert word in line, line
+    assert log_of(folder).read_text().splitlines()[-1] == line
+    return line
+
+
+class Result:
+    """What a run that came to its end found: its losses and, to the bit, its parameters."""
+
+    def __init__(self, folder):
+        self.run = read_run(log_of(folder))
+        assert self.run.problems == []
+        self.losses = self.run.losses
+        (path,) = (folder / "logs").glob(f"*_step{STEPS:06d}.pt")
+        self.model = torch.load(path, weights_only=True)["model"]
+
+    def __eq__(self, other):
+        same = all(torch.equal(p, other.model[name]) for name, p in self.model.items())
+        return same and self.losses == other.losses
+
+
+KEPT = ["--run_id=kept", "--checkpoint_every=4", "--save_checkpoint=true"]
+RESUMED = ["--resume=kept"]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """By number of processes: the result of a run in which nothing went wrong, without checkpoints on its way."""
+    results = {}
+    for processes in (1, 2):
+        folder = tmp_path_factory.mktemp("whole")
+        status, said = run(folder, data, processes, arguments=["--save_checkpoint=true"])
+        assert status == 0, said
+        results[processes] = Result(folder)
+    return results
+
+
+@pytest.fixture(scope="module")
+def killed(data, tmp_path_factory):
+    """The folder of a run of one process that was killed in its 14th step."""
+    folder = tmp_path_factory.mktemp("killed")
+    status, _ = run(folder, data, fault=("die", 0, 13), arguments=KEPT)
+    assert status == -signal.SIGKILL
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_of_two_killed(data, tmp_path_factory):
+    """The folder of a run of two processes of which the second was killed in its 14th step; what was said, and when."""
+    folder = tmp_path_factory.mktemp("killed")
+    begin = time.monotonic()
+    status, said = run(folder, data, 2, fault=("die", 1, 13), arguments=KEPT)
+    assert status != 0
+    return folder, said, time.monotonic() - begin
+
+
+def copy(folder, to):
+    shutil.copytree(folder / "logs", to / "logs")
+    return to
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def test_a_killed_run_goes_on_and_ends_to_the_bit_as_one_that_went_through(killed, data, whole, tmp_path):
+    folder = copy(killed, tmp_path)
+    status, said = run(folder, data, arguments=RESUMED)
+    assert status == 0 and "resumed at step 12 from" in said
+    result = Result(folder)
+    assert result == whole[1]
+    assert result.run.notes == ["resumed 1 times, the last time at step 12"]
+
+
+def test_the_newest_two_checkpoints_are_kept_and_nothing_half_written(killed):
+    names = sorted(path.name for path in (killed / "logs").iterdir())
+    assert names == ["kept.txt", "kept_step000008.pt", "kept_step000012.pt"]
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100_000])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, empty])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(killed, data, whole, tmp_path, damage):
+    folder = copy(killed, tmp_path)
+    damage(folder / "logs" / "kept_step000012.pt")
+    status, said = run(folder, data, arguments=RESUMED)
+    assert status == 0
+    assert re.search(r"checkpoint not used: .*kept_step000012\.pt: damaged or cut short", said)
+    assert "resumed at step 8 from" in log_of(folder).read_text()
+    assert Result(folder) == whole[1]
+
+
+def test_without_any_sound_checkpoint_a_run_does_not_begin_anew(killed, data, tmp_path):
+    folder = copy(killed, tmp_path)
+    before = log_of(folder).read_text()
+    for path in (folder / "logs").glob("*.pt"):
+        cut(path)
+    status, said = run(folder, data, arguments=RESUMED)
+    assert status == 1 and "--resume=kept: no usable checkpoint in" in said and said.count("damaged") == 2
+    assert log_of(folder).read_text() == before
+
+
+@pytest.mark.parametrize("argument", ["--adam_lr=0.01", "--num_scheduled_iterations=21", "--seed=1", "--run_id=other"])
+def test_what_contradicts_the_checkpoint_is_refused_by_name(killed, data, tmp_path, argument):
+    folder = copy(killed, tmp_path)
+    status, said = run(folder, data, arguments=[*RESUMED, argument])
+    assert status == 1 and f"{argument} contradicts the run's" in ours(said)[0]
+
+
+def test_other_train_files_are_refused_by_name(killed, data, tmp_path):
+    folder = copy(killed, tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    small_run.write_shard(other / "train_2.bin", [small_run.BOS, 1, 2] * 900)
+    status, said = run(folder, other, arguments=RESUMED)
+    assert status == 1 and f"{other}/train_2.bin: not a train file that the run began with" in ours(said)[0]
+
+
+def test_a_run_that_has_ended_is_not_resumed(killed, data, tmp_path):
+    folder = copy(killed, tmp_path)
+    assert run(folder, data, arguments=RESUMED)[0] == 0
+    status, said = run(folder, data, arguments=RESUMED)
+    assert status == 1 and "the run has ended" in ours(said)[0]
+
+
+def test_two_processes_go_on_to_the_bit_too(one_of_two_killed, data, whole, tmp_path):
+    folder = copy(one_of_two_killed[0], tmp_path)
+    status, said = run(folder, data, 2, arguments=RESUMED)
+    assert status == 0, said
+    assert Result(folder) == whole[2]
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_another_number_of_processes_goes_on(one_of_two_killed, data, whole, tmp_path, processes):
+    folder = copy(one_of_two_killed[0], tmp_path)
+    status, said = run(folder, data, processes, arguments=RESUMED)
+    assert status == 0, said
+    assert abs(Result(folder).losses[STEPS] - whole[2].losses[STEPS]) < LOSS_TOLERANCE
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_leaves_a_checkpoint_a_line_and_a_run_to_go_on_with(data, whole, tmp_path, processes):
+    # Only one rank gets the signal: the other must stop at the same step.
+    status, said = run(
+        tmp_path,
+        data,
+        processes,
+        fault=("terminate", processes - 1, 7),
+        arguments=[KEPT[0], "--checkpoint_every=100", KEPT[2]],
+    )
+    assert status == 143 if processes == 1 else status != 0
+    line = assert_said_once_and_last(tmp_path, said, "stopped at step", "--resume=kept")
+    step = int(re.search(r"stopped at step (\d+)", line)[1])
+    assert 8 <= step <= 12 and (tmp_path / "logs" / f"kept_step{step:06d}.pt").exists()
+    assert run(tmp_path, data, processes, arguments=RESUMED)[0] == 0
+    assert Result(tmp_path) == whole[processes]
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    path = tmp_path / "evil_step000002.pt"
+    train_gpt.write_checkpoint(path, dict(step=Evil()))
+    with pytest.raises(train_gpt.UserError, match="not a checkpoint"):
+        train_gpt.read_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
+
+
+# ---------------------------------------------------------------------------- ranks that die, hang or raise
+
+
+def test_a_rank_that_dies_is_named_and_all_others_end(one_of_two_killed):
+    folder, said, seconds = one_of_two_killed
+    assert_said_once_and_last(folder, said, f"error: rank 1 on {HOST} at step 13: ", "no sign of life")
+    assert seconds < 45
+
+
+def test_a_rank_that_raises_is_named_and_all_others_end(data, tmp_path):
+    status, said = run(tmp_path, data, 2, fault=("raise_bug", 1, 7))
+    assert status != 0
+    assert_said_once_and_last(
+        tmp_path, said, f"error: rank 1 on {HOST} at step 7: ValueError: a bug in this rank alone"
+    )
+    assert 'in raise_bug\n    raise ValueError("a bug' in said  # where it is
+
+
+@pytest.mark.parametrize("fault, words", [("wait", "rank 1: <lambda> (fault_run.py:"), ("freeze", "rank 1: silent")])
+def test_a_rank_that_hangs_is_named_with_its_place_and_all_others_end(data, tmp_path, fault, words):
+    status, said = run(tmp_path, data, 2, fault=(fault, 1, 7), arguments=["--hang_timeout=7"])
+    assert status != 0
+    reason = "no step has ended for 7 s (--hang_timeout), rank 0: reduced (train_gpt.py:"
+    assert_said_once_and_last(tmp_path, said, f"error: rank 1 on {HOST} at step 7: ", reason, words)
+
+
+def test_a_single_process_that_hangs_is_ended_with_its_place(data, tmp_path):
+    status, said = run(tmp_path, data, fault=("wait", 0, 7), arguments=["--hang_timeout=2"])
+    assert status == 1
+    assert_said_once_and_last(tmp_path, said, "error: at step 7: no step has ended for 2 s", "fault_run.py")
+
+
+def test_without_their_launcher_no_process_is_left(data, tmp_path):
+    process = start(tmp_path, data, 2, fault=("wait", 0, 7))
+    wait_for_step(tmp_path, 7)
+    process.kill()
+    process.wait()
+    assert len(processes_of(tmp_path)) == 2
+    assert wait_until(lambda: not processes_of(tmp_path), 20)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_ends_all_within_a_second_with_one_line(data, tmp_path, processes):
+    process = start(tmp_path, data, processes, fault=("wait", 0, 7))  # the other rank is inside a collective
+    wait_for_step(tmp_path, 7)
+    begin = time.monotonic()
+    for pid in processes_of(tmp_path) if processes > 1 else [process.pid]:
+        os.kill(pid, signal.SIGINT)  # as the terminal does
+    workers = set(processes_of(tmp_path)) - {process.pid}
+    assert wait_until(lambda: not workers & set(processes_of(tmp_path)), 5)
+    if processes == 1:
+        process.wait(timeout=5)
+    assert time.monotonic() - begin < 1
+    status, said = finish(process, tmp_path)
+    assert status == 130 if processes == 1 else status != 0
+    assert_said_once_and_last(tmp_path, said, "SIGINT: ended at step 7; log: ")
+    assert processes > 1 or "Traceback" not in said  # torchrun prints its own
+
+
+# ---------------------------------------------------------------------------- numbers, memory, disk, data
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("poison", ["the gradient of scalars in step 8 is not finite", "more parameters"]),
+        ("poison_gradient", ["the gradient of bigram_embed in step 8 is not finite; "]),
+    ],
+)
+def test_a_number_that_is_not_finite_ends_the_run_and_is_named(data, tmp_path, fault, words):
+    status, said = run(tmp_path, data, fault=(fault, 0, 7), arguments=[*KEPT[:1], "--checkpoint_every=2"])
+    assert status == 1
+    assert_said_once_and_last(tmp_path, said, *words, "kept_nonfinite_rank0.pt")
+    saved = torch.load(tmp_path / "logs" / "kept_nonfinite_rank0.pt", weights_only=True)
+    assert saved["step"] == 8 and not saved["model"]["bigram_embed"].isfinite().all()
+    newest = train_gpt.checkpoints_of("kept", tmp_path / "logs")[-1]
+    content = train_gpt.read_checkpoint(newest)  # from before
+    assert content["step"] <= 7 and all(p.isfinite().all() for p in content["model"].values())
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("run_out_of_gpu_memory", ["Tried to allocate 20.00 GiB", "79.11 GiB of which 1.31 GiB is free"]),
+        ("run_out_of_memory", ["1152921504606846976 bytes"]),
+    ],
+)
+def test_out_of_memory_says_what_was_asked_and_what_to_change(data, tmp_path, fault, words):
+    status, said = run(tmp_path, data, fault=(fault, 0, 7))
+    assert status == 1
+    assert_said_once_and_last(
+        tmp_path, said, "at step 7: out of memory: ", *words, "tokens in STAGES", "--val_batch_size"
+    )
+
+
+def limit_files(size):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_stops_neither_the_run_nor_leaves_a_bad_checkpoint_or_a_gap_in_the_log(data, tmp_path):
+    # As large as the log may become, not nearly as large as a checkpoint; then it may not even grow any more.
+    process = start(tmp_path, data, fault=("freeze", 0, 9), arguments=KEPT, preexec_fn=limit_files(1 << 20))
+    wait_for_step(tmp_path, 9)
+    assert wait_until(lambda: f"{Path(f'/proc/{process.pid}/stat').read_text().split()[2]}" == "T")
+    size = log_of(tmp_path).stat().st_size
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    (tmp_path / "said").rename(tmp_path / "said_before")  # the process's own output is small
+    process.send_signal(signal.SIGCONT)
+    process.wait(timeout=60)
+    said = (tmp_path / "said_before").read_text()
+    assert "no checkpoint at step 4: " in said and "training goes on" in said
+    assert not list((tmp_path / "logs").glob("*.p*"))
+    assert f"{log_of(tmp_path)}: cannot write the log (File too large); training goes on" in said
+    assert log_of(tmp_path).stat().st_size == size
+    tail = said.partition("not written:\n")[2]
+    assert tail.startswith("step:10/20") and f"validation loss" in tail  # the log's end is on the terminal
+
+
+def test_when_the_disk_has_room_again_the_log_has_every_line(data, tmp_path, monkeypatch, capsys):
+    log = train_gpt.Log(small_run.small_hyperparameters(tmp_path), train_gpt.World())
+    log.write("first")
+    write, full = log.file.write, [True]
+    log.file = Full(log.file, full)
+    log.write("second")
+    log.write("third")
+    full.clear()
+    log.write("fourth")
+    log.close()
+    assert log.path.read_text() == "first\nsecond\nthird\nfourth\n"
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+class Full:
+    """A file that takes three bytes, then no more while the disk is full."""
+
+    def __init__(self, file, full):
+        self.file, self.full = file, full
+
+    def write(self, data):
+        if not self.full:
+            return self.file.write(data)
+        if len(self.full) == 1:
+            self.full.append(True)
+            return self.file.write(data[:3])
+        raise OSError(28, "No space left on device")
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_log_folder_that_is_removed_comes_back_with_the_whole_log(data, tmp_path):
+    process = start(tmp_path, data, fault=("freeze", 0, 9), arguments=KEPT)
+    wait_for_step(tmp_path, 9)
+    assert wait_until(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "T")
+    shutil.rmtree(tmp_path / "logs")
+    process.send_signal(signal.SIGCONT)
+    assert finish(process, tmp_path)[0] == 0
+    assert Result(tmp_path).run.step == STEPS
+    assert log_of(tmp_path).read_text().startswith('"""')
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("lose_the_next_shard", ["train_", ".bin: ", "No such file"]),
+        ("change_the_next_shard", ["train_", ".bin: changed since the run began"]),
+        ("stall_file_system", ["train_", ".bin: not read within 2.4 s (--hang_timeout)"]),
+    ],
+)
+def test_a_data_file_that_is_lost_changes_or_can_t_be_read_is_named(data, tmp_path, fault, words):
+    mine = tmp_path / "data"
+    shutil.copytree(data, mine)
+    status, said = run(tmp_path, mine, fault=(fault, 0, 1), arguments=["--hang_timeout=3"])
+    assert status == 1
+    assert_said_once_and_last(tmp_path, said, *words)
