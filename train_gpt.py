@@ -350,6 +350,24 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
 # ======================================================================================================================
 
 
+NVIDIA_DEVICE = Path("/dev/nvidiactl")  # there where a process may use a GPU
+
+
+def check_no_gpu() -> None:
+    """Raises UserError where there is a GPU that PyTorch can't use: a run on the CPU instead is not what was wanted."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
+    if visible and NVIDIA_DEVICE.exists():
+        why, remedy = "this PyTorch is built without CUDA", "pip install -r requirements.txt"
+        if torch.version.cuda:
+            try:
+                torch.cuda.init()
+                why = "no device is found"
+            except Exception as error:  # the driver's own words
+                why = " ".join(str(error).split())[:200]
+            remedy = f"install a driver for CUDA {torch.version.cuda} or newer (nvidia-smi shows the present one)"
+        raise UserError(f"PyTorch can't use this host's GPU ({why}): {remedy}; CUDA_VISIBLE_DEVICES= runs on the CPU")
+
+
 class World(NamedTuple):
     """This process among the processes of the run, as torchrun describes them in the environment."""
 
@@ -377,6 +395,7 @@ class World(NamedTuple):
         if MICRO_BATCHES % size:
             raise UserError(f"{size} processes do not divide the 8 micro-batches of a step: start 1, 2, 4 or 8")
         if not torch.cuda.is_available():
+            check_no_gpu()
             return World(rank, local_rank, size)
         gpus = torch.cuda.device_count()
         # Not by this process's own rank: every rank must see it, so that rank 0 can say it.
@@ -1569,7 +1588,7 @@ class TrainLoader:
 
     def _load(self, number: int, scan_all: bool = True) -> Shard:
         path = self.reading = self.paths[number % len(self.paths)]
-        if self.found.setdefault(path, file_state(path)) != file_state(path):
+        if file_state(path) not in (self.found[path], None):  # one that is gone is named when it is read
             raise UserError(f"{path}: changed since the run began")
         return Shard(path, self.hp.vocab_size, self.hp.train_max_seq_len, scan_all)
 
@@ -1938,7 +1957,7 @@ class Watch:
     """A thread that notices what the main thread can't while it waits for a GPU, a file or another rank.
 
     Ranks meet in the launcher's key-value store, to which each keeps a connection of its own. There every rank leaves
-    a beat twice a second: a count, its host, its step and where its main thread is. There also stands the run's end,
+    a beat twice a second: a count, its host and where its main thread is. There also stands the run's end,
     an exit status and one message: the first rank to write it says it, all others follow.
     """
 
@@ -1964,7 +1983,8 @@ class Watch:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
                 signal.signal(number, lambda *_: None)
-        threading.Thread(target=self._run, daemon=True, name="watch").start()
+        self.thread = threading.Thread(target=self._run, daemon=True, name="watch")
+        self.thread.start()
 
     def join(self, hp: Hyperparameters, world: World) -> None:
         """Meets the other ranks; after World.start."""
@@ -2035,8 +2055,10 @@ class Watch:
             os._exit(status)  # without waiting for threads that wait for a file system, or a GPU for a rank
 
     def close(self) -> None:
-        """The run has ended well."""
+        """The run has ended well. The thread must not be inside the store when Python ends."""
         self.closed = True
+        self.writer.send(b"\0")
+        self.thread.join()
 
     def _last_lines(self, text: str) -> None:
         if self.log:
@@ -2055,8 +2077,8 @@ class Watch:
                 print(message, file=file)
 
     def _where(self, rank: int) -> str:
-        host, step = self.beats[rank][0][1:3] if rank != self.rank else (self.host, str(self.step))
-        at = "" if step == "None" else f"at step {step}"
+        host = self.host if rank == self.rank else self.beats[rank][0][1]
+        at = "" if self.step is None else f"at step {self.step}"  # others wait in the step in which a rank is gone
         return f"rank {rank} on {host} {at}".rstrip() + ": " if self.size > 1 else f"{at}: " if at else ""
 
     def _place(self) -> str:
@@ -2070,7 +2092,7 @@ class Watch:
         lost = None
         while not self.closed:
             try:
-                if select.select([self.signals], [], [], self.TICK)[0]:
+                if select.select([self.signals], [], [], self.TICK)[0] and not self.closed:
                     self._signalled(signal.Signals(self.signals.recv(1)[0]))
                 self._tick(time.monotonic())
                 lost = None
@@ -2092,7 +2114,7 @@ class Watch:
 
     def _tick(self, now: float) -> None:
         self.count += 1
-        beat = [str(self.count), self.host, str(self.step), self._place()]
+        beat = [str(self.count), self.host, self._place()]
         self.beats[self.rank] = beat, now
         if self.store:
             if self.store.check(["end"]):
@@ -2110,7 +2132,7 @@ class Watch:
         if self.doubt and self.verdict and now - self.doubt > self.PATIENCE:
             self.end(*self.verdict)
         if self.hang_timeout and self.step is not None and now - self.moved > self.hang_timeout:
-            places = {rank: "silent" if rank in silent else beat[3] for rank, (beat, _) in sorted(self.beats.items())}
+            places = {rank: "silent" if rank in silent else beat[2] for rank, (beat, _) in sorted(self.beats.items())}
             waiting = ("reduced ", "gathered ", "full ", "agree_to_stop ")  # for another rank
             last = min(places, key=lambda rank: (rank not in silent, places[rank].startswith(waiting)))
             told = "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
@@ -2132,6 +2154,9 @@ def reason_of(error: BaseException) -> str:
 # ======================================================================================================================
 # World check
 # ======================================================================================================================
+
+
+OLDEST_GPU = (8, 0)  # compute capability; bfloat16 in Triton
 
 
 def check_world(hp: Hyperparameters, world: World) -> list[str]:
@@ -2163,7 +2188,14 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
             raise UserError("Triton is missing, the kernels need it: pip install -r requirements.txt")
         if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
             raise UserError("Triton needs a C compiler, there is none: apt install gcc python3-dev")
+        if world.size > 1 and not dist.is_nccl_available():
+            raise UserError("PyTorch has no NCCL, which several GPUs need: pip install -r requirements.txt, on Linux")
         gpu = torch.cuda.get_device_properties(world.device)
+        if (gpu.major, gpu.minor) < OLDEST_GPU:
+            oldest = "{}.{}".format(*OLDEST_GPU)
+            raise UserError(
+                f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}: the kernels take {oldest} or newer"
+            )
         free = torch.cuda.mem_get_info(world.device)[0] / 2**30
         machine = f"{world.size} x {gpu.name}, {free:.0f} of {gpu.total_memory / 2**30:.0f} GiB free"
         # Measured for the speedrun's model: 7.4 GiB whatever the batch, 28 GiB with 49,152 tokens.

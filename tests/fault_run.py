@@ -16,13 +16,13 @@ import torch
 
 import train_gpt
 
-STEPS = 20
+STEPS = 10
 CHANGES = dict(
     train_files="train_*.bin",
     val_files="val_*.bin",
     stages=tuple(s._replace(tokens=8 * n) for s, n in zip(train_gpt.STAGES, (16, 24, 32, 32), strict=True)),
-    num_scheduled_iterations=18,
-    num_extension_iterations=2,
+    num_scheduled_iterations=9,
+    num_extension_iterations=1,
     muon_momentum_warmup=4,
     muon_momentum_cooldown=2,
     window_block=4,
@@ -33,7 +33,7 @@ CHANGES = dict(
     val_loss_every=5,
     adam_lr=0.03,
 )
-OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.31 GiB is free."
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.11 GiB of which 1.31 GiB is free."
 
 
 def send(number):

@@ -3,10 +3,14 @@
 import dataclasses
 import re
 import uuid
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from shard_files import text_of, write_shard
 
+import train_gpt
 from train_gpt import PRESETS, STAGES, Hyperparameters, UserError, World, parse_arguments
 
 
@@ -194,6 +198,7 @@ def machine(monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(train_gpt, "NVIDIA_DEVICE", Path("/nowhere"))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
 
     return set_up
@@ -235,3 +240,53 @@ def test_more_processes_than_gpus_are_refused_on_every_rank_so_that_rank_0_says_
     machine(gpus=2, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=4, LOCAL_WORLD_SIZE=4)
     with pytest.raises(UserError, match=r"more processes than GPUs.*--nproc_per_node=2"):
         World.from_environment()
+
+
+@pytest.mark.parametrize(
+    "cuda, driver, words",
+    [
+        (None, None, "built without CUDA): pip install -r requirements.txt"),
+        ("13.0", "The NVIDIA driver on your system is too old (found version 12040).", "too old (found version 12040)"),
+        ("13.0", "Found no NVIDIA driver", "install a driver for CUDA 13.0 or newer"),
+    ],
+)
+def test_a_gpu_that_pytorch_cannot_use_is_an_error_not_a_smoke_run(machine, monkeypatch, tmp_path, cuda, driver, words):
+    def init():
+        raise RuntimeError(driver)
+
+    machine()
+    monkeypatch.setattr(train_gpt, "NVIDIA_DEVICE", tmp_path)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError) as error:
+        World.from_environment()
+    assert words in str(error.value) and "CUDA_VISIBLE_DEVICES= runs on the CPU" in str(error.value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not World.from_environment().on_gpu
+
+
+@pytest.mark.parametrize(
+    "capability, nccl, triton, words",
+    [
+        ((7, 5), True, True, "has compute capability 7.5: the kernels take 8.0 or newer"),
+        ((9, 0), False, True, "no NCCL, which several GPUs need: pip install"),
+        ((9, 0), True, False, "Triton is missing, the kernels need it: pip install"),
+    ],
+)
+def test_what_a_gpu_run_lacks_is_found_in_the_check_with_the_remedy(
+    tmp_path, monkeypatch, capability, nccl, triton, words
+):
+    write_shard(tmp_path / "train_1.bin", text_of([50] * 200))
+    write_shard(tmp_path / "val_0.bin", text_of([50] * 200))
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+    monkeypatch.setattr(train_gpt, "triton", SimpleNamespace(__version__="3.6.0") if triton else SimpleNamespace())
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = SimpleNamespace(name="Some GPU", major=capability[0], minor=capability[1], total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    hp = parse("--preset=smoke", "--train_files=train_*.bin", "--val_files=val_*.bin", "--val_tokens=8192")
+    with pytest.raises(UserError) as error:
+        train_gpt.check_world(hp, World(0, 0, 2, torch.device("cuda", 0)))
+    assert words in str(error.value)
