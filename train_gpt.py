@@ -263,6 +263,9 @@ SETTINGS = {field.name: field for field in fields(Hyperparameters) if field.name
 class UserError(Exception):
     """What the user can put right; printed as one line on one rank, without a stack trace."""
 
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else "?" for c in super().__str__())  # it may quote a stranger's text
+
 
 def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameters, dict[str, object]]:
     """`--name=value` arguments over the preset's values over the defaults.
@@ -304,7 +307,10 @@ def parse_value(name: str, kind: type, text: str) -> object:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind == tuple[int, ...]:
             return tuple(int(part) for part in text.split(",") if part)
-        return kind(text)
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return value
     except (KeyError, ValueError):
         expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "numbers as 5,10,25")
         raise UserError(f"--{name}={text}: expected {expected}") from None

@@ -60,9 +60,8 @@ def document_facts(path: Path) -> tuple[str | None, str]:
         return f"{len(starts)} documents in {len(tokens):,} tokens: they must begin with {BOS}", ""
     lengths = np.diff(starts, append=len(tokens))
     first = "" if starts[0] == 0 else f"; goes on with {starts[0]:,} tokens of the shard before"
-    return None, (
-        f"{len(tokens):,} tokens, {len(starts):,} documents, mean {lengths.mean():.0f}, longest {lengths.max():,}{first}"
-    )
+    size = f"mean {lengths.mean():.0f}, longest {lengths.max():,}"
+    return None, f"{len(tokens):,} tokens, {len(starts):,} documents, {size}{first}"
 
 
 def verify(folder: Path, write: bool = False) -> int:

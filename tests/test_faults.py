@@ -3,7 +3,9 @@
 The runs are tests/fault_run.py: train_gpt.py with a small model of ten steps, and a fault at a step of a rank.
 """
 
+import contextlib
 import os
+import random
 import re
 import resource
 import shutil
@@ -63,13 +65,13 @@ def start(folder, data, processes=1, fault=("none", 0, 0), arguments=(), command
         )
 
 
-def finish(process, folder, seconds=60):
+def finish(process, folder, seconds=60, orphans=3):
     """The exit status and what was said; no process of the run may be left a moment later."""
     try:
         status = process.wait(timeout=seconds)
     finally:
         process.kill()
-    assert wait_until(lambda: not processes_of(folder), 3), processes_of(folder)
+    assert wait_until(lambda: not processes_of(folder), orphans), processes_of(folder)
     return status, (folder / "said").read_text()
 
 
@@ -503,3 +505,34 @@ def test_a_data_file_that_is_lost_changes_or_can_t_be_read_is_named(data, tmp_pa
     status, said = run(tmp_path, mine, fault=(fault, 0, 1), arguments=["--hang_timeout=3"])
     assert status == 1
     assert_said_once_and_last(tmp_path, said, *words)
+
+
+# ---------------------------------------------------------------------------- soak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_a_run_killed_at_random_again_and_again_ends_to_the_bit_as_one_that_went_through(data, whole, tmp_path, seed):
+    # 20 x 15 runs' worth of starts: SIGKILL or SIGTERM, to one process or all, at any moment of a start or a run.
+    chance = random.Random(seed)
+    processes = chance.choice([1, 2])
+    logs = tmp_path / "logs"
+    for _ in range(15):
+        arguments = RESUMED if train_gpt.checkpoints_of("kept", logs) else KEPT
+        if arguments == KEPT:
+            shutil.rmtree(logs, ignore_errors=True)
+        process = start(tmp_path, data, processes, arguments=arguments)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=chance.uniform(1, 20))
+        if process.poll() is None:
+            number = chance.choice([signal.SIGKILL, signal.SIGTERM])
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(chance.choice([process.pid, *processes_of(tmp_path)]), number)
+        status, said = finish(process, tmp_path, orphans=20)
+        if status == 0:
+            break
+    else:
+        status, said = run(tmp_path, data, processes, arguments=RESUMED)
+    assert status == 0, said
+    result = Result(tmp_path)
+    assert result == whole[processes]
