@@ -1365,8 +1365,9 @@ class Optimizer:
                 gradients[name] = slot.communication.reduced()
                 slot.algorithm.update(gradients[name], lr_factor, momentum)
                 slot.communication.gather()
-        # NaN or infinite where a gradient is. One kernel and a copy that nobody waits for; read steps later.
-        largest = torch.stack(torch._foreach_norm(list(gradients.values()), math.inf))
+        # NaN or infinite where a gradient is, read steps later: a kernel for all, as they are of one type, and a copy.
+        dtype = self.slots["head"].p.dtype
+        largest = torch.stack(torch._foreach_norm([g.to(dtype) for g in gradients.values()], math.inf))
         self.largest.append((step, [*gradients], largest.to("cpu", non_blocking=True)))
         for slot in due.values():
             slot.communication.gathered()
@@ -2473,9 +2474,7 @@ class Trainer:
         for name, p in self.model.named_parameters():
             copy_saved(p, checkpoint["model"].get(name), name)
         self.optimizer.load(checkpoint["optimizer"])
-        progress = Progress(**checkpoint["progress"])
-        self.enter_step(progress.step - 1)  # the rotary frequencies follow from the step
-        return progress
+        return Progress(**checkpoint["progress"])  # stage and rotary frequencies follow from its step: see enter_step
 
 
 class Clock:
