@@ -3,6 +3,7 @@ Train a 124M-parameter-class GPT from scratch on FineWeb to 3.28 validation loss
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py       # 1, 2, 4 or 8 GPUs; the same gradient on each
     python train_gpt.py --num_scheduled_iterations=380          # one process; any hyperparameter as --name=value
+    python train_gpt.py --bench --profile                       # no run: time and profile some steps of each stage
 
 The mathematics is that of the public modded-nanogpt speedrun record of 2026-01-30 (97.77 s on 8 H100s).
 What this file measures as today stands in README.md and records/.
@@ -17,12 +18,14 @@ Contents, in reading order (search for the banner):
     Schedule          learning rate, momentum, windows, multi-token weights by step
     Log               the run's log file and the terminal
     World check       everything that can be wrong, found in two seconds
+    Bench             what a step of each stage takes, and which kernels take it
     Train             warm-up, validation, the loop
 
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
 """
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -31,7 +34,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from glob import glob
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,6 +203,9 @@ class Hyperparameters:
     val_loss_every: int = 250  # steps; 0: only at the end
     val_steps: tuple[int, ...] = ()  # further steps at which to validate, e.g. 5,10,25
     save_checkpoint: bool = False  # at the end
+    bench: bool = False  # instead of the run: time each stage and project the whole run's time
+    bench_steps: int = 24  # a stage, of which the first two are not timed
+    profile: bool = False  # instead of the run: kernels by category, and a trace of two steps of each stage
     seed: int = 0
     cuda_graphs: str = "auto"  # on a GPU, launch a micro-batch's kernels as one graph; "off" to debug or profile
     compile: str = "auto"  # torch.compile on a GPU; off on a CPU, where compiling takes longer than a smoke run
@@ -230,6 +236,7 @@ PRESETS = {
         val_tokens=16_384,
         val_batch_size=8_192,
         val_loss_every=10,
+        bench_steps=8,
         num_scheduled_iterations=36,
         num_extension_iterations=4,
         stages=tuple(stage._replace(tokens=stage.tokens // 256) for stage in STAGES),
@@ -251,7 +258,7 @@ class UserError(Exception):
 
 
 def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameters, dict[str, object]]:
-    """`--name=value` arguments over the preset's values over the defaults.
+    """`--name=value` arguments over the preset's values over the defaults; `--name` alone sets a bool to true.
 
     Returns the hyperparameters and what was overridden, by name. Raises UserError for unknown names and bad values.
     """
@@ -259,6 +266,8 @@ def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameter
     overrides: dict[str, object] = {}
     for argument in arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
+        if not equals and types.get(name) is bool:  # given bare
+            equals, text = "=", "true"
         if not argument.startswith("--") or not equals:
             raise UserError(f"argument {argument!r} is not of the form --name=value")
         if name not in types:
@@ -278,7 +287,7 @@ def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameter
 def help_text() -> str:
     """The usage lines and every hyperparameter with its default."""
     lines = [f"  --{name}={field.default}" for name, field in SETTINGS.items()]
-    return "\n".join([*__doc__.strip().splitlines()[:5], "Hyperparameters and their defaults:", *lines])
+    return "\n".join([*__doc__.strip().splitlines()[:6], "Hyperparameters and their defaults:", *lines])
 
 
 def parse_value(name: str, kind: type, text: str) -> object:
@@ -307,6 +316,7 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
         require(getattr(hp, name) > 0, f"--{name}={getattr(hp, name)} must be positive")
     for name in ("num_extension_iterations", "val_loss_every", "muon_momentum_warmup", "muon_momentum_cooldown"):
         require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
+    require(hp.bench_steps >= 4, f"--bench_steps={hp.bench_steps} must be at least 4: the first two are not timed")
     require(0 < hp.cooldown_frac <= 1, f"--cooldown_frac={hp.cooldown_frac} must be in (0, 1]")
     require(hp.num_scheduled_iterations >= 3, "--num_scheduled_iterations must be at least 3: one step a stage")
     require(
@@ -1637,7 +1647,7 @@ class Log:
             raise UserError(
                 f"{self.path}: cannot write the log ({error.strerror}); give another --run_id= or --log_dir="
             ) from None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not (hp.bench or hp.profile):
             from tqdm import tqdm
 
             self.bar = tqdm(total=hp.total_steps, unit="step", smoothing=0.05, dynamic_ncols=True)
@@ -1762,6 +1772,239 @@ def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
 
 
 # ======================================================================================================================
+# Bench
+# ======================================================================================================================
+
+UNTIMED_STEPS, PROFILED_STEPS = 2, 2  # at a stage's start, among them the untying; an even and an odd one
+# Category of a kernel by its name, the first that matches; on a CPU, of an operator by the names of those it runs in.
+# What Optimizer.step launches is the optimizer's whatever its name, unless it communicates.
+KERNEL_CATEGORIES = {
+    "communication": r"(?i)nccl|gloo|c10d::",
+    "optimizer": r"symmetric_product",
+    "loss": r"cross_entropy",
+    "attention": r"flash|attention",
+    "products": r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|linear_relu2|aten::\w*mm\b",
+    "memory": r"(?i)memcpy|memset|aten::(copy_|zero_|fill_)",
+    "elementwise": r"triton_|elementwise|reduce|at::native|aten::",
+}
+
+
+class Kernel(NamedTuple):
+    """One launch of a kernel, or on a CPU one call of an operator without those it calls; in microseconds."""
+
+    name: str
+    category: str
+    start: float
+    duration: float
+
+
+@cache
+def kernel_category(name: str, in_optimizer: bool = False) -> str:
+    """One of KERNEL_CATEGORIES, or "other"."""
+    category = next((c for c, pattern in KERNEL_CATEGORIES.items() if re.search(pattern, name)), "other")
+    return "optimizer" if in_optimizer and category != "communication" else category
+
+
+def kernels_of(profiler: torch.profiler.profile, on_gpu: bool) -> list[Kernel]:
+    """What ran while the profiler did: on the GPU, or the operators on the CPU."""
+    events, kernels = profiler.events(), []
+    spans = [e.time_range for e in events if e.name == "optimizer" and e.device_type == torch.autograd.DeviceType.CPU]
+
+    def path(event) -> str:
+        return f"{path(event.cpu_parent)} {event.name}" if event.cpu_parent else event.name
+
+    for event in events:
+        if event.is_user_annotation or (event.device_type == torch.autograd.DeviceType.CUDA) != on_gpu:
+            continue
+        start = event.time_range.start
+        in_optimizer = any(span.start <= start <= span.end for span in spans)
+        duration = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+        kernels.append(Kernel(event.name, kernel_category(path(event), in_optimizer), start, duration))
+    return kernels
+
+
+def busy_time(kernels: list[Kernel]) -> float:
+    """Microseconds in which at least one kernel ran: where several streams overlap, time counts once."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted((k.start, k.start + k.duration) for k in kernels):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def flops_per_token(model: "GPT") -> tuple[int, int]:
+    """Of the products with weights, in the layers and in the head: 2 a weight forward, 4 backward."""
+    weights = len(ATTENTION_LAYERS) * model.attn_bank[0].numel() + len(LAYERS) * model.mlp_bank[0].numel()
+    return 6 * weights, 6 * model.head.numel()
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, fp8: bool) -> tuple[float, float]:
+    """FLOP/s that this machine reaches in one large product: in the layers' type and in the head's."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
+    products = [lambda: a @ b]
+    if fp8:
+        one = torch.ones((), device=device)
+        a_fp8, b_fp8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
+        products.append(lambda: torch._scaled_mm(a_fp8, b_fp8, one, one, out_dtype=dtype, use_fast_accum=True))
+    seconds = []
+    for product in products:
+        best = float("inf")
+        for _ in range(6):  # the first one warms up
+            synchronize(device)
+            begin = time.perf_counter()
+            for _ in range(5):
+                product()
+            synchronize(device)
+            best = min(best, (time.perf_counter() - begin) / 5)
+        seconds.append(best)
+    return 2 * n**3 / seconds[0], 2 * n**3 / seconds[-1]
+
+
+def typical_ms(times: list[tuple[int, float]]) -> float:
+    """Of (step, ms): the mean of the medians of even and odd steps.
+
+    Adam steps on odd steps only: the median of all would be the slowest of one kind or the fastest of the other.
+    """
+    kinds = [[ms for step, ms in times if step % 2 == odd] for odd in (0, 1)]
+    return float(np.mean([np.median(kind) for kind in kinds if kind]))
+
+
+def aligned(rows: list[list[str]], texts: int = 0) -> str:
+    """Lines of a table: numbers to the right of their columns, the last `texts` columns to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    justify = [str.rjust] * (len(widths) - texts) + [str.ljust] * texts
+    lines = ["  ".join(j(cell, w) for j, cell, w in zip(justify, row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+class Bench:
+    """Times and profiles the first steps of each stage, taken as in the run, after its warm-up. All ranks take part."""
+
+    def __init__(self, trainer: "Trainer", train_paths: list[Path], log: Log):
+        self.trainer, self.train_paths, self.log = trainer, train_paths, log
+        self.hp, self.world, self.schedule = trainer.hp, trainer.world, trainer.schedule
+
+    def steps(self, count: int) -> Iterator[tuple[int, int, int, list[MicroBatch]]]:
+        """Stage, how many of its steps came before, step and micro-batches: `count` steps of each stage that has any.
+
+        In a shorter stage they repeat, and even and odd steps still take turns.
+        """
+        spans = enumerate(zip(self.schedule.starts, self.schedule.ends, strict=True))
+        lengths = [(stage, start, end - start) for stage, (start, end) in spans if start < end]
+        plan = [(k, i, start + i % max(n // 2 * 2, 1)) for k, start, n in lengths for i in range(count)]
+        sizes = [self.schedule.tokens(step) for _, _, step in plan]
+        self.trainer.reset()
+        loader = TrainLoader(self.train_paths, sizes, self.hp, self.world)
+        for (stage, i, step), batch in zip(plan, loader, strict=True):
+            self.trainer.enter_step(step)
+            yield stage, i, step, batch.micro_batches
+
+    def time_stages(self) -> dict[int, list[tuple[int, float]]]:
+        """Per stage (step, milliseconds), the GPU waited for after each step."""
+        times: dict[int, list[tuple[int, float]]] = {}
+        before = time.perf_counter()
+        for stage, i, step, micro_batches in self.steps(self.hp.bench_steps):
+            self.trainer.train_step(step, micro_batches)
+            synchronize(self.world.device)
+            now = time.perf_counter()
+            if i >= UNTIMED_STEPS:
+                times.setdefault(stage, []).append((step, 1000 * (now - before)))
+            before = now
+        return times
+
+    def profile_stages(self) -> dict[int, list[Kernel]]:
+        """Per stage the kernels of PROFILED_STEPS on this rank; with --profile rank 0's trace goes to a file."""
+        device, kernels = self.world.device, {}
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        for stage, i, step, micro_batches in self.steps(UNTIMED_STEPS + PROFILED_STEPS):
+            if i == UNTIMED_STEPS:
+                synchronize(device)
+                profiler = torch.profiler.profile(activities=activities[: 1 + self.world.on_gpu], acc_events=True)
+                profiler.start()
+            self.trainer.add_gradients(step, micro_batches)
+            synchronize(device)  # what runs on the GPU from here on was launched by the optimizer
+            with torch.profiler.record_function("optimizer"):
+                self.trainer.update(step)
+                synchronize(device)
+            if i == UNTIMED_STEPS + PROFILED_STEPS - 1:
+                profiler.stop()
+                kernels[stage] = kernels_of(profiler, self.world.on_gpu)
+                if self.hp.profile and self.world.rank == 0:
+                    profiler.export_chrome_trace(str(self.trace_path(stage)))
+        return kernels
+
+    def trace_path(self, stage: int) -> Path:
+        """Where the stage's trace goes, for chrome://tracing or ui.perfetto.dev."""
+        return self.log.path.with_name(f"{self.hp.run_id}_stage{stage + 1}.json.gz")
+
+    def run(self, start_seconds: float) -> None:
+        """What --bench and --profile ask for. start_seconds: from the start of the program to here."""
+        # Profiling comes after all timing: it can slow down what follows.
+        times = self.time_stages()
+        kernels = self.profile_stages() if self.hp.profile or self.world.on_gpu else {}
+        if self.hp.bench:
+            fp8 = use_fp8(self.hp, self.world)[0]
+            ceilings = measure_ceilings(self.world.device, choose_dtype(self.hp, self.world), fp8)
+            self.write_times(times, kernels, ceilings, start_seconds)
+        if self.hp.profile:
+            for stage in kernels:
+                # A CPU is slowed down by the profiler: there the whole is the operators' time.
+                on_cpu_ms = sum(kernel.duration for kernel in kernels[stage]) / 1000 / PROFILED_STEPS
+                self.write_kernels(stage, kernels[stage], typical_ms(times[stage]) if self.world.on_gpu else on_cpu_ms)
+
+    def write_times(self, times, kernels, ceilings: tuple[float, float], start_seconds: float) -> None:
+        """The table of stages and the whole run's time."""
+        head = "stage steps tokens ms/step min ms/micro-batch min tokens/s TFLOP/s of_ceiling GPU_busy peak_GiB run_s"
+        rows, projected = [[name.replace("_", " ") for name in head.split()]], 0.0
+        micro_batches, size = self.world.grad_accum_steps, self.world.size
+        for stage, stage_times in times.items():
+            ms, least = typical_ms(stage_times), min(ms for _, ms in stage_times)
+            steps, tokens = self.schedule.ends[stage] - self.schedule.starts[stage], self.hp.stages[stage].tokens
+            flops = [tokens / size * per_token for per_token in flops_per_token(self.trainer.model)]  # a rank and step
+            floor_ms = sum(1000 * work / ceiling for work, ceiling in zip(flops, ceilings, strict=True))
+            busy, peak = "n/a", "n/a"
+            if self.world.on_gpu:
+                busy = f"{busy_time(kernels[stage]) / 1000 / PROFILED_STEPS / ms:.1%}"
+                peak = f"{self.trainer.peak_memory[stage] / 2**30:.1f}"
+            seconds = steps * ms / 1000
+            projected += seconds
+            rows.append([
+                f"{stage + 1}", f"{steps}", f"{tokens:,}", f"{ms:.2f}", f"{least:.2f}",
+                f"{ms / micro_batches:.2f}", f"{least / micro_batches:.2f}", f"{1000 * tokens / ms:,.0f}",
+                f"{sum(flops) / ms / 1e9:.3g}", f"{floor_ms / ms:.1%}", busy, peak, f"{seconds:.2f}",
+            ])  # fmt: skip
+        kind, (layers, head) = "GPU" if self.world.on_gpu else "CPU", (ceiling / 1e12 for ceiling in ceilings)
+        self.log.write(
+            f"{aligned(rows)}\nceilings: {layers:.4g} TFLOP/s in the layers' type, {head:.4g} in the head's; "
+            f"from start to first step {start_seconds:.1f} s\n"
+            f"projected: {projected:.2f} s for {self.hp.total_steps} steps on {size} x {kind}, "
+            f"{projected * size:.2f} {kind}-seconds"
+        )
+
+    def write_kernels(self, stage: int, kernels: list[Kernel], step_ms: float) -> None:
+        """The stage's kernels by category, and the 15 largest, with their share of a step."""
+
+        def row(ms: float, count: int | str, *labels: str) -> list[str]:
+            return [f"{ms:.3f}", f"{ms / step_ms:.1%}", str(count), *(label[:90] for label in labels)]
+
+        def table(*columns: str) -> list[list[str]]:
+            groups: dict[tuple[str, ...], list[float]] = {}
+            for kernel in kernels:
+                key = tuple(getattr(kernel, column) for column in columns)
+                groups.setdefault(key, []).append(kernel.duration / 1000 / PROFILED_STEPS)
+            largest = sorted(groups.items(), key=lambda group: -sum(group[1]))[:15]
+            rows = [row(sum(ms), len(ms) // PROFILED_STEPS, *key) for key, ms in largest]
+            return [["ms/step", "share", "count", *columns], *rows]
+
+        categories = table("category")
+        if self.world.on_gpu:
+            categories.append(row(step_ms - busy_time(kernels) / 1000 / PROFILED_STEPS, "", "gaps"))
+        self.log.write(f"stage {stage + 1}, kernels of a step of {step_ms:.2f} ms; trace: {self.trace_path(stage)}")
+        self.log.write(f"{aligned(categories, 1)}\n{aligned(table('category', 'name'), 2)}")
+
+
+# ======================================================================================================================
 # Train
 # ======================================================================================================================
 
@@ -1816,6 +2059,7 @@ class Trainer:
         self.stage_index = 0
         self.graphs: dict[int, MicroBatchGraph] = {}  # by stage
         self.use_graphs = world.on_gpu and hp.cuda_graphs == "auto"
+        self.peak_memory: dict[int, int] = {}  # bytes by stage, on a GPU
 
     def enter_step(self, step: int) -> None:
         """Follows the schedule to the stage of `step`; at a stage's first step the rotary frequencies follow."""
@@ -1837,12 +2081,20 @@ class Trainer:
 
     def train_step(self, step: int, micro_batches: list[MicroBatch]) -> None:
         """One step: forward and backward on each micro-batch, then the optimizer."""
+        self.add_gradients(step, micro_batches)
+        self.update(step)
+
+    def add_gradients(self, step: int, micro_batches: list[MicroBatch]) -> None:
+        """Forward and backward on each micro-batch."""
         target_weights, graph = self.target_weights_of(step), self.graphs.get(self.stage_index)
         for batch in micro_batches:
             if graph and graph.fits(batch):
                 graph.replay(batch, target_weights)
             else:
                 self.micro_step(step, batch, target_weights)
+
+    def update(self, step: int) -> None:
+        """The optimizer's part of a step."""
         self.optimizer.step(step, self.schedule.lr(step), self.schedule.momentum(step))
 
     def capture(self, step: int, batch: MicroBatch) -> None:
@@ -1877,6 +2129,8 @@ class Trainer:
                 self.micro_step(step, batch.micro_batches[0], self.target_weights_of(step))  # compiles
                 self.capture(step, batch.micro_batches[0])
             self.train_step(step, batch.micro_batches)
+            if self.world.on_gpu:  # a replayed graph allocates nothing: this is where a stage's memory can be seen
+                self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
         untie = schedule.untie_step
         for step in (0, 1, untie, untie + 2):  # Adam steps on odd steps only, on the embedding after the untying
             self.optimizer.step(step, schedule.lr(0), schedule.momentum(0))
@@ -1884,11 +2138,15 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(saved[name])
+        self.reset()
+        if self.world.on_gpu:
+            torch.cuda.empty_cache()  # what ran before the graphs were captured is not needed again
+
+    def reset(self) -> None:
+        """Back to the first step; the parameters stay."""
         self.optimizer.reset()
         self.model.yarn.reset()
         self.stage_index = 0
-        if self.world.on_gpu:
-            torch.cuda.empty_cache()  # what ran before the graphs were captured is not needed again
 
     def run(self, log: Log, train_paths: list[Path], val_batches: list[MicroBatch]) -> list[float]:
         """The run on the clock; returns the validation losses, the final one last."""
@@ -1968,12 +2226,17 @@ class Clock:
         return f"train_time:{total:.0f}ms step_avg:{total / max(step, 1):.2f}ms"
 
     def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done all that was issued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def main(arguments: list[str]) -> None:
-    """A whole run."""
+    """A whole run; or, for --bench and --profile, a look at its steps."""
     if {"-h", "--help"} & {*arguments}:
         print(help_text())
         return
@@ -1994,6 +2257,10 @@ def main(arguments: list[str]) -> None:
         train_paths = find_files(hp.train_files)
         trainer.warm_up(train_paths, val_batches)
         log.write(f"warm-up: {time.perf_counter() - begin:.1f} s from the start of main")
+        if hp.bench or hp.profile:
+            Bench(trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)
+            world.stop()
+            return
         val_losses = trainer.run(log, train_paths, val_batches)
         if hp.save_checkpoint:
             trainer.save_checkpoint(log)

@@ -98,7 +98,7 @@ def test_a_bad_value_is_refused_with_what_was_expected(argument, expected):
     assert refused(argument) == f"{argument}: expected {expected}"
 
 
-@pytest.mark.parametrize("argument", ["--seed", "seed=3", "-seed=3", "--save_checkpoint", "3", "--help"])
+@pytest.mark.parametrize("argument", ["--seed", "seed=3", "-seed=3", "save_checkpoint", "3", "--help"])
 def test_an_argument_of_another_form_is_refused_with_the_form(argument):
     message = refused(argument)
     assert repr(argument) in message and "--name=value" in message
@@ -150,6 +150,7 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
         (["--num_extension_iterations=-1"], ["--num_extension_iterations=-1", "negative"]),
         (["--val_loss_every=-5"], ["--val_loss_every=-5", "negative"]),
         (["--train_max_seq_len=0"], ["--train_max_seq_len=0", "positive"]),
+        (["--bench_steps=1"], ["--bench_steps=1", "at least 4"]),
         (["--cooldown_frac=0"], ["--cooldown_frac=0", "(0, 1]"]),
         (["--cooldown_frac=1.5"], ["--cooldown_frac=1.5", "(0, 1]"]),
         (["--cooldown_frac=nan"], ["--cooldown_frac=nan", "(0, 1]"]),
