@@ -3,6 +3,7 @@ Train a 124M-parameter-class GPT from scratch on FineWeb to 3.28 validation loss
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py       # 1, 2, 4 or 8 GPUs; the same gradient on each
     python train_gpt.py --num_scheduled_iterations=380          # one process; any hyperparameter as --name=value
+    python train_gpt.py --bench --profile                       # no run: time and profile some steps of each stage
 
 The mathematics is that of the public modded-nanogpt speedrun record of 2026-01-30 (97.77 s on 8 H100s).
 What this file measures as today stands in README.md and records/.
@@ -19,6 +20,7 @@ Contents, in reading order (search for the banner):
     Checkpoints       what a killed run goes on from
     Watch             signals, hangs, the failures of other ranks: one message, and no process left
     World check       everything that can be wrong, found in two seconds
+    Bench             what a step of each stage takes, and which kernels take it
     Train             warm-up, validation, the loop
 
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
@@ -42,7 +44,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from glob import glob
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +61,7 @@ try:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # no Triton for this platform: the references run instead
-    triton = tl = SimpleNamespace(jit=lambda kernel: kernel, constexpr=None)
+    triton = tl = SimpleNamespace(jit=lambda kernel=None, **_: kernel or (lambda k: k), constexpr=lambda value: value)
 
 ROOT = Path(os.environ.get("DATA_PATH") or Path(__file__).resolve().parent)
 
@@ -162,6 +164,7 @@ PARAMETERS = (
     Row("bigram_embed", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
 )
+TABLES = ("embed", "bigram_embed", "value_embeds")  # looked up by token: their gradients are a few rows, see Lookup
 # Updates run in this order: the small ones first, the matrices, which take longest, last, so that the gathers of the
 # tables run beneath them.
 UPDATE_ORDER = (
@@ -214,6 +217,9 @@ class Hyperparameters:
     checkpoint_every: int = 0  # steps between checkpoints to go on from, 5 GB each; also at SIGTERM. 0: none
     resume: str = ""  # the run_id of a run to go on with, from its last checkpoint
     hang_timeout: float = 300  # seconds on the clock without a step's end after which the run is ended; 0: never
+    bench: bool = False  # instead of the run: time each stage and project the whole run's time
+    bench_steps: int = 24  # a stage, of which the first two are not timed
+    profile: bool = False  # instead of the run: kernels by category, and a trace of two steps of each stage
     seed: int = 0
     cuda_graphs: str = "auto"  # on a GPU, launch a micro-batch's kernels as one graph; "off" to debug or profile
     compile: str = "auto"  # torch.compile on a GPU; off on a CPU, where compiling takes longer than a smoke run
@@ -244,6 +250,7 @@ PRESETS = {
         val_tokens=16_384,
         val_batch_size=8_192,
         val_loss_every=10,
+        bench_steps=8,
         num_scheduled_iterations=36,
         num_extension_iterations=4,
         stages=tuple(stage._replace(tokens=stage.tokens // 256) for stage in STAGES),
@@ -268,7 +275,7 @@ class UserError(Exception):
 
 
 def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameters, dict[str, object]]:
-    """`--name=value` arguments over the preset's values over the defaults.
+    """`--name=value` arguments over the preset's values over the defaults; `--name` alone sets a bool to true.
 
     Returns the hyperparameters and what was overridden, by name. Raises UserError for unknown names and bad values.
     """
@@ -276,6 +283,8 @@ def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameter
     overrides: dict[str, object] = {}
     for argument in arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
+        if not equals and types.get(name) is bool:  # given bare
+            equals, text = "=", "true"
         if not argument.startswith("--") or not equals:
             raise UserError(f"argument {argument!r} is not of the form --name=value")
         if name not in types:
@@ -295,7 +304,7 @@ def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameter
 def help_text() -> str:
     """The usage lines and every hyperparameter with its default."""
     lines = [f"  --{name}={field.default}" for name, field in SETTINGS.items()]
-    return "\n".join([*__doc__.strip().splitlines()[:5], "Hyperparameters and their defaults:", *lines])
+    return "\n".join([*__doc__.strip().splitlines()[:6], "Hyperparameters and their defaults:", *lines])
 
 
 def parse_value(name: str, kind: type, text: str) -> object:
@@ -329,6 +338,7 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
         require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
     for name in ("muon_momentum_warmup", "muon_momentum_cooldown"):
         require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
+    require(hp.bench_steps >= 4, f"--bench_steps={hp.bench_steps} must be at least 4: the first two are not timed")
     require(0 < hp.cooldown_frac <= 1, f"--cooldown_frac={hp.cooldown_frac} must be in (0, 1]")
     require(hp.num_scheduled_iterations >= 3, "--num_scheduled_iterations must be at least 3: one step a stage")
     require(
@@ -337,7 +347,8 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     )
     require(hp.val_batch_size % MICRO_BATCHES == 0, f"--val_batch_size must be a multiple of {MICRO_BATCHES}")
     require(hp.num_heads % 2 == 0, f"--num_heads={hp.num_heads} must be even: some layers pair their heads")
-    require(hp.head_dim > 0 and hp.head_dim % 8 == 0, f"--head_dim={hp.head_dim} must be a multiple of 8")
+    power_of_two = hp.head_dim >= 8 and hp.head_dim & (hp.head_dim - 1) == 0
+    require(power_of_two, f"--head_dim={hp.head_dim} must be a power of two, at least 8")
     require(hp.model_dim >= GATE_DIMS, f"--num_heads x --head_dim must be at least {GATE_DIMS}")
     for name in ("bigram_vocab_size", "model_dim"):
         require(getattr(hp, name) % 8 == 0, f"{name}={getattr(hp, name)} must be a multiple of 8, to shard over ranks")
@@ -505,40 +516,49 @@ def linear_relu2_reference(x: Tensor, weight: Tensor, hidden: Tensor | None = No
 
 @triton.jit
 def linear_relu2_kernel(
-    x_desc, weight_desc, hidden_desc, out_desc, T, N, K,
-    BACKWARD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    x_desc, weight_desc, hidden_desc, out_desc, T, N, K, BACKWARD: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One BLOCK_T x BLOCK_N tile of the output; GROUP rows of tiles share their columns of W in the L2 cache."""
+    """BLOCK_T x BLOCK_N tiles of the output; GROUP rows of tiles share their columns of W in the L2 cache.
+
+    One program a multiprocessor takes every PROGRAMS-th tile: the loads of the next run beneath the end of the last.
+    """
     tiles_t, tiles_n = tl.cdiv(T, BLOCK_T), tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    first_t = pid // (GROUP * tiles_n) * GROUP
-    group = min(tiles_t - first_t, GROUP)
-    row = (first_t + pid % (GROUP * tiles_n) % group) * BLOCK_T
-    col = pid % (GROUP * tiles_n) // group * BLOCK_N
-    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        acc = tl.dot(x_desc.load([row, k]), weight_desc.load([col, k]).T, acc)
-    if BACKWARD:
-        acc *= 2.0 * tl.sqrt(hidden_desc.load([row, col]).to(tl.float32))
-    else:
-        acc = tl.maximum(acc, 0.0)
-        acc *= acc
-    out_desc.store([row, col], acc.to(out_desc.dtype))
+    for tile in tl.range(tl.program_id(0), tiles_t * tiles_n, PROGRAMS, flatten=True):
+        first_t = tile // (GROUP * tiles_n) * GROUP
+        group = min(tiles_t - first_t, GROUP)
+        row = (first_t + tile % (GROUP * tiles_n) % group) * BLOCK_T
+        col = tile % (GROUP * tiles_n) // group * BLOCK_N
+        acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            acc = tl.dot(x_desc.load([row, k]), weight_desc.load([col, k]).T, acc)
+        # Halves of a tile leave shared memory for more stages of loads.
+        halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1)))
+        for i in tl.static_range(2):
+            half, start = halves[i], col + i * (BLOCK_N // 2)
+            if BACKWARD:
+                half *= 2.0 * tl.sqrt(hidden_desc.load([row, start]).to(tl.float32))
+            else:
+                half = tl.maximum(half, 0.0)
+                half *= half
+            out_desc.store([row, start], half.to(out_desc.dtype))
 
 
 def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None) -> Tensor:
     """The same in one kernel, through Hopper's bulk tensor copies. Rows must be multiples of 16 bytes."""
     (T, K), N = x.shape, weight.shape[0]
     out = x.new_empty(T, N)
-    BLOCK_T, BLOCK_N, BLOCK_K = 128, 128, 64  # with 4 warps, 3 stages the best of 7 on H100 for C = 768, F = 3072
-    tile = [BLOCK_T, BLOCK_N]
-    out_desc = TensorDescriptor.from_tensor(out, tile)
-    linear_relu2_kernel[(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N),)](
+    BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64  # with 8 warps, 3 stages the best of 13 on H100 for C = 768, F = 3072
+    half_tile = [BLOCK_T, BLOCK_N // 2]
+    out_desc = TensorDescriptor.from_tensor(out, half_tile)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    programs = min(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N), processors)
+    linear_relu2_kernel[(programs,)](
         TensorDescriptor.from_tensor(x.contiguous(), [BLOCK_T, BLOCK_K]),
         TensorDescriptor.from_tensor(weight.contiguous(), [BLOCK_N, BLOCK_K]),
-        out_desc if hidden is None else TensorDescriptor.from_tensor(hidden, tile), out_desc, T, N, K,
-        BACKWARD=hidden is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=8,
-        num_warps=4, num_stages=3,
+        out_desc if hidden is None else TensorDescriptor.from_tensor(hidden, half_tile), out_desc, T, N, K,
+        BACKWARD=hidden is not None, PROGRAMS=programs, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=8,
+        num_warps=8, num_stages=3,
     )  # fmt: skip
     return out
 
@@ -609,11 +629,30 @@ def cross_entropy_backward_reference(
     return torch.ops.aten.sigmoid_backward(grad_z, sigmoid).to(dtype)
 
 
+CAP, SHIFT, TEMPERATURE = map(tl.constexpr, SOFTCAP)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def cap_sigmoid(logits):
+    """sigmoid((logit + shift) / temperature), to 2e-7.
+
+    What limits these kernels is the unit for exponentials and reciprocals, so the reciprocal is made by Newton steps on
+    the multiply-add units, which have time: from a guess made of the exponent's bits, each cubes the relative error.
+    """
+    y = logits.to(tl.float32) * (-LOG2_E / TEMPERATURE) - SHIFT * LOG2_E / TEMPERATURE
+    d = 1.0 + tl.exp2(tl.minimum(y, 64.0))
+    r = (0x7EF311C7 - d.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # off by up to 12 %
+    for _ in tl.static_range(2):
+        error = 1.0 - d * r
+        r += r * (error * error + error)
+    return r
+
+
 @triton.jit
 def cross_entropy_kernel(
-    logits_ptr, targets_ptr, weights_ptr, losses_ptr, lse_ptr, T, V,
-    N_TARGETS: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr, TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits_ptr, targets_ptr, weights_ptr, losses_ptr, lse_ptr, T, V, N_TARGETS: tl.constexpr, BLOCK: tl.constexpr
+):
     """One row. The cap bounds z, and exp(23) times the vocabulary is far inside float32: no running maximum."""
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * V
@@ -621,69 +660,105 @@ def cross_entropy_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         inside = start + cols < V
-        logits = tl.load(logits_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
-        z = CAP * tl.sigmoid((logits + SHIFT) * (1.0 / TEMPERATURE))
-        total += tl.where(inside, tl.exp(z), 0.0)
+        s = cap_sigmoid(tl.load(logits_ptr + start + cols, mask=inside, other=0.0))
+        total += tl.where(inside, tl.exp2(s * (CAP * LOG2_E)), 0.0)
     lse = tl.log(tl.sum(total))
     loss = 0.0
     for k in tl.static_range(N_TARGETS):
         if row + k < T:
             target = tl.load(targets_ptr + row + k)
-            z = CAP * tl.sigmoid((tl.load(logits_ptr + target).to(tl.float32) + SHIFT) * (1.0 / TEMPERATURE))
-            loss += tl.load(weights_ptr + k) * (lse - z)
+            loss += tl.load(weights_ptr + k) * (lse - cap_sigmoid(tl.load(logits_ptr + target)) * CAP)
     tl.store(losses_ptr + row, loss)
     tl.store(lse_ptr + row, lse)
 
 
 @triton.jit
 def cross_entropy_backward_kernel(
-    logits_ptr, lse_ptr, targets_ptr, weights_ptr, grad_ptr, out_ptr, scale, T, V,
-    N_TARGETS: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr, TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, lse_ptr, weights_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
+    N_TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """One row of the gradient, written in the type of `out_ptr`."""
-    row = tl.program_id(0)
-    logits_ptr += row.to(tl.int64) * V
-    out_ptr += row.to(tl.int64) * V
-    cols = tl.arange(0, BLOCK)
-    lse = tl.load(lse_ptr + row)
-    factor = tl.load(grad_ptr + row) / (TEMPERATURE * scale)
-    total_weight = 0.0
+    """One tile of the gradient without the targets' terms, written as it is and, if TRANSPOSED, transposed as well."""
+    first_row, first_col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
+    rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
+    row_inside, col_inside = rows < T, cols < V
+    total_weight = tl.zeros((ROWS,), tl.float32)
     for k in tl.static_range(N_TARGETS):
-        if row + k < T:
-            total_weight += tl.load(weights_ptr + k)
-    for start in range(0, V, BLOCK):
-        inside = start + cols < V
-        logits = tl.load(logits_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
-        z = CAP * tl.sigmoid((logits + SHIFT) * (1.0 / TEMPERATURE))
-        d_z = total_weight * tl.exp(z - lse)
-        for k in tl.static_range(N_TARGETS):
-            if row + k < T:
-                target = tl.load(targets_ptr + row + k)
-                d_z -= tl.where(start + cols == target, tl.load(weights_ptr + k), 0.0)
-        grad = factor * d_z * z * (1.0 - z * (1.0 / CAP))
-        tl.store(out_ptr + start + cols, grad.to(out_ptr.dtype.element_ty), mask=inside)
+        total_weight += tl.where(rows + k < T, tl.load(weights_ptr + k), 0.0)
+    total_weight *= factor * tl.load(grad_ptr + rows, mask=row_inside, other=0.0)
+    lse_2 = tl.load(lse_ptr + rows, mask=row_inside, other=0.0) * LOG2_E
+    # 64 bits for the tile's corner, 32 inside the tile
+    corner = first_row.to(tl.int64) * V + first_col
+    offsets = tl.arange(0, ROWS)[:, None] * V + tl.arange(0, COLS)[None, :]
+    inside = row_inside[:, None] & col_inside[None, :]
+    logits = tl.load(logits_ptr + corner + offsets, mask=inside, other=0.0)
+    s = cap_sigmoid(logits)
+    grad = total_weight[:, None] * tl.exp2(s * (CAP * LOG2_E) - lse_2[:, None]) * (s - s * s)
+    grad = grad.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + corner + offsets, grad, mask=inside)
+    if TRANSPOSED:
+        corner = first_col.to(tl.int64) * T + first_row
+        offsets = tl.arange(0, COLS)[:, None] * T + tl.arange(0, ROWS)[None, :]
+        tl.store(out_t_ptr + corner + offsets, tl.trans(grad), mask=col_inside[:, None] & row_inside[None, :])
+
+
+@triton.jit
+def cross_entropy_targets_kernel(
+    logits_ptr, lse_ptr, targets_ptr, weights_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
+    N_TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradient at the targets, over what the other kernel wrote there: comparing all columns would cost more."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
+    factor *= tl.load(grad_ptr + rows, mask=rows < T, other=0.0)
+    total_weight = tl.zeros((ROWS,), tl.float32)
+    for k in tl.static_range(N_TARGETS):
+        total_weight += tl.where(rows + k < T, tl.load(weights_ptr + k), 0.0)
+    rows_64 = rows.to(tl.int64)
+    for k in tl.static_range(N_TARGETS):
+        inside = rows + k < T
+        target = tl.load(targets_ptr + rows + k, mask=inside, other=0).to(tl.int64)
+        s = cap_sigmoid(tl.load(logits_ptr + rows_64 * V + target, mask=inside, other=0.0))
+        d_z = total_weight * tl.exp2((s * CAP - lse) * LOG2_E)
+        for j in tl.static_range(N_TARGETS):  # equal targets add up
+            other = tl.load(targets_ptr + rows + j, mask=rows + j < T, other=-1)
+            d_z -= tl.where(other == target, tl.load(weights_ptr + j), 0.0)
+        grad = (factor * d_z * (s - s * s)).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + rows_64 * V + target, grad, mask=inside)
+        if TRANSPOSED:
+            tl.store(out_t_ptr + target * T + rows, grad, mask=inside)
 
 
 def cross_entropy_triton(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """cross_entropy_reference, one pass over contiguous logits."""
     T, V = logits.shape
     losses, lse = (logits.new_empty(T, dtype=torch.float32) for _ in range(2))
-    cross_entropy_kernel[(T,)](
-        logits, targets, weights, losses, lse, T, V, len(weights), *SOFTCAP, BLOCK=2048, num_warps=4
-    )
+    BLOCK = 1024  # with 4 warps the best of 4 on H100
+    cross_entropy_kernel[(T,)](logits, targets, weights, losses, lse, T, V, len(weights), BLOCK=BLOCK, num_warps=4)
     return losses, lse
 
 
 def cross_entropy_backward_triton(
     logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """cross_entropy_backward_reference, one pass over contiguous logits."""
     T, V = logits.shape
-    out = torch.empty_like(logits, dtype=dtype)
-    cross_entropy_backward_kernel[(T,)](
-        logits, lse, targets, weights, grad, out, scale, T, V, len(weights), *SOFTCAP, BLOCK=2048, num_warps=4
+    out, out_t = empty_gradients(logits, dtype)
+    factor = SOFTCAP[0] / (SOFTCAP[2] * scale)
+    sizes = dict(T=T, V=V, N_TARGETS=len(weights), TRANSPOSED=len(out_t) > 0)
+    ROWS, COLS = 64, 128  # with 8 warps the best of 7 on H100
+    cross_entropy_backward_kernel[(triton.cdiv(T, ROWS), triton.cdiv(V, COLS))](
+        logits, lse, weights, grad, out, out_t, factor, **sizes, ROWS=ROWS, COLS=COLS, num_warps=8
     )
-    return out
+    cross_entropy_targets_kernel[(triton.cdiv(T, 128),)](
+        logits, lse, targets, weights, grad, out, out_t, factor, **sizes, ROWS=128, num_warps=4
+    )
+    return out, out_t
+
+
+def empty_gradients(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For the logits' gradient and, in the 8-bit type, its transpose; otherwise the second is empty."""
+    T, V = logits.shape
+    return logits.new_empty((T, V), dtype=dtype), logits.new_empty((V, T) if dtype.itemsize == 1 else 0, dtype=dtype)
 
 
 @torch.library.custom_op("speedrun::cross_entropy", mutates_args=())
@@ -701,15 +776,18 @@ def _(logits, targets, weights):
 @torch.library.custom_op("speedrun::cross_entropy_backward", mutates_args=())
 def cross_entropy_backward(
     logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
-) -> Tensor:
-    """The logits' gradient over `scale` as `dtype`; see cross_entropy_backward_reference."""
-    backward = cross_entropy_backward_triton if logits.is_cuda else cross_entropy_backward_reference
-    return backward(logits, lse, targets, weights, grad, scale, dtype)
+) -> tuple[Tensor, Tensor]:
+    """The logits' gradient over `scale` as `dtype`, see cross_entropy_backward_reference, and in FP8 its transpose."""
+    if logits.is_cuda:
+        return cross_entropy_backward_triton(logits, lse, targets, weights, grad, scale, dtype)
+    out, out_t = empty_gradients(logits, dtype)
+    out.copy_(cross_entropy_backward_reference(logits, lse, targets, weights, grad, scale, dtype))
+    return out, out.T.contiguous() if len(out_t) else out_t
 
 
 @cross_entropy_backward.register_fake
 def _(logits, lse, targets, weights, grad, scale, dtype):
-    return torch.empty_like(logits, dtype=dtype)
+    return empty_gradients(logits, dtype)
 
 
 # ---------------------------------------------------------------------------- the head, in FP8 and bf16, with its loss
@@ -753,13 +831,12 @@ class HeadLoss(torch.autograd.Function):
         logits, lse, targets, weights, x, head = ctx.saved_tensors
         grad_losses = grad_losses.contiguous()
         if ctx.grad_scale is None:
-            grad = cross_entropy_backward(logits, lse, targets, weights, grad_losses, 1.0, logits.dtype)
+            grad, _ = cross_entropy_backward(logits, lse, targets, weights, grad_losses, 1.0, logits.dtype)
             return grad @ head.T, x.T @ grad, None, None, None
         scale = ctx.grad_scale * FP8_GRAD_SCALE
-        grad = cross_entropy_backward(logits, lse, targets, weights, grad_losses, scale, torch.float8_e5m2)
+        grad, grad_t = cross_entropy_backward(logits, lse, targets, weights, grad_losses, scale, torch.float8_e5m2)
         grad_x = fp8_product(grad, head.T, scale, FP8_WEIGHT_SCALE, ctx.dtype, fast=False)
-        grad_columns = grad.T.contiguous().T
-        grad_head = fp8_product(x.T.contiguous(), grad_columns, FP8_X_SCALE, scale, torch.float32, fast=False)
+        grad_head = fp8_product(x.T.contiguous(), grad_t.T, FP8_X_SCALE, scale, torch.float32, fast=False)
         return grad_x, grad_head.to(ctx.dtype), None, None, None
 
 
@@ -767,34 +844,214 @@ class HeadLoss(torch.autograd.Function):
 
 
 class Documents(NamedTuple):
-    """Where the documents of a micro-batch end."""
+    """Where each position's document begins and, one further than its last position, ends; int32, (T,)."""
 
-    cu_seqlens: Tensor  # int32, on the device, 0 first
-    max_len: int  # of the longest, or a bound: in a captured graph the same for all micro-batches
+    starts: Tensor
+    ends: Tensor
 
     def paired(self) -> "Documents":
         """The same documents where every token stands for two positions."""
-        return Documents(2 * self.cu_seqlens, 2 * self.max_len)
+        return Documents(*((2 * t).repeat_interleave(2) for t in self))
 
 
-def attend_reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int, scale: float) -> Tensor:
+def attend_reference(q, k, v, gate, documents: Documents, window: int, scale: float) -> Tensor:
     """Masked attention over all pairs, for CPUs."""
     position = torch.arange(len(q), device=q.device)
-    document = torch.searchsorted(documents.cu_seqlens[1:], position, right=True)
-    distance = position[:, None] - position[None, :]
-    mask = (distance >= 0) & (distance <= window) & (document[:, None] == document[None, :])
+    first = torch.maximum(documents.starts, position - window)
+    mask = (position >= first[:, None]) & (position <= position[:, None])
     heads_first = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).squeeze(0).transpose(0, 1)
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale)
+    return out.squeeze(0).transpose(0, 1) * gate.unsqueeze(-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int, scale: float) -> Tensor:
-    """Causal attention inside each document, to the `window` tokens before each token: (T, H, D) -> (T, H, D)."""
-    if not q.is_cuda:
-        return attend_reference(q, k, v, documents, window, scale)
-    from torch.nn.attention.varlen import varlen_attn
+# The kernels see q, k, v, y as (N, H D) matrices and take tiles of some positions of one head, through Hopper's bulk
+# tensor copies, which read zeros beyond the end. The first key that a query sees, max(start of its document, itself -
+# window), grows with the query, and so does the last query that sees a key. So a block of queries needs one range of
+# keys (and a block of keys one of queries) whatever documents it straddles, and masks only at the ends of that range.
+# Method: FlashAttention-2 (arXiv 2307.08691), backward in two kernels without atomics.
 
-    cu, longest = documents
-    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(window, 0))
+# For masked scores; those of normed vectors stay within head_dim. What a row that is all masked so far sums up is
+# multiplied by exp2(MASKED - score) = 0 at its first real score. Much larger, and rounding it would move exponents.
+MASKED = tl.constexpr(-1e5)
+TINY_GATE = tl.constexpr(1e-30)  # for a gate that sigmoid has rounded to zero
+
+
+@triton.jit
+def key_range(starts_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Queries row .. row + BLOCK_Q - 1 see keys from `begin` to `end`; all of them see all keys of [mid, tail)."""
+    last = min(row + BLOCK_Q, N) - 1
+    begin = max(tl.load(starts_ptr + row), row - window) // BLOCK_K * BLOCK_K
+    mid = tl.cdiv(max(tl.load(starts_ptr + last), last - window), BLOCK_K) * BLOCK_K
+    return begin, mid, (row + 1) // BLOCK_K * BLOCK_K, last + 1
+
+
+@triton.jit
+def query_range(ends_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Keys row .. row + BLOCK_K - 1 are seen from queries `begin` to `end`; all queries of [mid, tail) see all keys."""
+    last = min(row + BLOCK_K, N) - 1
+    mid = tl.cdiv(last, BLOCK_Q) * BLOCK_Q
+    tail = min(tl.load(ends_ptr + row), row + window + 1) // BLOCK_Q * BLOCK_Q
+    return row // BLOCK_Q * BLOCK_Q, mid, tail, min(tl.load(ends_ptr + last), last + window + 1)
+
+
+@triton.jit(do_not_specialize=["N", "H", "window"])
+def attention_kernel(
+    q_desc, k_desc, v_desc, gate_ptr, starts_ptr, y_desc, lse_ptr, N, H, window, scale,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_Q queries of one head: y, and in base 2 the logarithm of sum of exponentials / gate."""
+    row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
+    rows = row + tl.arange(0, BLOCK_Q)
+    begin, mid, tail, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
+    first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
+    q = q_desc.load([row, head * D])
+    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)  # the largest score so far
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, D), tl.float32)
+    for col in range(begin, end, BLOCK_K):
+        k, v = k_desc.load([col, head * D]), v_desc.load([col, head * D])
+        s = tl.dot(q, k.T)
+        if (col < mid) | (col >= tail):
+            cols = (col + tl.arange(0, BLOCK_K))[None, :]
+            s = tl.where((cols >= first[:, None]) & (cols <= rows[:, None]), s, MASKED)
+        new_top = tl.maximum(top, tl.max(s, 1) * scale_2)
+        p = tl.exp2(s * scale_2 - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
+        top = new_top
+    gate = tl.load(gate_ptr + rows.to(tl.int64) * H + head, mask=rows < N, other=0.0).to(tl.float32)
+    gate = tl.maximum(gate, TINY_GATE)
+    y_desc.store([row, head * D], (acc * (gate / total)[:, None]).to(y_desc.dtype))
+    tl.store(lse_ptr + head.to(tl.int64) * N + rows, top + tl.log2(total / gate), mask=rows < N)
+
+
+# With o the attention before the gate g, y = g o and dg_i = dy_i . o_i = dy_i . y_i / g_i. The gate costs nothing more:
+# with p'_ij = g_i p_ij, which is why it is in lse, the gradients are those of attention with dg in place of delta,
+#     dv_j = sum_i p'_ij dy_i,    ds_ij = p'_ij (dy_i . v_j - dg_i),    dq_i = scale sum_j ds_ij k_j,    dk_j likewise.
+
+
+@triton.jit(do_not_specialize=["N", "H", "window"])
+def attention_backward_q_kernel(
+    grad_y_desc, y_desc, q_desc, k_desc, v_desc, gate_ptr, lse_ptr, starts_ptr, grad_q_desc, grad_gate_ptr, delta_ptr,
+    N, H, window, scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_Q queries of one head: the gradients of q and of the gate, this also in float32 for the keys' kernel."""
+    row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
+    rows = row + tl.arange(0, BLOCK_Q)
+    begin, mid, tail, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
+    first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
+    by_position, by_head = rows.to(tl.int64) * H + head, head.to(tl.int64) * N + rows
+    q, y, grad_y = q_desc.load([row, head * D]), y_desc.load([row, head * D]), grad_y_desc.load([row, head * D])
+    gate = tl.maximum(tl.load(gate_ptr + by_position, mask=rows < N, other=0.0).to(tl.float32), TINY_GATE)
+    grad_gate = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1) / gate
+    tl.store(grad_gate_ptr + by_position, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=rows < N)
+    tl.store(delta_ptr + by_head, grad_gate, mask=rows < N)
+    lse = tl.load(lse_ptr + by_head, mask=rows < N, other=0.0)
+    acc = tl.zeros((BLOCK_Q, D), tl.float32)
+    for col in range(begin, end, BLOCK_K):
+        k, v = k_desc.load([col, head * D]), v_desc.load([col, head * D])
+        s = tl.dot(q, k.T)
+        grad_p = tl.dot(grad_y, v.T)
+        p = tl.exp2(s * scale_2 - lse[:, None])
+        if (col < mid) | (col >= tail):
+            cols = (col + tl.arange(0, BLOCK_K))[None, :]
+            p = tl.where((cols >= first[:, None]) & (cols <= rows[:, None]), p, 0.0)
+        acc = tl.dot((p * (grad_p - grad_gate[:, None])).to(k.dtype), k, acc)
+    grad_q_desc.store([row, head * D], (acc * scale).to(grad_q_desc.dtype))
+
+
+@triton.jit(do_not_specialize=["N", "H", "window"])
+def attention_backward_kv_kernel(
+    grad_y_desc, q_desc, k_desc, v_desc, lse_ptr, delta_ptr, ends_ptr, grad_k_desc, grad_v_desc, N, H, window, scale,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_K keys of one head: the gradients of k and v. Scores are (keys, queries), as both products need them."""
+    row, head, scale_2 = tl.program_id(0) * BLOCK_K, tl.program_id(1), scale * LOG2_E
+    rows = row + tl.arange(0, BLOCK_K)
+    begin, mid, tail, end = query_range(ends_ptr, row, N, window, BLOCK_Q, BLOCK_K)
+    last = tl.minimum(tl.load(ends_ptr + rows, mask=rows < N, other=0) - 1, rows + window)
+    lse_ptr += head.to(tl.int64) * N
+    delta_ptr += head.to(tl.int64) * N
+    k, v = k_desc.load([row, head * D]), v_desc.load([row, head * D])
+    grad_k = tl.zeros((BLOCK_K, D), tl.float32)
+    grad_v = tl.zeros((BLOCK_K, D), tl.float32)
+    for col in range(begin, end, BLOCK_Q):
+        cols = col + tl.arange(0, BLOCK_Q)
+        q, grad_y = q_desc.load([col, head * D]), grad_y_desc.load([col, head * D])
+        lse = tl.load(lse_ptr + cols, mask=cols < N, other=0.0)
+        delta = tl.load(delta_ptr + cols, mask=cols < N, other=0.0)
+        p = tl.exp2(tl.dot(k, q.T) * scale_2 - lse[None, :])
+        if (col < mid) | (col >= tail):
+            p = tl.where((cols[None, :] >= rows[:, None]) & (cols[None, :] <= last[:, None]), p, 0.0)
+        grad_v = tl.dot(p.to(grad_y.dtype), grad_y, grad_v)
+        grad_p = tl.dot(v, grad_y.T)  # after grad_v's product: the two run back to back, with one wait
+        grad_k = tl.dot((p * (grad_p - delta[None, :])).to(q.dtype), q, grad_k)
+    grad_k_desc.store([row, head * D], (grad_k * scale).to(grad_k_desc.dtype))
+    grad_v_desc.store([row, head * D], grad_v.to(grad_v_desc.dtype))
+
+
+# Tiles, warps, pipeline stages and registers: the best of 4 to 8 each on H100, head_dim 128, windows of 128 to 1408. At
+# 128 registers two programs share a multiprocessor, and one's exponentials overlap the other's products.
+ATTENTION_TILES = dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128)
+ATTENTION_BACKWARD_Q_TILES = dict(BLOCK_Q=128, BLOCK_K=32, num_warps=8, num_stages=3, maxnreg=128)
+ATTENTION_BACKWARD_KV_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2)
+
+
+def attention_tiles(block: int, *tensors: Tensor) -> list:
+    """Descriptors of tiles of `block` positions of one head, of contiguous tensors (N, H, D)."""
+    return [TensorDescriptor.from_tensor(t.flatten(1), [block, t.size(2)]) for t in tensors]
+
+
+class Attention(torch.autograd.Function):
+    """attend() in kernels. D a power of two, at least 16."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, gate, starts, ends, window, scale):
+        N, H, D = q.shape
+        y, lse = q.new_empty(N, H, D), q.new_empty(H, N, dtype=torch.float32)
+        tiles = ATTENTION_TILES
+        q_desc, y_desc = attention_tiles(tiles["BLOCK_Q"], q, y)
+        k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
+        attention_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
+            q_desc, k_desc, v_desc, gate, starts, y_desc, lse, N, H, window, scale, D=D, **tiles
+        )
+        ctx.save_for_backward(q, k, v, gate, y, lse, starts, ends)
+        ctx.window, ctx.scale = window, scale
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        q, k, v, gate, y, lse, starts, ends = ctx.saved_tensors
+        grad_y = grad_y.contiguous()
+        N, H, D = q.shape
+        sizes = (N, H, ctx.window, ctx.scale)
+        grad_q, grad_k, grad_v = (torch.empty_like(q) for _ in range(3))
+        grad_gate, delta = torch.empty_like(gate), torch.empty_like(lse)
+        tiles = ATTENTION_BACKWARD_Q_TILES
+        grad_y_desc, y_desc, q_desc, out_desc = attention_tiles(tiles["BLOCK_Q"], grad_y, y, q, grad_q)
+        k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
+        attention_backward_q_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
+            grad_y_desc, y_desc, q_desc, k_desc, v_desc, gate, lse, starts, out_desc, grad_gate, delta, *sizes,
+            D=D, **tiles,
+        )  # fmt: skip
+        tiles = ATTENTION_BACKWARD_KV_TILES
+        grad_y_desc, q_desc = attention_tiles(tiles["BLOCK_Q"], grad_y, q)
+        k_desc, v_desc, *out_descs = attention_tiles(tiles["BLOCK_K"], k, v, grad_k, grad_v)
+        attention_backward_kv_kernel[(triton.cdiv(N, tiles["BLOCK_K"]), H)](
+            grad_y_desc, q_desc, k_desc, v_desc, lse, delta, ends, *out_descs, *sizes, D=D, **tiles
+        )
+        return grad_q, grad_k, grad_v, grad_gate, None, None, None, None
+
+
+def attend(q, k, v, gate, documents: Documents, window: int, scale: float) -> Tensor:
+    """Causal attention inside each document, to the `window` tokens before each token, times the gate of each head.
+
+    q, k, v (N, H, D), gate (N, H) in (0, 1) -> (N, H, D).
+    """
+    if q.is_cuda and q.size(2) >= 16:  # the least a tensor core multiplies
+        return Attention.apply(q, k, v, gate, *documents, window, scale)
+    return attend_reference(q, k, v, gate, documents, window, scale)
 
 
 # ======================================================================================================================
@@ -822,8 +1079,8 @@ class Yarn:
     def __init__(self, head_dim: int, positions: int, device: torch.device):
         self.num_frequencies = head_dim // 4
         self.position = torch.arange(positions, dtype=torch.float32, device=device)
-        # Full width, with cos 1 and sin 0 for stationary dimensions: the rotation is two products without cases.
-        self.cos = torch.ones(positions, 1, head_dim, dtype=torch.bfloat16, device=device)
+        # One entry a pair; cos 1 and sin 0 for the stationary half, so that the rotation has no cases.
+        self.cos = torch.ones(positions, 1, head_dim // 2, dtype=torch.bfloat16, device=device)
         self.sin = torch.zeros_like(self.cos)
         self.reset()
 
@@ -844,15 +1101,59 @@ class Yarn:
 
     def _fill_tables(self) -> None:
         angle = self.position[:, None, None] * self.frequencies  # (positions, 1, frequencies)
-        turned = slice(0, 2 * self.num_frequencies)
-        self.cos[..., turned] = angle.cos().repeat_interleave(2, -1).to(self.cos.dtype)
-        self.sin[..., turned] = torch.stack((angle.sin(), -angle.sin()), -1).flatten(-2).to(self.sin.dtype)
+        self.cos[..., : self.num_frequencies] = angle.cos().to(self.cos.dtype)
+        self.sin[..., : self.num_frequencies] = angle.sin().to(self.sin.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each adjacent pair (a, b) of x (T, H, D) into (a cos + b sin, b cos - a sin); tables (>= T, 1, D)."""
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return x * cos[: len(x)].to(x.dtype) + swapped * sin[: len(x)].to(x.dtype)
+    """Turns each adjacent pair (a, b) of x (T, H, D) into (a cos + b sin, b cos - a sin); tables (>= T, 1, D / 2)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = (table[: len(x)].to(x.dtype) for table in (cos, sin))
+    return torch.stack((a * cos + b * sin, b * cos - a * sin), -1).flatten(-2)
+
+
+@triton.jit
+def add_rows_kernel(grad_ptr, rows_ptr, table_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """table[rows[t]] += grad[t] for one t."""
+    t, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    row = tl.load(rows_ptr + t).to(tl.int64)
+    grad = tl.load(grad_ptr + t * C + cols, mask=cols < C, other=0.0).to(tl.float32)
+    tl.atomic_add(table_ptr + row * C + cols, grad, mask=cols < C, sem="relaxed")
+
+
+def add_rows(table: Tensor, rows: Tensor, grad: Tensor) -> None:
+    """table[rows[t]] += grad[t] for all t, in the table's type; table (rows, C), rows (T,), grad (T, C)."""
+    if not grad.is_cuda:
+        table.index_add_(0, rows, grad.to(table.dtype))
+        return
+    T, C = grad.shape
+    add_rows_kernel[(T,)](grad.contiguous(), rows, table, C, BLOCK=triton.next_power_of_2(C), num_warps=4)
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of a table (rows, C) by index (T,). The gradient is added to the table's .grad right away, row by row.
+
+    Autograd would fill a table with zeros, scatter into it, and add all of it: 900 MB for a few thousand rows.
+    """
+
+    @staticmethod
+    def forward(ctx, table, rows):
+        ctx.save_for_backward(table, rows)
+        return F.embedding(rows, table)
+
+    @staticmethod
+    def backward(ctx, grad):
+        table, rows = ctx.saved_tensors
+        add_rows(table_gradient(table), rows, grad)
+        return None, None
+
+
+def table_gradient(table: nn.Parameter) -> Tensor:
+    """The table's .grad, float32: a frequent token adds up thousands of rows, in which bfloat16 would get stuck."""
+    if table.grad is None:
+        table.grad_dtype = torch.promote_types(table.dtype, torch.float32)
+        table.grad = torch.zeros_like(table, dtype=table.grad_dtype)
+    return table.grad
 
 
 def bigram_hash(tokens: Tensor, rows: int) -> Tensor:
@@ -864,12 +1165,157 @@ def bigram_hash(tokens: Tensor, rows: int) -> Tensor:
     return torch.cat((torch.full_like(tokens[:1], rows - 1), hashed))
 
 
+def split_heads_reference(qkv, value_gate, table, rows, cos, sin, num_heads: int, paired: bool, key_offset: bool):
+    """q, k, v as attention takes them, from projections (T, 3C): normed, rotated, the values with their embeddings.
+
+    value_gate (T, H), table and rows (T,): what to add to the values, or value_gate None. Results are (T, H, D), in
+    paired layers (2T, H/2, D): heads 0.. at even, the other half at odd positions.
+    """
+    T = len(qkv)
+    q, k, v = qkv.view(T, 3, num_heads, -1).unbind(1)
+    q, k = norm(q), norm(k)
+    if value_gate is not None:
+        v = v + value_gate.unsqueeze(-1) * Lookup.apply(table, rows).view_as(v)
+    if paired:
+        q, k, v = (t.reshape(2 * T, num_heads // 2, -1) for t in (q, k, v))
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if key_offset:
+        moving, still = k.chunk(2, dim=-1)
+        k = torch.cat((moving, torch.cat((still[:1], still[:-1]))), dim=-1)
+    return q, k, v
+
+
+@triton.jit
+def turn(x, cos, sin):
+    """rotate() of x (BLOCK, D), tables (BLOCK, D / 2)."""
+    a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return tl.reshape(tl.join(a * cos + b * sin, b * cos - a * sin), x.shape)
+
+
+@triton.jit
+def head_places(T, H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, BLOCK_T: tl.constexpr):
+    """For one head of BLOCK_T tokens: token, position and mask, and places in tables, projections and q, k, v.
+
+    Paired or not, a head has the same place in memory, and the next position's is `H // 2` or `H` heads further.
+    Neighbouring programs take the heads of the same tokens, which read the same rows of the tables.
+    """
+    head, t, d = tl.program_id(0), tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, D)
+    position = 2 * t + head // (H // 2) if PAIRED else t
+    turning = position[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
+    projected = (t[:, None] * 3 * H + head) * D + d[None, :]
+    out = (t[:, None] * H + head) * D + d[None, :]
+    return head, t, position, t < T, turning, projected, out
+
+
+@triton.jit
+def split_heads_kernel(
+    qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, T, eps,
+    H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_EMBED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One head of BLOCK_T tokens."""
+    head, t, position, inside, turning, projected, out = head_places(T, H, D, PAIRED, BLOCK_T)
+    mask = inside[:, None]
+    cos = tl.load(cos_ptr + turning, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + turning, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(2):
+        out_ptr = q_ptr if i == 0 else k_ptr
+        x = tl.load(qkv_ptr + projected + i * H * D, mask=mask, other=0.0).to(tl.float32)
+        x = turn(x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None], cos, sin).to(out_ptr.dtype.element_ty)
+        if KEY_OFFSET and i == 1:  # the second half goes to the next position; the very first keeps its own, too
+            still, step = (tl.arange(0, D) >= D // 2)[None, :], H // 2 if PAIRED else H
+            tl.store(out_ptr + out, x, mask=mask & (~still | (position == 0)[:, None]))
+            has_next = position + 1 < (2 * T if PAIRED else T)
+            tl.store(out_ptr + out + step * D, x, mask=has_next[:, None] & still)
+        else:
+            tl.store(out_ptr + out, x, mask=mask)
+    v = tl.load(qkv_ptr + projected + 2 * H * D, mask=mask, other=0.0)
+    if VALUE_EMBED:
+        row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
+        gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
+        place = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
+        embed = tl.load(table_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        v = (v.to(tl.float32) + gate[:, None] * embed).to(v.dtype)
+    tl.store(v_ptr + out, v, mask=mask)
+
+
+@triton.jit
+def split_heads_backward_kernel(
+    qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
+    grad_qkv_ptr, grad_gate_ptr, grad_table_ptr, T, eps,
+    H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_EMBED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One head of BLOCK_T tokens; adds to the table's gradient."""
+    head, t, position, inside, turning, projected, out = head_places(T, H, D, PAIRED, BLOCK_T)
+    mask = inside[:, None]
+    cos = tl.load(cos_ptr + turning, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + turning, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(2):
+        grad_ptr = grad_q_ptr if i == 0 else grad_k_ptr
+        if KEY_OFFSET and i == 1:  # from where the second half went
+            still, step = (tl.arange(0, D) >= D // 2)[None, :], H // 2 if PAIRED else H
+            has_next = position + 1 < (2 * T if PAIRED else T)
+            grad = tl.load(grad_ptr + out, mask=mask & (~still | (position == 0)[:, None]), other=0.0).to(tl.float32)
+            grad += tl.load(grad_ptr + out + step * D, mask=has_next[:, None] & still, other=0.0).to(tl.float32)
+        else:
+            grad = tl.load(grad_ptr + out, mask=mask, other=0.0).to(tl.float32)
+        grad = turn(grad, cos, -sin)
+        x = tl.load(qkv_ptr + projected + i * H * D, mask=mask, other=0.0).to(tl.float32)
+        inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x *= inverse_rms
+        grad_x = inverse_rms * (grad - x * (tl.sum(grad * x, 1) / D)[:, None])
+        tl.store(grad_qkv_ptr + projected + i * H * D, grad_x.to(grad_qkv_ptr.dtype.element_ty), mask=mask)
+    grad_v = tl.load(grad_v_ptr + out, mask=mask, other=0.0)
+    tl.store(grad_qkv_ptr + projected + 2 * H * D, grad_v, mask=mask)
+    if VALUE_EMBED:
+        grad_v = grad_v.to(tl.float32)
+        row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
+        gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
+        place = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
+        embed = tl.load(table_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        grad_gate = tl.sum(grad_v * embed, 1).to(grad_gate_ptr.dtype.element_ty)
+        tl.store(grad_gate_ptr + t * H + head, grad_gate, mask=inside)
+        tl.atomic_add(grad_table_ptr + place, gate[:, None] * grad_v, mask=mask, sem="relaxed")
+
+
+class SplitHeads(torch.autograd.Function):
+    """split_heads_reference as one kernel a direction, which reads and writes everything once."""
+
+    @staticmethod
+    def forward(ctx, qkv, value_gate, table, rows, cos, sin, num_heads, paired, key_offset):
+        T, H, D = len(qkv), num_heads, qkv.shape[1] // (3 * num_heads)
+        q, k, v = (qkv.new_empty((2 * T, H // 2, D) if paired else (T, H, D)) for _ in range(3))
+        ctx.inputs = (qkv, value_gate, *((table, rows) if value_gate is not None else (None, None)), cos, sin)
+        ctx.options = dict(
+            H=H, D=D, PAIRED=paired, KEY_OFFSET=key_offset, VALUE_EMBED=value_gate is not None, BLOCK_T=16, num_warps=4
+        )
+        split_heads_kernel[(H, triton.cdiv(T, 16))](*ctx.inputs, q, k, v, T, NORM_EPS, **ctx.options)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx, *grads):
+        qkv, value_gate, table = ctx.inputs[:3]
+        grad_qkv = torch.empty_like(qkv)
+        grad_gate = None if value_gate is None else torch.empty_like(value_gate)
+        grad_table = None if value_gate is None else table_gradient(table)
+        split_heads_backward_kernel[(ctx.options["H"], triton.cdiv(len(qkv), 16))](
+            *ctx.inputs, *(g.contiguous() for g in grads), grad_qkv, grad_gate, grad_table, len(qkv), NORM_EPS,
+            **ctx.options,
+        )  # fmt: skip
+        return grad_qkv, grad_gate, *(None,) * 7
+
+
+def split_heads(qkv, value_gate, table, rows, cos, sin, num_heads: int, paired: bool, key_offset: bool):
+    """q, k, v as attention takes them; see split_heads_reference."""
+    function = SplitHeads.apply if qkv.is_cuda else split_heads_reference
+    return function(qkv, value_gate, table, rows, cos, sin, num_heads, paired, key_offset)
+
+
 class LayerWeights(NamedTuple):
     """What layer i takes from the banks and scalars; 0-d lambdas, matrices as stored."""
 
     resid: Tensor
-    x0: Tensor
-    bigram: Tensor
     mlp: Tensor  # (2, 4C, C): W_fc, W_proj
     # layers with attention
     qkv_lambda: Tensor | None = None
@@ -893,65 +1339,57 @@ def compiler(enabled: bool) -> Callable:
 
 
 # The functions below are the compiled regions. Layers of one kind share a graph, which is why compiling the whole
-# takes three minutes instead of more than five; attention stays between them, so that windows change without compiling.
+# takes a minute and a half; attention stays between them, so that windows change without compiling.
 
 
-def embed_inputs(tokens, embed, bigram_embed, value_embeds, smear_lambda, smear_gate):
-    """The token's embedding x0 (T, C), smeared and normed, bigram (T, C) and value embeddings (layers, T, C)."""
-    x = embed[tokens]
-    smear = smear_lambda * torch.sigmoid(F.linear(x[1:, :GATE_DIMS], smear_gate))
-    x = torch.cat((x[:1], x[1:] + smear * x[:-1]))
-    bigram = bigram_embed[bigram_hash(tokens, len(bigram_embed))]
-    value_tables = value_embeds.view(len(VALUE_LAYERS), len(embed), -1)
-    return norm(x), bigram, value_tables[:, tokens]
+def add(x, product):
+    """x + product, for a matrix product that has just been made, in the kernel that reads the sum.
 
-
-def mix(x, x0, bigram, skip, w: LayerWeights):
-    """The input of a layer: residual stream, embedding and bigram embedding, weighted; (T, C)."""
-    if skip is not None:
-        gate = torch.sigmoid(w.skip_lambda) * 2 * torch.sigmoid(F.linear(x0[:, :GATE_DIMS], w.skip_gate))
-        x = x + gate * skip
-    return w.resid * x + w.x0 * x0 + w.bigram * bigram
-
-
-def attention_inputs(x, x0, bigram, skip, value_embed, w: LayerWeights, cos, sin, num_heads, paired, key_offset):
-    """The mixed input (T, C), the head gate (T, H), and q, k, v as attention takes them.
-
-    q, k, v are (T, H, D); in paired layers (2T, H/2, D): heads 0.. at even, the other half at odd positions.
+    Left to itself, the compiler has the product add x, for which x is copied first; in float32 it does not see that.
     """
-    x = mix(x, x0, bigram, skip, w)
+    return (x.to(torch.promote_types(x.dtype, torch.float32)) + product).to(x.dtype)
+
+
+def embed_inputs(x, bigram, w_x0, w_bigram, smear_lambda, smear_gate):
+    """The stream's start x0 (T, C) from the tokens' embeddings x, smeared and normed, and what each layer adds to it.
+
+    That is the embedding and the bigram embedding, weighted by layer. Made here for all layers at once: backward, one
+    kernel then sums up all layers' gradients of x0 and bigram, instead of each layer writing and adding its own.
+    """
+    smear = smear_lambda * torch.sigmoid(F.linear(x[1:, :GATE_DIMS], smear_gate))
+    x0 = norm(torch.cat((x[:1], x[1:] + smear * x[:-1])))
+    return x0, [a * x0 + b * bigram for a, b in zip(w_x0, w_bigram, strict=True)]
+
+
+def attention_inputs(x, mlp_out, injected, w: LayerWeights):
+    """The mixed input (T, C), q, k, v as projected (T, 3C), the head gate and the value gate (T, H)."""
+    x = w.resid * add(x, mlp_out) + injected
     h = norm(x)
-    q, k, v = F.linear(h, w.qkv_lambda * w.qkv.flatten(0, 1)).view(len(x), 3, num_heads, -1).unbind(1)
-    q, k = norm(q), norm(k)
-    if value_embed is not None:
-        gate = 2 * torch.sigmoid(F.linear(h[:, :GATE_DIMS], w.value_gate))
-        v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
-    if paired:
-        q, k, v = (t.reshape(2 * len(x), num_heads // 2, -1) for t in (q, k, v))
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    if key_offset:
-        moving, still = k.chunk(2, dim=-1)
-        k = torch.cat((moving, torch.cat((still[:1], still[:-1]))), dim=-1)
+    qkv = F.linear(h, w.qkv_lambda * w.qkv.flatten(0, 1))
     head_gate = torch.sigmoid(F.linear(h[:, :GATE_DIMS], w.attn_gate))
-    return x, head_gate, q, k, v.contiguous()
+    if w.value_gate is None:
+        return x, qkv, head_gate, None
+    return x, qkv, head_gate, 2 * torch.sigmoid(F.linear(h[:, :GATE_DIMS], w.value_gate))
 
 
-def attention_output_and_mlp(x, attended, head_gate, w: LayerWeights):
-    """The layer's output (T, C) from its mixed input, attention's result (T, H, D) and the head gate (T, H)."""
-    y = (attended * head_gate.unsqueeze(-1)).flatten(1)
-    x = x + F.linear(y, w.out_lambda * w.out.squeeze(0))
-    return x + MLP.apply(norm(x), w.mlp[0], w.mlp[1])
+def attention_output_and_mlp(x, attended, w: LayerWeights):
+    """The stream (T, C) after attention, from the mixed input and attention's gated result (T, C), and the MLP's."""
+    x = add(x, F.linear(attended, w.out_lambda * w.out.squeeze(0)))
+    return x, MLP.apply(norm(x), w.mlp[0], w.mlp[1])
 
 
-def mlp_only(x, x0, bigram, skip, w: LayerWeights):
-    """The output (T, C) of a layer without attention."""
-    x = mix(x, x0, bigram, skip, w)
-    return x + MLP.apply(norm(x), w.mlp[0], w.mlp[1])
+def mlp_only(x, mlp_out, x0, injected, skip, w: LayerWeights):
+    """The same of a layer without attention, with or without a skip."""
+    x = add(x, mlp_out)
+    if skip is not None:
+        x = x + torch.sigmoid(w.skip_lambda) * 2 * torch.sigmoid(F.linear(x0[:, :GATE_DIMS], w.skip_gate)) * skip
+    x = w.resid * x + injected
+    return x, MLP.apply(norm(x), w.mlp[0], w.mlp[1])
 
 
-def head_losses(x, backout, backout_lambda, head, targets, target_weights, fp8_grad_scale):
+def head_losses(x, mlp_out, backout, backout_lambda, head, targets, target_weights, fp8_grad_scale):
     """Loss of each position (T,), float32, from the last layer's output (T, C)."""
-    x = norm(x - backout_lambda * backout)
+    x = norm(add(x, mlp_out) - backout_lambda * backout)
     return HeadLoss.apply(x, head, targets, target_weights, fp8_grad_scale)
 
 
@@ -1017,12 +1455,12 @@ class GPT(nn.Module):
         """
         values = iter(self.scalars.unbind())
         scalars = {name: [next(values) for _ in range(count)] for name, (count, _) in SCALARS.items()}
-        x0_lambdas, mlps = self.x0_lambdas.unbind(), self.mlp_bank.unbind()
+        mlps = self.mlp_bank.unbind()
         matrices = iter(self.attn_bank.flatten(0, 1).split([3, 1] * len(self.attn_bank)))
         attn_gates, value_gates = iter(self.attn_gates.unbind()), iter(self.value_gates.unbind())
         weights = []
         for i, layer in enumerate(LAYERS):
-            w = LayerWeights(scalars["resid"][i], x0_lambdas[i], scalars["bigram"][i], mlps[i])
+            w = LayerWeights(scalars["resid"][i], mlps[i])
             if layer.window:
                 w = w._replace(qkv_lambda=scalars["qkv"][i], out_lambda=scalars["out"][i], qkv=next(matrices))
                 w = w._replace(out=next(matrices), attn_gate=next(attn_gates))
@@ -1047,33 +1485,37 @@ class GPT(nn.Module):
         losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
         """
         weights, scalars = self.layer_weights()
-        x0, bigram, value_embeds = self.embed_inputs(
-            batch.inputs, self.embed, self.bigram_embed, self.value_embeds, scalars["smear"][0], self.smear_gate
-        )
-        value_embeds = iter(value_embeds.unbind())
+        tokens = batch.inputs
+        x0, injected = self.embed_inputs(
+            Lookup.apply(self.embed, tokens),
+            Lookup.apply(self.bigram_embed, bigram_hash(tokens, len(self.bigram_embed))),
+            self.x0_lambdas.unbind(), scalars["bigram"], scalars["smear"][0], self.smear_gate,
+        )  # fmt: skip
         documents = {False: batch.documents, True: batch.documents.paired()}
         outputs = {}
-        x = x0
+        # The stream between layers is x + mlp_out: the next layer adds them in passing.
+        x, mlp_out = x0, torch.zeros_like(x0)
         for i, (layer, w) in enumerate(zip(LAYERS, weights, strict=True)):
             skip = None if layer.skip_from is None else outputs[layer.skip_from]
             if layer.window:
-                value_embed = next(value_embeds) if layer.value_embed else None
-                x, head_gate, q, k, v = self.attention_inputs(
-                    x, x0, bigram, skip, value_embed, w, self.yarn.cos, self.yarn.sin,
+                x, qkv, head_gate, value_gate = self.attention_inputs(x, mlp_out, injected[i], w)
+                rows = tokens + VALUE_LAYERS.index(i) * len(self.embed) if layer.value_embed else None
+                q, k, v = split_heads(
+                    qkv, value_gate, self.value_embeds, rows, self.yarn.cos, self.yarn.sin,
                     self.num_heads, layer.paired, layer.key_offset,
                 )  # fmt: skip
-                attended = attend(q, k, v, documents[layer.paired], windows[layer.window], self.yarn.scale)
-                attended = attended.reshape(len(x), self.num_heads, -1)
-                x = self.attention_output_and_mlp(x, attended, head_gate, w)
+                gate = head_gate.view(q.shape[:2])
+                y = attend(q, k, v, gate, documents[layer.paired], windows[layer.window], self.yarn.scale)
+                x, mlp_out = self.attention_output_and_mlp(x, y.view(x.shape), w)
             else:
-                x = self.mlp_only(x, x0, bigram, skip, w)
+                x, mlp_out = self.mlp_only(x, mlp_out, x0, injected[i], skip, w)
             if i in KEPT_OUTPUTS:
-                outputs[i] = x
+                outputs[i] = x + mlp_out
         chunk = head_chunk or len(x)
         losses = [
             self.head_losses(*rows, scalars["backout"][0], self.head, targets, target_weights, fp8_grad_scale)
             for *rows, targets in zip(
-                x.split(chunk), outputs[BACKOUT_LAYER].split(chunk), batch.targets.split(chunk), strict=True
+                *(t.split(chunk) for t in (x, mlp_out, outputs[BACKOUT_LAYER], batch.targets)), strict=True
             )
         ]
         return losses[0] if len(losses) == 1 else torch.cat(losses)
@@ -1290,7 +1732,7 @@ class Sharded(Replicated):
 
     def reduce(self, grad: Tensor) -> None:
         self.grad = torch.empty_like(self.slice)
-        self.work = reduce_scatter(self.grad, grad, self.op, async_op=True)
+        self.work = reduce_scatter(self.grad, grad.to(self.grad.dtype), self.op, async_op=True)
 
     def gather(self) -> None:
         self.work = all_gather(self.p, self.slice.clone(), async_op=True)
@@ -1313,7 +1755,8 @@ class Slot:
 
     def __init__(self, row: Row, p: nn.Parameter, hp: Hyperparameters, world: World, compiled: Callable):
         self.row, self.p = row, p
-        p.grad = torch.zeros_like(p)  # for good: captured graphs add to it where it stands
+        # For good: captured graphs add to it where it stands.
+        p.grad = table_gradient(p).zero_() if row.name in TABLES else torch.zeros_like(p)
         bank = row.algorithm == "normuon"
         self.shape = (-1, *p.shape[-2:]) if bank else p.shape  # banks as one stack of matrices
         policy = Alone if world.size == 1 else Sharded if row.sharded else Replicated
@@ -1365,9 +1808,8 @@ class Optimizer:
                 gradients[name] = slot.communication.reduced()
                 slot.algorithm.update(gradients[name], lr_factor, momentum)
                 slot.communication.gather()
-        # NaN or infinite where a gradient is, read steps later: a kernel for all, as they are of one type, and a copy.
-        dtype = self.slots["head"].p.dtype
-        largest = torch.stack(torch._foreach_norm([g.to(dtype) for g in gradients.values()], math.inf))
+        # NaN or infinite where a gradient is; looked at a step later, so that nothing waits for it.
+        largest = torch.stack([torch.linalg.vector_norm(g, math.inf).float() for g in gradients.values()])
         self.largest.append((step, [*gradients], largest.to("cpu", non_blocking=True)))
         for slot in due.values():
             slot.communication.gathered()
@@ -1545,21 +1987,14 @@ class Shard:
 
 
 def make_micro_batch(tokens: np.ndarray, ends: np.ndarray, device: torch.device) -> MicroBatch:
-    """Inputs, targets and documents on the device; tokens (T + 1,), ends cumulative from 0 to T.
-
-    cu_seqlens is padded with T, empty documents, to a length that hardly ever changes.
-    """
-    T = len(tokens) - 1
-    padded = -(-max(T // 300, 1) // 128) * 128
-    while padded < len(ends):
-        padded *= 2
-    cu_seqlens = np.full(padded, T, dtype=np.int32)
-    cu_seqlens[: len(ends)] = ends
-    tensors = [torch.from_numpy(a.astype(np.int32)) for a in (tokens[:-1], tokens[1:], cu_seqlens)]
+    """Inputs, targets and documents on the device; tokens (T + 1,), ends cumulative from 0 to T."""
+    lengths = np.diff(ends)
+    arrays = (tokens[:-1], tokens[1:], np.repeat(ends[:-1], lengths), np.repeat(ends[1:], lengths))
+    tensors = [torch.from_numpy(a.astype(np.int32)) for a in arrays]
     if device.type == "cuda":
         tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    inputs, targets, cu_seqlens = tensors
-    return MicroBatch(inputs, targets, Documents(cu_seqlens, int(np.diff(ends).max())))
+    inputs, targets, starts, ends = tensors
+    return MicroBatch(inputs, targets, Documents(starts, ends))
 
 
 class StepBatch(NamedTuple):
@@ -1633,7 +2068,7 @@ class TrainLoader:
             for size in [*self.sizes[1:], None]:
                 batch = self._wait()
                 self.ahead = self.assembler.submit(self._prepare, size) if size else None
-                for tensor in (t for b in batch.micro_batches for t in (b.inputs, b.targets, b.documents.cu_seqlens)):
+                for tensor in (t for b in batch.micro_batches for t in (b.inputs, b.targets, *b.documents)):
                     if self.stream:  # the memory was taken on the copying stream: keep it until this one is through
                         tensor.record_stream(torch.cuda.current_stream())
                 yield batch
@@ -1757,7 +2192,7 @@ class Log:
             raise UserError(
                 f"{self.path}: cannot write the log ({error.strerror}); give another --run_id= or --log_dir="
             ) from None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not (hp.bench or hp.profile):
             from tqdm import tqdm
 
             self.bar = tqdm(total=hp.total_steps, unit="step", smoothing=0.05, dynamic_ncols=True)
@@ -2205,8 +2640,8 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
             )
         free = torch.cuda.mem_get_info(world.device)[0] / 2**30
         machine = f"{world.size} x {gpu.name}, {free:.0f} of {gpu.total_memory / 2**30:.0f} GiB free"
-        # Measured for the speedrun's model: 7.4 GiB whatever the batch, 28 GiB with 49,152 tokens.
-        needed = 7.4 + 20.7 * largest_step / MICRO_BATCHES / 49_152 * hp.model_dim / 768
+        # Measured for the speedrun's model: 8.3 GiB whatever the batch, 30 GiB with 49,152 tokens.
+        needed = 8.3 + 21.4 * largest_step / MICRO_BATCHES / 49_152 * hp.model_dim / 768
         if free < needed:
             notes = [f"note: about {needed:.0f} GiB are needed, {free:.0f} are free: lower the tokens in STAGES"]
     return [
@@ -2241,6 +2676,239 @@ def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
 
 
 # ======================================================================================================================
+# Bench
+# ======================================================================================================================
+
+UNTIMED_STEPS, PROFILED_STEPS = 2, 2  # at a stage's start, among them the untying; an even and an odd one
+# Category of a kernel by its name, the first that matches; on a CPU, of an operator by the names of those it runs in.
+# What Optimizer.step launches is the optimizer's whatever its name, unless it communicates.
+KERNEL_CATEGORIES = {
+    "communication": r"(?i)nccl|gloo|c10d::",
+    "optimizer": r"symmetric_product",
+    "loss": r"cross_entropy",
+    "attention": r"flash|attention|split_heads",
+    "products": r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|linear_relu2|aten::\w*mm\b",
+    "memory": r"(?i)memcpy|memset|aten::(copy_|zero_|fill_)",
+    "elementwise": r"triton_|elementwise|reduce|add_rows|at::native|aten::",
+}
+
+
+class Kernel(NamedTuple):
+    """One launch of a kernel, or on a CPU one call of an operator without those it calls; in microseconds."""
+
+    name: str
+    category: str
+    start: float
+    duration: float
+
+
+@cache
+def kernel_category(name: str, in_optimizer: bool = False) -> str:
+    """One of KERNEL_CATEGORIES, or "other"."""
+    category = next((c for c, pattern in KERNEL_CATEGORIES.items() if re.search(pattern, name)), "other")
+    return "optimizer" if in_optimizer and category != "communication" else category
+
+
+def kernels_of(profiler: torch.profiler.profile, on_gpu: bool) -> list[Kernel]:
+    """What ran while the profiler did: on the GPU, or the operators on the CPU."""
+    events, kernels = profiler.events(), []
+    spans = [e.time_range for e in events if e.name == "optimizer" and e.device_type == torch.autograd.DeviceType.CPU]
+
+    def path(event) -> str:
+        return f"{path(event.cpu_parent)} {event.name}" if event.cpu_parent else event.name
+
+    for event in events:
+        if event.is_user_annotation or (event.device_type == torch.autograd.DeviceType.CUDA) != on_gpu:
+            continue
+        start = event.time_range.start
+        in_optimizer = any(span.start <= start <= span.end for span in spans)
+        duration = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+        kernels.append(Kernel(event.name, kernel_category(path(event), in_optimizer), start, duration))
+    return kernels
+
+
+def busy_time(kernels: list[Kernel]) -> float:
+    """Microseconds in which at least one kernel ran: where several streams overlap, time counts once."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted((k.start, k.start + k.duration) for k in kernels):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def flops_per_token(model: "GPT") -> tuple[int, int]:
+    """Of the products with weights, in the layers and in the head: 2 a weight forward, 4 backward."""
+    weights = len(ATTENTION_LAYERS) * model.attn_bank[0].numel() + len(LAYERS) * model.mlp_bank[0].numel()
+    return 6 * weights, 6 * model.head.numel()
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, fp8: bool) -> tuple[float, float]:
+    """FLOP/s that this machine reaches in one large product: in the layers' type and in the head's."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
+    products = [lambda: a @ b]
+    if fp8:
+        one = torch.ones((), device=device)
+        a_fp8, b_fp8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
+        products.append(lambda: torch._scaled_mm(a_fp8, b_fp8, one, one, out_dtype=dtype, use_fast_accum=True))
+    seconds = []
+    for product in products:
+        best = float("inf")
+        for _ in range(6):  # the first one warms up
+            synchronize(device)
+            begin = time.perf_counter()
+            for _ in range(5):
+                product()
+            synchronize(device)
+            best = min(best, (time.perf_counter() - begin) / 5)
+        seconds.append(best)
+    return 2 * n**3 / seconds[0], 2 * n**3 / seconds[-1]
+
+
+def typical_ms(times: list[tuple[int, float]]) -> float:
+    """Of (step, ms): the mean of the medians of even and odd steps.
+
+    Adam steps on odd steps only: the median of all would be the slowest of one kind or the fastest of the other.
+    """
+    kinds = [[ms for step, ms in times if step % 2 == odd] for odd in (0, 1)]
+    return float(np.mean([np.median(kind) for kind in kinds if kind]))
+
+
+def aligned(rows: list[list[str]], texts: int = 0) -> str:
+    """Lines of a table: numbers to the right of their columns, the last `texts` columns to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    justify = [str.rjust] * (len(widths) - texts) + [str.ljust] * texts
+    lines = ["  ".join(j(cell, w) for j, cell, w in zip(justify, row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+class Bench:
+    """Times and profiles the first steps of each stage, taken as in the run, after its warm-up. All ranks take part."""
+
+    def __init__(self, trainer: "Trainer", train_paths: list[Path], log: Log):
+        self.trainer, self.train_paths, self.log = trainer, train_paths, log
+        self.hp, self.world, self.schedule = trainer.hp, trainer.world, trainer.schedule
+
+    def steps(self, count: int) -> Iterator[tuple[int, int, int, list[MicroBatch]]]:
+        """Stage, how many of its steps came before, step and micro-batches: `count` steps of each stage that has any.
+
+        In a shorter stage they repeat, and even and odd steps still take turns.
+        """
+        spans = enumerate(zip(self.schedule.starts, self.schedule.ends, strict=True))
+        lengths = [(stage, start, end - start) for stage, (start, end) in spans if start < end]
+        plan = [(k, i, start + i % max(n // 2 * 2, 1)) for k, start, n in lengths for i in range(count)]
+        sizes = [self.schedule.tokens(step) for _, _, step in plan]
+        self.trainer.reset()
+        loader = TrainLoader(self.train_paths, sizes, self.hp, self.world)
+        for (stage, i, step), batch in zip(plan, loader, strict=True):
+            self.trainer.enter_step(step)
+            yield stage, i, step, batch.micro_batches
+
+    def time_stages(self) -> dict[int, list[tuple[int, float]]]:
+        """Per stage (step, milliseconds), the GPU waited for after each step."""
+        times: dict[int, list[tuple[int, float]]] = {}
+        before = time.perf_counter()
+        for stage, i, step, micro_batches in self.steps(self.hp.bench_steps):
+            self.trainer.train_step(step, micro_batches)
+            synchronize(self.world.device)
+            now = time.perf_counter()
+            if i >= UNTIMED_STEPS:
+                times.setdefault(stage, []).append((step, 1000 * (now - before)))
+            before = now
+        return times
+
+    def profile_stages(self) -> dict[int, list[Kernel]]:
+        """Per stage the kernels of PROFILED_STEPS on this rank; with --profile rank 0's trace goes to a file."""
+        device, kernels = self.world.device, {}
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        for stage, i, step, micro_batches in self.steps(UNTIMED_STEPS + PROFILED_STEPS):
+            if i == UNTIMED_STEPS:
+                synchronize(device)
+                profiler = torch.profiler.profile(activities=activities[: 1 + self.world.on_gpu], acc_events=True)
+                profiler.start()
+            self.trainer.add_gradients(step, micro_batches)
+            synchronize(device)  # what runs on the GPU from here on was launched by the optimizer
+            with torch.profiler.record_function("optimizer"):
+                self.trainer.update(step)
+                synchronize(device)
+            if i == UNTIMED_STEPS + PROFILED_STEPS - 1:
+                profiler.stop()
+                kernels[stage] = kernels_of(profiler, self.world.on_gpu)
+                if self.hp.profile and self.world.rank == 0:
+                    profiler.export_chrome_trace(str(self.trace_path(stage)))
+        return kernels
+
+    def trace_path(self, stage: int) -> Path:
+        """Where the stage's trace goes, for chrome://tracing or ui.perfetto.dev."""
+        return self.log.path.with_name(f"{self.hp.run_id}_stage{stage + 1}.json.gz")
+
+    def run(self, start_seconds: float) -> None:
+        """What --bench and --profile ask for. start_seconds: from the start of the program to here."""
+        # Profiling comes after all timing: it can slow down what follows.
+        times = self.time_stages()
+        kernels = self.profile_stages() if self.hp.profile or self.world.on_gpu else {}
+        if self.hp.bench:
+            fp8 = use_fp8(self.hp, self.world)[0]
+            ceilings = measure_ceilings(self.world.device, choose_dtype(self.hp, self.world), fp8)
+            self.write_times(times, kernels, ceilings, start_seconds)
+        if self.hp.profile:
+            for stage in kernels:
+                # A CPU is slowed down by the profiler: there the whole is the operators' time.
+                on_cpu_ms = sum(kernel.duration for kernel in kernels[stage]) / 1000 / PROFILED_STEPS
+                self.write_kernels(stage, kernels[stage], typical_ms(times[stage]) if self.world.on_gpu else on_cpu_ms)
+
+    def write_times(self, times, kernels, ceilings: tuple[float, float], start_seconds: float) -> None:
+        """The table of stages and the whole run's time."""
+        head = "stage steps tokens ms/step min ms/micro-batch min tokens/s TFLOP/s of_ceiling GPU_busy peak_GiB run_s"
+        rows, projected = [[name.replace("_", " ") for name in head.split()]], 0.0
+        micro_batches, size = self.world.grad_accum_steps, self.world.size
+        for stage, stage_times in times.items():
+            ms, least = typical_ms(stage_times), min(ms for _, ms in stage_times)
+            steps, tokens = self.schedule.ends[stage] - self.schedule.starts[stage], self.hp.stages[stage].tokens
+            flops = [tokens / size * per_token for per_token in flops_per_token(self.trainer.model)]  # a rank and step
+            floor_ms = sum(1000 * work / ceiling for work, ceiling in zip(flops, ceilings, strict=True))
+            busy, peak = "n/a", "n/a"
+            if self.world.on_gpu:
+                busy = f"{busy_time(kernels[stage]) / 1000 / PROFILED_STEPS / ms:.1%}"
+                peak = f"{self.trainer.peak_memory[stage] / 2**30:.1f}"
+            seconds = steps * ms / 1000
+            projected += seconds
+            rows.append([
+                f"{stage + 1}", f"{steps}", f"{tokens:,}", f"{ms:.2f}", f"{least:.2f}",
+                f"{ms / micro_batches:.2f}", f"{least / micro_batches:.2f}", f"{1000 * tokens / ms:,.0f}",
+                f"{sum(flops) / ms / 1e9:.3g}", f"{floor_ms / ms:.1%}", busy, peak, f"{seconds:.2f}",
+            ])  # fmt: skip
+        kind, (layers, head) = "GPU" if self.world.on_gpu else "CPU", (ceiling / 1e12 for ceiling in ceilings)
+        self.log.write(
+            f"{aligned(rows)}\nceilings: {layers:.4g} TFLOP/s in the layers' type, {head:.4g} in the head's; "
+            f"from start to first step {start_seconds:.1f} s\n"
+            f"projected: {projected:.2f} s for {self.hp.total_steps} steps on {size} x {kind}, "
+            f"{projected * size:.2f} {kind}-seconds"
+        )
+
+    def write_kernels(self, stage: int, kernels: list[Kernel], step_ms: float) -> None:
+        """The stage's kernels by category, and the 15 largest, with their share of a step."""
+
+        def row(ms: float, count: int | str, *labels: str) -> list[str]:
+            return [f"{ms:.3f}", f"{ms / step_ms:.1%}", str(count), *(label[:90] for label in labels)]
+
+        def table(*columns: str) -> list[list[str]]:
+            groups: dict[tuple[str, ...], list[float]] = {}
+            for kernel in kernels:
+                key = tuple(getattr(kernel, column) for column in columns)
+                groups.setdefault(key, []).append(kernel.duration / 1000 / PROFILED_STEPS)
+            largest = sorted(groups.items(), key=lambda group: -sum(group[1]))[:15]
+            rows = [row(sum(ms), len(ms) // PROFILED_STEPS, *key) for key, ms in largest]
+            return [["ms/step", "share", "count", *columns], *rows]
+
+        categories = table("category")
+        if self.world.on_gpu:
+            categories.append(row(step_ms - busy_time(kernels) / 1000 / PROFILED_STEPS, "", "gaps"))
+        self.log.write(f"stage {stage + 1}, kernels of a step of {step_ms:.2f} ms; trace: {self.trace_path(stage)}")
+        self.log.write(f"{aligned(categories, 1)}\n{aligned(table('category', 'name'), 2)}")
+
+
+# ======================================================================================================================
 # Train
 # ======================================================================================================================
 
@@ -2248,26 +2916,21 @@ def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
 class MicroBatchGraph:
     """Forward and backward of one micro-batch as a CUDA graph: captured once, launched as one.
 
-    Launching its 700 kernels one by one takes longer than they run (55 ms to 31 in stage 1 on H100). Windows and
+    Launching its 600 kernels one by one takes longer than they run (55 ms to 31 in stage 1 on H100). Windows and
     softmax scale are part of the capture, hence a graph a stage; gradients are added to the parameters' .grad.
     """
 
     def __init__(self, run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor, pool):
-        self.inputs = [t.clone() for t in (batch.inputs, batch.targets, batch.documents.cu_seqlens, target_weights)]
-        inputs, targets, cu_seqlens, target_weights = self.inputs
-        static = MicroBatch(inputs, targets, Documents(cu_seqlens, batch.documents.max_len))
+        self.inputs = [t.clone() for t in (batch.inputs, batch.targets, *batch.documents, target_weights)]
+        inputs, targets, starts, ends, target_weights = self.inputs
         self.graph = torch.cuda.CUDAGraph()
         # The loader's threads go on using the GPU meanwhile: only this thread's calls belong to the capture.
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            run(static, target_weights)
-
-    def fits(self, batch: MicroBatch) -> bool:
-        """False for a batch of so many documents that its cu_seqlens is longer than usual."""
-        return batch.documents.cu_seqlens.shape == self.inputs[2].shape
+            run(MicroBatch(inputs, targets, Documents(starts, ends)), target_weights)
 
     def replay(self, batch: MicroBatch, target_weights: Tensor) -> None:
         """Runs it on another micro-batch of the same shape."""
-        new = (batch.inputs, batch.targets, batch.documents.cu_seqlens, target_weights)
+        new = (batch.inputs, batch.targets, *batch.documents, target_weights)
         for static, tensor in zip(self.inputs, new, strict=True):
             static.copy_(tensor)
         self.graph.replay()
@@ -2295,6 +2958,7 @@ class Trainer:
         self.stage_index = 0
         self.graphs: dict[int, MicroBatchGraph] = {}  # by stage
         self.use_graphs = world.on_gpu and hp.cuda_graphs == "auto"
+        self.peak_memory: dict[int, int] = {}  # bytes by stage, on a GPU
 
     def enter_step(self, step: int) -> None:
         """Follows the schedule to the stage of `step`; at a stage's first step the rotary frequencies follow."""
@@ -2316,18 +2980,24 @@ class Trainer:
 
     def train_step(self, step: int, micro_batches: list[MicroBatch]) -> None:
         """One step: forward and backward on each micro-batch, then the optimizer."""
+        self.add_gradients(step, micro_batches)
+        self.update(step)
+
+    def add_gradients(self, step: int, micro_batches: list[MicroBatch]) -> None:
+        """Forward and backward on each micro-batch."""
         target_weights, graph = self.target_weights_of(step), self.graphs.get(self.stage_index)
         for batch in micro_batches:
-            if graph and graph.fits(batch):
+            if graph:
                 graph.replay(batch, target_weights)
             else:
                 self.micro_step(step, batch, target_weights)
+
+    def update(self, step: int) -> None:
+        """The optimizer's part of a step."""
         self.optimizer.step(step, self.schedule.lr(step), self.schedule.momentum(step))
 
     def capture(self, step: int, batch: MicroBatch) -> None:
         """Captures the graph of the stage of `step` from a micro-batch of its shape, after that shape has run once."""
-        longest = min(self.hp.train_max_seq_len, len(batch.inputs))
-        batch = batch._replace(documents=batch.documents._replace(max_len=longest))
         pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None  # stages never overlap
         self.graphs[self.stage_index] = MicroBatchGraph(
             partial(self.micro_step, step), batch, self.target_weights_of(step), pool
@@ -2356,6 +3026,8 @@ class Trainer:
                 self.micro_step(step, batch.micro_batches[0], self.target_weights_of(step))  # compiles
                 self.capture(step, batch.micro_batches[0])
             self.train_step(step, batch.micro_batches)
+            if self.world.on_gpu:  # a replayed graph allocates nothing: this is where a stage's memory can be seen
+                self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
         untie = schedule.untie_step
         for step in (0, 1, untie, untie + 2):  # Adam steps on odd steps only, on the embedding after the untying
             self.optimizer.step(step, schedule.lr(0), schedule.momentum(0))
@@ -2363,11 +3035,15 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(saved[name])
+        self.reset()
+        if self.world.on_gpu:
+            torch.cuda.empty_cache()  # what ran before the graphs were captured is not needed again
+
+    def reset(self) -> None:
+        """Back to the first step; the parameters stay."""
         self.optimizer.reset()
         self.model.yarn.reset()
         self.stage_index = 0
-        if self.world.on_gpu:
-            torch.cuda.empty_cache()  # what ran before the graphs were captured is not needed again
 
     def run(
         self,
@@ -2510,12 +3186,17 @@ class Clock:
         return f"train_time:{total:.0f}ms step_avg:{total / max(step, 1):.2f}ms"
 
     def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done all that was issued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def main(arguments: list[str]) -> None:
-    """A whole run."""
+    """A whole run; or, for --bench and --profile, a look at its steps."""
     if {"-h", "--help"} & {*arguments}:
         print(help_text())
         return
@@ -2541,15 +3222,18 @@ def main(arguments: list[str]) -> None:
         train_paths = find_files(hp.train_files)
         trainer.warm_up(train_paths, val_batches)
         log.write(f"warm-up: {time.perf_counter() - begin:.1f} s from the start of main")
-        progress = trainer.restore(checkpoint) if checkpoint else None
-        val_losses = trainer.run(log, train_paths, val_batches, progress, watch)
-        if hp.save_checkpoint:
-            trainer.save_checkpoint(log, train_paths)
-        if world.on_gpu:
-            allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-            log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-        learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
-        log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
+        if hp.bench or hp.profile:
+            Bench(trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)
+        else:
+            progress = trainer.restore(checkpoint) if checkpoint else None
+            val_losses = trainer.run(log, train_paths, val_batches, progress, watch)
+            if hp.save_checkpoint:
+                trainer.save_checkpoint(log, train_paths)
+            if world.on_gpu:
+                allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+                log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+            learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
+            log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
         watch.close()
         world.stop()
         log.close()

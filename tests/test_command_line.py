@@ -102,7 +102,7 @@ def test_a_bad_value_is_refused_with_what_was_expected(argument, expected):
     assert refused(argument) == f"{argument}: expected {expected}"
 
 
-@pytest.mark.parametrize("argument", ["--seed", "seed=3", "-seed=3", "--save_checkpoint", "3", "--help"])
+@pytest.mark.parametrize("argument", ["--seed", "seed=3", "-seed=3", "save_checkpoint", "3", "--help"])
 def test_an_argument_of_another_form_is_refused_with_the_form(argument):
     message = refused(argument)
     assert repr(argument) in message and "--name=value" in message
@@ -154,6 +154,7 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
         (["--num_extension_iterations=-1"], ["--num_extension_iterations=-1", "negative"]),
         (["--val_loss_every=-5"], ["--val_loss_every=-5", "negative"]),
         (["--train_max_seq_len=0"], ["--train_max_seq_len=0", "positive"]),
+        (["--bench_steps=1"], ["--bench_steps=1", "at least 4"]),
         (["--cooldown_frac=0"], ["--cooldown_frac=0", "(0, 1]"]),
         (["--cooldown_frac=1.5"], ["--cooldown_frac=1.5", "(0, 1]"]),
         (["--cooldown_frac=nan"], ["--cooldown_frac=nan", "expected a number"]),
@@ -161,8 +162,8 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
         (["--val_tokens=12", "--val_batch_size=12"], ["--val_batch_size", "multiple of 8"]),
         (["--val_batch_size=0"], ["--val_batch_size=0", "positive"]),
         (["--num_heads=3"], ["--num_heads=3", "even"]),
-        (["--head_dim=12"], ["--head_dim=12", "multiple of 8"]),
-        (["--head_dim=0"], ["--head_dim=0", "multiple of 8"]),
+        (["--head_dim=12"], ["--head_dim=12", "power of two"]),
+        (["--head_dim=0"], ["--head_dim=0", "power of two"]),
         (["--bigram_vocab_size=1001"], ["bigram_vocab_size=1001", "multiple of 8"]),
         (["--bigram_vocab_size=0"], ["--bigram_vocab_size", "at least 8"]),
         (["--vocab_size=50000"], ["--vocab_size", "50257"]),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import relative_error
 
 import train_gpt
-from train_gpt import MLP, Documents, HeadLoss
+from train_gpt import MLP, Attention, Documents, HeadLoss, SplitHeads, Yarn
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -234,8 +234,9 @@ def test_mlp_has_the_value_and_gradients_of_the_plain_formula(device, dtype, tol
 # ---------------------------------------------------------------------------- cross-entropy
 
 WEIGHTS = {1: (1.0,), 2: (1.0, 0.5), 3: (1.0, 0.5, 0.25)}
-# rows: above, at and below the number of targets; columns: some blocks and a part, less than a block, whole blocks
-CROSS_ENTROPY_SHAPES = [(6, 5003), (6, 300), (3, 4096), (2, 300), (1, 300)]
+# rows: more than a tile of the backward kernel (64); above, at and below the number of targets; columns: some blocks
+# and a part, less than a block, whole blocks
+CROSS_ENTROPY_SHAPES = [(70, 300), (6, 5003), (3, 4096), (2, 300), (1, 300)]
 cross_entropy_cases = pytest.mark.parametrize("T, V", CROSS_ENTROPY_SHAPES)
 numbers_of_targets = pytest.mark.parametrize("n", WEIGHTS)
 
@@ -288,9 +289,10 @@ def test_cross_entropy_kernel_is_the_softcapped_multi_token_loss(T, V, n, device
     assert relative_error(lse, ref_lse) < LOSS_TOLERANCE
 
 
-# e5m2 on a GPU only: there the head's FP8 products read it
+# In e5m2, which the head's FP8 products read, the transpose is written as well.
 BACKWARD_ON = [
     *ON,
+    pytest.param("cpu", torch.float8_e5m2, marks=interpreted, id="cpu-float8_e5m2"),
     pytest.param("cuda", torch.float8_e5m2, marks=[pytest.mark.gpu, needs_fp8_gpu], id="cuda-float8_e5m2"),
 ]
 
@@ -299,7 +301,7 @@ BACKWARD_ON = [
 @numbers_of_targets
 @cross_entropy_cases
 def test_cross_entropy_backward_kernel_is_the_gradient_over_scale(T, V, n, device, dtype):
-    logits_dtype = torch.bfloat16 if dtype == torch.float8_e5m2 else dtype
+    logits_dtype = dtype if dtype != torch.float8_e5m2 else torch.bfloat16 if device == "cuda" else torch.float32
     logits, targets, weights, grad = cross_entropy_inputs(T, V, n, device, logits_dtype)
     lse = (23 * torch.sigmoid((logits.double() + 5) / 7.5)).logsumexp(-1).float()
     ref = plain_cross_entropy_gradient(logits, targets, weights, grad)
@@ -307,9 +309,13 @@ def test_cross_entropy_backward_kernel_is_the_gradient_over_scale(T, V, n, devic
     # normal number, and none above the largest
     scale = {torch.float16: 1e-4, torch.float8_e5m2: 5e-5}.get(dtype, 0.25)
     with poisoned_memory():
-        out = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, grad, scale, dtype)
+        out, out_t = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, grad, scale, dtype)
     assert out.dtype == dtype
+    if dtype == torch.float8_e5m2:
+        assert torch.equal(out_t.view(torch.uint8), out.view(torch.uint8).T)
     tolerance = 2e-5 if dtype == torch.float32 else KERNEL_TOLERANCE[dtype]  # p - 1 cancels where p is near 1
+    if device == "cpu" and dtype == torch.float8_e5m2:
+        tolerance = 0.18  # Triton's interpreter cuts mantissas off instead of rounding; measured 0.153
     assert_gradient(out, ref / scale, targets, n, tolerance)
 
 
@@ -320,7 +326,7 @@ def test_cross_entropy_kernels_stay_finite_at_extreme_logits(device, dtype):
     losses, lse = train_gpt.cross_entropy_triton(logits, targets, weights)
     assert relative_error(losses, plain_loss(logits.double(), targets, [1.0])) < LOSS_TOLERANCE
     grad = torch.ones(2, device=device)
-    out = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, grad, 1.0, torch.float32)
+    out, _ = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, grad, 1.0, torch.float32)
     assert out.isfinite().all()
 
 
@@ -479,51 +485,138 @@ def plain_attention(q, k, v, ends, window, scale):
 
 
 def documents_of(ends, device="cpu"):
-    lengths = [b - a for a, b in pairwise(ends)]
-    return Documents(torch.tensor(ends, dtype=torch.int32, device=device), max(lengths))
+    lengths = torch.tensor([b - a for a, b in pairwise(ends)])
+    limits = (torch.tensor(t, dtype=torch.int32).repeat_interleave(lengths) for t in (ends[:-1], ends[1:]))
+    return Documents(*(t.to(device) for t in limits))
 
 
-# one document shorter than the window, one far longer, one of a single token, and empty ones as padding
-ENDS = [0, 4, 5, 30, 37, 37, 37]
+# one document shorter than the window, one far longer, one of a single token
+ENDS = [0, 4, 5, 30, 37]
+
+
+def plain_gated_attention(q, k, v, gate, ends, window, scale):
+    return plain_attention(q, k, v, ends, window, scale) * gate[:, :, None]
 
 
 @pytest.mark.parametrize("window", [0, 6, 100])
 def test_attention_sees_the_window_before_each_token_inside_its_document(window):
     q, k, v = (torch.randn(ENDS[-1], 2, 8).double() for _ in range(3))
-    out = train_gpt.attend(q, k, v, documents_of(ENDS), window, 0.3)
-    assert relative_error(out, plain_attention(q, k, v, ENDS, window, 0.3)) < EXACT_TOLERANCE
+    gate = torch.rand(ENDS[-1], 2).double()
+    out = train_gpt.attend(q, k, v, gate, documents_of(ENDS), window, 0.3)
+    assert relative_error(out, plain_gated_attention(q, k, v, gate, ENDS, window, 0.3)) < EXACT_TOLERANCE
 
 
 def test_paired_documents_are_twice_as_long():
     q, k, v = (torch.randn(2 * ENDS[-1], 2, 8).double() for _ in range(3))
+    gate = torch.rand(2 * ENDS[-1], 2).double()
     paired = documents_of(ENDS).paired()
-    assert paired.max_len == 50 and paired.cu_seqlens.dtype == torch.int32
-    out = train_gpt.attend(q, k, v, paired, 6, 0.3)
-    assert relative_error(out, plain_attention(q, k, v, [2 * e for e in ENDS], 6, 0.3)) < EXACT_TOLERANCE
+    assert paired.starts.tolist() == documents_of([2 * e for e in ENDS]).starts.tolist()
+    assert paired.ends.dtype == torch.int32
+    out = train_gpt.attend(q, k, v, gate, paired, 6, 0.3)
+    expected = plain_gated_attention(q, k, v, gate, [2 * e for e in ENDS], 6, 0.3)
+    assert relative_error(out, expected) < EXACT_TOLERANCE
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize("window", [128, 384])
-def test_attention_on_the_gpu_equals_the_reference(window, paired):
-    # a document longer than either window, a single token, one shorter than the windows, padding
-    ends = [0, 700, 701, 900, 1024, 1024, 1024]
-    documents = documents_of(ends, "cuda")
-    documents = documents.paired() if paired else documents
-    T, H, D = ends[-1] * (2 if paired else 1), 3, 128
-    qkv = torch.randn(T, 3, H, D)
-    qkv[:, :2] = F.rms_norm(qkv[:, :2], (D,))  # queries and keys of norm sqrt(D), as the model's
-    qkv = qkv.to("cuda", torch.bfloat16)
-    grad_out = normal(T, H, D, device="cuda", dtype=torch.bfloat16)
+# Documents shorter and longer than windows and blocks (of 32, 64 and 128), of a single token, ending at a block's end
+ATTENTION_ENDS = [0, 50, 53, 144, 192, 193, 256, 437]
+# Interpreted, sums of a few hundred products; in half precisions probabilities and results are rounded, and differences
+# of probabilities cancel where a window holds two tokens. Measured: 5e-7, 5e-4, 5.3e-3 (2.6e-3 in wider windows).
+ATTENTION_TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
-    def attention(function):
-        return lambda qkv: function(*qkv.unbind(1), documents, window, 0.1)  # strided views, as the model's q and k
 
-    outs = with_gradients(attention(train_gpt.attend), [qkv], grad_out)
-    refs = with_gradients(attention(train_gpt.attend_reference), [qkv.float()], grad_out.float())
-    assert relative_error(outs[0], refs[0]) < BF16_CHAIN_TOLERANCE
-    for i, name in enumerate("qkv"):
-        assert relative_error(outs[1][:, i], refs[1][:, i]) < BF16_CHAIN_TOLERANCE, name
+@on_each_device
+@pytest.mark.parametrize("window", [1, 31, 64, 127, 1000])
+def test_attention_kernels_are_the_gated_reference_and_its_gradients(window, device, dtype):
+    N, H, D = ATTENTION_ENDS[-1], 2, 128 if device == "cuda" else 16
+    inputs = [F.rms_norm(torch.randn(N, H, D), (D,)) for _ in range(2)] + [torch.randn(N, H, D), torch.rand(N, H)]
+    inputs = [t.to(device, dtype) for t in inputs]
+    grad_out = normal(N, H, D, device=device, dtype=dtype)
+    documents = documents_of(ATTENTION_ENDS, device)
+
+    def kernels(*inputs):
+        return Attention.apply(*inputs, *documents, window, 0.2)
+
+    def reference(*inputs):
+        return train_gpt.attend_reference(*inputs, documents, window, 0.2)
+
+    with poisoned_memory():
+        outs = with_gradients(kernels, inputs, grad_out)
+    refs = with_gradients(reference, [t.double() for t in inputs], grad_out.double())
+    for name, out, ref in zip(("y", "q", "k", "v", "gate"), outs, refs, strict=True):
+        assert relative_error(out, ref) < ATTENTION_TOLERANCE[dtype], name
+
+
+@on_each_device
+def test_attention_kernels_take_a_gate_of_zero(device, dtype):
+    N, D = 40, 128 if device == "cuda" else 16
+    q, k, v, grad_out = (normal(N, 1, D, device=device, dtype=dtype) for _ in range(4))
+    gate = torch.zeros(N, 1, device=device, dtype=dtype)
+    outs = with_gradients(
+        lambda *inputs: Attention.apply(*inputs, *documents_of([0, N], device), 10, 0.2), [q, k, v, gate], grad_out
+    )
+    assert all(out.isfinite().all() for out in outs)
+    assert outs[0].double().abs().max() < 1e-20
+
+
+# ---------------------------------------------------------------------------- q, k, v from projections
+
+
+def split_heads_inputs(device, dtype, with_values, D):
+    T, H = 37, 4
+    yarn = Yarn(D, 2 * T, torch.device(device))
+    yarn.grow(10, 300)  # frequencies that turn visibly
+    table, rows = normal(11, H * D, device=device, dtype=dtype), integers(11, T, device=device)
+    gate = torch.rand(T, H).to(device, dtype) if with_values else None
+    return normal(T, 3 * H * D, device=device, dtype=dtype), gate, table, rows, yarn.cos, yarn.sin, H
+
+
+def split_heads_and_gradients(function, qkv, gate, table, rows, *rest):
+    """q, k, v, and the gradients of qkv, and of gate and table where there are any."""
+    inputs = [t.detach().clone().requires_grad_() for t in (qkv, gate) if t is not None]
+    table = torch.nn.Parameter(table.clone())
+    outs = function(inputs[0], inputs[1] if gate is not None else None, table, rows, *rest)
+    torch.manual_seed(7)
+    torch.autograd.backward(outs, [torch.randn(out.shape).to(out) for out in outs])
+    gradients = [t.grad for t in inputs] + ([table.grad] if gate is not None else [])
+    return [*(out.detach() for out in outs), *gradients]
+
+
+# Each result is rounded once; the reference is float64.
+@on_each_device
+@pytest.mark.parametrize("paired, key_offset", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("with_values", [False, True])
+def test_split_heads_kernels_are_the_reference_and_its_gradients(with_values, paired, key_offset, device, dtype):
+    inputs = split_heads_inputs(device, dtype, with_values, D=128 if device == "cuda" else 16)
+    with poisoned_memory():
+        outs = split_heads_and_gradients(SplitHeads.apply, *inputs, paired, key_offset)
+    wide = [t.double() if t is not None and t.is_floating_point() and t.ndim == 2 else t for t in inputs[:4]]
+    refs = split_heads_and_gradients(train_gpt.split_heads_reference, *wide, *inputs[4:], paired, key_offset)
+    names = ("q", "k", "v", "qkv", "gate", "table")
+    for name, out, ref in zip(names, outs, refs, strict=False):
+        assert relative_error(out, ref) < KERNEL_TOLERANCE[dtype], name
+    assert len(outs) == len(refs) == (6 if with_values else 4)
+
+
+@on_each_device
+def test_lookup_adds_its_gradient_to_the_tables_row_by_row(device, dtype):
+    table = torch.nn.Parameter(normal(7, 24, device=device, dtype=dtype))
+    rows, grad = integers(7, 50, device=device), normal(50, 24, device=device, dtype=dtype)
+    out = train_gpt.Lookup.apply(table, rows)
+    assert torch.equal(out, table[rows.long()])
+    expected = torch.zeros(7, 24, dtype=torch.float64, device=device).index_add_(0, rows, grad.double())
+    for times in (1, 2):
+        out.backward(grad, retain_graph=True)
+        assert table.grad.dtype == torch.float32
+        assert relative_error(table.grad, times * expected) < KERNEL_TOLERANCE[torch.float32]
+
+
+@interpreted  # on a GPU it is Lookup's test that runs it
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_add_rows_kernel_adds_rows_that_occur_several_times(dtype):
+    table, rows, grad = torch.randn(5, 24), integers(5, 30), normal(30, 24, dtype=dtype)
+    expected = table.double().index_add_(0, rows, grad.double())
+    train_gpt.add_rows_kernel[(30,)](grad, rows, table, 24, BLOCK=32)
+    assert relative_error(table, expected) < KERNEL_TOLERANCE[torch.float32]
 
 
 # ---------------------------------------------------------------------------- the whole model on a GPU
@@ -555,7 +648,7 @@ def small_models():
 
 
 def small_batch(device):
-    ends = [0, 100, 101, 512, 512]
+    ends = [0, 100, 101, 512]
     tokens = integers(1000, ends[-1] + 1).to(device)
     return train_gpt.MicroBatch(tokens[:-1], tokens[1:], documents_of(ends, device))
 
@@ -575,9 +668,11 @@ def losses_and_gradients(model, device, fp8_grad_scale=None):
     weights = torch.tensor([1.0, 0.5], device=device)
     losses = model(small_batch(device), {"short": 32, "long": 96}, weights, fp8_grad_scale)
     parameters = {name: getattr(model, name) for name in COMPARED}
-    gradients = torch.autograd.grad(losses.sum() * (fp8_grad_scale or 1), list(parameters.values()))
-    gradients = [g.float() / (fp8_grad_scale or 1) for g in gradients]
-    return losses - losses.mean(), dict(zip(parameters, gradients, strict=True))
+    for p in model.parameters():
+        p.grad = None
+    (losses.sum() * (fp8_grad_scale or 1)).backward()
+    gradients = {name: p.grad.float() / (fp8_grad_scale or 1) for name, p in parameters.items()}
+    return (losses - losses.mean()).detach(), gradients
 
 
 @pytest.mark.gpu

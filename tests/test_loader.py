@@ -4,7 +4,7 @@ import random
 import tempfile
 import threading
 import time
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +84,19 @@ def load_all_ranks(paths, sizes, size, max_seq_len=64):
     return steps
 
 
+def ends_of(batch):
+    """Where documents end, 0 first, from what each position says of its own."""
+    starts, ends = (t.tolist() for t in batch.documents)
+    assert len(starts) == len(ends) == len(batch.inputs)
+    assert {t.dtype for t in batch.documents} == {torch.int32}
+    found = [0]
+    while found[-1] < len(ends):
+        start, end = found[-1], ends[found[-1]]
+        assert starts[start:end] == [start] * (end - start) and ends[start:end] == [end] * (end - start)
+        found.append(end)
+    return found
+
+
 def assert_dealt(step, expected):
     (epoch, batches), (expected_epoch, deal) = step, expected
     assert epoch == expected_epoch
@@ -92,10 +105,7 @@ def assert_dealt(step, expected):
         T = len(tokens) - 1
         assert batch.inputs.tolist() == tokens[:-1]
         assert batch.targets.tolist() == tokens[1:]
-        cu_seqlens = batch.documents.cu_seqlens.tolist()
-        assert cu_seqlens[: len(ends)] == ends
-        assert set(cu_seqlens[len(ends) :]) <= {T}
-        assert batch.documents.max_len == max(b - a for a, b in pairwise(ends))
+        assert ends_of(batch) == list(dict.fromkeys(ends)) and ends[-1] == T  # the last one may be empty
 
 
 def write_texts(folder, texts):
@@ -145,7 +155,7 @@ def test_documents_are_cut_to_the_maximum_length(tmp_path):
     (path,) = write_texts(tmp_path, [text_of([100] * 60)])
     (batch,) = load([path], [70], max_seq_len=30)
     first, text = batch.micro_batches[0], text_of([100] * 3)
-    assert first.documents.cu_seqlens.tolist()[:5] == [0, 30, 60, 70, 70]
+    assert ends_of(first) == [0, 30, 60, 70]
     assert first.inputs.tolist() == text[:30] + text[100:130] + text[200:210]
 
 
@@ -268,8 +278,7 @@ def test_one_document_can_fill_a_micro_batch_where_the_cut_allows_it(tmp_path):
     (path,) = write_texts(tmp_path, [text_of([5000] * 8)])
     (batch,) = load([path], [4000], max_seq_len=5000)
     for b in batch.micro_batches:
-        assert b.documents.cu_seqlens.tolist() == [0] + [4000] * 127
-        assert b.documents.max_len == 4000
+        assert ends_of(b) == [0, 4000]
 
 
 def test_a_micro_batch_can_hold_thousands_of_documents_of_one_token(tmp_path):
@@ -277,13 +286,10 @@ def test_a_micro_batch_can_hold_thousands_of_documents_of_one_token(tmp_path):
     (path,) = write_texts(tmp_path, [[BOS] * (8 * (T + 1))])
     (batch,) = load([path], [T])
     for b in batch.micro_batches:
-        cu_seqlens = b.documents.cu_seqlens.tolist()
-        assert cu_seqlens[: T + 1] == list(range(T + 1))
-        assert set(cu_seqlens[T + 1 :]) == {T}
-        assert b.documents.max_len == 1
+        assert ends_of(b) == list(range(T + 1))
 
 
-# --------------------------------------------------------------------------------------------------------- cu_seqlens
+# ----------------------------------------------------------------------------------------------------------- documents
 
 
 def micro_batch_of(lengths):
@@ -293,30 +299,12 @@ def micro_batch_of(lengths):
 
 @pytest.mark.parametrize("T", [1, 300, 16_384, 49_152, 262_144])
 @pytest.mark.parametrize("longest", [1, 3, 700, 5000])
-def test_cu_seqlens_counts_from_0_to_the_end_and_is_padded_with_it(T, longest):
+def test_each_position_knows_where_its_document_begins_and_ends(T, longest):
     generator, lengths, left = random.Random(T * longest), [], T
     while left:
         lengths.append(min(generator.randint(1, longest), left))
         left -= lengths[-1]
-    batch = micro_batch_of(lengths)
-    cu_seqlens = batch.documents.cu_seqlens
-    assert cu_seqlens.dtype == torch.int32
-    assert cu_seqlens[0] == 0 and cu_seqlens[-1] == T
-    assert (cu_seqlens.diff() >= 0).all()
-    assert len(cu_seqlens) % 128 == 0
-    assert cu_seqlens[1 : len(lengths) + 1].tolist() == list(accumulate(lengths))
-    assert (cu_seqlens[len(lengths) :] == T).all()
-    assert batch.documents.max_len == max(lengths)
-
-
-def test_the_length_of_cu_seqlens_is_the_same_for_all_usual_texts_and_grows_for_others():
-    def padded(T, documents):
-        return len(micro_batch_of([T // documents] * documents).documents.cu_seqlens)
-
-    assert {padded(16_384, n) for n in (1, 2, 16, 64)} == {128}
-    assert {padded(49_152, n) for n in (1, 2, 32, 128)} == {256}
-    assert padded(16_384, 128) == 256  # 129 numbers
-    assert padded(16_384, 16_384) >= 16_385
+    assert ends_of(micro_batch_of(lengths)) == [0, *accumulate(lengths)]
 
 
 # ------------------------------------------------------------------------------------------ shards ahead and over again
@@ -514,8 +502,7 @@ def test_the_documents_of_a_validation_chunk_are_found_from_their_first_token(va
     for number, batch in enumerate(validation_batches(paths, hp, World())):
         chunk = tokens[16 * number : 16 * number + 16]
         ends = [0, *(i for i in range(1, 16) if chunk[i] == BOS), 16]
-        assert batch.documents.cu_seqlens.tolist() == ends + [16] * (128 - len(ends))
-        assert batch.documents.max_len == max(b - a for a, b in pairwise(ends))
+        assert ends_of(batch) == ends
 
 
 def test_validation_files_that_end_too_early_are_an_error(validation):

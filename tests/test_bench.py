@@ -1,0 +1,265 @@
+"""--bench and --profile: what they count, and what they print about the first steps of a small run."""
+
+import gzip
+import json
+from itertools import pairwise, takewhile
+from types import SimpleNamespace
+
+import pytest
+import small_run
+import torch
+
+import train_gpt
+from train_gpt import (
+    GPT,
+    STAGES,
+    Bench,
+    Hyperparameters,
+    Kernel,
+    Log,
+    Schedule,
+    Trainer,
+    World,
+    busy_time,
+    find_files,
+    flops_per_token,
+    kernel_category,
+    kernels_of,
+    parse_arguments,
+    typical_ms,
+)
+
+# ----------------------------------------------------------------------------------------------------------- counting
+
+
+@pytest.fixture(scope="module")
+def speedrun():
+    """What Bench takes from a trainer of the speedrun on two GPUs; no memory for the parameters."""
+    hp, _ = parse_arguments(["--preset=speedrun", "--bench"], has_gpu=True)
+    model = GPT(hp, torch.device("meta"), torch.bfloat16)
+    world = World(size=2, device=torch.device("cuda", 0))
+    peak_memory = dict.fromkeys(range(4), 3 << 29)
+    return SimpleNamespace(hp=hp, model=model, world=world, schedule=Schedule(hp), peak_memory=peak_memory)
+
+
+def test_the_speedruns_products_take_453_mflop_a_token_in_the_layers_and_232_in_the_head(speedrun):
+    layers, head = flops_per_token(speedrun.model)
+    assert (round(layers / 1e6), round(head / 1e6)) == (453, 232)
+
+
+@pytest.mark.parametrize(
+    "category, name",
+    [  # as the profiler names them on an H100
+        ("communication", "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)"),
+        ("optimizer", "symmetric_product_kernel"),
+        ("loss", "cross_entropy_kernel"),
+        ("loss", "cross_entropy_backward_kernel"),
+        ("attention", "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, cutlass::bfloat16_t"),
+        ("attention", "void pytorch_flash::flash_bwd_dot_do_o_kernel<true, Flash_bwd_kernel_traits<128, 64, 128, 8"),
+        ("products", "nvjet_sm90_tst_128x160_64x5_2x4_h_bz_NTT"),
+        ("products", "nvjet_sm90_qqtst_192x192_128x4_1x2_h_bz_coopB_TNN"),
+        ("products", "linear_relu2_kernel"),
+        ("products", "void cutlass::Kernel2<cutlass_80_tensorop_s16816gemm_bf16_64x64_32x6_nt_align2>("),
+        ("products", "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float, __nv_bfloat16"),
+        ("products", "std::enable_if<true, void>::type internal::gemvx::kernel<int, int, __nv_bfloat16"),
+        ("memory", "Memcpy DtoD (Device -> Device)"),
+        ("memory", "Memset (Unknown)"),
+        ("memory", "memcpy128"),
+        ("elementwise", "triton_poi_fused__fused_rms_norm__scaled_mm__to_copy_clone_div_mul_permute_sub_2"),
+        ("elementwise", "triton_red_fused__fused_rms_norm__fused_rms_norm_backward_add_mul_slice_backward_sum_3"),
+        ("elementwise", "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>"),
+        ("elementwise", "void at::native::(anonymous namespace)::CatArrayBatchedCopy_vectorized<"),
+        ("elementwise", "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<c10::BFloat16"),
+        ("other", "something_new"),
+        # on a CPU, with what they run in
+        ("products", "aten::matmul aten::mm"),
+        ("products", "aten::baddbmm"),
+        ("products", "speedrun::linear_relu2 aten::pow"),
+        ("loss", "HeadLossBackward speedrun::cross_entropy_backward aten::exp_"),
+        ("memory", "aten::clone aten::copy_"),
+    ],
+)
+def test_a_kernel_has_its_category_by_its_name(category, name):
+    assert kernel_category(name) == category
+
+
+def test_what_the_optimizer_launches_is_its_own_unless_it_communicates():
+    assert kernel_category("nvjet_sm90_tst_192x192_64x3_2x1_v_bx_coopB_NNN", in_optimizer=True) == "optimizer"
+    assert kernel_category("something_new", in_optimizer=True) == "optimizer"
+    assert kernel_category("ncclDevKernel_AllGather_RING_LL", in_optimizer=True) == "communication"
+
+
+@pytest.mark.parametrize(
+    "intervals, busy",
+    [
+        ([], 0),
+        ([(10, 15), (20, 22)], 7),  # a gap
+        ([(20, 22), (10, 15)], 7),  # in another order
+        ([(10, 15), (15, 16)], 6),  # one after the other
+        ([(10, 15), (12, 18)], 8),  # an overlap
+        ([(10, 20), (12, 14), (19, 21), (30, 31)], 12),  # one inside another
+    ],
+)
+def test_time_counts_once_where_kernels_overlap_and_not_where_none_runs(intervals, busy):
+    assert busy_time([Kernel("", "", start, end - start) for start, end in intervals]) == busy
+
+
+def fake_profiler(*events):
+    """A profiler of (name, device, start, end) in microseconds, without nesting."""
+
+    def event(name, device, start, end):
+        span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        return SimpleNamespace(
+            name=name,
+            device_type=getattr(torch.autograd.DeviceType, device),
+            time_range=span,
+            self_cpu_time_total=end - start,
+            is_user_annotation=name == "optimizer",
+            cpu_parent=None,
+        )
+
+    return SimpleNamespace(events=lambda: [event(*e) for e in events])
+
+
+def test_a_kernel_that_starts_in_the_optimizers_span_is_the_optimizers():
+    profiler = fake_profiler(
+        ("aten::mm", "CPU", 0, 5),
+        ("nvjet_1", "CUDA", 7, 90),
+        ("optimizer", "CPU", 100, 200),
+        ("optimizer", "CUDA", 110, 190),  # its shadow on the GPU is no kernel
+        ("nvjet_1", "CUDA", 110, 150),
+        ("ncclDevKernel_AllGather_RING_LL", "CUDA", 150, 190),
+        ("cross_entropy_kernel", "CUDA", 210, 230),
+    )
+    assert kernels_of(profiler, on_gpu=True) == [
+        Kernel("nvjet_1", "products", 7, 83),
+        Kernel("nvjet_1", "optimizer", 110, 40),
+        Kernel("ncclDevKernel_AllGather_RING_LL", "communication", 150, 40),
+        Kernel("cross_entropy_kernel", "loss", 210, 20),
+    ]
+
+
+def test_even_and_odd_steps_weigh_the_same():
+    assert typical_ms([(2, 10.0), (3, 20.0), (4, 11.0), (5, 24.0), (6, 900.0)]) == (11 + 22) / 2
+    assert typical_ms([(4, 10.0), (4, 30.0)]) == 20
+
+
+def rows_of(text, first_column):
+    """The header that begins with `first_column` and the rows below it; columns are two spaces or more apart."""
+    lines = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
+    begin = next(i for i, cells in enumerate(lines) if cells[0] == first_column)
+    return list(takewhile(lambda cells: len(cells) == len(lines[begin]), lines[begin:]))
+
+
+def test_rates_follow_from_the_time_of_a_step_and_the_ceilings(speedrun):
+    written = []
+    times = {stage: [(2, 100.0), (3, 120.0), (4, 100.0), (5, 90.0)] for stage in range(4)}  # an odd step's median: 105
+    kernels = {stage: [Kernel("", "", 0, 123_000)] for stage in range(4)}  # of two steps
+    bench = Bench(speedrun, [], SimpleNamespace(write=written.append))
+    bench.write_times(times, kernels, ceilings=(800e12, 1400e12), start_seconds=1.5)
+    header, *rows = rows_of("\n".join(written), "stage")
+    assert len(rows) == 4
+    for row, stage in zip(rows, speedrun.hp.stages, strict=True):
+        cells = dict(zip(header[:4] + header[5:], row[:4] + row[5:], strict=True))
+        assert (cells["ms/step"], row[4]) == ("102.50", "90.00")
+        assert (cells["ms/micro-batch"], cells["min"]) == ("25.62", "22.50")  # 4 a step on each of two GPUs
+        tokens = stage.tokens
+        assert cells["tokens"] == f"{tokens:,}" and cells["tokens/s"] == f"{tokens / 0.1025:,.0f}"
+        assert cells["TFLOP/s"] == f"{tokens / 2 * (453.0 + 231.8) * 1e6 / 0.1025 / 1e12:.3g}"  # of one GPU
+        floor = tokens / 2 * (453.0e6 / 800e12 + 231.8e6 / 1400e12)
+        assert float(cells["of ceiling"].rstrip("%")) == pytest.approx(100 * floor / 0.1025, abs=0.06)
+        assert (cells["GPU busy"], cells["peak GiB"]) == ("60.0%", "1.5")
+    assert [row[header.index("run s")] for row in rows] == ["51.76", "51.76", "51.76", "4.10"]
+    assert "projected: 159.39 s for 1555 steps on 2 x GPU, 318.78 GPU-seconds" in written[-1]
+
+
+# ------------------------------------------------------------------------------------------------------ a small model
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """After its run: the trainer, the steps taken, what is in the log, the folder."""
+    folder = tmp_path_factory.mktemp("bench")
+    small_run.write_text(folder)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(train_gpt, "MICRO_BATCHES", 1)  # an eighth of the operators, whose events take time to read
+    stages = tuple(stage._replace(tokens=tokens) for stage, tokens in zip(STAGES, (16, 24, 32, 32), strict=True))
+    hp = small_run.small_hyperparameters(folder, bench=True, profile=True, bench_steps=4, stages=stages)
+    trainer, log = Trainer(hp, World()), Log(hp, World())
+    steps, update = [], trainer.update
+
+    def note(step):
+        steps.append((trainer.stage_index, step))
+        update(step)
+
+    trainer.update = note
+    bench = Bench(trainer, find_files(hp.train_files), log)
+    bench.run(start_seconds=1.5)
+    log.close()
+    monkeypatch.undo()
+    return SimpleNamespace(bench=bench, steps=steps, text=log.path.read_text(), folder=folder, hp=hp)
+
+
+def test_every_stage_runs_its_first_steps_and_even_and_odd_ones_take_turns(bench):
+    schedule = Schedule(bench.hp)
+    timed, profiled = bench.steps[: 4 * 4], bench.steps[4 * 4 :]
+    for steps in (timed, profiled):
+        assert [stage for stage, _ in steps] == [stage for stage in range(4) for _ in range(4)]
+        for stage in range(4):
+            taken = [step for k, step in steps if k == stage]
+            assert taken[0] == schedule.starts[stage]
+            assert all(schedule.stage_index(step) == stage for step in taken)
+            if schedule.ends[stage] - schedule.starts[stage] > 1:
+                assert all((a + b) % 2 for a, b in pairwise(taken))
+
+
+def test_the_projected_time_is_the_sum_of_the_rows(bench):
+    header, *rows = rows_of(bench.text, "stage")
+    assert [row[0] for row in rows] == ["1", "2", "3", "4"]
+    steps, ms = header.index("steps"), header.index("ms/step")
+    assert [int(row[steps]) for row in rows] == [3, 3, 3, 1]
+    (line,) = [line for line in bench.text.splitlines() if line.startswith("projected: ")]
+    expected = sum(int(row[steps]) * float(row[ms]) / 1000 for row in rows)
+    assert expected > 0 and abs(float(line.split()[1]) - expected) < 0.01
+    assert "10 steps on 1 x CPU" in line and "from start to first step 1.5 s" in bench.text
+    for name in ("GPU busy", "peak GiB"):  # there is no GPU
+        assert {row[header.index(name)] for row in rows} == {"n/a"}
+
+
+def test_shares_of_the_categories_add_up_to_the_step(bench):
+    tables = bench.text.split("trace: ")[1:]
+    assert len(tables) == 4
+    for table in tables:
+        header, *rows = rows_of(table, "ms/step")
+        assert header == ["ms/step", "share", "count", "category"]
+        assert {"products", "attention", "loss", "elementwise", "optimizer"} <= {row[3] for row in rows}
+        assert sum(float(row[1].rstrip("%")) for row in rows) == pytest.approx(100, abs=0.5)
+        assert all(int(row[2]) >= 0 for row in rows)
+
+
+def test_the_largest_kernels_are_listed_with_their_category(bench):
+    for table in bench.text.split("trace: ")[1:]:
+        lines = table.splitlines()
+        begin = next(i for i, line in enumerate(lines) if line.endswith("name"))
+        rows = [line.split() for line in lines[begin + 1 : begin + 16]]
+        assert len(rows) == 15 and all("::" in row[4] or "Backward" in row[-1] for row in rows)
+        assert [float(row[0]) for row in rows] == sorted((float(row[0]) for row in rows), reverse=True)
+
+
+def test_every_stage_leaves_a_trace_that_can_be_read(bench):
+    for stage in (1, 2, 3, 4):
+        with gzip.open(bench.folder / f"small_stage{stage}.json.gz", "rt") as file:
+            names = [event.get("name") for event in json.load(file)["traceEvents"]]
+        assert names.count("optimizer") == 2
+        assert "speedrun::cross_entropy" in names
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize("name", ["bench", "profile", "save_checkpoint"])
+def test_a_bool_alone_is_true(name):
+    hp, overrides = parse_arguments([f"--{name}", "--seed=3"], has_gpu=False)
+    assert getattr(hp, name) is True and overrides == {name: True, "seed": 3}
+    assert getattr(parse_arguments([f"--{name}=false"], has_gpu=False)[0], name) is False
+    assert getattr(Hyperparameters(), name) is False
