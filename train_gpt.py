@@ -840,6 +840,219 @@ class HeadLoss(torch.autograd.Function):
         return grad_x, grad_head.to(ctx.dtype), None, None, None
 
 
+# ---------------------------------------------------------------------------- lookups in the embedding tables
+
+
+@triton.jit
+def add_rows_kernel(grad_ptr, rows_ptr, table_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """table[rows[t]] += grad[t] for one t."""
+    t, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    row = tl.load(rows_ptr + t).to(tl.int64)
+    grad = tl.load(grad_ptr + t * C + cols, mask=cols < C, other=0.0).to(tl.float32)
+    tl.atomic_add(table_ptr + row * C + cols, grad, mask=cols < C, sem="relaxed")
+
+
+def add_rows(table: Tensor, rows: Tensor, grad: Tensor) -> None:
+    """table[rows[t]] += grad[t] for all t, in the table's type; table (rows, C), rows (T,), grad (T, C)."""
+    if not grad.is_cuda:
+        table.index_add_(0, rows, grad.to(table.dtype))
+        return
+    T, C = grad.shape
+    add_rows_kernel[(T,)](grad.contiguous(), rows, table, C, BLOCK=triton.next_power_of_2(C), num_warps=4)
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of a table (rows, C) by index (T,). The gradient is added to the table's .grad right away, row by row.
+
+    Autograd would fill a table with zeros, scatter into it, and add all of it: 900 MB for a few thousand rows.
+    """
+
+    @staticmethod
+    def forward(ctx, table, rows):
+        ctx.save_for_backward(table, rows)
+        return F.embedding(rows, table)
+
+    @staticmethod
+    def backward(ctx, grad):
+        table, rows = ctx.saved_tensors
+        add_rows(table_gradient(table), rows, grad)
+        return None, None
+
+
+def table_gradient(table: nn.Parameter) -> Tensor:
+    """The table's .grad, float32: a frequent token adds up thousands of rows, in which bfloat16 would get stuck."""
+    if table.grad is None:
+        table.grad_dtype = torch.promote_types(table.dtype, torch.float32)
+        table.grad = torch.zeros_like(table, dtype=table.grad_dtype)
+    return table.grad
+
+
+# ---------------------------------------------------------------------------- queries, keys and values
+
+# float32's epsilon for every type. It is what torch.compile's RMSNorm uses, and a bfloat16's own 2^-7 would swallow
+# the embedding, whose mean square starts at 0.005^2.
+NORM_EPS = torch.finfo(torch.float32).eps
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, without weights."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each adjacent pair (a, b) of x (T, H, D) into (a cos + b sin, b cos - a sin); tables (>= T, 1, D / 2)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = (table[: len(x)].to(x.dtype) for table in (cos, sin))
+    return torch.stack((a * cos + b * sin, b * cos - a * sin), -1).flatten(-2)
+
+
+def split_heads_reference(qkv, value_gate, table, rows, cos, sin, num_heads: int, paired: bool, key_offset: bool):
+    """q, k, v as attention takes them, from projections (T, 3C): normed, rotated, the values with their embeddings.
+
+    value_gate (T, H), table and rows (T,): what to add to the values, or value_gate None. Results are (T, H, D), in
+    paired layers (2T, H/2, D): heads 0.. at even, the other half at odd positions.
+    """
+    T = len(qkv)
+    q, k, v = qkv.view(T, 3, num_heads, -1).unbind(1)
+    q, k = norm(q), norm(k)
+    if value_gate is not None:
+        v = v + value_gate.unsqueeze(-1) * Lookup.apply(table, rows).view_as(v)
+    if paired:
+        q, k, v = (t.reshape(2 * T, num_heads // 2, -1) for t in (q, k, v))
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if key_offset:
+        moving, still = k.chunk(2, dim=-1)
+        k = torch.cat((moving, torch.cat((still[:1], still[:-1]))), dim=-1)
+    return q, k, v
+
+
+@triton.jit
+def turn(x, cos, sin):
+    """rotate() of x (BLOCK, D), tables (BLOCK, D / 2)."""
+    a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return tl.reshape(tl.join(a * cos + b * sin, b * cos - a * sin), x.shape)
+
+
+@triton.jit
+def head_places(T, H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, BLOCK_T: tl.constexpr):
+    """For one head of BLOCK_T tokens: token, position and mask, and places in tables, projections and q, k, v.
+
+    Paired or not, a head has the same place in memory, and the next position's is `H // 2` or `H` heads further.
+    Neighbouring programs take the heads of the same tokens, which read the same rows of the tables.
+    """
+    head, t, d = tl.program_id(0), tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, D)
+    position = 2 * t + head // (H // 2) if PAIRED else t
+    turning = position[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
+    projected = (t[:, None] * 3 * H + head) * D + d[None, :]
+    out = (t[:, None] * H + head) * D + d[None, :]
+    return head, t, position, t < T, turning, projected, out
+
+
+@triton.jit
+def split_heads_kernel(
+    qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, T, eps,
+    H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_EMBED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One head of BLOCK_T tokens."""
+    head, t, position, inside, turning, projected, out = head_places(T, H, D, PAIRED, BLOCK_T)
+    mask = inside[:, None]
+    cos = tl.load(cos_ptr + turning, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + turning, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(2):
+        out_ptr = q_ptr if i == 0 else k_ptr
+        x = tl.load(qkv_ptr + projected + i * H * D, mask=mask, other=0.0).to(tl.float32)
+        x = turn(x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None], cos, sin).to(out_ptr.dtype.element_ty)
+        if KEY_OFFSET and i == 1:  # the second half goes to the next position; the very first keeps its own, too
+            still, step = (tl.arange(0, D) >= D // 2)[None, :], H // 2 if PAIRED else H
+            tl.store(out_ptr + out, x, mask=mask & (~still | (position == 0)[:, None]))
+            has_next = position + 1 < (2 * T if PAIRED else T)
+            tl.store(out_ptr + out + step * D, x, mask=has_next[:, None] & still)
+        else:
+            tl.store(out_ptr + out, x, mask=mask)
+    v = tl.load(qkv_ptr + projected + 2 * H * D, mask=mask, other=0.0)
+    if VALUE_EMBED:
+        row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
+        gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
+        place = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
+        embed = tl.load(table_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        v = (v.to(tl.float32) + gate[:, None] * embed).to(v.dtype)
+    tl.store(v_ptr + out, v, mask=mask)
+
+
+@triton.jit
+def split_heads_backward_kernel(
+    qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
+    grad_qkv_ptr, grad_gate_ptr, grad_table_ptr, T, eps,
+    H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_EMBED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One head of BLOCK_T tokens; adds to the table's gradient."""
+    head, t, position, inside, turning, projected, out = head_places(T, H, D, PAIRED, BLOCK_T)
+    mask = inside[:, None]
+    cos = tl.load(cos_ptr + turning, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + turning, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(2):
+        grad_ptr = grad_q_ptr if i == 0 else grad_k_ptr
+        if KEY_OFFSET and i == 1:  # from where the second half went
+            still, step = (tl.arange(0, D) >= D // 2)[None, :], H // 2 if PAIRED else H
+            has_next = position + 1 < (2 * T if PAIRED else T)
+            grad = tl.load(grad_ptr + out, mask=mask & (~still | (position == 0)[:, None]), other=0.0).to(tl.float32)
+            grad += tl.load(grad_ptr + out + step * D, mask=has_next[:, None] & still, other=0.0).to(tl.float32)
+        else:
+            grad = tl.load(grad_ptr + out, mask=mask, other=0.0).to(tl.float32)
+        grad = turn(grad, cos, -sin)
+        x = tl.load(qkv_ptr + projected + i * H * D, mask=mask, other=0.0).to(tl.float32)
+        inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x *= inverse_rms
+        grad_x = inverse_rms * (grad - x * (tl.sum(grad * x, 1) / D)[:, None])
+        tl.store(grad_qkv_ptr + projected + i * H * D, grad_x.to(grad_qkv_ptr.dtype.element_ty), mask=mask)
+    grad_v = tl.load(grad_v_ptr + out, mask=mask, other=0.0)
+    tl.store(grad_qkv_ptr + projected + 2 * H * D, grad_v, mask=mask)
+    if VALUE_EMBED:
+        grad_v = grad_v.to(tl.float32)
+        row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
+        gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
+        place = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
+        embed = tl.load(table_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        grad_gate = tl.sum(grad_v * embed, 1).to(grad_gate_ptr.dtype.element_ty)
+        tl.store(grad_gate_ptr + t * H + head, grad_gate, mask=inside)
+        tl.atomic_add(grad_table_ptr + place, gate[:, None] * grad_v, mask=mask, sem="relaxed")
+
+
+class SplitHeads(torch.autograd.Function):
+    """split_heads_reference as one kernel a direction, which reads and writes everything once."""
+
+    @staticmethod
+    def forward(ctx, qkv, value_gate, table, rows, cos, sin, num_heads, paired, key_offset):
+        T, H, D = len(qkv), num_heads, qkv.shape[1] // (3 * num_heads)
+        q, k, v = (qkv.new_empty((2 * T, H // 2, D) if paired else (T, H, D)) for _ in range(3))
+        ctx.inputs = (qkv, value_gate, *((table, rows) if value_gate is not None else (None, None)), cos, sin)
+        ctx.options = dict(
+            H=H, D=D, PAIRED=paired, KEY_OFFSET=key_offset, VALUE_EMBED=value_gate is not None, BLOCK_T=16, num_warps=4
+        )
+        split_heads_kernel[(H, triton.cdiv(T, 16))](*ctx.inputs, q, k, v, T, NORM_EPS, **ctx.options)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx, *grads):
+        qkv, value_gate, table = ctx.inputs[:3]
+        grad_qkv = torch.empty_like(qkv)
+        grad_gate = None if value_gate is None else torch.empty_like(value_gate)
+        grad_table = None if value_gate is None else table_gradient(table)
+        split_heads_backward_kernel[(ctx.options["H"], triton.cdiv(len(qkv), 16))](
+            *ctx.inputs, *(g.contiguous() for g in grads), grad_qkv, grad_gate, grad_table, len(qkv), NORM_EPS,
+            **ctx.options,
+        )  # fmt: skip
+        return grad_qkv, grad_gate, *(None,) * 7
+
+
+def split_heads(qkv, value_gate, table, rows, cos, sin, num_heads: int, paired: bool, key_offset: bool):
+    """q, k, v as attention takes them; see split_heads_reference."""
+    function = SplitHeads.apply if qkv.is_cuda else split_heads_reference
+    return function(qkv, value_gate, table, rows, cos, sin, num_heads, paired, key_offset)
+
+
 # ---------------------------------------------------------------------------- attention
 
 
@@ -1058,15 +1271,6 @@ def attend(q, k, v, gate, documents: Documents, window: int, scale: float) -> Te
 # Model
 # ======================================================================================================================
 
-# float32's epsilon for every type. It is what torch.compile's RMSNorm uses, and a bfloat16's own 2^-7 would swallow
-# the embedding, whose mean square starts at 0.005^2.
-NORM_EPS = torch.finfo(torch.float32).eps
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, without weights."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
-
 
 class Yarn:
     """Half-truncated rotary embedding whose frequencies and softmax scale follow the attention window.
@@ -1105,57 +1309,6 @@ class Yarn:
         self.sin[..., : self.num_frequencies] = angle.sin().to(self.sin.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each adjacent pair (a, b) of x (T, H, D) into (a cos + b sin, b cos - a sin); tables (>= T, 1, D / 2)."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = (table[: len(x)].to(x.dtype) for table in (cos, sin))
-    return torch.stack((a * cos + b * sin, b * cos - a * sin), -1).flatten(-2)
-
-
-@triton.jit
-def add_rows_kernel(grad_ptr, rows_ptr, table_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """table[rows[t]] += grad[t] for one t."""
-    t, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    row = tl.load(rows_ptr + t).to(tl.int64)
-    grad = tl.load(grad_ptr + t * C + cols, mask=cols < C, other=0.0).to(tl.float32)
-    tl.atomic_add(table_ptr + row * C + cols, grad, mask=cols < C, sem="relaxed")
-
-
-def add_rows(table: Tensor, rows: Tensor, grad: Tensor) -> None:
-    """table[rows[t]] += grad[t] for all t, in the table's type; table (rows, C), rows (T,), grad (T, C)."""
-    if not grad.is_cuda:
-        table.index_add_(0, rows, grad.to(table.dtype))
-        return
-    T, C = grad.shape
-    add_rows_kernel[(T,)](grad.contiguous(), rows, table, C, BLOCK=triton.next_power_of_2(C), num_warps=4)
-
-
-class Lookup(torch.autograd.Function):
-    """Rows of a table (rows, C) by index (T,). The gradient is added to the table's .grad right away, row by row.
-
-    Autograd would fill a table with zeros, scatter into it, and add all of it: 900 MB for a few thousand rows.
-    """
-
-    @staticmethod
-    def forward(ctx, table, rows):
-        ctx.save_for_backward(table, rows)
-        return F.embedding(rows, table)
-
-    @staticmethod
-    def backward(ctx, grad):
-        table, rows = ctx.saved_tensors
-        add_rows(table_gradient(table), rows, grad)
-        return None, None
-
-
-def table_gradient(table: nn.Parameter) -> Tensor:
-    """The table's .grad, float32: a frequent token adds up thousands of rows, in which bfloat16 would get stuck."""
-    if table.grad is None:
-        table.grad_dtype = torch.promote_types(table.dtype, torch.float32)
-        table.grad = torch.zeros_like(table, dtype=table.grad_dtype)
-    return table.grad
-
-
 def bigram_hash(tokens: Tensor, rows: int) -> Tensor:
     """Row of the bigram table for each token and its predecessor; the last row stands for "no predecessor".
 
@@ -1163,153 +1316,6 @@ def bigram_hash(tokens: Tensor, rows: int) -> Tensor:
     """
     hashed = ((36313 * tokens[1:]) ^ (27191 * tokens[:-1])) % (rows - 1)
     return torch.cat((torch.full_like(tokens[:1], rows - 1), hashed))
-
-
-def split_heads_reference(qkv, value_gate, table, rows, cos, sin, num_heads: int, paired: bool, key_offset: bool):
-    """q, k, v as attention takes them, from projections (T, 3C): normed, rotated, the values with their embeddings.
-
-    value_gate (T, H), table and rows (T,): what to add to the values, or value_gate None. Results are (T, H, D), in
-    paired layers (2T, H/2, D): heads 0.. at even, the other half at odd positions.
-    """
-    T = len(qkv)
-    q, k, v = qkv.view(T, 3, num_heads, -1).unbind(1)
-    q, k = norm(q), norm(k)
-    if value_gate is not None:
-        v = v + value_gate.unsqueeze(-1) * Lookup.apply(table, rows).view_as(v)
-    if paired:
-        q, k, v = (t.reshape(2 * T, num_heads // 2, -1) for t in (q, k, v))
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    if key_offset:
-        moving, still = k.chunk(2, dim=-1)
-        k = torch.cat((moving, torch.cat((still[:1], still[:-1]))), dim=-1)
-    return q, k, v
-
-
-@triton.jit
-def turn(x, cos, sin):
-    """rotate() of x (BLOCK, D), tables (BLOCK, D / 2)."""
-    a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-    return tl.reshape(tl.join(a * cos + b * sin, b * cos - a * sin), x.shape)
-
-
-@triton.jit
-def head_places(T, H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, BLOCK_T: tl.constexpr):
-    """For one head of BLOCK_T tokens: token, position and mask, and places in tables, projections and q, k, v.
-
-    Paired or not, a head has the same place in memory, and the next position's is `H // 2` or `H` heads further.
-    Neighbouring programs take the heads of the same tokens, which read the same rows of the tables.
-    """
-    head, t, d = tl.program_id(0), tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, D)
-    position = 2 * t + head // (H // 2) if PAIRED else t
-    turning = position[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
-    projected = (t[:, None] * 3 * H + head) * D + d[None, :]
-    out = (t[:, None] * H + head) * D + d[None, :]
-    return head, t, position, t < T, turning, projected, out
-
-
-@triton.jit
-def split_heads_kernel(
-    qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, T, eps,
-    H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_EMBED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """One head of BLOCK_T tokens."""
-    head, t, position, inside, turning, projected, out = head_places(T, H, D, PAIRED, BLOCK_T)
-    mask = inside[:, None]
-    cos = tl.load(cos_ptr + turning, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + turning, mask=mask, other=0.0).to(tl.float32)
-    for i in tl.static_range(2):
-        out_ptr = q_ptr if i == 0 else k_ptr
-        x = tl.load(qkv_ptr + projected + i * H * D, mask=mask, other=0.0).to(tl.float32)
-        x = turn(x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None], cos, sin).to(out_ptr.dtype.element_ty)
-        if KEY_OFFSET and i == 1:  # the second half goes to the next position; the very first keeps its own, too
-            still, step = (tl.arange(0, D) >= D // 2)[None, :], H // 2 if PAIRED else H
-            tl.store(out_ptr + out, x, mask=mask & (~still | (position == 0)[:, None]))
-            has_next = position + 1 < (2 * T if PAIRED else T)
-            tl.store(out_ptr + out + step * D, x, mask=has_next[:, None] & still)
-        else:
-            tl.store(out_ptr + out, x, mask=mask)
-    v = tl.load(qkv_ptr + projected + 2 * H * D, mask=mask, other=0.0)
-    if VALUE_EMBED:
-        row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
-        gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
-        place = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
-        embed = tl.load(table_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        v = (v.to(tl.float32) + gate[:, None] * embed).to(v.dtype)
-    tl.store(v_ptr + out, v, mask=mask)
-
-
-@triton.jit
-def split_heads_backward_kernel(
-    qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
-    grad_qkv_ptr, grad_gate_ptr, grad_table_ptr, T, eps,
-    H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_EMBED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """One head of BLOCK_T tokens; adds to the table's gradient."""
-    head, t, position, inside, turning, projected, out = head_places(T, H, D, PAIRED, BLOCK_T)
-    mask = inside[:, None]
-    cos = tl.load(cos_ptr + turning, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + turning, mask=mask, other=0.0).to(tl.float32)
-    for i in tl.static_range(2):
-        grad_ptr = grad_q_ptr if i == 0 else grad_k_ptr
-        if KEY_OFFSET and i == 1:  # from where the second half went
-            still, step = (tl.arange(0, D) >= D // 2)[None, :], H // 2 if PAIRED else H
-            has_next = position + 1 < (2 * T if PAIRED else T)
-            grad = tl.load(grad_ptr + out, mask=mask & (~still | (position == 0)[:, None]), other=0.0).to(tl.float32)
-            grad += tl.load(grad_ptr + out + step * D, mask=has_next[:, None] & still, other=0.0).to(tl.float32)
-        else:
-            grad = tl.load(grad_ptr + out, mask=mask, other=0.0).to(tl.float32)
-        grad = turn(grad, cos, -sin)
-        x = tl.load(qkv_ptr + projected + i * H * D, mask=mask, other=0.0).to(tl.float32)
-        inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        x *= inverse_rms
-        grad_x = inverse_rms * (grad - x * (tl.sum(grad * x, 1) / D)[:, None])
-        tl.store(grad_qkv_ptr + projected + i * H * D, grad_x.to(grad_qkv_ptr.dtype.element_ty), mask=mask)
-    grad_v = tl.load(grad_v_ptr + out, mask=mask, other=0.0)
-    tl.store(grad_qkv_ptr + projected + 2 * H * D, grad_v, mask=mask)
-    if VALUE_EMBED:
-        grad_v = grad_v.to(tl.float32)
-        row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
-        gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
-        place = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
-        embed = tl.load(table_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        grad_gate = tl.sum(grad_v * embed, 1).to(grad_gate_ptr.dtype.element_ty)
-        tl.store(grad_gate_ptr + t * H + head, grad_gate, mask=inside)
-        tl.atomic_add(grad_table_ptr + place, gate[:, None] * grad_v, mask=mask, sem="relaxed")
-
-
-class SplitHeads(torch.autograd.Function):
-    """split_heads_reference as one kernel a direction, which reads and writes everything once."""
-
-    @staticmethod
-    def forward(ctx, qkv, value_gate, table, rows, cos, sin, num_heads, paired, key_offset):
-        T, H, D = len(qkv), num_heads, qkv.shape[1] // (3 * num_heads)
-        q, k, v = (qkv.new_empty((2 * T, H // 2, D) if paired else (T, H, D)) for _ in range(3))
-        ctx.inputs = (qkv, value_gate, *((table, rows) if value_gate is not None else (None, None)), cos, sin)
-        ctx.options = dict(
-            H=H, D=D, PAIRED=paired, KEY_OFFSET=key_offset, VALUE_EMBED=value_gate is not None, BLOCK_T=16, num_warps=4
-        )
-        split_heads_kernel[(H, triton.cdiv(T, 16))](*ctx.inputs, q, k, v, T, NORM_EPS, **ctx.options)
-        return q, k, v
-
-    @staticmethod
-    def backward(ctx, *grads):
-        qkv, value_gate, table = ctx.inputs[:3]
-        grad_qkv = torch.empty_like(qkv)
-        grad_gate = None if value_gate is None else torch.empty_like(value_gate)
-        grad_table = None if value_gate is None else table_gradient(table)
-        split_heads_backward_kernel[(ctx.options["H"], triton.cdiv(len(qkv), 16))](
-            *ctx.inputs, *(g.contiguous() for g in grads), grad_qkv, grad_gate, grad_table, len(qkv), NORM_EPS,
-            **ctx.options,
-        )  # fmt: skip
-        return grad_qkv, grad_gate, *(None,) * 7
-
-
-def split_heads(qkv, value_gate, table, rows, cos, sin, num_heads: int, paired: bool, key_offset: bool):
-    """q, k, v as attention takes them; see split_heads_reference."""
-    function = SplitHeads.apply if qkv.is_cuda else split_heads_reference
-    return function(qkv, value_gate, table, rows, cos, sin, num_heads, paired, key_offset)
 
 
 class LayerWeights(NamedTuple):
