@@ -53,6 +53,7 @@ def start(folder, data, processes=1, fault=("none", 0, 0), arguments=(), command
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in launcher}
     environment.update(DATA_PATH=str(data), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    environment.update(dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "1000000000"))  # see run.sh
     words = [*map(str, fault), "--preset=smoke", f"--log_dir={folder / 'logs'}", *arguments]
     with open(folder / "said", "w") as said:
         return subprocess.Popen(
@@ -75,8 +76,8 @@ def finish(process, folder, seconds=60, orphans=3):
     return status, (folder / "said").read_text()
 
 
-def run(folder, data, *arguments, **options):
-    return finish(start(folder, data, *arguments, **options), folder)
+def run(folder, data, *arguments, seconds=60, **options):
+    return finish(start(folder, data, *arguments, **options), folder, seconds)
 
 
 def processes_of(folder):
@@ -125,11 +126,11 @@ def assert_said_once_and_last(folder, said, *words):
 class Result:
     """What a run that came to its end found: its losses and, to the bit, its parameters."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, steps=STEPS):
         self.run = read_run(log_of(folder))
         assert self.run.problems == []
         self.losses = self.run.losses
-        (path,) = (folder / "logs").glob(f"*_step{STEPS:06d}.pt")
+        (path,) = (folder / "logs").glob(f"*_step{steps:06d}.pt")
         self.model = torch.load(path, weights_only=True)["model"]
 
     def __eq__(self, other):
@@ -510,20 +511,37 @@ def test_a_data_file_that_is_lost_changes_or_can_t_be_read_is_named(data, tmp_pa
 # ---------------------------------------------------------------------------- soak
 
 
+SOAK_RUNS, SOAK_STEPS = 20, 600  # together the steps of 300 smoke runs of 40
+SOAK = [f"--num_scheduled_iterations={SOAK_STEPS - 3}", "--num_extension_iterations=3", "--val_loss_every=100"]
+
+
+@pytest.fixture(scope="module")
+def long_whole(data, tmp_path_factory):
+    """As `whole`, of SOAK_STEPS."""
+    results = {}
+    for processes in (1, 2):
+        folder = tmp_path_factory.mktemp("long")
+        status, said = run(folder, data, processes, arguments=["--save_checkpoint=true", *SOAK], seconds=600)
+        assert status == 0, said
+        results[processes] = Result(folder, SOAK_STEPS)
+    return results
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
-def test_a_run_killed_at_random_again_and_again_ends_to_the_bit_as_one_that_went_through(data, whole, tmp_path, seed):
-    # 20 x 15 runs' worth of starts: SIGKILL or SIGTERM, to one process or all, at any moment of a start or a run.
+@pytest.mark.parametrize("seed", range(SOAK_RUNS))
+def test_a_run_killed_at_random_again_and_again_ends_to_the_bit(data, long_whole, tmp_path, seed):
+    # SIGKILL or SIGTERM, to one process or all, at any moment of a start or a run.
     chance = random.Random(seed)
     processes = chance.choice([1, 2])
     logs = tmp_path / "logs"
-    for _ in range(15):
-        arguments = RESUMED if train_gpt.checkpoints_of("kept", logs) else KEPT
-        if arguments == KEPT:
+    begin = ["--run_id=kept", "--checkpoint_every=20", "--save_checkpoint=true", *SOAK]
+    for _ in range(20):
+        arguments = RESUMED if train_gpt.checkpoints_of("kept", logs) else begin
+        if arguments == begin:
             shutil.rmtree(logs, ignore_errors=True)
         process = start(tmp_path, data, processes, arguments=arguments)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=chance.uniform(1, 20))
+            process.wait(timeout=chance.uniform(1, 40))
         if process.poll() is None:
             number = chance.choice([signal.SIGKILL, signal.SIGTERM])
             with contextlib.suppress(ProcessLookupError):
@@ -532,7 +550,6 @@ def test_a_run_killed_at_random_again_and_again_ends_to_the_bit_as_one_that_went
         if status == 0:
             break
     else:
-        status, said = run(tmp_path, data, processes, arguments=RESUMED)
+        status, said = run(tmp_path, data, processes, arguments=RESUMED, seconds=600)
     assert status == 0, said
-    result = Result(tmp_path)
-    assert result == whole[processes]
+    assert Result(tmp_path, SOAK_STEPS) == long_whole[processes]
