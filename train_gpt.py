@@ -216,7 +216,7 @@ class Hyperparameters:
     save_checkpoint: bool = False  # at the end: the model alone
     checkpoint_every: int = 0  # steps between checkpoints to go on from, 5 GB each; also at SIGTERM. 0: none
     resume: str = ""  # the run_id of a run to go on with, from its last checkpoint
-    hang_timeout: float = 300  # seconds on the clock without a step's end after which the run is ended; 0: never
+    hang_timeout: float = 300.0  # seconds on the clock without a step's end after which the run is ended; 0: never
     bench: bool = False  # instead of the run: time each stage and project the whole run's time
     bench_steps: int = 24  # a stage, of which the first two are not timed
     profile: bool = False  # instead of the run: kernels by category, and a trace of two steps of each stage
@@ -347,8 +347,7 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     )
     require(hp.val_batch_size % MICRO_BATCHES == 0, f"--val_batch_size must be a multiple of {MICRO_BATCHES}")
     require(hp.num_heads % 2 == 0, f"--num_heads={hp.num_heads} must be even: some layers pair their heads")
-    power_of_two = hp.head_dim >= 8 and hp.head_dim & (hp.head_dim - 1) == 0
-    require(power_of_two, f"--head_dim={hp.head_dim} must be a power of two, at least 8")
+    require(hp.head_dim in (8, 16, 32, 64, 128), f"--head_dim={hp.head_dim} must be a power of two from 8 to 128")
     require(hp.model_dim >= GATE_DIMS, f"--num_heads x --head_dim must be at least {GATE_DIMS}")
     for name in ("bigram_vocab_size", "model_dim"):
         require(getattr(hp, name) % 8 == 0, f"{name}={getattr(hp, name)} must be a multiple of 8, to shard over ranks")
@@ -539,7 +538,7 @@ def linear_relu2_kernel(
             if BACKWARD:
                 half *= 2.0 * tl.sqrt(hidden_desc.load([row, start]).to(tl.float32))
             else:
-                half = tl.maximum(half, 0.0)
+                half = tl.maximum(half, 0.0, propagate_nan=tl.PropagateNan.ALL)
                 half *= half
             out_desc.store([row, start], half.to(out_desc.dtype))
 
@@ -641,7 +640,7 @@ def cap_sigmoid(logits):
     the multiply-add units, which have time: from a guess made of the exponent's bits, each cubes the relative error.
     """
     y = logits.to(tl.float32) * (-LOG2_E / TEMPERATURE) - SHIFT * LOG2_E / TEMPERATURE
-    d = 1.0 + tl.exp2(tl.minimum(y, 64.0))
+    d = 1.0 + tl.exp2(tl.minimum(y, 64.0, propagate_nan=tl.PropagateNan.ALL))  # a NaN must be seen in the loss
     r = (0x7EF311C7 - d.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # off by up to 12 %
     for _ in tl.static_range(2):
         error = 1.0 - d * r
@@ -940,7 +939,8 @@ def head_places(T, H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, BLOCK
     Paired or not, a head has the same place in memory, and the next position's is `H // 2` or `H` heads further.
     Neighbouring programs take the heads of the same tokens, which read the same rows of the tables.
     """
-    head, t, d = tl.program_id(0), tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, D)
+    head, block, d = tl.program_id(0) % H, tl.program_id(0) // H, tl.arange(0, D)
+    t = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     position = 2 * t + head // (H // 2) if PAIRED else t
     turning = position[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
     projected = (t[:, None] * 3 * H + head) * D + d[None, :]
@@ -1027,21 +1027,22 @@ class SplitHeads(torch.autograd.Function):
     def forward(ctx, qkv, value_gate, table, rows, cos, sin, num_heads, paired, key_offset):
         T, H, D = len(qkv), num_heads, qkv.shape[1] // (3 * num_heads)
         q, k, v = (qkv.new_empty((2 * T, H // 2, D) if paired else (T, H, D)) for _ in range(3))
-        ctx.inputs = (qkv, value_gate, *((table, rows) if value_gate is not None else (None, None)), cos, sin)
+        inputs = (qkv, value_gate, *((table, rows) if value_gate is not None else (None, None)), cos, sin)
+        ctx.save_for_backward(*inputs)
         ctx.options = dict(
             H=H, D=D, PAIRED=paired, KEY_OFFSET=key_offset, VALUE_EMBED=value_gate is not None, BLOCK_T=16, num_warps=4
         )
-        split_heads_kernel[(H, triton.cdiv(T, 16))](*ctx.inputs, q, k, v, T, NORM_EPS, **ctx.options)
+        split_heads_kernel[(H * triton.cdiv(T, 16),)](*inputs, q, k, v, T, NORM_EPS, **ctx.options)
         return q, k, v
 
     @staticmethod
     def backward(ctx, *grads):
-        qkv, value_gate, table = ctx.inputs[:3]
+        qkv, value_gate, table = ctx.saved_tensors[:3]
         grad_qkv = torch.empty_like(qkv)
         grad_gate = None if value_gate is None else torch.empty_like(value_gate)
         grad_table = None if value_gate is None else table_gradient(table)
-        split_heads_backward_kernel[(ctx.options["H"], triton.cdiv(len(qkv), 16))](
-            *ctx.inputs, *(g.contiguous() for g in grads), grad_qkv, grad_gate, grad_table, len(qkv), NORM_EPS,
+        split_heads_backward_kernel[(ctx.options["H"] * triton.cdiv(len(qkv), 16),)](
+            *ctx.saved_tensors, *(g.contiguous() for g in grads), grad_qkv, grad_gate, grad_table, len(qkv), NORM_EPS,
             **ctx.options,
         )  # fmt: skip
         return grad_qkv, grad_gate, *(None,) * 7
@@ -1134,7 +1135,7 @@ def attention_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
         top = new_top
     gate = tl.load(gate_ptr + rows.to(tl.int64) * H + head, mask=rows < N, other=0.0).to(tl.float32)
-    gate = tl.maximum(gate, TINY_GATE)
+    gate = tl.maximum(gate, TINY_GATE, propagate_nan=tl.PropagateNan.ALL)
     y_desc.store([row, head * D], (acc * (gate / total)[:, None]).to(y_desc.dtype))
     tl.store(lse_ptr + head.to(tl.int64) * N + rows, top + tl.log2(total / gate), mask=rows < N)
 
@@ -1156,7 +1157,8 @@ def attention_backward_q_kernel(
     first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
     by_position, by_head = rows.to(tl.int64) * H + head, head.to(tl.int64) * N + rows
     q, y, grad_y = q_desc.load([row, head * D]), y_desc.load([row, head * D]), grad_y_desc.load([row, head * D])
-    gate = tl.maximum(tl.load(gate_ptr + by_position, mask=rows < N, other=0.0).to(tl.float32), TINY_GATE)
+    gate = tl.load(gate_ptr + by_position, mask=rows < N, other=0.0).to(tl.float32)
+    gate = tl.maximum(gate, TINY_GATE, propagate_nan=tl.PropagateNan.ALL)
     grad_gate = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1) / gate
     tl.store(grad_gate_ptr + by_position, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=rows < N)
     tl.store(delta_ptr + by_head, grad_gate, mask=rows < N)
@@ -1217,7 +1219,7 @@ def attention_tiles(block: int, *tensors: Tensor) -> list:
 
 
 class Attention(torch.autograd.Function):
-    """attend() in kernels. D a power of two, at least 16."""
+    """attend() in kernels. D a power of two from 16 to 128."""
 
     @staticmethod
     def forward(ctx, q, k, v, gate, starts, ends, window, scale):
@@ -2446,7 +2448,11 @@ class Watch:
 
     def at(self, step: int) -> None:
         """The main thread has come to this step."""
-        self.step, self.moved = step, time.monotonic()
+        self.moved, self.step = time.monotonic(), step
+
+    def pause(self) -> None:
+        """Until the next `at` it may take as long as it likes: validation, a checkpoint."""
+        self.moved = math.inf
 
     def agree_to_stop(self) -> bool:
         """Whether a rank had been asked to stop when this was called before: the same answer on all, and none waits."""
@@ -2462,11 +2468,10 @@ class Watch:
         """Ends all processes, after the checkpoint of this step. It does not return."""
         if self.size > 1:
             dist.barrier(group=self.side)  # torchrun ends all when one has ended: rank 0 writes first
-        self.end(
-            143,
-            f"train_gpt.py: {self.stop or 'a signal to another rank'}: stopped at step {step}; "
-            f"go on with --resume={self.log.path.stem}",
-        )
+        run_id = self.log.path.stem
+        found = checkpoints_of(run_id, self.log.path.parent)
+        then = f"go on with --resume={run_id}" if found else "there is no checkpoint to go on from"
+        self.end(143, f"train_gpt.py: {self.stop or 'a signal to another rank'}: stopped at step {step}; {then}")
 
     def fail(self, error: BaseException) -> None:
         """Ends all processes with the error's message. It does not return."""
@@ -2581,7 +2586,9 @@ class Watch:
             self.end(*self.verdict)
         if self.hang_timeout and self.step is not None and now - self.moved > self.hang_timeout:
             places = {rank: "silent" if rank in silent else beat[2] for rank, (beat, _) in sorted(self.beats.items())}
-            waiting = ("reduced ", "gathered ", "full ", "agree_to_stop ")  # for another rank
+            # For another rank. On GPUs a step is issued without waiting: what stands still is whoever reads its end.
+            waiting = "reduced gathered full agree_to_stop step_issued synchronize validate state check_gradients"
+            waiting = tuple(f"{name} " for name in waiting.split())
             last = min(places, key=lambda rank: (rank not in silent, places[rank].startswith(waiting)))
             told = "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
             reason = f"no step has ended for {self.hang_timeout:g} s (--hang_timeout), {told}"
@@ -2605,6 +2612,7 @@ def reason_of(error: BaseException) -> str:
 
 
 OLDEST_GPU = (8, 0)  # compute capability; bfloat16 in Triton
+KERNEL_SHARED_MEMORY = 213_032  # bytes, of linear_relu2 backward on Hopper; older GPUs' pipelines take less
 
 
 def check_world(hp: Hyperparameters, world: World) -> list[str]:
@@ -2643,6 +2651,12 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
             oldest = "{}.{}".format(*OLDEST_GPU)
             raise UserError(
                 f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}: the kernels take {oldest} or newer"
+            )
+        shared = getattr(gpu, "shared_memory_per_block_optin", KERNEL_SHARED_MEMORY)
+        if gpu.major >= 9 and shared < KERNEL_SHARED_MEMORY:
+            raise UserError(
+                f"{gpu.name} has {shared} bytes of shared memory a multiprocessor, the kernels' tiles take up to "
+                f"{KERNEL_SHARED_MEMORY}: lower BLOCK_N in linear_relu2_triton and the tiles of attention"
             )
         free = torch.cuda.mem_get_info(world.device)[0] / 2**30
         machine = f"{world.size} x {gpu.name}, {free:.0f} of {gpu.total_memory / 2**30:.0f} GiB free"
@@ -2922,8 +2936,9 @@ class Bench:
 class MicroBatchGraph:
     """Forward and backward of one micro-batch as a CUDA graph: captured once, launched as one.
 
-    Launching its 600 kernels one by one takes longer than they run (55 ms to 31 in stage 1 on H100). Windows and
-    softmax scale are part of the capture, hence a graph a stage; gradients are added to the parameters' .grad.
+    Launching its 600 kernels one by one takes longer than they run (at first, in stage 1 on H100, 55 ms against 31).
+    Windows and softmax scale are part of the capture, hence a graph a stage; gradients are added to the parameters'
+    .grad.
     """
 
     def __init__(self, run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor, pool):
@@ -3076,6 +3091,7 @@ class Trainer:
             watch.at(step)
             if last or step in validate_at:
                 clock.stop()
+                watch.pause()
                 # The windows trained with so far: a new stage begins with its first training step.
                 windows = schedule.window_tokens(*FINAL_WINDOWS) if last else schedule.windows(max(step - 1, 0))
                 now.val_losses.append(self.validate(val_batches, windows))
@@ -3091,9 +3107,12 @@ class Trainer:
                 stop = watch.agree_to_stop()
                 if step >= saved_at + hp.checkpoint_every or (stop and step > saved_at):
                     clock.stop()
+                    watch.pause()
                     self.check_gradients(log, lag=0)  # what is saved is sound
                     now.step, now.elapsed, saved_at = step, clock.elapsed, step
                     self.save_checkpoint(log, train_paths, now)
+                    if watch.side:
+                        dist.barrier(group=watch.side)  # while rank 0 writes, no other waits for it on the clock
                     clock.start()
                 if stop:
                     watch.stop_here(step)
@@ -3121,7 +3140,11 @@ class Trainer:
                 path = log.path.with_name(f"{self.hp.run_id}_nonfinite_rank{self.world.rank}.pt")
                 algorithms = {name: slot.algorithm for name, slot in self.optimizer.slots.items()}
                 states = {f"{name}.{key}": getattr(a, key) for name, a in algorithms.items() for key in a.states}
-                write_checkpoint(path, dict(step=step + 1, bad=bad, model=dict(self.model.state_dict()), states=states))
+                try:
+                    content = dict(step=step + 1, bad=bad, model=dict(self.model.state_dict()), states=states)
+                    write_checkpoint(path, content)
+                except (OSError, RuntimeError) as error:
+                    path = f"{path} could not be written ({error})"
                 more = f" (nor those of {len(bad) - 1} more parameters: the forward pass is not)" if bad[1:] else ""
                 told = f"the gradient of {first} in step {step + 1} is not finite{more}"
                 raise UserError(f"{told}; parameters and this rank's states a step or two later: {path}")
@@ -3222,6 +3245,11 @@ def main(arguments: list[str]) -> None:
         log_header(log, hp, overrides)
         log.write("\n".join(summary), console=False)
         world.start()
+        if world.size > 1:  # a run_id that was drawn has been each rank's own until here
+            ids = [hp.run_id]
+            dist.broadcast_object_list(ids)
+            hp = replace(hp, run_id=ids[0])
+            log.path = log.path.with_name(f"{hp.run_id}.txt")
         watch.join(hp, world)
         trainer = Trainer(hp, world)
         val_batches = validation_batches(find_files(hp.val_files), hp, world)

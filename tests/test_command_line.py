@@ -164,6 +164,7 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
         (["--num_heads=3"], ["--num_heads=3", "even"]),
         (["--head_dim=12"], ["--head_dim=12", "power of two"]),
         (["--head_dim=0"], ["--head_dim=0", "power of two"]),
+        (["--head_dim=256"], ["--head_dim=256", "power of two from 8 to 128"]),
         (["--bigram_vocab_size=1001"], ["bigram_vocab_size=1001", "multiple of 8"]),
         (["--bigram_vocab_size=0"], ["--bigram_vocab_size", "at least 8"]),
         (["--vocab_size=50000"], ["--vocab_size", "50257"]),
@@ -291,3 +292,9 @@ def test_what_a_gpu_run_lacks_is_found_in_the_check_with_the_remedy(
     with pytest.raises(UserError) as error:
         train_gpt.check_world(hp, World(0, 0, 2, torch.device("cuda", 0)))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", train_gpt.SETTINGS)
+def test_the_default_of_a_setting_has_the_type_that_arguments_are_read_as(name):
+    setting = train_gpt.SETTINGS[name]  # a checkpoint's settings are compared by type with these
+    assert type(setting.default) is (tuple if setting.type == tuple[int, ...] else setting.type)
