@@ -334,9 +334,8 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
 
     for name in ("num_scheduled_iterations", "train_max_seq_len", "val_tokens", "val_batch_size", "num_heads"):
         require(getattr(hp, name) > 0, f"--{name}={getattr(hp, name)} must be positive")
-    for name in ("num_extension_iterations", "val_loss_every", "checkpoint_every", "hang_timeout"):
-        require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
-    for name in ("muon_momentum_warmup", "muon_momentum_cooldown"):
+    not_negative = "num_extension_iterations val_loss_every checkpoint_every hang_timeout"
+    for name in (*not_negative.split(), "muon_momentum_warmup", "muon_momentum_cooldown"):
         require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
     require(hp.bench_steps >= 4, f"--bench_steps={hp.bench_steps} must be at least 4: the first two are not timed")
     require(0 < hp.cooldown_frac <= 1, f"--cooldown_frac={hp.cooldown_frac} must be in (0, 1]")
@@ -672,6 +671,15 @@ def cross_entropy_kernel(
 
 
 @triton.jit
+def total_weights(weights_ptr, rows, T, N_TARGETS: tl.constexpr):
+    """For each row the sum of its targets' weights: the last rows have fewer targets."""
+    total = tl.zeros(rows.shape, tl.float32)
+    for k in tl.static_range(N_TARGETS):
+        total += tl.where(rows + k < T, tl.load(weights_ptr + k), 0.0)
+    return total
+
+
+@triton.jit
 def cross_entropy_backward_kernel(
     logits_ptr, lse_ptr, weights_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
     N_TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -680,9 +688,7 @@ def cross_entropy_backward_kernel(
     first_row, first_col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
     rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
     row_inside, col_inside = rows < T, cols < V
-    total_weight = tl.zeros((ROWS,), tl.float32)
-    for k in tl.static_range(N_TARGETS):
-        total_weight += tl.where(rows + k < T, tl.load(weights_ptr + k), 0.0)
+    total_weight = total_weights(weights_ptr, rows, T, N_TARGETS)
     total_weight *= factor * tl.load(grad_ptr + rows, mask=row_inside, other=0.0)
     lse_2 = tl.load(lse_ptr + rows, mask=row_inside, other=0.0) * LOG2_E
     # 64 bits for the tile's corner, 32 inside the tile
@@ -709,9 +715,7 @@ def cross_entropy_targets_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
     factor *= tl.load(grad_ptr + rows, mask=rows < T, other=0.0)
-    total_weight = tl.zeros((ROWS,), tl.float32)
-    for k in tl.static_range(N_TARGETS):
-        total_weight += tl.where(rows + k < T, tl.load(weights_ptr + k), 0.0)
+    total_weight = total_weights(weights_ptr, rows, T, N_TARGETS)
     rows_64 = rows.to(tl.int64)
     for k in tl.static_range(N_TARGETS):
         inside = rows + k < T
@@ -933,8 +937,8 @@ def turn(x, cos, sin):
 
 
 @triton.jit
-def head_places(T, H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, BLOCK_T: tl.constexpr):
-    """For one head of BLOCK_T tokens: token, position and mask, and places in tables, projections and q, k, v.
+def head_places(cos_ptr, sin_ptr, T, H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, BLOCK_T: tl.constexpr):
+    """For one head of BLOCK_T tokens: token, position and mask, rotation, and places in projections and q, k, v.
 
     Paired or not, a head has the same place in memory, and the next position's is `H // 2` or `H` heads further.
     Neighbouring programs take the heads of the same tokens, which read the same rows of the tables.
@@ -945,7 +949,9 @@ def head_places(T, H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, BLOCK
     turning = position[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
     projected = (t[:, None] * 3 * H + head) * D + d[None, :]
     out = (t[:, None] * H + head) * D + d[None, :]
-    return head, t, position, t < T, turning, projected, out
+    cos = tl.load(cos_ptr + turning, mask=(t < T)[:, None], other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + turning, mask=(t < T)[:, None], other=0.0).to(tl.float32)
+    return head, t, position, t < T, cos, sin, projected, out
 
 
 @triton.jit
@@ -955,10 +961,8 @@ def split_heads_kernel(
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One head of BLOCK_T tokens."""
-    head, t, position, inside, turning, projected, out = head_places(T, H, D, PAIRED, BLOCK_T)
+    head, t, position, inside, cos, sin, projected, out = head_places(cos_ptr, sin_ptr, T, H, D, PAIRED, BLOCK_T)
     mask = inside[:, None]
-    cos = tl.load(cos_ptr + turning, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + turning, mask=mask, other=0.0).to(tl.float32)
     for i in tl.static_range(2):
         out_ptr = q_ptr if i == 0 else k_ptr
         x = tl.load(qkv_ptr + projected + i * H * D, mask=mask, other=0.0).to(tl.float32)
@@ -988,10 +992,8 @@ def split_heads_backward_kernel(
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One head of BLOCK_T tokens; adds to the table's gradient."""
-    head, t, position, inside, turning, projected, out = head_places(T, H, D, PAIRED, BLOCK_T)
+    head, t, position, inside, cos, sin, projected, out = head_places(cos_ptr, sin_ptr, T, H, D, PAIRED, BLOCK_T)
     mask = inside[:, None]
-    cos = tl.load(cos_ptr + turning, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + turning, mask=mask, other=0.0).to(tl.float32)
     for i in tl.static_range(2):
         grad_ptr = grad_q_ptr if i == 0 else grad_k_ptr
         if KEY_OFFSET and i == 1:  # from where the second half went

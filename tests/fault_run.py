@@ -13,26 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from small_run import FILES, SMALL
 
 import train_gpt
 
-STEPS = 10
-CHANGES = dict(
-    train_files="train_*.bin",
-    val_files="val_*.bin",
-    stages=tuple(s._replace(tokens=8 * n) for s, n in zip(train_gpt.STAGES, (16, 24, 32, 32), strict=True)),
-    num_scheduled_iterations=9,
-    num_extension_iterations=1,
-    muon_momentum_warmup=4,
-    muon_momentum_cooldown=2,
-    window_block=4,
-    num_heads=2,
-    bigram_vocab_size=64,
-    val_tokens=512,
-    val_batch_size=256,
-    val_loss_every=5,
-    adam_lr=0.03,
-)
+CHANGES = dict(**FILES, **SMALL, val_loss_every=5, adam_lr=0.03)
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.11 GiB of which 1.31 GiB is free."
 
 

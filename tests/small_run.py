@@ -31,6 +31,19 @@ from train_gpt import (
 
 STEPS = 10
 UNTIE_STEP = 7  # the first odd step of the last third of nine
+FILES = dict(train_files="train_*.bin", val_files="val_*.bin")
+SMALL = dict(
+    stages=tuple(stage._replace(tokens=8 * n) for stage, n in zip(STAGES, (16, 24, 32, 32), strict=True)),
+    num_scheduled_iterations=9,
+    num_extension_iterations=1,
+    muon_momentum_warmup=4,
+    muon_momentum_cooldown=2,
+    window_block=4,
+    num_heads=2,
+    bigram_vocab_size=64,
+    val_tokens=512,
+    val_batch_size=256,
+)
 
 
 def write_text(folder: Path) -> None:
@@ -51,23 +64,8 @@ def write_text(folder: Path) -> None:
 def small_hyperparameters(folder: Path, **overrides) -> Hyperparameters:
     """The smoke run's code path with micro-batches of 16 to 32 tokens and a model 16 wide."""
     hp, _ = parse_arguments(["--preset=smoke", f"--log_dir={folder}", "--run_id=small"], has_gpu=False)
-    tokens = (16, 24, 32, 32)
-    small = dict(
-        train_files=str(folder / "train_*.bin"),  # absolute: not below the program's own folder
-        val_files=str(folder / "val_*.bin"),
-        stages=tuple(stage._replace(tokens=8 * n) for stage, n in zip(STAGES, tokens, strict=True)),
-        num_scheduled_iterations=9,
-        num_extension_iterations=1,
-        muon_momentum_warmup=4,
-        muon_momentum_cooldown=2,
-        window_block=4,
-        num_heads=2,
-        bigram_vocab_size=64,
-        val_tokens=512,
-        val_batch_size=256,
-        val_loss_every=0,
-    )
-    return replace(hp, **{**small, **overrides})
+    files = {name: str(folder / pattern) for name, pattern in FILES.items()}  # absolute: not below the program's folder
+    return replace(hp, **{**SMALL, **files, "val_loss_every": 0, **overrides})
 
 
 def record_gradients(trainer: Trainer) -> dict[str, list[torch.Tensor]]:

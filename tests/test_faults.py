@@ -20,7 +20,7 @@ import fault_run
 import pytest
 import small_run
 import torch
-from fault_run import STEPS
+from small_run import STEPS
 
 import train_gpt
 
