@@ -547,9 +547,9 @@ def test_a_run_killed_at_random_again_and_again_ends_to_the_bit(data, long_whole
             with contextlib.suppress(ProcessLookupError):
                 os.kill(chance.choice([process.pid, *processes_of(tmp_path)]), number)
         status, said = finish(process, tmp_path, orphans=20)
-        if status == 0:
+        if status == 0 or "the run has ended" in said:  # the kill came after the last checkpoint
             break
     else:
         status, said = run(tmp_path, data, processes, arguments=RESUMED, seconds=600)
-    assert status == 0, said
+    assert status == 0 or "the run has ended" in said, said
     assert Result(tmp_path, SOAK_STEPS) == long_whole[processes]
