@@ -197,7 +197,7 @@ class Hyperparameters:
     head_dim: int = 128
     window_block: int = 128  # tokens
     dtype: str = "auto"  # "bfloat16" on a GPU, "float32" on a CPU
-    fp8_head: str = "auto"  # training logits in FP8 where the GPU can (compute capability >= 8.9)
+    fp8: str = "auto"  # training's products in FP8 where the GPU can (compute capability >= 8.9); or "head" only; "off"
     # optimizer
     adam_lr: float = 0.008
     adam_eps: float = 1e-10
@@ -353,7 +353,7 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     require(hp.bigram_vocab_size >= 8, "--bigram_vocab_size must be at least 8")
     require(50257 <= hp.vocab_size <= 65536, "--vocab_size must hold GPT-2's 50257 tokens and fit 16 bits")
     require(hp.dtype in ("auto", "bfloat16", "float32"), f"--dtype={hp.dtype}: choose auto, bfloat16 or float32")
-    for name, choices in (("fp8_head", "auto off"), ("cuda_graphs", "auto off"), ("compile", "auto on off")):
+    for name, choices in (("fp8", "auto head off"), ("cuda_graphs", "auto off"), ("compile", "auto on off")):
         require(getattr(hp, name) in choices.split(), f"--{name}={getattr(hp, name)}: choose one of {choices}")
     for name in ("run_id", "resume"):
         value = getattr(hp, name)
@@ -500,21 +500,63 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, addend: Tensor | None = Non
     return (symmetric_product_triton if x.is_cuda else symmetric_product_reference)(x, alpha, addend, beta)
 
 
+# ---------------------------------------------------------------------------- products in FP8
+
+# What one FP8 step stands for in the layers. A normed row of 768 has no number beyond sqrt(768), e4m3 ends at 448, and
+# weights stay far below 8. The floating point of FP8 makes up for what is too generous. Gradients are in e5m2, in steps
+# that suit losses multiplied by `grad_scale`.
+FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 4.0, 2.0**-6
+
+
+def fp8_product(a: Tensor, b: Tensor, a_step, b_step, out_dtype: torch.dtype, fast: bool = True) -> Tensor:
+    """a_step a b_step b for FP8 a (M, K), row-major, and b (K, N), column-major, the layouts Hopper multiplies.
+
+    Steps are numbers or 0-d float32 tensors. fast: sums in the tensor core's own, shorter registers.
+    """
+
+    def tensor(step):
+        return step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.float32, device=a.device)
+
+    return torch._scaled_mm(a, b, tensor(a_step), tensor(b_step), out_dtype=out_dtype, use_fast_accum=fast)
+
+
+def fp8_weights(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices (..., N, K) in FP8, as they are and transposed: a product and its gradient need rows of either."""
+    fp8 = (matrices / FP8_WEIGHT).to(torch.float8_e4m3fn)
+    return fp8, fp8.mT.contiguous()
+
+
 # ---------------------------------------------------------------------------- the MLP: linear + relu^2, both directions
 
 
-def linear_relu2_reference(x: Tensor, weight: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """relu(x W^T)^2 for x (T, C), W (F, C); with `hidden` (T, F), the derivative's product 2 sqrt(hidden) (x W^T).
+def linear_relu2_reference(
+    x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0, step: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """relu(scale x W^T)^2 for x (T, C), W (F, C); with `hidden` (T, F), scale sqrt(hidden) (x W^T).
 
-    relu(p) is rebuilt as sqrt(relu(p)^2): the pre-activation p need not be stored, nor read back.
+    With scale 2 the latter is the derivative's product: relu(p) is rebuilt as sqrt(relu(p)^2), so that the
+    pre-activation p need not be stored, nor read back. Where x and W are in FP8, the result is in bf16, and also in FP8
+    over `step`: e4m3, or with `hidden` e5m2. Otherwise the second result is empty.
     """
-    product = x @ weight.T
-    return F.relu(product).square() if hidden is None else 2 * hidden.sqrt() * product
+    out, out_fp8 = empty_hidden(x, weight, hidden)
+    product = scale * (x.to(out.dtype) @ weight.to(out.dtype).T)
+    out.copy_(F.relu(product).square() if hidden is None else product * hidden.to(out.dtype).sqrt())
+    if len(out_fp8):
+        out_fp8.copy_(out / step)
+    return out, out_fp8
+
+
+def empty_hidden(x: Tensor, weight: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What linear_relu2 writes."""
+    T, N, fp8 = len(x), len(weight), x.dtype.itemsize == 1
+    out = x.new_empty(T, N, dtype=torch.bfloat16 if fp8 else x.dtype)
+    return out, x.new_empty((T, N) if fp8 else 0, dtype=torch.float8_e4m3fn if hidden is None else torch.float8_e5m2)
 
 
 @triton.jit
 def linear_relu2_kernel(
-    x_desc, weight_desc, hidden_desc, out_desc, T, N, K, BACKWARD: tl.constexpr, PROGRAMS: tl.constexpr,
+    x_desc, weight_desc, hidden_desc, out_desc, out_fp8_desc, scale, fp8_factor, T, N, K, BACKWARD: tl.constexpr,
+    FP8: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T x BLOCK_N tiles of the output; GROUP rows of tiles share their columns of W in the L2 cache.
@@ -533,20 +575,26 @@ def linear_relu2_kernel(
         # Halves of a tile leave shared memory for more stages of loads.
         halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1)))
         for i in tl.static_range(2):
-            half, start = halves[i], col + i * (BLOCK_N // 2)
+            half, start = halves[i] * scale, col + i * (BLOCK_N // 2)
             if BACKWARD:
-                half *= 2.0 * tl.sqrt(hidden_desc.load([row, start]).to(tl.float32))
+                half *= tl.sqrt(hidden_desc.load([row, start]).to(tl.float32))
             else:
                 half = tl.maximum(half, 0.0, propagate_nan=tl.PropagateNan.ALL)
                 half *= half
             out_desc.store([row, start], half.to(out_desc.dtype))
+            if FP8:
+                out_fp8_desc.store([row, start], (half * fp8_factor).to(out_fp8_desc.dtype))
 
 
-def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None) -> Tensor:
+def linear_relu2_triton(
+    x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0, step: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """The same in one kernel, through Hopper's bulk tensor copies. Rows must be multiples of 16 bytes."""
     (T, K), N = x.shape, weight.shape[0]
-    out = x.new_empty(T, N)
-    BLOCK_T, BLOCK_N, BLOCK_K = 128, 256, 64  # with 8 warps, 3 stages the best of 13 on H100 for C = 768, F = 3072
+    out, out_fp8 = empty_hidden(x, weight, hidden)
+    fp8 = len(out_fp8) > 0
+    BLOCK_T, BLOCK_N = 128, 256  # with 8 warps, 3 stages the best of 13 on H100 for bf16, C = 768, F = 3072
+    BLOCK_K = 128 if fp8 else 64
     half_tile = [BLOCK_T, BLOCK_N // 2]
     out_desc = TensorDescriptor.from_tensor(out, half_tile)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
@@ -554,38 +602,60 @@ def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None)
     linear_relu2_kernel[(programs,)](
         TensorDescriptor.from_tensor(x.contiguous(), [BLOCK_T, BLOCK_K]),
         TensorDescriptor.from_tensor(weight.contiguous(), [BLOCK_N, BLOCK_K]),
-        out_desc if hidden is None else TensorDescriptor.from_tensor(hidden, half_tile), out_desc, T, N, K,
-        BACKWARD=hidden is not None, PROGRAMS=programs, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=8,
-        num_warps=8, num_stages=3,
+        out_desc if hidden is None else TensorDescriptor.from_tensor(hidden, half_tile), out_desc,
+        TensorDescriptor.from_tensor(out_fp8, half_tile) if fp8 else out_desc, scale, 1 / step, T, N, K,
+        BACKWARD=hidden is not None, FP8=fp8, PROGRAMS=programs,
+        BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=8, num_warps=8, num_stages=3,
     )  # fmt: skip
-    return out
+    return out, out_fp8
 
 
 @torch.library.custom_op("speedrun::linear_relu2", mutates_args=())
-def linear_relu2(x: Tensor, weight: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """relu(x W^T)^2, or with `hidden` its derivative's product; see linear_relu2_reference."""
-    return (linear_relu2_triton if x.is_cuda else linear_relu2_reference)(x, weight, hidden)
+def linear_relu2(
+    x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0, step: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """relu(scale x W^T)^2, or with `hidden` its derivative's product; see linear_relu2_reference."""
+    return (linear_relu2_triton if x.is_cuda else linear_relu2_reference)(x, weight, hidden, scale, step)
 
 
 @linear_relu2.register_fake
-def _(x, weight, hidden=None):
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _(x, weight, hidden=None, scale=1.0, step=1.0):
+    return empty_hidden(x, weight, hidden)
 
 
 class MLP(torch.autograd.Function):
-    """relu(x W_fc^T)^2 W_proj for x (T, C) and W_fc, W_proj (4C, C)."""
+    """relu(x W_fc^T)^2 W_proj for x (T, C) and W_fc, W_proj (4C, C).
+
+    With `grad_scale` not None the products run in FP8, as in HeadLoss, but for those of the weights' gradients, which
+    would need all activations transposed as well. `fp8` and `fp8_t` are (W_fc, W_proj) from fp8_weights.
+    """
 
     @staticmethod
-    def forward(ctx, x, w_fc, w_proj):
-        hidden = linear_relu2(x, w_fc)  # (T, 4C)
-        ctx.save_for_backward(x, w_fc, w_proj, hidden)
-        return hidden @ w_proj
+    def forward(ctx, x, w_fc, w_proj, fp8=None, fp8_t=None, grad_scale=None):
+        ctx.grad_scale = grad_scale
+        if grad_scale is None:
+            hidden, _ = linear_relu2(x, w_fc)  # (T, 4C)
+            ctx.save_for_backward(x, w_fc, w_proj, hidden)
+            return hidden @ w_proj
+        x_fp8 = (x / FP8_X).to(torch.float8_e4m3fn)
+        hidden, hidden_fp8 = linear_relu2(x_fp8, fp8[0], None, FP8_X * FP8_WEIGHT, FP8_HIDDEN)
+        ctx.save_for_backward(x, fp8, fp8_t, hidden, hidden_fp8)
+        return fp8_product(hidden_fp8, fp8_t[1].T, FP8_HIDDEN, FP8_WEIGHT, x.dtype)
 
     @staticmethod
     def backward(ctx, grad_out):
-        x, w_fc, w_proj, hidden = ctx.saved_tensors
-        grad_pre = linear_relu2(grad_out, w_proj, hidden)
-        return grad_pre @ w_fc, grad_pre.T @ x, hidden.T @ grad_out
+        if ctx.grad_scale is None:
+            x, w_fc, w_proj, hidden = ctx.saved_tensors
+            grad_pre, _ = linear_relu2(grad_out, w_proj, hidden, 2.0)
+            grad_x = grad_pre @ w_fc
+        else:
+            x, fp8, fp8_t, hidden, hidden_fp8 = ctx.saved_tensors
+            step = ctx.grad_scale * FP8_GRAD
+            grad_fp8 = (grad_out / step).to(torch.float8_e5m2)
+            scale = 2 * FP8_HIDDEN**0.5 * step * FP8_WEIGHT
+            grad_pre, grad_pre_fp8 = linear_relu2(grad_fp8, fp8[1], hidden_fp8, scale, step)
+            grad_x = fp8_product(grad_pre_fp8, fp8_t[0].T, step, FP8_WEIGHT, x.dtype)
+        return grad_x, grad_pre.T @ x, hidden.T @ grad_out, None, None, None
 
 
 # ---------------------------------------------------------------------------- softcapped multi-token cross-entropy
@@ -795,17 +865,8 @@ def _(logits, lse, targets, weights, grad, scale, dtype):
 
 # ---------------------------------------------------------------------------- the head, in FP8 and bf16, with its loss
 
-# What one FP8 step stands for. Normed activations stay below 100, head weights below 1.6; 448 is e4m3's largest.
-FP8_X_SCALE, FP8_WEIGHT_SCALE, FP8_GRAD_SCALE = 100 / 448, 1.6 / 448, 0.75 / 448
-
-
-def fp8_product(a: Tensor, b: Tensor, a_scale: float, b_scale: float, out_dtype: torch.dtype, fast: bool) -> Tensor:
-    """a_scale a b_scale b for FP8 a (M, K), row-major, and b (K, N), column-major, the layouts Hopper multiplies.
-
-    fast: sums in the tensor core's own, shorter registers; good enough for logits, not for gradients.
-    """
-    scales = (torch.full((), s, dtype=torch.float32, device=a.device) for s in (a_scale, b_scale))
-    return torch._scaled_mm(a, b, *scales, out_dtype=out_dtype, use_fast_accum=fast)
+# What one FP8 step stands for: normed activations stay below 100, head weights below 1.6; 448 is e4m3's largest.
+FP8_HEAD_X, FP8_HEAD, FP8_HEAD_GRAD = 100 / 448, 1.6 / 448, 0.75 / 448
 
 
 class HeadLoss(torch.autograd.Function):
@@ -820,10 +881,10 @@ class HeadLoss(torch.autograd.Function):
         if grad_scale is None:
             logits = x @ head
         else:
-            x_fp8 = (x / FP8_X_SCALE).to(torch.float8_e4m3fn)
-            head_fp8 = (head / FP8_WEIGHT_SCALE).to(torch.float8_e4m3fn)
+            x_fp8 = (x / FP8_HEAD_X).to(torch.float8_e4m3fn)
+            head_fp8 = (head / FP8_HEAD).to(torch.float8_e4m3fn)
             head_columns = head_fp8.T.contiguous().T
-            logits = fp8_product(x_fp8, head_columns, FP8_X_SCALE, FP8_WEIGHT_SCALE, torch.bfloat16, fast=True)
+            logits = fp8_product(x_fp8, head_columns, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
         losses, lse = cross_entropy(logits, targets, weights)
         ctx.save_for_backward(logits, lse, targets, weights, *((x, head) if grad_scale is None else (x_fp8, head_fp8)))
         ctx.grad_scale, ctx.dtype = grad_scale, head.dtype
@@ -836,10 +897,10 @@ class HeadLoss(torch.autograd.Function):
         if ctx.grad_scale is None:
             grad, _ = cross_entropy_backward(logits, lse, targets, weights, grad_losses, 1.0, logits.dtype)
             return grad @ head.T, x.T @ grad, None, None, None
-        scale = ctx.grad_scale * FP8_GRAD_SCALE
+        scale = ctx.grad_scale * FP8_HEAD_GRAD
         grad, grad_t = cross_entropy_backward(logits, lse, targets, weights, grad_losses, scale, torch.float8_e5m2)
-        grad_x = fp8_product(grad, head.T, scale, FP8_WEIGHT_SCALE, ctx.dtype, fast=False)
-        grad_head = fp8_product(x.T.contiguous(), grad_t.T, FP8_X_SCALE, scale, torch.float32, fast=False)
+        grad_x = fp8_product(grad, head.T, scale, FP8_HEAD, ctx.dtype, fast=False)
+        grad_head = fp8_product(x.T.contiguous(), grad_t.T, FP8_HEAD_X, scale, torch.float32, fast=False)
         return grad_x, grad_head.to(ctx.dtype), None, None, None
 
 
@@ -987,7 +1048,7 @@ def split_heads_kernel(
 @triton.jit
 def split_heads_backward_kernel(
     qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
-    grad_qkv_ptr, grad_gate_ptr, grad_table_ptr, T, eps,
+    grad_qkv_ptr, grad_fp8_ptr, grad_gate_ptr, grad_table_ptr, T, eps, fp8_factor, FP8: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_EMBED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -1009,8 +1070,14 @@ def split_heads_backward_kernel(
         x *= inverse_rms
         grad_x = inverse_rms * (grad - x * (tl.sum(grad * x, 1) / D)[:, None])
         tl.store(grad_qkv_ptr + projected + i * H * D, grad_x.to(grad_qkv_ptr.dtype.element_ty), mask=mask)
+        if FP8:
+            grad_x = (grad_x * fp8_factor).to(grad_fp8_ptr.dtype.element_ty)
+            tl.store(grad_fp8_ptr + projected + i * H * D, grad_x, mask=mask)
     grad_v = tl.load(grad_v_ptr + out, mask=mask, other=0.0)
     tl.store(grad_qkv_ptr + projected + 2 * H * D, grad_v, mask=mask)
+    if FP8:
+        grad_v_fp8 = (grad_v.to(tl.float32) * fp8_factor).to(grad_fp8_ptr.dtype.element_ty)
+        tl.store(grad_fp8_ptr + projected + 2 * H * D, grad_v_fp8, mask=mask)
     if VALUE_EMBED:
         grad_v = grad_v.to(tl.float32)
         row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
@@ -1022,15 +1089,30 @@ def split_heads_backward_kernel(
         tl.atomic_add(grad_table_ptr + place, gate[:, None] * grad_v, mask=mask, sem="relaxed")
 
 
+class Fp8Projection(NamedTuple):
+    """What a product x W^T takes in FP8, forward and for the gradient of x."""
+
+    x: Tensor  # (T, K), in steps of FP8_X
+    weight: Tensor  # (N, K)
+    weight_t: Tensor  # (K, N)
+    weight_step: Tensor  # 0-d
+    grad_scale: float  # by which the losses are multiplied before backward
+
+
 class SplitHeads(torch.autograd.Function):
-    """split_heads_reference as one kernel a direction, which reads and writes everything once."""
+    """split_heads_reference of the projections x W^T, in one kernel a direction, which reads and writes all once.
+
+    x (T, C), weight (3C, C). With `fp8` the products run in FP8, but for that of the weight's gradient.
+    """
 
     @staticmethod
-    def forward(ctx, qkv, value_gate, table, rows, cos, sin, num_heads, paired, key_offset):
-        T, H, D = len(qkv), num_heads, qkv.shape[1] // (3 * num_heads)
+    def forward(ctx, x, weight, fp8, value_gate, table, rows, cos, sin, num_heads, paired, key_offset):
+        qkv = fp8_product(fp8.x, fp8.weight.T, FP8_X, fp8.weight_step, x.dtype) if fp8 else x @ weight.T
+        T, H, D = len(x), num_heads, x.shape[1] // num_heads
         q, k, v = (qkv.new_empty((2 * T, H // 2, D) if paired else (T, H, D)) for _ in range(3))
         inputs = (qkv, value_gate, *((table, rows) if value_gate is not None else (None, None)), cos, sin)
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(x, weight, *inputs)
+        ctx.fp8 = fp8
         ctx.options = dict(
             H=H, D=D, PAIRED=paired, KEY_OFFSET=key_offset, VALUE_EMBED=value_gate is not None, BLOCK_T=16, num_warps=4
         )
@@ -1039,21 +1121,27 @@ class SplitHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        qkv, value_gate, table = ctx.saved_tensors[:3]
+        (x, weight, *inputs), fp8 = ctx.saved_tensors, ctx.fp8
+        qkv, value_gate, table = inputs[:3]
         grad_qkv = torch.empty_like(qkv)
+        grad_fp8 = torch.empty_like(qkv, dtype=torch.float8_e5m2) if fp8 else grad_qkv
         grad_gate = None if value_gate is None else torch.empty_like(value_gate)
         grad_table = None if value_gate is None else table_gradient(table)
+        step = FP8_GRAD * fp8.grad_scale if fp8 else 1.0
         split_heads_backward_kernel[(ctx.options["H"] * triton.cdiv(len(qkv), 16),)](
-            *ctx.saved_tensors, *(g.contiguous() for g in grads), grad_qkv, grad_gate, grad_table, len(qkv), NORM_EPS,
-            **ctx.options,
+            *inputs, *(g.contiguous() for g in grads), grad_qkv, grad_fp8, grad_gate, grad_table, len(qkv), NORM_EPS,
+            1 / step, FP8=bool(fp8), **ctx.options,
         )  # fmt: skip
-        return grad_qkv, grad_gate, *(None,) * 7
+        grad_x = fp8_product(grad_fp8, fp8.weight_t.T, step, fp8.weight_step, x.dtype) if fp8 else grad_qkv @ weight
+        return grad_x, grad_qkv.T @ x, None, grad_gate, *(None,) * 7
 
 
-def split_heads(qkv, value_gate, table, rows, cos, sin, num_heads: int, paired: bool, key_offset: bool):
-    """q, k, v as attention takes them; see split_heads_reference."""
-    function = SplitHeads.apply if qkv.is_cuda else split_heads_reference
-    return function(qkv, value_gate, table, rows, cos, sin, num_heads, paired, key_offset)
+def split_heads(x, weight, fp8: Fp8Projection | None, value_gate, table, rows, cos, sin, num_heads, paired, key_offset):
+    """q, k, v as attention takes them, from x (T, C), weight (3C, C); for the rest see split_heads_reference."""
+    if x.is_cuda:
+        return SplitHeads.apply(x, weight, fp8, value_gate, table, rows, cos, sin, num_heads, paired, key_offset)
+    qkv = F.linear(x, weight)
+    return split_heads_reference(qkv, value_gate, table, rows, cos, sin, num_heads, paired, key_offset)
 
 
 # ---------------------------------------------------------------------------- attention
@@ -1327,10 +1415,12 @@ class LayerWeights(NamedTuple):
 
     resid: Tensor
     mlp: Tensor  # (2, 4C, C): W_fc, W_proj
+    mlp_fp8: tuple[Tensor, Tensor] | tuple[()]  # the same in FP8, and transposed; or nothing
     # layers with attention
     qkv_lambda: Tensor | None = None
     out_lambda: Tensor | None = None
     qkv: Tensor | None = None  # (3, C, C)
+    qkv_fp8: tuple[Tensor, Tensor] | tuple[()] = ()  # (3C, C), transposed (C, 3C); or nothing
     out: Tensor | None = None  # (1, C, C)
     attn_gate: Tensor | None = None  # (H, 12)
     value_gate: Tensor | None = None  # (H, 12)
@@ -1372,29 +1462,37 @@ def embed_inputs(x, bigram, w_x0, w_bigram, smear_lambda, smear_gate):
 
 
 def attention_inputs(x, mlp_out, injected, w: LayerWeights):
-    """The mixed input (T, C), q, k, v as projected (T, 3C), the head gate and the value gate (T, H)."""
+    """The mixed input (T, C), what is projected to q, k, v (T, C) with its weight (3C, C), head and value gate (T, H).
+
+    The last is, for FP8, what Fp8Projection has of x and the weight's step, or nothing.
+    """
     x = w.resid * add(x, mlp_out) + injected
     h = norm(x)
-    qkv = F.linear(h, w.qkv_lambda * w.qkv.flatten(0, 1))
+    weight = w.qkv_lambda * w.qkv.flatten(0, 1)
     head_gate = torch.sigmoid(F.linear(h[:, :GATE_DIMS], w.attn_gate))
-    if w.value_gate is None:
-        return x, qkv, head_gate, None
-    return x, qkv, head_gate, 2 * torch.sigmoid(F.linear(h[:, :GATE_DIMS], w.value_gate))
+    value_gate = None if w.value_gate is None else 2 * torch.sigmoid(F.linear(h[:, :GATE_DIMS], w.value_gate))
+    fp8 = ((h.detach() / FP8_X).to(torch.float8_e4m3fn), w.qkv_lambda.detach() * FP8_WEIGHT) if w.qkv_fp8 else ()
+    return x, h, weight, head_gate, value_gate, fp8
 
 
-def attention_output_and_mlp(x, attended, w: LayerWeights):
+def attention_output_and_mlp(x, attended, w: LayerWeights, fp8_grad_scale):
     """The stream (T, C) after attention, from the mixed input and attention's gated result (T, C), and the MLP's."""
     x = add(x, F.linear(attended, w.out_lambda * w.out.squeeze(0)))
-    return x, MLP.apply(norm(x), w.mlp[0], w.mlp[1])
+    return x, mlp(x, w, fp8_grad_scale)
 
 
-def mlp_only(x, mlp_out, x0, injected, skip, w: LayerWeights):
+def mlp(x, w: LayerWeights, fp8_grad_scale):
+    """The MLP's result (T, C)."""
+    return MLP.apply(norm(x), *w.mlp, *w.mlp_fp8, *((fp8_grad_scale,) if w.mlp_fp8 else ()))
+
+
+def mlp_only(x, mlp_out, x0, injected, skip, w: LayerWeights, fp8_grad_scale):
     """The same of a layer without attention, with or without a skip."""
     x = add(x, mlp_out)
     if skip is not None:
         x = x + torch.sigmoid(w.skip_lambda) * 2 * torch.sigmoid(F.linear(x0[:, :GATE_DIMS], w.skip_gate)) * skip
     x = w.resid * x + injected
-    return x, MLP.apply(norm(x), w.mlp[0], w.mlp[1])
+    return x, mlp(x, w, fp8_grad_scale)
 
 
 def head_losses(x, mlp_out, backout, backout_lambda, head, targets, target_weights, fp8_grad_scale):
@@ -1421,7 +1519,7 @@ class GPT(nn.Module):
     def __init__(self, hp: Hyperparameters, device: torch.device, dtype: torch.dtype, compile: bool = False):
         super().__init__()
         C, V, H = hp.model_dim, hp.padded_vocab, hp.num_heads
-        self.num_heads = H
+        self.num_heads, self.fp8_layers = H, hp.fp8 == "auto"
 
         def parameter(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
@@ -1456,8 +1554,9 @@ class GPT(nn.Module):
         self.attention_output_and_mlp = region(attention_output_and_mlp)
         self.mlp_only = region(mlp_only)
         self.head_losses = region(head_losses)
+        self.fp8_weights = region(fp8_weights)
 
-    def layer_weights(self) -> tuple[list[LayerWeights], dict[str, list[Tensor]]]:
+    def layer_weights(self, fp8: bool = False) -> tuple[list[LayerWeights], dict[str, list[Tensor]]]:
         """Each layer's weights, and the learned scalars by name.
 
         Banks are taken apart once, by split and unbind, whose backward joins the gradients in one pass; indexing
@@ -1465,15 +1564,18 @@ class GPT(nn.Module):
         """
         values = iter(self.scalars.unbind())
         scalars = {name: [next(values) for _ in range(count)] for name, (count, _) in SCALARS.items()}
-        mlps = self.mlp_bank.unbind()
+        mlps, mlps_fp8, qkv_fp8 = self.mlp_bank.unbind(), [()] * len(LAYERS), iter([()] * len(LAYERS))
+        if fp8:
+            mlps_fp8 = list(zip(*self.fp8_weights(self.mlp_bank.detach()), strict=True))
+            qkv_fp8 = zip(*self.fp8_weights(self.attn_bank.detach()[:, :3].flatten(1, 2)), strict=True)
         matrices = iter(self.attn_bank.flatten(0, 1).split([3, 1] * len(self.attn_bank)))
         attn_gates, value_gates = iter(self.attn_gates.unbind()), iter(self.value_gates.unbind())
         weights = []
         for i, layer in enumerate(LAYERS):
-            w = LayerWeights(scalars["resid"][i], mlps[i])
+            w = LayerWeights(scalars["resid"][i], mlps[i], mlps_fp8[i])
             if layer.window:
                 w = w._replace(qkv_lambda=scalars["qkv"][i], out_lambda=scalars["out"][i], qkv=next(matrices))
-                w = w._replace(out=next(matrices), attn_gate=next(attn_gates))
+                w = w._replace(qkv_fp8=next(qkv_fp8), out=next(matrices), attn_gate=next(attn_gates))
             if layer.value_embed:
                 w = w._replace(value_gate=next(value_gates))
             if layer.skip_from is not None:
@@ -1491,10 +1593,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Loss of each position, (T,) float32: sum over k of target_weights[k] times the k-th next token's.
 
-        windows: tokens, by the names in LAYERS. fp8_grad_scale: None for bf16 logits, else the factor by which the
+        windows: tokens, by the names in LAYERS. fp8_grad_scale: None for products in bf16, else the factor by which the
         losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
         """
-        weights, scalars = self.layer_weights()
+        weights, scalars = self.layer_weights(self.fp8_layers and fp8_grad_scale is not None)
         tokens = batch.inputs
         x0, injected = self.embed_inputs(
             Lookup.apply(self.embed, tokens),
@@ -1508,17 +1610,18 @@ class GPT(nn.Module):
         for i, (layer, w) in enumerate(zip(LAYERS, weights, strict=True)):
             skip = None if layer.skip_from is None else outputs[layer.skip_from]
             if layer.window:
-                x, qkv, head_gate, value_gate = self.attention_inputs(x, mlp_out, injected[i], w)
+                x, h, weight, head_gate, value_gate, fp8 = self.attention_inputs(x, mlp_out, injected[i], w)
                 rows = tokens + VALUE_LAYERS.index(i) * len(self.embed) if layer.value_embed else None
                 q, k, v = split_heads(
-                    qkv, value_gate, self.value_embeds, rows, self.yarn.cos, self.yarn.sin,
+                    h, weight, Fp8Projection(fp8[0], *w.qkv_fp8, fp8[1], fp8_grad_scale) if fp8 else None,
+                    value_gate, self.value_embeds, rows, self.yarn.cos, self.yarn.sin,
                     self.num_heads, layer.paired, layer.key_offset,
                 )  # fmt: skip
                 gate = head_gate.view(q.shape[:2])
                 y = attend(q, k, v, gate, documents[layer.paired], windows[layer.window], self.yarn.scale)
-                x, mlp_out = self.attention_output_and_mlp(x, y.view(x.shape), w)
+                x, mlp_out = self.attention_output_and_mlp(x, y.view(x.shape), w, fp8_grad_scale)
             else:
-                x, mlp_out = self.mlp_only(x, mlp_out, x0, injected[i], skip, w)
+                x, mlp_out = self.mlp_only(x, mlp_out, x0, injected[i], skip, w, fp8_grad_scale)
             if i in KEPT_OUTPUTS:
                 outputs[i] = x + mlp_out
         chunk = head_chunk or len(x)
@@ -2687,8 +2790,8 @@ def choose_dtype(hp: Hyperparameters, world: World) -> torch.dtype:
 
 def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
     """Whether the head's training products run in FP8, and if not, what they run in and why."""
-    if hp.fp8_head == "off":
-        return False, "the parameters' type (--fp8_head=off)"
+    if hp.fp8 == "off":
+        return False, "the parameters' type (--fp8=off)"
     if not world.on_gpu:
         return False, "the parameters' type (no GPU)"
     capability = torch.cuda.get_device_capability(world.device)

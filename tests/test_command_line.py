@@ -170,7 +170,7 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
         (["--vocab_size=50000"], ["--vocab_size", "50257"]),
         (["--vocab_size=70000"], ["--vocab_size", "16 bits"]),
         (["--dtype=float16"], ["--dtype=float16", "auto", "bfloat16", "float32"]),
-        (["--fp8_head=maybe"], ["--fp8_head=maybe", "auto", "on", "off"]),
+        (["--fp8=maybe"], ["--fp8=maybe", "auto", "head", "off"]),
         (["--compile=true"], ["--compile=true", "auto", "on", "off"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",

@@ -251,9 +251,9 @@ def test_key_offset_looks_back_across_a_document_start():
 def attention_inputs(model, i, x, paired=False, key_offset=False):
     """q, k, v of layer i with its weights, from x (T, C) alone, without value embeddings."""
     w = model.layer_weights()[0][i]._replace(resid=torch.ones(()).double(), value_gate=None)
-    qkv = train_gpt.attention_inputs(x, torch.zeros_like(x), torch.zeros_like(x), w)[1]
+    projected = train_gpt.attention_inputs(x, torch.zeros_like(x), torch.zeros_like(x), w)[1:3]
     tables = model.yarn.cos, model.yarn.sin
-    return train_gpt.split_heads(qkv, None, None, None, *tables, HP.num_heads, paired, key_offset)
+    return train_gpt.split_heads(*projected, None, None, None, None, *tables, HP.num_heads, paired, key_offset)
 
 
 def test_key_offset_takes_the_second_half_of_a_key_from_the_token_before():
