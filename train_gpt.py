@@ -122,8 +122,9 @@ GATE_DIMS = 12  # every gate looks at the first 12 dimensions of its input only
 
 ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
 VALUE_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.value_embed]
-# Layers whose output is used again later.
+# Layers whose output is used again later
 KEPT_OUTPUTS = {BACKOUT_LAYER, *(layer.skip_from for layer in LAYERS if layer.skip_from is not None)}
+assert KEPT_OUTPUTS.issubset(ATTENTION_LAYERS), "a layer without attention does not keep its output"
 
 # Learned scalars by name: (how many, initial value). They live in one float32 vector, so that eight ranks
 # exchange one small message instead of seven.
@@ -593,7 +594,8 @@ def linear_relu2_triton(
     (T, K), N = x.shape, weight.shape[0]
     out, out_fp8 = empty_hidden(x, weight, hidden)
     fp8 = len(out_fp8) > 0
-    BLOCK_T, BLOCK_N = 128, 256  # with 8 warps, 3 stages the best of 13 on H100 for bf16, C = 768, F = 3072
+    # With 8 warps and 3 stages, on H100 for C = 768, F = 3072: the best of 13 for bf16, of 9 for FP8
+    BLOCK_T, BLOCK_N = (256, 128) if fp8 and hidden is not None else (128, 256)
     BLOCK_K = 128 if fp8 else 64
     half_tile = [BLOCK_T, BLOCK_N // 2]
     out_desc = TensorDescriptor.from_tensor(out, half_tile)
@@ -750,30 +752,56 @@ def total_weights(weights_ptr, rows, T, N_TARGETS: tl.constexpr):
 
 
 @triton.jit
+def cross_entropy_gradient(
+    logits_ptr, lse_ptr, weights_ptr, grad_ptr, out_ptr, factor, T, V, first_row, quad, first_col,
+    N_TARGETS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Every fourth row of a tile, from row `quad` on: the gradient without the targets' terms, written and returned."""
+    in_tile = 4 * tl.arange(0, ROWS // 4) + quad
+    rows, cols = first_row + in_tile, first_col + tl.arange(0, COLS)
+    total_weight = total_weights(weights_ptr, rows, T, N_TARGETS)
+    total_weight *= factor * tl.load(grad_ptr + rows, mask=rows < T, other=0.0)
+    lse_2 = tl.load(lse_ptr + rows, mask=rows < T, other=0.0) * LOG2_E
+    # 64 bits for the tile's corner, 32 inside the tile
+    corner = first_row.to(tl.int64) * V + first_col
+    offsets = in_tile[:, None] * V + tl.arange(0, COLS)[None, :]
+    inside = (rows < T)[:, None] & (cols < V)[None, :]
+    s = cap_sigmoid(tl.load(logits_ptr + corner + offsets, mask=inside, other=0.0))
+    grad = total_weight[:, None] * tl.exp2(s * (CAP * LOG2_E) - lse_2[:, None]) * (s - s * s)
+    grad = grad.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + corner + offsets, grad, mask=inside)
+    return grad
+
+
+@triton.jit
+def byte(x, shift: tl.constexpr):
+    """The bits of x, of an 8-bit type, in an int32."""
+    return x.to(tl.uint8, bitcast=True).to(tl.int32) << shift
+
+
+@triton.jit
 def cross_entropy_backward_kernel(
     logits_ptr, lse_ptr, weights_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
     N_TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the gradient without the targets' terms, written as it is and, if TRANSPOSED, transposed as well."""
+    """One tile of the gradient without the targets' terms, written as it is and, if TRANSPOSED, transposed as well.
+
+    Bytes are slow to transpose: four rows at a time are packed into a word in registers, and the words transposed. T
+    then is a multiple of 4.
+    """
     first_row, first_col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
-    rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
-    row_inside, col_inside = rows < T, cols < V
-    total_weight = total_weights(weights_ptr, rows, T, N_TARGETS)
-    total_weight *= factor * tl.load(grad_ptr + rows, mask=row_inside, other=0.0)
-    lse_2 = tl.load(lse_ptr + rows, mask=row_inside, other=0.0) * LOG2_E
-    # 64 bits for the tile's corner, 32 inside the tile
-    corner = first_row.to(tl.int64) * V + first_col
-    offsets = tl.arange(0, ROWS)[:, None] * V + tl.arange(0, COLS)[None, :]
-    inside = row_inside[:, None] & col_inside[None, :]
-    logits = tl.load(logits_ptr + corner + offsets, mask=inside, other=0.0)
-    s = cap_sigmoid(logits)
-    grad = total_weight[:, None] * tl.exp2(s * (CAP * LOG2_E) - lse_2[:, None]) * (s - s * s)
-    grad = grad.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + corner + offsets, grad, mask=inside)
+    args = (logits_ptr, lse_ptr, weights_ptr, grad_ptr, out_ptr, factor, T, V, first_row)
+    a = cross_entropy_gradient(*args, 0, first_col, N_TARGETS, ROWS, COLS)
+    b = cross_entropy_gradient(*args, 1, first_col, N_TARGETS, ROWS, COLS)
+    c = cross_entropy_gradient(*args, 2, first_col, N_TARGETS, ROWS, COLS)
+    d = cross_entropy_gradient(*args, 3, first_col, N_TARGETS, ROWS, COLS)
     if TRANSPOSED:
-        corner = first_col.to(tl.int64) * T + first_row
-        offsets = tl.arange(0, COLS)[:, None] * T + tl.arange(0, ROWS)[None, :]
-        tl.store(out_t_ptr + corner + offsets, tl.trans(grad), mask=col_inside[:, None] & row_inside[None, :])
+        words = byte(a, 0) | byte(b, 8) | byte(c, 16) | byte(d, 24)
+        corner = first_col.to(tl.int64) * (T // 4) + first_row // 4
+        in_tile_row, in_tile_col = tl.arange(0, ROWS // 4)[None, :], tl.arange(0, COLS)[:, None]
+        inside = (first_col + in_tile_col < V) & (first_row + 4 * in_tile_row < T)
+        words_ptr = out_t_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        tl.store(words_ptr + corner + in_tile_col * (T // 4) + in_tile_row, tl.trans(words), mask=inside)
 
 
 @triton.jit
@@ -1450,13 +1478,18 @@ def add(x, product):
     return (x.to(torch.promote_types(x.dtype, torch.float32)) + product).to(x.dtype)
 
 
+def gate(x, weight):
+    """sigmoid(x[:, :12] W^T), (T, heads). As sums, which fuse with what is around; so narrow a product is slow."""
+    return torch.sigmoid((x[:, None, :GATE_DIMS] * weight).sum(-1))
+
+
 def embed_inputs(x, bigram, w_x0, w_bigram, smear_lambda, smear_gate):
     """The stream's start x0 (T, C) from the tokens' embeddings x, smeared and normed, and what each layer adds to it.
 
     That is the embedding and the bigram embedding, weighted by layer. Made here for all layers at once: backward, one
     kernel then sums up all layers' gradients of x0 and bigram, instead of each layer writing and adding its own.
     """
-    smear = smear_lambda * torch.sigmoid(F.linear(x[1:, :GATE_DIMS], smear_gate))
+    smear = smear_lambda * gate(x[1:], smear_gate)
     x0 = norm(torch.cat((x[:1], x[1:] + smear * x[:-1])))
     return x0, [a * x0 + b * bigram for a, b in zip(w_x0, w_bigram, strict=True)]
 
@@ -1469,16 +1502,20 @@ def attention_inputs(x, mlp_out, injected, w: LayerWeights):
     x = w.resid * add(x, mlp_out) + injected
     h = norm(x)
     weight = w.qkv_lambda * w.qkv.flatten(0, 1)
-    head_gate = torch.sigmoid(F.linear(h[:, :GATE_DIMS], w.attn_gate))
-    value_gate = None if w.value_gate is None else 2 * torch.sigmoid(F.linear(h[:, :GATE_DIMS], w.value_gate))
+    head_gate = gate(h, w.attn_gate)
+    value_gate = None if w.value_gate is None else 2 * gate(h, w.value_gate)
     fp8 = ((h.detach() / FP8_X).to(torch.float8_e4m3fn), w.qkv_lambda.detach() * FP8_WEIGHT) if w.qkv_fp8 else ()
     return x, h, weight, head_gate, value_gate, fp8
 
 
-def attention_output_and_mlp(x, attended, w: LayerWeights, fp8_grad_scale):
-    """The stream (T, C) after attention, from the mixed input and attention's gated result (T, C), and the MLP's."""
+def attention_output_and_mlp(x, attended, w: LayerWeights, keep: bool, fp8_grad_scale):
+    """The stream (T, C) after attention, from the mixed input and attention's gated result (T, C), and the MLP's.
+
+    With `keep` also the sum of both, for a later layer; made here so that its gradient is added in passing.
+    """
     x = add(x, F.linear(attended, w.out_lambda * w.out.squeeze(0)))
-    return x, mlp(x, w, fp8_grad_scale)
+    mlp_out = mlp(x, w, fp8_grad_scale)
+    return x, mlp_out, x + mlp_out if keep else None
 
 
 def mlp(x, w: LayerWeights, fp8_grad_scale):
@@ -1490,7 +1527,7 @@ def mlp_only(x, mlp_out, x0, injected, skip, w: LayerWeights, fp8_grad_scale):
     """The same of a layer without attention, with or without a skip."""
     x = add(x, mlp_out)
     if skip is not None:
-        x = x + torch.sigmoid(w.skip_lambda) * 2 * torch.sigmoid(F.linear(x0[:, :GATE_DIMS], w.skip_gate)) * skip
+        x = x + torch.sigmoid(w.skip_lambda) * 2 * gate(x0, w.skip_gate) * skip
     x = w.resid * x + injected
     return x, mlp(x, w, fp8_grad_scale)
 
@@ -1619,11 +1656,11 @@ class GPT(nn.Module):
                 )  # fmt: skip
                 gate = head_gate.view(q.shape[:2])
                 y = attend(q, k, v, gate, documents[layer.paired], windows[layer.window], self.yarn.scale)
-                x, mlp_out = self.attention_output_and_mlp(x, y.view(x.shape), w, fp8_grad_scale)
+                x, mlp_out, outputs[i] = self.attention_output_and_mlp(
+                    x, y.view(x.shape), w, i in KEPT_OUTPUTS, fp8_grad_scale
+                )
             else:
                 x, mlp_out = self.mlp_only(x, mlp_out, x0, injected[i], skip, w, fp8_grad_scale)
-            if i in KEPT_OUTPUTS:
-                outputs[i] = x + mlp_out
         chunk = head_chunk or len(x)
         losses = [
             self.head_losses(*rows, scalars["backout"][0], self.head, targets, target_weights, fp8_grad_scale)
