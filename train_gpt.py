@@ -140,7 +140,7 @@ SCALARS = {
 
 
 class Row(NamedTuple):
-    """One row a parameter of the optimizer. The order of rows is the order in which gradients are reduced."""
+    """One row a parameter of the optimizer. Gradients are reduced and parameters updated in the order of the rows."""
 
     name: str
     algorithm: str  # "adam" (steps on odd steps only) or "normuon" (every step)
@@ -150,6 +150,7 @@ class Row(NamedTuple):
     betas: tuple[float, float] | None = None
 
 
+# The small ones first; the matrices, whose updates take longest, last, so that the tables are gathered beneath them.
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
     Row("scalars", "adam", False, (5.0,), 0.0, (0.9, 0.99)),
@@ -158,20 +159,15 @@ PARAMETERS = (
     Row("skip_gate", "adam", False, (0.05,), 0.0, (0.9, 0.99)),
     Row("attn_gates", "adam", False, (1.0,), 1.0, (0.9, 0.99)),
     Row("value_gates", "adam", False, (1.0,), 1.0, (0.9, 0.99)),
-    Row("attn_bank", "normuon", True, (1.0,), 1.0),
-    Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0),
-    Row("head", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
-    Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
     Row("bigram_embed", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
+    Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
+    Row("head", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
+    Row("attn_bank", "normuon", True, (1.0,), 1.0),
+    Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0),
 )
-TABLES = ("embed", "bigram_embed", "value_embeds")  # looked up by token: their gradients are a few rows, see Lookup
-# Updates run in this order: the small ones first, the matrices, which take longest, last, so that the gathers of the
-# tables run beneath them.
-UPDATE_ORDER = (
-    *("scalars", "x0_lambdas", "smear_gate", "skip_gate", "attn_gates", "value_gates"),
-    *("head", "embed", "bigram_embed", "value_embeds", "attn_bank", "mlp_bank"),
-)
+# Looked up by token. Of their gradients only a few rows are not zero: see Lookup and ShardedRows.
+TABLES = ("embed", "bigram_embed", "value_embeds")
 
 
 @dataclass(frozen=True)
@@ -1593,6 +1589,12 @@ class GPT(nn.Module):
         self.head_losses = region(head_losses)
         self.fp8_weights = region(fp8_weights)
 
+    def table_rows(self, tokens: Tensor) -> dict[str, Tensor]:
+        """The rows of each table that a micro-batch looks up, by the names in TABLES: (T,), of values (layers, T)."""
+        layers = torch.arange(len(VALUE_LAYERS), dtype=tokens.dtype, device=tokens.device)
+        values = tokens + len(self.embed) * layers[:, None]
+        return dict(embed=tokens, bigram_embed=bigram_hash(tokens, len(self.bigram_embed)), value_embeds=values)
+
     def layer_weights(self, fp8: bool = False) -> tuple[list[LayerWeights], dict[str, list[Tensor]]]:
         """Each layer's weights, and the learned scalars by name.
 
@@ -1634,10 +1636,10 @@ class GPT(nn.Module):
         losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
         """
         weights, scalars = self.layer_weights(self.fp8_layers and fp8_grad_scale is not None)
-        tokens = batch.inputs
+        rows = self.table_rows(batch.inputs)
+        value_rows = iter(rows["value_embeds"])
         x0, injected = self.embed_inputs(
-            Lookup.apply(self.embed, tokens),
-            Lookup.apply(self.bigram_embed, bigram_hash(tokens, len(self.bigram_embed))),
+            Lookup.apply(self.embed, rows["embed"]), Lookup.apply(self.bigram_embed, rows["bigram_embed"]),
             self.x0_lambdas.unbind(), scalars["bigram"], scalars["smear"][0], self.smear_gate,
         )  # fmt: skip
         documents = {False: batch.documents, True: batch.documents.paired()}
@@ -1648,11 +1650,10 @@ class GPT(nn.Module):
             skip = None if layer.skip_from is None else outputs[layer.skip_from]
             if layer.window:
                 x, h, weight, head_gate, value_gate, fp8 = self.attention_inputs(x, mlp_out, injected[i], w)
-                rows = tokens + VALUE_LAYERS.index(i) * len(self.embed) if layer.value_embed else None
                 q, k, v = split_heads(
                     h, weight, Fp8Projection(fp8[0], *w.qkv_fp8, fp8[1], fp8_grad_scale) if fp8 else None,
-                    value_gate, self.value_embeds, rows, self.yarn.cos, self.yarn.sin,
-                    self.num_heads, layer.paired, layer.key_offset,
+                    value_gate, self.value_embeds, next(value_rows) if layer.value_embed else None,
+                    self.yarn.cos, self.yarn.sin, self.num_heads, layer.paired, layer.key_offset,
                 )  # fmt: skip
                 gate = head_gate.view(q.shape[:2])
                 y = attend(q, k, v, gate, documents[layer.paired], windows[layer.window], self.yarn.scale)
@@ -1663,8 +1664,8 @@ class GPT(nn.Module):
                 x, mlp_out = self.mlp_only(x, mlp_out, x0, injected[i], skip, w, fp8_grad_scale)
         chunk = head_chunk or len(x)
         losses = [
-            self.head_losses(*rows, scalars["backout"][0], self.head, targets, target_weights, fp8_grad_scale)
-            for *rows, targets in zip(
+            self.head_losses(*inputs, scalars["backout"][0], self.head, targets, target_weights, fp8_grad_scale)
+            for *inputs, targets in zip(
                 *(t.split(chunk) for t in (x, mlp_out, outputs[BACKOUT_LAYER], batch.targets)), strict=True
             )
         ]
@@ -1846,6 +1847,13 @@ class Alone:
     def gathered(self) -> None:
         """Waits for them."""
 
+    def clear(self, grad: Tensor) -> None:
+        """Sets the gradient to zero after the update."""
+        grad.zero_()
+
+    def forget(self) -> None:
+        """Forgets which rows were looked up: the gradient has been set to zero."""
+
 
 # PyTorch 2.13 renamed these two; 2.11 has the old names only.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -1891,6 +1899,50 @@ class Sharded(Replicated):
         self.work.wait()
 
 
+class ShardedRows(Sharded):
+    """Sharded, for a table looked up by token: of the gradient only the rows that occurred travel, each to its owner.
+
+    All ranks note all ranks' lookups, so that everyone knows what comes from whom.
+    """
+
+    def __init__(self, p: Tensor, world: World):
+        super().__init__(p, world)
+        self.occurred = torch.zeros(world.size, len(p), dtype=torch.bool)
+
+    def note(self, rank: int, rows: Tensor) -> None:
+        """Rows, on the CPU, that a rank has looked up since the last update."""
+        self.occurred[rank, rows.flatten().long()] = True
+
+    def reduce(self, grad: Tensor) -> None:
+        rank, size, share = self.world.rank, self.world.size, len(self.slice)
+        rows = [occurred.nonzero().flatten() for occurred in self.occurred]
+        by_owner = [r.tensor_split(torch.searchsorted(r, share * torch.arange(1, size))) for r in rows]
+        sent = [part[:0] if owner == rank else part for owner, part in enumerate(by_owner[rank])]
+        received = [parts[rank][:0] if sender == rank else parts[rank] for sender, parts in enumerate(by_owner)]
+        self.mine, self.rows, sent_rows = (
+            t.pin_memory().to(grad.device, non_blocking=True) if grad.is_cuda else t
+            for t in (rows[rank], torch.cat(received) - rank * share, torch.cat(sent))
+        )
+        self.grad, values = self.own(grad), grad[sent_rows].to(self.p.dtype)
+        self.values = values.new_empty(len(self.rows), grad.shape[1])
+        sizes = [*map(len, received)], [*map(len, sent)]
+        self.work = dist.all_to_all_single(self.values, values, *sizes, async_op=True)
+
+    def reduced(self) -> Tensor:
+        self.work.wait()
+        add_rows(self.grad, self.rows, self.values)
+        self.values = None
+        return self.grad.div_(self.world.size)
+
+    def clear(self, grad: Tensor) -> None:
+        grad[self.mine] = 0
+        self.own(grad).zero_()
+        self.forget()
+
+    def forget(self) -> None:
+        self.occurred.zero_()
+
+
 def copy_saved(into: Tensor, saved: Tensor | None, name: str, own: Callable = lambda whole: whole) -> None:
     """Copies this rank's own part of a saved tensor. Raises UserError when it is another program's."""
     part = own(saved) if isinstance(saved, Tensor) and saved.dim() == into.dim() else None
@@ -1909,7 +1961,8 @@ class Slot:
         p.grad = table_gradient(p).zero_() if row.name in TABLES else torch.zeros_like(p)
         bank = row.algorithm == "normuon"
         self.shape = (-1, *p.shape[-2:]) if bank else p.shape  # banks as one stack of matrices
-        policy = Alone if world.size == 1 else Sharded if row.sharded else Replicated
+        sharded = ShardedRows if row.name in TABLES else Sharded
+        policy = Alone if world.size == 1 else sharded if row.sharded else Replicated
         self.communication = policy(p.data.view(self.shape), world)
         slice = self.communication.slice
         self.algorithm = (
@@ -1922,7 +1975,7 @@ class Slot:
 class Optimizer:
     """Steps every parameter, with the communication scheduled by hand.
 
-    All reductions start in the order of PARAMETERS; updates run in UPDATE_ORDER as their gradients arrive, and
+    All reductions start in the order of PARAMETERS; updates run in the same order, as their gradients arrive, and
     gathers run beneath the updates that follow. Adam's parameters step on odd steps, with the gradients of two steps.
 
     Head and embedding are one parameter, stored twice, until `untie_step`: the embedding's gradient is added to the
@@ -1935,10 +1988,16 @@ class Optimizer:
         parameters = dict(model.named_parameters())
         self.slots = {row.name: Slot(row, parameters.pop(row.name), hp, world, compiled) for row in PARAMETERS}
         assert not parameters, f"parameters without a row in PARAMETERS: {', '.join(parameters)}"
-        assert sorted(UPDATE_ORDER) == sorted(self.slots), "UPDATE_ORDER and PARAMETERS name different parameters"
-        self.world, self.untie_step = world, untie_step
+        self.model, self.world, self.untie_step = model, world, untie_step
         self.tied = True
         self.largest = deque(maxlen=8)  # (step, names, on the CPU: the largest magnitude of each gradient)
+
+    def note(self, inputs: list[list[Tensor]]) -> None:
+        """What all ranks' micro-batches look up in the tables: their inputs by rank, on the CPU."""
+        for rank, micro_batches in enumerate(inputs if self.world.size > 1 else ()):
+            for tokens in micro_batches:
+                for name, rows in self.model.table_rows(tokens).items():
+                    self.slots[name].communication.note(rank, rows)
 
     @torch.no_grad()
     def step(self, step: int, lr_factor: float, momentum: float) -> None:
@@ -1946,24 +2005,23 @@ class Optimizer:
         adam_is_due = step % 2 == 1
         due = {n: slot for n, slot in self.slots.items() if adam_is_due or slot.row.algorithm == "normuon"}
         if adam_is_due and self.tied:
-            head, embed = due["head"].p, due.pop("embed").p
+            head, embed = due["head"].p, self.slots["embed"].p
             head.grad += embed.grad.T
             embed.grad.zero_()
+            due.pop("embed").communication.forget()
         for slot in due.values():
             slot.communication.reduce(slot.p.grad.view(slot.shape))
         gradients = {}
-        for name in UPDATE_ORDER:
-            if name in due:
-                slot = due[name]
-                gradients[name] = slot.communication.reduced()
-                slot.algorithm.update(gradients[name], lr_factor, momentum)
-                slot.communication.gather()
+        for name, slot in due.items():
+            gradients[name] = slot.communication.reduced()
+            slot.algorithm.update(gradients[name], lr_factor, momentum)
+            slot.communication.gather()
         # NaN or infinite where a gradient is; looked at a step later, so that nothing waits for it.
         largest = torch.stack([torch.linalg.vector_norm(g, math.inf).float() for g in gradients.values()])
         self.largest.append((step, [*gradients], largest.to("cpu", non_blocking=True)))
         for slot in due.values():
             slot.communication.gathered()
-            slot.p.grad.zero_()
+            slot.communication.clear(slot.p.grad.view(slot.shape))
         if adam_is_due and self.tied:
             embed.copy_(head.T)
             if step >= self.untie_step:
@@ -2010,6 +2068,7 @@ class Optimizer:
         self.largest.clear()
         for slot in self.slots.values():
             slot.algorithm.reset()
+            slot.communication.forget()
             slot.p.grad.zero_()
 
 
@@ -2152,6 +2211,7 @@ class StepBatch(NamedTuple):
 
     epoch: int
     micro_batches: list[MicroBatch]
+    inputs: list[list[Tensor]]  # of all ranks, by rank, on the CPU
     position: tuple[int, int]  # files begun, and the next document of the last of them
 
 
@@ -2205,13 +2265,15 @@ class TrainLoader:
         )
 
     def _prepare(self, num_tokens: int) -> StepBatch:
-        spans = self._deal(num_tokens)[self.world.rank :: self.world.size]
+        rank, size = self.world.rank, self.world.size
+        dealt = [self.shard.assemble(span, num_tokens) for span in self._deal(num_tokens)]
+        inputs = [[torch.from_numpy(tokens[:-1].astype(np.int32)) for tokens, _ in dealt[r::size]] for r in range(size)]
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
-            batches = [make_micro_batch(*self.shard.assemble(span, num_tokens), self.world.device) for span in spans]
+            batches = [make_micro_batch(*arrays, self.world.device) for arrays in dealt[rank::size]]
             if self.stream:
                 self.stream.synchronize()  # in this thread; the main thread never waits for a copy
         position = self.files_begun, self.shard.next_document
-        return StepBatch(1 + (self.files_begun - 1) // len(self.paths), batches, position)
+        return StepBatch(1 + (self.files_begun - 1) // len(self.paths), batches, inputs, position)
 
     def __iter__(self) -> Iterator[StepBatch]:
         try:
@@ -2951,8 +3013,8 @@ class Bench:
         self.trainer, self.train_paths, self.log = trainer, train_paths, log
         self.hp, self.world, self.schedule = trainer.hp, trainer.world, trainer.schedule
 
-    def steps(self, count: int) -> Iterator[tuple[int, int, int, list[MicroBatch]]]:
-        """Stage, how many of its steps came before, step and micro-batches: `count` steps of each stage that has any.
+    def steps(self, count: int) -> Iterator[tuple[int, int, int, StepBatch]]:
+        """Stage, how many of its steps came before, step and its batch: `count` steps of each stage that has any.
 
         In a shorter stage they repeat, and even and odd steps still take turns.
         """
@@ -2964,14 +3026,14 @@ class Bench:
         loader = TrainLoader(self.train_paths, sizes, self.hp, self.world)
         for (stage, i, step), batch in zip(plan, loader, strict=True):
             self.trainer.enter_step(step)
-            yield stage, i, step, batch.micro_batches
+            yield stage, i, step, batch
 
     def time_stages(self) -> dict[int, list[tuple[int, float]]]:
         """Per stage (step, milliseconds), the GPU waited for after each step."""
         times: dict[int, list[tuple[int, float]]] = {}
         before = time.perf_counter()
-        for stage, i, step, micro_batches in self.steps(self.hp.bench_steps):
-            self.trainer.train_step(step, micro_batches)
+        for stage, i, step, batch in self.steps(self.hp.bench_steps):
+            self.trainer.train_step(step, batch)
             synchronize(self.world.device)
             now = time.perf_counter()
             if i >= UNTIMED_STEPS:
@@ -2983,12 +3045,12 @@ class Bench:
         """Per stage the kernels of PROFILED_STEPS on this rank; with --profile rank 0's trace goes to a file."""
         device, kernels = self.world.device, {}
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        for stage, i, step, micro_batches in self.steps(UNTIMED_STEPS + PROFILED_STEPS):
+        for stage, i, step, batch in self.steps(UNTIMED_STEPS + PROFILED_STEPS):
             if i == UNTIMED_STEPS:
                 synchronize(device)
                 profiler = torch.profiler.profile(activities=activities[: 1 + self.world.on_gpu], acc_events=True)
                 profiler.start()
-            self.trainer.add_gradients(step, micro_batches)
+            self.trainer.add_gradients(step, batch)
             synchronize(device)  # what runs on the GPU from here on was launched by the optimizer
             with torch.profiler.record_function("optimizer"):
                 self.trainer.update(step)
@@ -3141,19 +3203,20 @@ class Trainer:
         losses = self.model(batch, self.schedule.windows(step), target_weights, self.fp8_grad_scale)
         (losses.sum() * self.grad_scale).backward()
 
-    def train_step(self, step: int, micro_batches: list[MicroBatch]) -> None:
+    def train_step(self, step: int, batch: StepBatch) -> None:
         """One step: forward and backward on each micro-batch, then the optimizer."""
-        self.add_gradients(step, micro_batches)
+        self.add_gradients(step, batch)
         self.update(step)
 
-    def add_gradients(self, step: int, micro_batches: list[MicroBatch]) -> None:
+    def add_gradients(self, step: int, batch: StepBatch) -> None:
         """Forward and backward on each micro-batch."""
         target_weights, graph = self.target_weights_of(step), self.graphs.get(self.stage_index)
-        for batch in micro_batches:
+        for micro_batch in batch.micro_batches:
             if graph:
-                graph.replay(batch, target_weights)
+                graph.replay(micro_batch, target_weights)
             else:
-                self.micro_step(step, batch, target_weights)
+                self.micro_step(step, micro_batch, target_weights)
+        self.optimizer.note(batch.inputs)
 
     def update(self, step: int) -> None:
         """The optimizer's part of a step."""
@@ -3188,7 +3251,7 @@ class Trainer:
             if self.use_graphs:
                 self.micro_step(step, batch.micro_batches[0], self.target_weights_of(step))  # compiles
                 self.capture(step, batch.micro_batches[0])
-            self.train_step(step, batch.micro_batches)
+            self.train_step(step, batch)
             if self.world.on_gpu:  # a replayed graph allocates nothing: this is where a stage's memory can be seen
                 self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
         untie = schedule.untie_step
@@ -3264,7 +3327,7 @@ class Trainer:
                 epoch = batch.epoch
                 log.write(f"epoch {epoch}: the train files ran out at step {step} and start over")
             self.enter_step(step)
-            self.train_step(step, batch.micro_batches)
+            self.train_step(step, batch)
             now.position = batch.position
             clock.step_issued()
             self.check_gradients(log, lag=1)  # of the step before, which the clock has waited for
@@ -3408,6 +3471,10 @@ def main(arguments: list[str]) -> None:
             if world.on_gpu:
                 allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
                 log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+                if world.size > 1:
+                    by_rank: list = [None] * world.size
+                    dist.all_gather_object(by_rank, allocated)
+                    log.write(f"peak memory allocated by rank: {' '.join(map(str, by_rank))} MiB")
             learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
             log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
         watch.close()

@@ -82,10 +82,10 @@ def main(fault, rank, step, *arguments):
     train_step, run = train_gpt.Trainer.train_step, train_gpt.Trainer.run
     on_the_clock = []
 
-    def faulty_step(self, at, micro_batches):
+    def faulty_step(self, at, batch):
         if on_the_clock and at == int(step) and self.world.rank == int(rank):
             FAULTS[fault](self)
-        train_step(self, at, micro_batches)
+        train_step(self, at, batch)
 
     def noted_run(self, *arguments):
         on_the_clock.append(True)

@@ -11,7 +11,6 @@ import train_gpt
 from train_gpt import (
     GPT,
     PARAMETERS,
-    UPDATE_ORDER,
     Hyperparameters,
     NorMuon,
     Optimizer,
@@ -242,10 +241,9 @@ def test_each_parameter_follows_the_plain_formulas_through_ten_steps(both_runs, 
 # ---------------------------------------------------------------------------- the tables
 
 
-def test_every_parameter_of_the_model_has_a_row_and_a_turn():
+def test_every_parameter_of_the_model_has_a_row():
     names = sorted(name for name, _ in GPT(HP, CPU, torch.float32).named_parameters())
     assert sorted(row.name for row in PARAMETERS) == names
-    assert sorted(UPDATE_ORDER) == names
 
 
 def test_a_parameter_without_a_row_is_refused():
@@ -253,12 +251,6 @@ def test_a_parameter_without_a_row_is_refused():
     model.forgotten = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(AssertionError, match="forgotten"):
         optimizer_of(model)
-
-
-def test_an_update_order_without_a_parameter_is_refused(monkeypatch):
-    monkeypatch.setattr(train_gpt, "UPDATE_ORDER", UPDATE_ORDER[1:])
-    with pytest.raises(AssertionError, match="UPDATE_ORDER"):
-        optimizer_of(random_model())
 
 
 # ---------------------------------------------------------------------------- Adam
