@@ -204,7 +204,7 @@ class Hyperparameters:
     muon_beta2: float = 0.95
     muon_momentum_warmup: int = 300  # steps from 0.85 to 0.95
     muon_momentum_cooldown: int = 50  # the last steps, back to 0.85
-    grad_scale: float = 2.0  # of the loss, over all micro-batches of a rank; slightly better than 1 for FP8 and bf16
+    grad_scale: float = 2.0  # of the loss, over the 8 micro-batches of a step; slightly better than 1 for FP8 and bf16
     # run
     run_id: str = ""  # names log and checkpoint; a fresh UUID if empty
     log_dir: str = "logs"
@@ -764,21 +764,32 @@ def cross_entropy_gradient(
     inside = (rows < T)[:, None] & (cols < V)[None, :]
     s = cap_sigmoid(tl.load(logits_ptr + corner + offsets, mask=inside, other=0.0))
     grad = total_weight[:, None] * tl.exp2(s * (CAP * LOG2_E) - lse_2[:, None]) * (s - s * s)
-    grad = grad.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + corner + offsets, grad, mask=inside)
+    tl.store(out_ptr + corner + offsets, grad.to(out_ptr.dtype.element_ty), mask=inside)
     return grad
 
 
 @triton.jit
 def byte(x, shift: tl.constexpr):
-    """The bits of x, of an 8-bit type, in an int32."""
-    return x.to(tl.uint8, bitcast=True).to(tl.int32) << shift
+    """The bits of x in e5m2, in an int32."""
+    return x.to(tl.float8e5).to(tl.uint8, bitcast=True).to(tl.int32) << shift
+
+
+@triton.jit
+def word(a, b, c, d, INTERPRETED: tl.constexpr):
+    """Four numbers in e5m2 as the bytes of an int32. Compiled, Triton 3.6 gets some bytes wrong; PTX is right."""
+    if INTERPRETED:
+        return byte(a, 0) | byte(b, 8) | byte(c, 16) | byte(d, 24)
+    return tl.inline_asm_elementwise(
+        "{.reg .b16 ab, cd; cvt.rn.satfinite.e5m2x2.f32 ab, $2, $1; cvt.rn.satfinite.e5m2x2.f32 cd, $4, $3;"
+        " mov.b32 $0, {ab, cd};}", "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
 def cross_entropy_backward_kernel(
     logits_ptr, lse_ptr, weights_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
-    N_TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    N_TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient without the targets' terms, written as it is and, if TRANSPOSED, transposed as well.
 
@@ -792,7 +803,7 @@ def cross_entropy_backward_kernel(
     c = cross_entropy_gradient(*args, 2, first_col, N_TARGETS, ROWS, COLS)
     d = cross_entropy_gradient(*args, 3, first_col, N_TARGETS, ROWS, COLS)
     if TRANSPOSED:
-        words = byte(a, 0) | byte(b, 8) | byte(c, 16) | byte(d, 24)
+        words = word(a, b, c, d, INTERPRETED)
         corner = first_col.to(tl.int64) * (T // 4) + first_row // 4
         in_tile_row, in_tile_col = tl.arange(0, ROWS // 4)[None, :], tl.arange(0, COLS)[:, None]
         inside = (first_col + in_tile_col < V) & (first_row + 4 * in_tile_row < T)
@@ -842,10 +853,11 @@ def cross_entropy_backward_triton(
     out, out_t = empty_gradients(logits, dtype)
     factor = SOFTCAP[0] / (SOFTCAP[2] * scale)
     sizes = dict(T=T, V=V, N_TARGETS=len(weights), TRANSPOSED=len(out_t) > 0)
-    ROWS, COLS = 64, 128  # with 8 warps the best of 7 on H100
+    ROWS, COLS = 128, 64  # with 4 warps among the best two of 11 on H100
     cross_entropy_backward_kernel[(triton.cdiv(T, ROWS), triton.cdiv(V, COLS))](
-        logits, lse, weights, grad, out, out_t, factor, **sizes, ROWS=ROWS, COLS=COLS, num_warps=8
-    )
+        logits, lse, weights, grad, out, out_t, factor, **sizes, INTERPRETED=not logits.is_cuda, ROWS=ROWS, COLS=COLS,
+        num_warps=4,
+    )  # fmt: skip
     cross_entropy_targets_kernel[(triton.cdiv(T, 128),)](
         logits, lse, targets, weights, grad, out, out_t, factor, **sizes, ROWS=128, num_warps=4
     )
@@ -1474,9 +1486,29 @@ def add(x, product):
     return (x.to(torch.promote_types(x.dtype, torch.float32)) + product).to(x.dtype)
 
 
+class Gate(torch.autograd.Function):
+    """sigmoid(x W^T) for x (T, 12), W (heads, 12) -> (T, heads).
+
+    By sums, which the compiler makes part of the kernels around: products as narrow as these take cuBLAS several slow
+    ones. The weight's gradient is still a product: a sum over all tokens for 72 results is what compilers do badly.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        out = torch.sigmoid((x[:, None] * weight).sum(-1))
+        ctx.save_for_backward(x, weight, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        x, weight, out = ctx.saved_tensors
+        grad = grad_out * out * (1 - out)
+        return (grad[:, :, None] * weight).sum(1), grad.T @ x
+
+
 def gate(x, weight):
-    """sigmoid(x[:, :12] W^T), (T, heads). As sums, which fuse with what is around; so narrow a product is slow."""
-    return torch.sigmoid((x[:, None, :GATE_DIMS] * weight).sum(-1))
+    """Of the first 12 of x (T, C)."""
+    return Gate.apply(x[:, :GATE_DIMS], weight)
 
 
 def embed_inputs(x, bigram, w_x0, w_bigram, smear_lambda, smear_gate):
@@ -1833,11 +1865,11 @@ class Alone:
         return slice
 
     def reduce(self, grad: Tensor) -> None:
-        """Starts averaging the gradient over the ranks."""
+        """Starts summing up the gradient over the ranks."""
         self.grad = grad
 
     def reduced(self) -> Tensor:
-        """Waits for it; the averaged gradient of this rank's slice."""
+        """Waits for it; the summed gradient of this rank's slice."""
         grad, self.grad = self.grad, None
         return grad
 
@@ -1863,18 +1895,12 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 class Replicated(Alone):
     """Every rank updates the whole of a small parameter from the all-reduced gradient."""
 
-    def __init__(self, p: Tensor, world: World):
-        super().__init__(p, world)
-        self.averages = dist.get_backend() == "nccl"  # gloo can only sum
-        self.op = dist.ReduceOp.AVG if self.averages else dist.ReduceOp.SUM
-
     def reduce(self, grad: Tensor) -> None:
-        self.grad, self.work = grad, dist.all_reduce(grad, self.op, async_op=True)
+        self.grad, self.work = grad, dist.all_reduce(grad, async_op=True)
 
     def reduced(self) -> Tensor:
         self.work.wait()
-        grad = super().reduced()
-        return grad if self.averages else grad.div_(self.world.size)
+        return super().reduced()
 
 
 class Sharded(Replicated):
@@ -1890,7 +1916,7 @@ class Sharded(Replicated):
 
     def reduce(self, grad: Tensor) -> None:
         self.grad = torch.empty_like(self.slice)
-        self.work = reduce_scatter(self.grad, grad.to(self.grad.dtype), self.op, async_op=True)
+        self.work = reduce_scatter(self.grad, grad.to(self.grad.dtype), async_op=True)
 
     def gather(self) -> None:
         self.work = all_gather(self.p, self.slice.clone(), async_op=True)
@@ -1932,7 +1958,7 @@ class ShardedRows(Sharded):
         self.work.wait()
         add_rows(self.grad, self.rows, self.values)
         self.values = None
-        return self.grad.div_(self.world.size)
+        return self.grad
 
     def clear(self, grad: Tensor) -> None:
         grad[self.mine] = 0
@@ -3173,7 +3199,7 @@ class Trainer:
             for p in self.model.parameters():
                 dist.broadcast(p.data, src=0)
         self.optimizer = Optimizer(self.model, hp, world, self.schedule.untie_step, compile)
-        self.grad_scale = hp.grad_scale / world.grad_accum_steps
+        self.grad_scale = hp.grad_scale / MICRO_BATCHES
         self.fp8_grad_scale = self.grad_scale if use_fp8(hp, world)[0] else None
         weights = torch.zeros(hp.total_steps, max(len(stage.target_weights) for stage in hp.stages))
         for step, row in enumerate(weights):
