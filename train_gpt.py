@@ -166,8 +166,9 @@ PARAMETERS = (
     Row("attn_bank", "normuon", True, (1.0,), 1.0),
     Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0),
 )
-# Looked up by token. Of their gradients only a few rows are not zero: see Lookup and ShardedRows.
-TABLES = ("embed", "bigram_embed", "value_embeds")
+# Looked up by token, so that of their gradients only a few rows are not zero: see Lookup and ShardedRows. The number is
+# of the tables that each holds, one after the other: a token has the same row in all of them.
+TABLES = {"embed": 1, "bigram_embed": 1, "value_embeds": len(VALUE_LAYERS)}
 
 
 @dataclass(frozen=True)
@@ -1622,10 +1623,8 @@ class GPT(nn.Module):
         self.fp8_weights = region(fp8_weights)
 
     def table_rows(self, tokens: Tensor) -> dict[str, Tensor]:
-        """The rows of each table that a micro-batch looks up, by the names in TABLES: (T,), of values (layers, T)."""
-        layers = torch.arange(len(VALUE_LAYERS), dtype=tokens.dtype, device=tokens.device)
-        values = tokens + len(self.embed) * layers[:, None]
-        return dict(embed=tokens, bigram_embed=bigram_hash(tokens, len(self.bigram_embed)), value_embeds=values)
+        """The rows that tokens (T,) look up, by the names in TABLES."""
+        return dict(embed=tokens, bigram_embed=bigram_hash(tokens, len(self.bigram_embed)), value_embeds=tokens)
 
     def layer_weights(self, fp8: bool = False) -> tuple[list[LayerWeights], dict[str, list[Tensor]]]:
         """Each layer's weights, and the learned scalars by name.
@@ -1669,7 +1668,8 @@ class GPT(nn.Module):
         """
         weights, scalars = self.layer_weights(self.fp8_layers and fp8_grad_scale is not None)
         rows = self.table_rows(batch.inputs)
-        value_rows = iter(rows["value_embeds"])
+        layers = torch.arange(len(VALUE_LAYERS), dtype=torch.int32, device=batch.inputs.device)
+        value_rows = iter(rows["value_embeds"] + len(self.embed) * layers[:, None])
         x0, injected = self.embed_inputs(
             Lookup.apply(self.embed, rows["embed"]), Lookup.apply(self.bigram_embed, rows["bigram_embed"]),
             self.x0_lambdas.unbind(), scalars["bigram"], scalars["smear"][0], self.smear_gate,
@@ -1931,24 +1931,26 @@ class ShardedRows(Sharded):
     All ranks note all ranks' lookups, so that everyone knows what comes from whom.
     """
 
-    def __init__(self, p: Tensor, world: World):
+    def __init__(self, p: Tensor, world: World, tables: int):
         super().__init__(p, world)
-        self.occurred = torch.zeros(world.size, len(p), dtype=torch.bool)
+        self.first_rows = len(p) // tables * np.arange(tables)
+        self.occurred = np.zeros((world.size, len(p) // tables), dtype=bool)  # in any of the tables, by rank
 
     def note(self, rank: int, rows: Tensor) -> None:
         """Rows, on the CPU, that a rank has looked up since the last update."""
-        self.occurred[rank, rows.flatten().long()] = True
+        self.occurred[rank][rows.numpy()] = True
 
     def reduce(self, grad: Tensor) -> None:
         rank, size, share = self.world.rank, self.world.size, len(self.slice)
-        rows = [occurred.nonzero().flatten() for occurred in self.occurred]
-        by_owner = [r.tensor_split(torch.searchsorted(r, share * torch.arange(1, size))) for r in rows]
+        rows = [(self.first_rows[:, None] + np.flatnonzero(occurred)).ravel() for occurred in self.occurred]
+        by_owner = [np.split(r, np.searchsorted(r, share * np.arange(1, size))) for r in rows]
         sent = [part[:0] if owner == rank else part for owner, part in enumerate(by_owner[rank])]
         received = [parts[rank][:0] if sender == rank else parts[rank] for sender, parts in enumerate(by_owner)]
-        self.mine, self.rows, sent_rows = (
-            t.pin_memory().to(grad.device, non_blocking=True) if grad.is_cuda else t
-            for t in (rows[rank], torch.cat(received) - rank * share, torch.cat(sent))
-        )
+        arrays = rows[rank], np.concatenate(received) - rank * share, np.concatenate(sent)
+        indices = map(torch.from_numpy, arrays)
+        if grad.is_cuda:
+            indices = (t.pin_memory().to(grad.device, non_blocking=True) for t in indices)
+        self.mine, self.rows, sent_rows = indices
         self.grad, values = self.own(grad), grad[sent_rows].to(self.p.dtype)
         self.values = values.new_empty(len(self.rows), grad.shape[1])
         sizes = [*map(len, received)], [*map(len, sent)]
@@ -1966,7 +1968,7 @@ class ShardedRows(Sharded):
         self.forget()
 
     def forget(self) -> None:
-        self.occurred.zero_()
+        self.occurred[:] = False
 
 
 def copy_saved(into: Tensor, saved: Tensor | None, name: str, own: Callable = lambda whole: whole) -> None:
@@ -1987,7 +1989,7 @@ class Slot:
         p.grad = table_gradient(p).zero_() if row.name in TABLES else torch.zeros_like(p)
         bank = row.algorithm == "normuon"
         self.shape = (-1, *p.shape[-2:]) if bank else p.shape  # banks as one stack of matrices
-        sharded = ShardedRows if row.name in TABLES else Sharded
+        sharded = partial(ShardedRows, tables=TABLES[row.name]) if row.name in TABLES else Sharded
         policy = Alone if world.size == 1 else sharded if row.sharded else Replicated
         self.communication = policy(p.data.view(self.shape), world)
         slice = self.communication.slice
