@@ -364,6 +364,7 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
 
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")  # there where a process may use a GPU
+UNDER_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher is this process's parent
 
 
 def check_no_gpu() -> None:
@@ -417,10 +418,16 @@ class World(NamedTuple):
         return World(rank, local_rank, size, torch.device("cuda", local_rank))
 
     def start(self) -> None:
-        """Joins the other processes (NCCL on GPUs, gloo on CPUs)."""
+        """Joins the other processes (NCCL on GPUs, gloo on CPUs). Raises UserError when the launcher is gone."""
         if self.on_gpu:
             torch.cuda.set_device(self.device)
         if self.size > 1:
+            if UNDER_TORCHRUN:  # it listens; without it the next lines would try for the whole timeout
+                address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                try:
+                    socket.create_connection(address, timeout=20).close()
+                except OSError as error:
+                    raise UserError(f"the launcher does not answer at {address[0]}:{address[1]} ({error})") from None
             # A long timeout, for ranks that compile at different speeds; torchrun sees a death at once.
             dist.init_process_group(
                 "nccl" if self.on_gpu else "gloo",
@@ -2648,6 +2655,7 @@ class Watch:
     def __init__(self):
         self.rank, self.size, self.host = int(os.environ.get("RANK", 0)), 1, socket.gethostname()
         self.log: Log | None = None
+        self.launcher = os.getppid() if UNDER_TORCHRUN else None
         self.store = self.side = self.asked = None
         self.step: int | None = None  # steps done, on the clock
         self.stop = ""  # the signal that asked for an end at the next checkpoint
@@ -2798,6 +2806,8 @@ class Watch:
             self.doubt, self.verdict = self.doubt or time.monotonic(), self.verdict or end
 
     def _tick(self, now: float) -> None:
+        if self.launcher and os.getppid() != self.launcher:
+            self.end(1, f"train_gpt.py: error: {self._where(self.rank)}the launcher is gone")
         self.count += 1
         beat = [str(self.count), self.host, self._place()]
         self.beats[self.rank] = beat, now

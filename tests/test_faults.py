@@ -363,6 +363,16 @@ def test_a_single_process_that_hangs_is_ended_with_its_place(data, tmp_path):
     assert_said_once_and_last(tmp_path, said, "error: at step 3: no step has ended for 2 s", "fault_run.py")
 
 
+@pytest.mark.parametrize("seconds", [0, 2, 4])
+def test_without_their_launcher_no_process_is_left_that_was_still_starting(data, tmp_path, seconds):
+    process = start(tmp_path, data, 2)
+    assert wait_until(lambda: len(processes_of(tmp_path)) == 3)
+    time.sleep(seconds)
+    process.kill()
+    process.wait()
+    assert wait_until(lambda: not processes_of(tmp_path), 40)
+
+
 def test_without_their_launcher_no_process_is_left(data, tmp_path):
     process = start(tmp_path, data, 2, fault=("wait", 0, 3))
     wait_for_step(tmp_path, 3)
