@@ -166,8 +166,8 @@ PARAMETERS = (
     Row("attn_bank", "normuon", True, (1.0,), 1.0),
     Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0),
 )
-# Looked up by token, so that of their gradients only a few rows are not zero: see Lookup and ShardedRows. The number is
-# of the tables that each holds, one after the other: a token has the same row in all of them.
+# Looked up by token, so that of their gradients only a few rows are not zero: see Lookup and ShardedRows. By name, how
+# many tables it holds, one after the other; a token has the same row in each.
 TABLES = {"embed": 1, "bigram_embed": 1, "value_embeds": len(VALUE_LAYERS)}
 
 
@@ -195,7 +195,7 @@ class Hyperparameters:
     head_dim: int = 128
     window_block: int = 128  # tokens
     dtype: str = "auto"  # "bfloat16" on a GPU, "float32" on a CPU
-    fp8: str = "auto"  # training's products in FP8 where the GPU can (compute capability >= 8.9); or "head" only; "off"
+    fp8: str = "auto"  # training's products in FP8, on compute capability >= 8.9; "head": the head's only; "off": none
     # optimizer
     adam_lr: float = 0.008
     adam_eps: float = 1e-10
@@ -350,8 +350,8 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
         require(getattr(hp, name) % 8 == 0, f"{name}={getattr(hp, name)} must be a multiple of 8, to shard over ranks")
     require(hp.bigram_vocab_size >= 8, "--bigram_vocab_size must be at least 8")
     require(50257 <= hp.vocab_size <= 65536, "--vocab_size must hold GPT-2's 50257 tokens and fit 16 bits")
-    require(hp.dtype in ("auto", "bfloat16", "float32"), f"--dtype={hp.dtype}: choose auto, bfloat16 or float32")
-    for name, choices in (("fp8", "auto head off"), ("cuda_graphs", "auto off"), ("compile", "auto on off")):
+    choices_of = dict(dtype="auto bfloat16 float32", fp8="auto head off", cuda_graphs="auto off", compile="auto on off")
+    for name, choices in choices_of.items():
         require(getattr(hp, name) in choices.split(), f"--{name}={getattr(hp, name)}: choose one of {choices}")
     for name in ("run_id", "resume"):
         value = getattr(hp, name)
@@ -509,7 +509,8 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, addend: Tensor | None = Non
 
 # What one FP8 step stands for in the layers; e4m3 ends at 448. A normed row of 768 has no number beyond sqrt(768); in a
 # quarter run weights stayed below 2 and hidden activations below 1,700. Room to grow costs little, as FP8 is a floating
-# point. Gradients are in e5m2, in steps that suit losses multiplied by `grad_scale`.
+# point, down to 2^-10 of a step: what is less counts as zero. Beyond the end compiled code clips; PyTorch 2.11's own
+# conversion to e4m3 makes NaN. Gradients are in e5m2, in steps that suit losses multiplied by `grad_scale`.
 FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 8.0, 2.0**-6
 
 
@@ -632,14 +633,14 @@ def _(x, weight, hidden=None, scale=1.0, step=1.0):
 class MLP(torch.autograd.Function):
     """relu(x W_fc^T)^2 W_proj for x (T, C) and W_fc, W_proj (4C, C).
 
-    With `grad_scale` not None the products run in FP8, as in HeadLoss, but for those of the weights' gradients, which
-    would need all activations transposed as well. `fp8` and `fp8_t` are (W_fc, W_proj) from fp8_weights.
+    With `fp8` and `fp8_t`, (W_fc, W_proj) from fp8_weights, the products run in FP8, but for those of the weights'
+    gradients, which would need all activations transposed as well. grad_scale: by which losses are multiplied.
     """
 
     @staticmethod
-    def forward(ctx, x, w_fc, w_proj, fp8=None, fp8_t=None, grad_scale=None):
-        ctx.grad_scale = grad_scale
-        if grad_scale is None:
+    def forward(ctx, x, w_fc, w_proj, grad_scale=None, fp8=None, fp8_t=None):
+        ctx.step = None if fp8 is None else grad_scale * FP8_GRAD
+        if fp8 is None:
             hidden, _ = linear_relu2(x, w_fc)  # (T, 4C)
             ctx.save_for_backward(x, w_fc, w_proj, hidden)
             return hidden @ w_proj
@@ -650,13 +651,13 @@ class MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        if ctx.grad_scale is None:
+        step = ctx.step
+        if step is None:
             x, w_fc, w_proj, hidden = ctx.saved_tensors
             grad_pre, _ = linear_relu2(grad_out, w_proj, hidden, 2.0)
             grad_x = grad_pre @ w_fc
         else:
             x, fp8, fp8_t, hidden, hidden_fp8 = ctx.saved_tensors
-            step = ctx.grad_scale * FP8_GRAD
             grad_fp8 = (grad_out / step).to(torch.float8_e5m2)
             scale = 2 * FP8_HIDDEN**0.5 * step * FP8_WEIGHT
             grad_pre, grad_pre_fp8 = linear_relu2(grad_fp8, fp8[1], hidden_fp8, scale, step)
@@ -943,6 +944,7 @@ class HeadLoss(torch.autograd.Function):
             return grad @ head.T, x.T @ grad, None, None, None
         scale = ctx.grad_scale * FP8_HEAD_GRAD
         grad, grad_t = cross_entropy_backward(logits, lse, targets, weights, grad_losses, scale, torch.float8_e5m2)
+        # Not fast: these sums are over the vocabulary, and over all tokens.
         grad_x = fp8_product(grad, head.T, scale, FP8_HEAD, ctx.dtype, fast=False)
         grad_head = fp8_product(x.T.contiguous(), grad_t.T, FP8_HEAD_X, scale, torch.float32, fast=False)
         return grad_x, grad_head.to(ctx.dtype), None, None, None
@@ -1155,8 +1157,8 @@ class SplitHeads(torch.autograd.Function):
         T, H, D = len(x), num_heads, x.shape[1] // num_heads
         q, k, v = (qkv.new_empty((2 * T, H // 2, D) if paired else (T, H, D)) for _ in range(3))
         inputs = (qkv, value_gate, *((table, rows) if value_gate is not None else (None, None)), cos, sin)
-        ctx.save_for_backward(x, weight, *inputs)
-        ctx.fp8 = fp8
+        ctx.save_for_backward(x, None if fp8 else weight, *inputs)
+        ctx.fp8 = fp8 and fp8._replace(x=None, weight=None)  # what backward does not read need not be kept
         ctx.options = dict(
             H=H, D=D, PAIRED=paired, KEY_OFFSET=key_offset, VALUE_EMBED=value_gate is not None, BLOCK_T=16, num_warps=4
         )
@@ -1482,8 +1484,8 @@ def compiler(enabled: bool) -> Callable:
     return torch.compile(dynamic=False, fullgraph=True)
 
 
-# The functions below are the compiled regions. Layers of one kind share a graph, which is why compiling the whole
-# takes a minute and a half; attention stays between them, so that windows change without compiling.
+# The functions below are the compiled regions, and what they share. Layers of one kind share a graph, which is why
+# compiling the whole takes a minute and a half; attention stays between, so that windows change without compiling.
 
 
 def add(x, product):
@@ -1533,7 +1535,7 @@ def embed_inputs(x, bigram, w_x0, w_bigram, smear_lambda, smear_gate):
 def attention_inputs(x, mlp_out, injected, w: LayerWeights):
     """The mixed input (T, C), what is projected to q, k, v (T, C) with its weight (3C, C), head and value gate (T, H).
 
-    The last is, for FP8, what Fp8Projection has of x and the weight's step, or nothing.
+    At the end, for FP8, the input in FP8 and the step of the weight, else nothing.
     """
     x = w.resid * add(x, mlp_out) + injected
     h = norm(x)
@@ -1544,6 +1546,11 @@ def attention_inputs(x, mlp_out, injected, w: LayerWeights):
     return x, h, weight, head_gate, value_gate, fp8
 
 
+def mlp(x, w: LayerWeights, fp8_grad_scale):
+    """The MLP's result (T, C)."""
+    return MLP.apply(norm(x), *w.mlp, fp8_grad_scale, *w.mlp_fp8)
+
+
 def attention_output_and_mlp(x, attended, w: LayerWeights, keep: bool, fp8_grad_scale):
     """The stream (T, C) after attention, from the mixed input and attention's gated result (T, C), and the MLP's.
 
@@ -1552,11 +1559,6 @@ def attention_output_and_mlp(x, attended, w: LayerWeights, keep: bool, fp8_grad_
     x = add(x, F.linear(attended, w.out_lambda * w.out.squeeze(0)))
     mlp_out = mlp(x, w, fp8_grad_scale)
     return x, mlp_out, x + mlp_out if keep else None
-
-
-def mlp(x, w: LayerWeights, fp8_grad_scale):
-    """The MLP's result (T, C)."""
-    return MLP.apply(norm(x), *w.mlp, *w.mlp_fp8, *((fp8_grad_scale,) if w.mlp_fp8 else ()))
 
 
 def mlp_only(x, mlp_out, x0, injected, skip, w: LayerWeights, fp8_grad_scale):
@@ -1675,8 +1677,8 @@ class GPT(nn.Module):
         """
         weights, scalars = self.layer_weights(self.fp8_layers and fp8_grad_scale is not None)
         rows = self.table_rows(batch.inputs)
-        layers = torch.arange(len(VALUE_LAYERS), dtype=torch.int32, device=batch.inputs.device)
-        value_rows = iter(rows["value_embeds"] + len(self.embed) * layers[:, None])
+        first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
+        value_rows = iter(rows["value_embeds"] + first_rows.int()[:, None])
         x0, injected = self.embed_inputs(
             Lookup.apply(self.embed, rows["embed"]), Lookup.apply(self.bigram_embed, rows["bigram_embed"]),
             self.x0_lambdas.unbind(), scalars["bigram"], scalars["smear"][0], self.smear_gate,
@@ -1694,8 +1696,8 @@ class GPT(nn.Module):
                     value_gate, self.value_embeds, next(value_rows) if layer.value_embed else None,
                     self.yarn.cos, self.yarn.sin, self.num_heads, layer.paired, layer.key_offset,
                 )  # fmt: skip
-                gate = head_gate.view(q.shape[:2])
-                y = attend(q, k, v, gate, documents[layer.paired], windows[layer.window], self.yarn.scale)
+                head_gate = head_gate.view(q.shape[:2])
+                y = attend(q, k, v, head_gate, documents[layer.paired], windows[layer.window], self.yarn.scale)
                 x, mlp_out, outputs[i] = self.attention_output_and_mlp(
                     x, y.view(x.shape), w, i in KEPT_OUTPUTS, fp8_grad_scale
                 )
@@ -1886,6 +1888,9 @@ class Alone:
     def gathered(self) -> None:
         """Waits for them."""
 
+    def note(self, rank: int, rows: Tensor) -> None:
+        """Rows of a table, on the CPU, that a rank has looked up since the last update."""
+
     def clear(self, grad: Tensor) -> None:
         """Sets the gradient to zero after the update."""
         grad.zero_()
@@ -1935,7 +1940,8 @@ class Sharded(Replicated):
 class ShardedRows(Sharded):
     """Sharded, for a table looked up by token: of the gradient only the rows that occurred travel, each to its owner.
 
-    All ranks note all ranks' lookups, so that everyone knows what comes from whom.
+    All ranks note all ranks' lookups, so that everyone knows what comes from whom. Rows travel in the parameter's type
+    and are added to the owner's float32 gradient; one that is not noted is neither sent nor cleared.
     """
 
     def __init__(self, p: Tensor, world: World, tables: int):
@@ -1944,15 +1950,14 @@ class ShardedRows(Sharded):
         self.occurred = np.zeros((world.size, len(p) // tables), dtype=bool)  # in any of the tables, by rank
 
     def note(self, rank: int, rows: Tensor) -> None:
-        """Rows, on the CPU, that a rank has looked up since the last update."""
         self.occurred[rank][rows.numpy()] = True
 
     def reduce(self, grad: Tensor) -> None:
         rank, size, share = self.world.rank, self.world.size, len(self.slice)
         rows = [(self.first_rows[:, None] + np.flatnonzero(occurred)).ravel() for occurred in self.occurred]
         by_owner = [np.split(r, np.searchsorted(r, share * np.arange(1, size))) for r in rows]
-        sent = [part[:0] if owner == rank else part for owner, part in enumerate(by_owner[rank])]
-        received = [parts[rank][:0] if sender == rank else parts[rank] for sender, parts in enumerate(by_owner)]
+        by_owner[rank][rank] = by_owner[rank][rank][:0]  # what this rank owns stays
+        sent, received = by_owner[rank], [parts[rank] for parts in by_owner]
         arrays = rows[rank], np.concatenate(received) - rank * share, np.concatenate(sent)
         indices = map(torch.from_numpy, arrays)
         if grad.is_cuda:
@@ -1964,10 +1969,10 @@ class ShardedRows(Sharded):
         self.work = dist.all_to_all_single(self.values, values, *sizes, async_op=True)
 
     def reduced(self) -> Tensor:
-        self.work.wait()
-        add_rows(self.grad, self.rows, self.values)
+        grad = super().reduced()
+        add_rows(grad, self.rows, self.values)
         self.values = None
-        return self.grad
+        return grad
 
     def clear(self, grad: Tensor) -> None:
         grad[self.mine] = 0
@@ -2027,12 +2032,11 @@ class Optimizer:
         self.tied = True
         self.largest = deque(maxlen=8)  # (step, names, on the CPU: the largest magnitude of each gradient)
 
-    def note(self, inputs: list[list[Tensor]]) -> None:
-        """What all ranks' micro-batches look up in the tables: their inputs by rank, on the CPU."""
-        for rank, micro_batches in enumerate(inputs if self.world.size > 1 else ()):
-            for tokens in micro_batches:
-                for name, rows in self.model.table_rows(tokens).items():
-                    self.slots[name].communication.note(rank, rows)
+    def note(self, inputs: list[Tensor]) -> None:
+        """What all ranks' micro-batches, in the order dealt, look up in the tables: their inputs, on the CPU."""
+        for i, tokens in enumerate(inputs if self.world.size > 1 else ()):
+            for name, rows in self.model.table_rows(tokens).items():
+                self.slots[name].communication.note(i % self.world.size, rows)
 
     @torch.no_grad()
     def step(self, step: int, lr_factor: float, momentum: float) -> None:
@@ -2242,19 +2246,20 @@ def make_micro_batch(tokens: np.ndarray, ends: np.ndarray, device: torch.device)
 
 
 class StepBatch(NamedTuple):
-    """This rank's micro-batches of one step, how often the files have been begun by then, and where the next begin."""
+    """Of one step: this rank's micro-batches, all inputs, how often the files have been begun, where the next begin."""
 
     epoch: int
     micro_batches: list[MicroBatch]
-    inputs: list[list[Tensor]]  # of all ranks, by rank, on the CPU
+    inputs: list[Tensor]  # of all ranks' micro-batches in the order dealt, on the CPU
     position: tuple[int, int]  # files begun, and the next document of the last of them
 
 
 class TrainLoader:
     """Iterates over steps; while one is computed, a thread assembles the next and copies it to the GPU.
 
-    sizes: tokens of a micro-batch at each step. Every rank deals all 8 micro-batches of a step and keeps its own, so
-    that any number of ranks sees the same. When the files run out, they start over, and the epoch counts up.
+    sizes: tokens of a micro-batch at each step. Every rank deals all 8 micro-batches of a step and keeps its own, and
+    of the others the inputs, so that any number of ranks sees the same. When the files run out, they start over, and
+    the epoch counts up.
     position: of the last step's batch before these, in a run that goes on.
     Raises UserError if no file can fill a step, or when a file turns out to be damaged.
     """
@@ -2302,7 +2307,7 @@ class TrainLoader:
     def _prepare(self, num_tokens: int) -> StepBatch:
         rank, size = self.world.rank, self.world.size
         dealt = [self.shard.assemble(span, num_tokens) for span in self._deal(num_tokens)]
-        inputs = [[torch.from_numpy(tokens[:-1].astype(np.int32)) for tokens, _ in dealt[r::size]] for r in range(size)]
+        inputs = [torch.from_numpy(tokens[:-1].astype(np.int32)) for tokens, _ in dealt]
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             batches = [make_micro_batch(*arrays, self.world.device) for arrays in dealt[rank::size]]
             if self.stream:
@@ -2542,11 +2547,6 @@ class Progress:
     val_losses: list[float] = field(default_factory=list)
 
 
-def plain(stages: tuple[Stage, ...]) -> list:
-    """The table of stages in types that a checkpoint may hold."""
-    return [tuple(stage) for stage in stages]
-
-
 def checkpoints_of(run_id: str, folder: Path, suffix: str = "pt") -> list[Path]:
     """The files of a run's checkpoints in the folder, the newest last."""
     name = re.compile(rf"{re.escape(run_id)}_step\d{{6}}\.{suffix}")
@@ -2627,7 +2627,7 @@ def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperpara
     preset = PRESETS.get(saved.get("preset"), {})
     hp = Hyperparameters(**{**preset, **saved, **given, "run_id": hp.resume, "log_dir": hp.log_dir})
     check_hyperparameters(hp)
-    if plain(hp.stages) != content["stages"]:
+    if list(hp.stages) != content["stages"]:
         raise UserError(f"{path}: the run had other STAGES than the table in this train_gpt.py")
     train = find_files(hp.train_files)
     shards = [read_header(path) for path in train]
@@ -2830,8 +2830,8 @@ class Watch:
             places = {rank: "silent" if rank in silent else beat[2] for rank, (beat, _) in sorted(self.beats.items())}
             # For another rank. On GPUs a step is issued without waiting: what stands still is whoever reads its end.
             waiting = "reduced gathered full agree_to_stop step_issued synchronize validate state check_gradients"
-            waiting = tuple(f"{name} " for name in waiting.split())
-            last = min(places, key=lambda rank: (rank not in silent, places[rank].startswith(waiting)))
+            waiting = waiting.split()
+            last = min(places, key=lambda rank: (rank not in silent, places[rank].split()[0] in waiting))
             told = "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
             reason = f"no step has ended for {self.hang_timeout:g} s (--hang_timeout), {told}"
             self.end(1, f"train_gpt.py: error: {self._where(last)}{reason}")
@@ -2902,8 +2902,8 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
             )
         free = torch.cuda.mem_get_info(world.device)[0] / 2**30
         machine = f"{world.size} x {gpu.name}, {free:.0f} of {gpu.total_memory / 2**30:.0f} GiB free"
-        # Measured for the speedrun's model: 8.3 GiB whatever the batch, 30 GiB with 49,152 tokens.
-        needed = 8.3 + 21.4 * largest_step / MICRO_BATCHES / 49_152 * hp.model_dim / 768
+        # Measured for the speedrun's model: 8.3 GiB whatever the batch, 32 GiB with 49,152 tokens.
+        needed = 8.3 + 23.5 * largest_step / MICRO_BATCHES / 49_152 * hp.model_dim / 768
         if free < needed:
             notes = [f"note: about {needed:.0f} GiB are needed, {free:.0f} are free: lower the tokens in STAGES"]
     return [
@@ -2999,21 +2999,24 @@ def busy_time(kernels: list[Kernel]) -> float:
     return total
 
 
-def flops_per_token(model: "GPT") -> tuple[int, int]:
-    """Of the products with weights, in the layers and in the head: 2 a weight forward, 4 backward."""
-    weights = len(ATTENTION_LAYERS) * model.attn_bank[0].numel() + len(LAYERS) * model.mlp_bank[0].numel()
-    return 6 * weights, 6 * model.head.numel()
+def flops_per_token(model: "GPT", fp8: bool) -> tuple[int, int]:
+    """Of the products with weights, 2 a weight forward and 4 backward: those in the parameters' type, those in FP8."""
+    attention, mlp = len(ATTENTION_LAYERS) * model.attn_bank[0].numel(), len(LAYERS) * model.mlp_bank[0].numel()
+    head = 6 * model.head.numel()
+    # In the layers all but the gradients of weights, and not W_o
+    in_fp8 = (head + (4 * (mlp + attention * 3 // 4) if model.fp8_layers else 0)) if fp8 else 0
+    return 6 * (attention + mlp) + head - in_fp8, in_fp8
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, fp8: bool) -> tuple[float, float]:
-    """FLOP/s that this machine reaches in one large product: in the layers' type and in the head's."""
+    """FLOP/s that this machine reaches in one large product: in the parameters' type and in FP8, if any."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
     products = [lambda: a @ b]
     if fp8:
         one = torch.ones((), device=device)
         a_fp8, b_fp8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
-        products.append(lambda: torch._scaled_mm(a_fp8, b_fp8, one, one, out_dtype=dtype, use_fast_accum=True))
+        products.append(partial(fp8_product, a_fp8, b_fp8, one, one, dtype))
     seconds = []
     for product in products:
         best = float("inf")
@@ -3113,14 +3116,14 @@ class Bench:
         if self.hp.bench:
             fp8 = use_fp8(self.hp, self.world)[0]
             ceilings = measure_ceilings(self.world.device, choose_dtype(self.hp, self.world), fp8)
-            self.write_times(times, kernels, ceilings, start_seconds)
+            self.write_times(times, kernels, ceilings, fp8, start_seconds)
         if self.hp.profile:
             for stage in kernels:
                 # A CPU is slowed down by the profiler: there the whole is the operators' time.
                 on_cpu_ms = sum(kernel.duration for kernel in kernels[stage]) / 1000 / PROFILED_STEPS
                 self.write_kernels(stage, kernels[stage], typical_ms(times[stage]) if self.world.on_gpu else on_cpu_ms)
 
-    def write_times(self, times, kernels, ceilings: tuple[float, float], start_seconds: float) -> None:
+    def write_times(self, times, kernels, ceilings: tuple[float, float], fp8: bool, start_seconds: float) -> None:
         """The table of stages and the whole run's time."""
         head = "stage steps tokens ms/step min ms/micro-batch min tokens/s TFLOP/s of_ceiling GPU_busy peak_GiB run_s"
         rows, projected = [[name.replace("_", " ") for name in head.split()]], 0.0
@@ -3128,7 +3131,8 @@ class Bench:
         for stage, stage_times in times.items():
             ms, least = typical_ms(stage_times), min(ms for _, ms in stage_times)
             steps, tokens = self.schedule.ends[stage] - self.schedule.starts[stage], self.hp.stages[stage].tokens
-            flops = [tokens / size * per_token for per_token in flops_per_token(self.trainer.model)]  # a rank and step
+            per_rank = tokens / size
+            flops = [per_rank * per_token for per_token in flops_per_token(self.trainer.model, fp8)]
             floor_ms = sum(1000 * work / ceiling for work, ceiling in zip(flops, ceilings, strict=True))
             busy, peak = "n/a", "n/a"
             if self.world.on_gpu:
@@ -3141,9 +3145,9 @@ class Bench:
                 f"{ms / micro_batches:.2f}", f"{least / micro_batches:.2f}", f"{1000 * tokens / ms:,.0f}",
                 f"{sum(flops) / ms / 1e9:.3g}", f"{floor_ms / ms:.1%}", busy, peak, f"{seconds:.2f}",
             ])  # fmt: skip
-        kind, (layers, head) = "GPU" if self.world.on_gpu else "CPU", (ceiling / 1e12 for ceiling in ceilings)
+        kind, (plain, in_fp8) = "GPU" if self.world.on_gpu else "CPU", (f"{c / 1e12:.4g} TFLOP/s" for c in ceilings)
         self.log.write(
-            f"{aligned(rows)}\nceilings: {layers:.4g} TFLOP/s in the layers' type, {head:.4g} in the head's; "
+            f"{aligned(rows)}\nceilings: {plain} in the parameters' type{f', {in_fp8} in FP8' if fp8 else ''}; "
             f"from start to first step {start_seconds:.1f} s\n"
             f"projected: {projected:.2f} s for {self.hp.total_steps} steps on {size} x {kind}, "
             f"{projected * size:.2f} {kind}-seconds"
@@ -3248,7 +3252,7 @@ class Trainer:
         self.update(step)
 
     def add_gradients(self, step: int, batch: StepBatch) -> None:
-        """Forward and backward on each micro-batch."""
+        """Forward and backward on each micro-batch; the optimizer notes what all ranks looked up."""
         target_weights, graph = self.target_weights_of(step), self.graphs.get(self.stage_index)
         for micro_batch in batch.micro_batches:
             if graph:
@@ -3404,7 +3408,7 @@ class Trainer:
         step = progress.step if progress else self.hp.total_steps
         path = log.path.with_name(f"{self.hp.run_id}_step{step:06d}.pt")
         settings = {name: getattr(self.hp, name) for name in SETTINGS}
-        content = dict(step=step, hyperparameters=settings, stages=plain(self.hp.stages))
+        content = dict(step=step, hyperparameters=settings, stages=[tuple(stage) for stage in self.hp.stages])
         content.update(shards=[read_header(path) for path in train_paths], progress=vars(progress) if progress else {})
         content.update(model=dict(self.model.state_dict()), optimizer=optimizer)
         try:
@@ -3444,12 +3448,12 @@ class Clock:
 
     def start(self) -> None:
         """Lets the time run."""
-        self._synchronize()
+        synchronize(self.device)
         self.since = time.perf_counter()
 
     def stop(self) -> None:
         """Holds it, once all that was issued is done."""
-        self._synchronize()
+        synchronize(self.device)
         self.elapsed += 1000 * (time.perf_counter() - self.since)
         self.since = None
 
@@ -3457,9 +3461,6 @@ class Clock:
         """As logs have it; `step` steps are done."""
         total = self.elapsed + (1000 * (time.perf_counter() - self.since) if self.since else 0)
         return f"train_time:{total:.0f}ms step_avg:{total / max(step, 1):.2f}ms"
-
-    def _synchronize(self) -> None:
-        synchronize(self.device)
 
 
 def synchronize(device: torch.device) -> None:

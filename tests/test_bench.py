@@ -43,8 +43,15 @@ def speedrun():
 
 
 def test_the_speedruns_products_take_453_mflop_a_token_in_the_layers_and_232_in_the_head(speedrun):
-    layers, head = flops_per_token(speedrun.model)
-    assert (round(layers / 1e6), round(head / 1e6)) == (453, 232)
+    def mflop(fp8, in_layers=True):
+        model = speedrun.model
+        parts = {name: getattr(model, name) for name in ("attn_bank", "mlp_bank", "head")}
+        return [flops / 1e6 for flops in flops_per_token(SimpleNamespace(**parts, fp8_layers=in_layers), fp8)]
+
+    assert mflop(fp8=False) == [pytest.approx(453 + 232, abs=1), 0]
+    assert mflop(fp8=True, in_layers=False) == pytest.approx([453, 232], abs=1)
+    in_fp8 = 4 * (11 * 8 + 10 * 3) * 768**2 / 1e6  # of the MLP and q, k, v all but the weights' gradients
+    assert mflop(fp8=True) == pytest.approx([453 - in_fp8, 232 + in_fp8], abs=1)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +163,7 @@ def test_rates_follow_from_the_time_of_a_step_and_the_ceilings(speedrun):
     times = {stage: [(2, 100.0), (3, 120.0), (4, 100.0), (5, 90.0)] for stage in range(4)}  # an odd step's median: 105
     kernels = {stage: [Kernel("", "", 0, 123_000)] for stage in range(4)}  # of two steps
     bench = Bench(speedrun, [], SimpleNamespace(write=written.append))
-    bench.write_times(times, kernels, ceilings=(800e12, 1400e12), start_seconds=1.5)
+    bench.write_times(times, kernels, ceilings=(800e12, 1400e12), fp8=True, start_seconds=1.5)
     header, *rows = rows_of("\n".join(written), "stage")
     assert len(rows) == 4
     for row, stage in zip(rows, speedrun.hp.stages, strict=True):
@@ -166,7 +173,7 @@ def test_rates_follow_from_the_time_of_a_step_and_the_ceilings(speedrun):
         tokens = stage.tokens
         assert cells["tokens"] == f"{tokens:,}" and cells["tokens/s"] == f"{tokens / 0.1025:,.0f}"
         assert cells["TFLOP/s"] == f"{tokens / 2 * (453.0 + 231.8) * 1e6 / 0.1025 / 1e12:.3g}"  # of one GPU
-        floor = tokens / 2 * (453.0e6 / 800e12 + 231.8e6 / 1400e12)
+        floor = tokens / 2 * (174.6e6 / 800e12 + 510.2e6 / 1400e12)
         assert float(cells["of ceiling"].rstrip("%")) == pytest.approx(100 * floor / 0.1025, abs=0.06)
         assert (cells["GPU busy"], cells["peak GiB"]) == ("60.0%", "1.5")
     assert [row[header.index("run s")] for row in rows] == ["51.76", "51.76", "51.76", "4.10"]

@@ -99,7 +99,7 @@ def test_the_ranks_share_the_same_eight_micro_batches_of_each_step(runs, size):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_the_gradient_is_that_of_one_process(runs, size, name):
-    # Compared by itself: NorMuon and Adam hardly notice a sum in the place of an average.
+    # Compared by itself: NorMuon and Adam hardly notice an average in the place of a sum.
     alone = runs[1][0]["gradients"][name]
     assert alone[-1].any()
     for update, gradient in enumerate(alone):  # of the first two updates; some gradients are zero at first

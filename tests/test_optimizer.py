@@ -497,9 +497,8 @@ def test_w_proj_takes_steps_twice_as_long_as_w_fc():
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_a_matrix_keeps_its_multiplier_whichever_ranks_slice_it_is_in(monkeypatch, size):
+def test_a_matrix_keeps_its_multiplier_whichever_ranks_slice_it_is_in(size):
     # Of eight ranks each has three of the 24 matrices W_fc, W_proj, W_fc, ...: every other slice begins with W_proj.
-    monkeypatch.setattr(train_gpt.dist, "get_backend", lambda: "gloo")
     row = next(row for row in PARAMETERS if row.name == "mlp_bank")
     p = random_model().mlp_bank
     slots = [Slot(row, p, HP, World(rank, rank, size), lambda function: function) for rank in range(size)]
