@@ -367,6 +367,11 @@ NVIDIA_DEVICE = Path("/dev/nvidiactl")  # there where a process may use a GPU
 UNDER_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher is this process's parent
 
 
+def launcher_address() -> tuple[str, int]:
+    """Host and port of the key-value store in which processes meet."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
 def check_no_gpu() -> None:
     """Raises UserError where there is a GPU that PyTorch can't use: a run on the CPU instead is not what was wanted."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
@@ -423,7 +428,7 @@ class World(NamedTuple):
             torch.cuda.set_device(self.device)
         if self.size > 1:
             if UNDER_TORCHRUN:  # it listens; without it the next lines would try for the whole timeout
-                address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                address = launcher_address()
                 try:
                     socket.create_connection(address, timeout=20).close()
                 except OSError as error:
@@ -526,9 +531,9 @@ def fp8_product(a: Tensor, b: Tensor, a_step, b_step, out_dtype: torch.dtype, fa
     return torch._scaled_mm(a, b, tensor(a_step), tensor(b_step), out_dtype=out_dtype, use_fast_accum=fast)
 
 
-def fp8_weights(matrices: Tensor) -> tuple[Tensor, Tensor]:
+def fp8_weights(matrices: Tensor, step: float = FP8_WEIGHT) -> tuple[Tensor, Tensor]:
     """Matrices (..., N, K) in FP8, as they are and transposed: a product and its gradient need rows of either."""
-    fp8 = (matrices / FP8_WEIGHT).to(torch.float8_e4m3fn)
+    fp8 = (matrices / step).to(torch.float8_e4m3fn)
     return fp8, fp8.mT.contiguous()
 
 
@@ -927,9 +932,8 @@ class HeadLoss(torch.autograd.Function):
             logits = x @ head
         else:
             x_fp8 = (x / FP8_HEAD_X).to(torch.float8_e4m3fn)
-            head_fp8 = (head / FP8_HEAD).to(torch.float8_e4m3fn)
-            head_columns = head_fp8.T.contiguous().T
-            logits = fp8_product(x_fp8, head_columns, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
+            head_fp8, head_fp8_t = fp8_weights(head, FP8_HEAD)
+            logits = fp8_product(x_fp8, head_fp8_t.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
         losses, lse = cross_entropy(logits, targets, weights)
         ctx.save_for_backward(logits, lse, targets, weights, *((x, head) if grad_scale is None else (x_fp8, head_fp8)))
         ctx.grad_scale, ctx.dtype = grad_scale, head.dtype
@@ -2034,7 +2038,7 @@ class Optimizer:
 
     def note(self, inputs: list[Tensor]) -> None:
         """What all ranks' micro-batches, in the order dealt, look up in the tables: their inputs, on the CPU."""
-        for i, tokens in enumerate(inputs if self.world.size > 1 else ()):
+        for i, tokens in enumerate(inputs):
             for name, rows in self.model.table_rows(tokens).items():
                 self.slots[name].communication.note(i % self.world.size, rows)
 
@@ -2250,7 +2254,7 @@ class StepBatch(NamedTuple):
 
     epoch: int
     micro_batches: list[MicroBatch]
-    inputs: list[Tensor]  # of all ranks' micro-batches in the order dealt, on the CPU
+    inputs: list[Tensor]  # of several ranks' micro-batches in the order dealt, on the CPU; of a single rank none
     position: tuple[int, int]  # files begun, and the next document of the last of them
 
 
@@ -2307,7 +2311,7 @@ class TrainLoader:
     def _prepare(self, num_tokens: int) -> StepBatch:
         rank, size = self.world.rank, self.world.size
         dealt = [self.shard.assemble(span, num_tokens) for span in self._deal(num_tokens)]
-        inputs = [torch.from_numpy(tokens[:-1].astype(np.int32)) for tokens, _ in dealt]
+        inputs = [torch.from_numpy(tokens[:-1].astype(np.int32)) for tokens, _ in dealt if size > 1]
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             batches = [make_micro_batch(*arrays, self.world.device) for arrays in dealt[rank::size]]
             if self.stream:
@@ -2679,8 +2683,7 @@ class Watch:
     def join(self, hp: Hyperparameters, world: World) -> None:
         """Meets the other ranks; after World.start."""
         if world.size > 1:
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=20))
+            store = dist.TCPStore(*launcher_address(), is_master=False, timeout=timedelta(seconds=20))
             self.store = dist.PrefixStore(f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             # Whether to stop is agreed upon between CPUs, beside NCCL, and only where a stop leaves a checkpoint.
             self.side = dist.new_group(backend="gloo") if hp.checkpoint_every else None
