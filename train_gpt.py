@@ -531,43 +531,76 @@ def fp8_product(a: Tensor, b: Tensor, a_step, b_step, out_dtype: torch.dtype, fa
     return torch._scaled_mm(a, b, tensor(a_step), tensor(b_step), out_dtype=out_dtype, use_fast_accum=fast)
 
 
+@cache
+def kept_step(step: float, device: torch.device) -> Tensor:
+    """A step on the device, made once: fp8_product, unless compiled, would fill one at each call."""
+    return torch.full((), step, dtype=torch.float32, device=device)
+
+
+@triton.jit
+def transposed_kernel(x_ptr, out_ptr, M, N, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A tile of 4 ROWS x 4 COLS bytes, as words of four: single bytes would be slow to load, to turn and to store."""
+    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    words, inside = col[None, :] + row[:, None].to(tl.int64) * N, (row < M // 4)[:, None] & (col < N // 4)[None, :]
+    a = tl.load(x_ptr + words, mask=inside)
+    b = tl.load(x_ptr + words + N // 4, mask=inside)
+    c = tl.load(x_ptr + words + N // 4 * 2, mask=inside)
+    d = tl.load(x_ptr + words + N // 4 * 3, mask=inside)
+    out_ptr += col[:, None].to(tl.int64) * M + row[None, :]
+    for i in tl.static_range(4):  # of four rows the bytes of one column
+        word = (a >> 8 * i & 255) | (b >> 8 * i & 255) << 8 | (c >> 8 * i & 255) << 16 | d >> 8 * i << 24
+        tl.store(out_ptr + M // 4 * i, tl.trans(word), mask=tl.trans(inside))
+
+
+def transposed_triton(x: Tensor) -> Tensor:
+    """x^T in rows, for x (M, N) of an 8-bit type, M and N multiples of 4."""
+    M, N = x.shape
+    out = x.new_empty(N, M)
+    transposed_kernel[(triton.cdiv(M, 128), triton.cdiv(N, 128))](
+        x.contiguous().view(torch.int32), out.view(torch.int32), M, N, ROWS=32, COLS=32, num_warps=4
+    )
+    return out
+
+
+@torch.library.custom_op("speedrun::transposed", mutates_args=())
+def transposed(x: Tensor) -> Tensor:
+    """x^T in rows, for x (M, N) of an 8-bit type; the compiler's own transposition takes byte by byte."""
+    return transposed_triton(x) if x.is_cuda else x.T.clone(memory_format=torch.contiguous_format)
+
+
+@transposed.register_fake
+def _(x):
+    return x.new_empty(x.shape[::-1])
+
+
 def fp8_weights(matrices: Tensor, step: float = FP8_WEIGHT) -> tuple[Tensor, Tensor]:
     """Matrices (..., N, K) in FP8, as they are and transposed: a product and its gradient need rows of either."""
     fp8 = (matrices / step).to(torch.float8_e4m3fn)
     return fp8, fp8.mT.contiguous()
 
 
+def fp8_weight_gradient(a: Tensor, b: Tensor, a_step, b_step, out_dtype: torch.dtype) -> Tensor:
+    """(a_step a)^T b_step b for FP8 a (T, M), b (T, N), both transposed first. Not fast: sums are over all tokens."""
+    return fp8_product(transposed(a), transposed(b).T, a_step, b_step, out_dtype, fast=False)
+
+
 # ---------------------------------------------------------------------------- the MLP: linear + relu^2, both directions
 
 
-def linear_relu2_reference(
-    x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0, step: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def linear_relu2_reference(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """relu(scale x W^T)^2 for x (T, C), W (F, C); with `hidden` (T, F), scale sqrt(hidden) (x W^T).
 
     With scale 2 the latter is the derivative's product: relu(p) is rebuilt as sqrt(relu(p)^2), so that the
-    pre-activation p need not be stored, nor read back. Where x and W are in FP8, the result is in bf16, and also in FP8
-    over `step`: e4m3, or with `hidden` e5m2. Otherwise the second result is empty.
+    pre-activation p need not be stored, nor read back. Where x and W are in FP8, so is the result: in x's type.
     """
-    out, out_fp8 = empty_hidden(x, weight, hidden)
-    product = scale * (x.to(out.dtype) @ weight.to(out.dtype).T)
-    out.copy_(F.relu(product).square() if hidden is None else product * hidden.to(out.dtype).sqrt())
-    if len(out_fp8):
-        out_fp8.copy_(out / step)
-    return out, out_fp8
-
-
-def empty_hidden(x: Tensor, weight: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What linear_relu2 writes."""
-    T, N, fp8 = len(x), len(weight), x.dtype.itemsize == 1
-    out = x.new_empty(T, N, dtype=torch.bfloat16 if fp8 else x.dtype)
-    return out, x.new_empty((T, N) if fp8 else 0, dtype=torch.float8_e4m3fn if hidden is None else torch.float8_e5m2)
+    wide = torch.bfloat16 if x.dtype.itemsize == 1 else x.dtype
+    product = scale * (x.to(wide) @ weight.to(wide).T)
+    return (F.relu(product).square() if hidden is None else product * hidden.to(wide).sqrt()).to(x.dtype)
 
 
 @triton.jit
 def linear_relu2_kernel(
-    x_desc, weight_desc, hidden_desc, out_desc, out_fp8_desc, scale, fp8_factor, T, N, K, BACKWARD: tl.constexpr,
-    FP8: tl.constexpr, PROGRAMS: tl.constexpr,
+    x_desc, weight_desc, hidden_desc, out_desc, scale, T, N, K, BACKWARD: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T x BLOCK_N tiles of the output; GROUP rows of tiles share their columns of W in the L2 cache.
@@ -593,18 +626,13 @@ def linear_relu2_kernel(
                 half = tl.maximum(half, 0.0, propagate_nan=tl.PropagateNan.ALL)
                 half *= half
             out_desc.store([row, start], half.to(out_desc.dtype))
-            if FP8:
-                out_fp8_desc.store([row, start], (half * fp8_factor).to(out_fp8_desc.dtype))
 
 
-def linear_relu2_triton(
-    x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0, step: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """The same in one kernel, through Hopper's bulk tensor copies. Rows must be multiples of 16 bytes."""
     (T, K), N = x.shape, weight.shape[0]
-    out, out_fp8 = empty_hidden(x, weight, hidden)
-    fp8 = len(out_fp8) > 0
-    # With 8 warps and 3 stages, on H100 for C = 768, F = 3072: the best of 13 for bf16, of 9 for FP8
+    out, fp8 = x.new_empty(T, N), x.dtype.itemsize == 1
+    # With 8 warps and 3 stages, on H100 for C = 768, F = 3072: the best of 13 for bf16, of 6 for FP8
     BLOCK_T, BLOCK_N = (256, 128) if fp8 and hidden is not None else (128, 256)
     BLOCK_K = 128 if fp8 else 64
     half_tile = [BLOCK_T, BLOCK_N // 2]
@@ -614,60 +642,57 @@ def linear_relu2_triton(
     linear_relu2_kernel[(programs,)](
         TensorDescriptor.from_tensor(x.contiguous(), [BLOCK_T, BLOCK_K]),
         TensorDescriptor.from_tensor(weight.contiguous(), [BLOCK_N, BLOCK_K]),
-        out_desc if hidden is None else TensorDescriptor.from_tensor(hidden, half_tile), out_desc,
-        TensorDescriptor.from_tensor(out_fp8, half_tile) if fp8 else out_desc, scale, 1 / step, T, N, K,
-        BACKWARD=hidden is not None, FP8=fp8, PROGRAMS=programs,
+        out_desc if hidden is None else TensorDescriptor.from_tensor(hidden, half_tile), out_desc, scale, T, N, K,
+        BACKWARD=hidden is not None, PROGRAMS=programs,
         BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=8, num_warps=8, num_stages=3,
     )  # fmt: skip
-    return out, out_fp8
+    return out
 
 
 @torch.library.custom_op("speedrun::linear_relu2", mutates_args=())
-def linear_relu2(
-    x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0, step: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def linear_relu2(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """relu(scale x W^T)^2, or with `hidden` its derivative's product; see linear_relu2_reference."""
-    return (linear_relu2_triton if x.is_cuda else linear_relu2_reference)(x, weight, hidden, scale, step)
+    return (linear_relu2_triton if x.is_cuda else linear_relu2_reference)(x, weight, hidden, scale)
 
 
 @linear_relu2.register_fake
-def _(x, weight, hidden=None, scale=1.0, step=1.0):
-    return empty_hidden(x, weight, hidden)
+def _(x, weight, hidden=None, scale=1.0):
+    return x.new_empty(len(x), len(weight))
 
 
 class MLP(torch.autograd.Function):
     """relu(x W_fc^T)^2 W_proj for x (T, C) and W_fc, W_proj (4C, C).
 
-    With `fp8` and `fp8_t`, (W_fc, W_proj) from fp8_weights, the products run in FP8, but for those of the weights'
-    gradients, which would need all activations transposed as well. grad_scale: by which losses are multiplied.
+    With `fp8` and `fp8_t`, (W_fc, W_proj) from fp8_weights, all products run in FP8, and what is kept for the backward
+    pass is in FP8 as well. grad_scale: by which losses are multiplied.
     """
 
     @staticmethod
     def forward(ctx, x, w_fc, w_proj, grad_scale=None, fp8=None, fp8_t=None):
-        ctx.step = None if fp8 is None else grad_scale * FP8_GRAD
+        ctx.step, ctx.dtype = None if fp8 is None else grad_scale * FP8_GRAD, x.dtype
         if fp8 is None:
-            hidden, _ = linear_relu2(x, w_fc)  # (T, 4C)
-            ctx.save_for_backward(x, w_fc, w_proj, hidden)
+            hidden = linear_relu2(x, w_fc)  # (T, 4C)
+            ctx.save_for_backward(x, hidden, w_fc, w_proj)
             return hidden @ w_proj
         x_fp8 = (x / FP8_X).to(torch.float8_e4m3fn)
-        hidden, hidden_fp8 = linear_relu2(x_fp8, fp8[0], None, FP8_X * FP8_WEIGHT, FP8_HIDDEN)
-        ctx.save_for_backward(x, fp8, fp8_t, hidden, hidden_fp8)
-        return fp8_product(hidden_fp8, fp8_t[1].T, FP8_HIDDEN, FP8_WEIGHT, x.dtype)
+        hidden = linear_relu2(x_fp8, fp8[0], None, FP8_X * FP8_WEIGHT * FP8_HIDDEN**-0.5)
+        ctx.save_for_backward(x_fp8, hidden, fp8, fp8_t)
+        return fp8_product(hidden, fp8_t[1].T, FP8_HIDDEN, FP8_WEIGHT, x.dtype)
 
     @staticmethod
     def backward(ctx, grad_out):
-        step = ctx.step
+        x, hidden, *weights = ctx.saved_tensors
+        step, dtype = ctx.step, ctx.dtype
         if step is None:
-            x, w_fc, w_proj, hidden = ctx.saved_tensors
-            grad_pre, _ = linear_relu2(grad_out, w_proj, hidden, 2.0)
-            grad_x = grad_pre @ w_fc
-        else:
-            x, fp8, fp8_t, hidden, hidden_fp8 = ctx.saved_tensors
-            grad_fp8 = (grad_out / step).to(torch.float8_e5m2)
-            scale = 2 * FP8_HIDDEN**0.5 * step * FP8_WEIGHT
-            grad_pre, grad_pre_fp8 = linear_relu2(grad_fp8, fp8[1], hidden_fp8, scale, step)
-            grad_x = fp8_product(grad_pre_fp8, fp8_t[0].T, step, FP8_WEIGHT, x.dtype)
-        return grad_x, grad_pre.T @ x, hidden.T @ grad_out, None, None, None
+            w_fc, w_proj = weights
+            grad_pre = linear_relu2(grad_out, w_proj, hidden, 2.0)
+            return grad_pre @ w_fc, grad_pre.T @ x, hidden.T @ grad_out, None, None, None
+        fp8, fp8_t = weights
+        grad = (grad_out / step).to(torch.float8_e5m2)
+        grad_pre = linear_relu2(grad, fp8[1], hidden, 2 * FP8_HIDDEN**0.5 * FP8_WEIGHT)
+        grad_x = fp8_product(grad_pre, fp8_t[0].T, step, FP8_WEIGHT, dtype)
+        grad_fc = fp8_weight_gradient(grad_pre, x, step, FP8_X, dtype)
+        return grad_x, grad_fc, fp8_weight_gradient(hidden, grad, FP8_HIDDEN, step, dtype), None, None, None
 
 
 # ---------------------------------------------------------------------------- softcapped multi-token cross-entropy
@@ -950,8 +975,8 @@ class HeadLoss(torch.autograd.Function):
         grad, grad_t = cross_entropy_backward(logits, lse, targets, weights, grad_losses, scale, torch.float8_e5m2)
         # Not fast: these sums are over the vocabulary, and over all tokens.
         grad_x = fp8_product(grad, head.T, scale, FP8_HEAD, ctx.dtype, fast=False)
-        grad_head = fp8_product(x.T.contiguous(), grad_t.T, FP8_HEAD_X, scale, torch.float32, fast=False)
-        return grad_x, grad_head.to(ctx.dtype), None, None, None
+        grad_head = fp8_product(transposed(x), grad_t.T, FP8_HEAD_X, scale, ctx.dtype, fast=False)
+        return grad_x, grad_head, None, None, None
 
 
 # ---------------------------------------------------------------------------- lookups in the embedding tables
@@ -1098,11 +1123,11 @@ def split_heads_kernel(
 @triton.jit
 def split_heads_backward_kernel(
     qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
-    grad_qkv_ptr, grad_fp8_ptr, grad_gate_ptr, grad_table_ptr, T, eps, fp8_factor, FP8: tl.constexpr,
+    grad_qkv_ptr, grad_gate_ptr, grad_table_ptr, T, eps, factor,
     H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_EMBED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One head of BLOCK_T tokens; adds to the table's gradient."""
+    """One head of BLOCK_T tokens: the projections' gradient times `factor`, the gate's; adds to the table's."""
     head, t, position, inside, cos, sin, projected, out = head_places(cos_ptr, sin_ptr, T, H, D, PAIRED, BLOCK_T)
     mask = inside[:, None]
     for i in tl.static_range(2):
@@ -1119,17 +1144,12 @@ def split_heads_backward_kernel(
         inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
         x *= inverse_rms
         grad_x = inverse_rms * (grad - x * (tl.sum(grad * x, 1) / D)[:, None])
-        tl.store(grad_qkv_ptr + projected + i * H * D, grad_x.to(grad_qkv_ptr.dtype.element_ty), mask=mask)
-        if FP8:
-            grad_x = (grad_x * fp8_factor).to(grad_fp8_ptr.dtype.element_ty)
-            tl.store(grad_fp8_ptr + projected + i * H * D, grad_x, mask=mask)
-    grad_v = tl.load(grad_v_ptr + out, mask=mask, other=0.0)
-    tl.store(grad_qkv_ptr + projected + 2 * H * D, grad_v, mask=mask)
-    if FP8:
-        grad_v_fp8 = (grad_v.to(tl.float32) * fp8_factor).to(grad_fp8_ptr.dtype.element_ty)
-        tl.store(grad_fp8_ptr + projected + 2 * H * D, grad_v_fp8, mask=mask)
+        grad_x = (grad_x * factor).to(grad_qkv_ptr.dtype.element_ty)
+        tl.store(grad_qkv_ptr + projected + i * H * D, grad_x, mask=mask)
+    grad_v = tl.load(grad_v_ptr + out, mask=mask, other=0.0).to(tl.float32)
+    grad_qkv_v = (grad_v * factor).to(grad_qkv_ptr.dtype.element_ty)
+    tl.store(grad_qkv_ptr + projected + 2 * H * D, grad_qkv_v, mask=mask)
     if VALUE_EMBED:
-        grad_v = grad_v.to(tl.float32)
         row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
         gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
         place = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
@@ -1140,7 +1160,7 @@ def split_heads_backward_kernel(
 
 
 class Fp8Projection(NamedTuple):
-    """What a product x W^T takes in FP8, forward and for the gradient of x."""
+    """What the products of a projection x W^T take in FP8."""
 
     x: Tensor  # (T, K), in steps of FP8_X
     weight: Tensor  # (N, K)
@@ -1152,17 +1172,20 @@ class Fp8Projection(NamedTuple):
 class SplitHeads(torch.autograd.Function):
     """split_heads_reference of the projections x W^T, in one kernel a direction, which reads and writes all once.
 
-    x (T, C), weight (3C, C). With `fp8` the products run in FP8, but for that of the weight's gradient.
+    x (T, C), weight (3C, C). With `fp8` the products run in FP8.
     """
 
     @staticmethod
     def forward(ctx, x, weight, fp8, value_gate, table, rows, cos, sin, num_heads, paired, key_offset):
-        qkv = fp8_product(fp8.x, fp8.weight.T, FP8_X, fp8.weight_step, x.dtype) if fp8 else x @ weight.T
+        if fp8:
+            qkv = fp8_product(fp8.x, fp8.weight.T, kept_step(FP8_X, x.device), fp8.weight_step, x.dtype)
+        else:
+            qkv = x @ weight.T
         T, H, D = len(x), num_heads, x.shape[1] // num_heads
         q, k, v = (qkv.new_empty((2 * T, H // 2, D) if paired else (T, H, D)) for _ in range(3))
         inputs = (qkv, value_gate, *((table, rows) if value_gate is not None else (None, None)), cos, sin)
-        ctx.save_for_backward(x, None if fp8 else weight, *inputs)
-        ctx.fp8 = fp8 and fp8._replace(x=None, weight=None)  # what backward does not read need not be kept
+        ctx.save_for_backward(*((None, None) if fp8 else (x, weight)), *inputs)
+        ctx.fp8 = fp8
         ctx.options = dict(
             H=H, D=D, PAIRED=paired, KEY_OFFSET=key_offset, VALUE_EMBED=value_gate is not None, BLOCK_T=16, num_warps=4
         )
@@ -1173,17 +1196,21 @@ class SplitHeads(torch.autograd.Function):
     def backward(ctx, *grads):
         (x, weight, *inputs), fp8 = ctx.saved_tensors, ctx.fp8
         qkv, value_gate, table = inputs[:3]
-        grad_qkv = torch.empty_like(qkv)
-        grad_fp8 = torch.empty_like(qkv, dtype=torch.float8_e5m2) if fp8 else grad_qkv
+        grad_qkv = torch.empty_like(qkv, dtype=torch.float8_e5m2 if fp8 else None)
         grad_gate = None if value_gate is None else torch.empty_like(value_gate)
         grad_table = None if value_gate is None else table_gradient(table)
         step = FP8_GRAD * fp8.grad_scale if fp8 else 1.0
         split_heads_backward_kernel[(ctx.options["H"] * triton.cdiv(len(qkv), 16),)](
-            *inputs, *(g.contiguous() for g in grads), grad_qkv, grad_fp8, grad_gate, grad_table, len(qkv), NORM_EPS,
-            1 / step, FP8=bool(fp8), **ctx.options,
+            *inputs, *(g.contiguous() for g in grads), grad_qkv, grad_gate, grad_table, len(qkv), NORM_EPS, 1 / step,
+            **ctx.options,
         )  # fmt: skip
-        grad_x = fp8_product(grad_fp8, fp8.weight_t.T, step, fp8.weight_step, x.dtype) if fp8 else grad_qkv @ weight
-        return grad_x, grad_qkv.T @ x, None, grad_gate, *(None,) * 7
+        if fp8:
+            step, x_step = kept_step(step, qkv.device), kept_step(FP8_X, qkv.device)
+            grad_x = fp8_product(grad_qkv, fp8.weight_t.T, step, fp8.weight_step, qkv.dtype)
+            grad_weight = fp8_weight_gradient(grad_qkv, fp8.x, step, x_step, qkv.dtype)
+        else:
+            grad_x, grad_weight = grad_qkv @ weight, grad_qkv.T @ x
+        return grad_x, grad_weight, None, grad_gate, *(None,) * 7
 
 
 def split_heads(x, weight, fp8: Fp8Projection | None, value_gate, table, rows, cos, sin, num_heads, paired, key_offset):
@@ -2883,6 +2910,12 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
         raise UserError(f"PyTorch {torch.__version__}: 2.11 or newer is needed: pip install -r requirements.txt")
     total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
     fp8, why_not = use_fp8(hp, world)
+    for number, stage in enumerate(hp.stages, 1):
+        if fp8 and stage.tokens % (16 * MICRO_BATCHES):
+            raise UserError(
+                f"STAGES, row {number}: {stage.tokens} tokens a step; products in FP8 take multiples of "
+                f"{16 * MICRO_BATCHES}: change the table, or give --fp8=off"
+            )
     machine, notes = f"{world.size} x CPU", []
     if world.on_gpu:
         if not hasattr(triton, "__version__"):
@@ -2955,7 +2988,7 @@ KERNEL_CATEGORIES = {
     "attention": r"flash|attention|split_heads",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|linear_relu2|aten::\w*mm\b",
     "memory": r"(?i)memcpy|memset|aten::(copy_|zero_|fill_)",
-    "elementwise": r"triton_|elementwise|reduce|add_rows|at::native|aten::",
+    "elementwise": r"triton_|elementwise|transposed|reduce|add_rows|at::native|aten::",
 }
 
 
@@ -3006,8 +3039,8 @@ def flops_per_token(model: "GPT", fp8: bool) -> tuple[int, int]:
     """Of the products with weights, 2 a weight forward and 4 backward: those in the parameters' type, those in FP8."""
     attention, mlp = len(ATTENTION_LAYERS) * model.attn_bank[0].numel(), len(LAYERS) * model.mlp_bank[0].numel()
     head = 6 * model.head.numel()
-    # In the layers all but the gradients of weights, and not W_o
-    in_fp8 = (head + (4 * (mlp + attention * 3 // 4) if model.fp8_layers else 0)) if fp8 else 0
+    # In the layers all but W_o
+    in_fp8 = (head + (6 * (mlp + attention * 3 // 4) if model.fp8_layers else 0)) if fp8 else 0
     return 6 * (attention + mlp) + head - in_fp8, in_fp8
 
 

@@ -269,15 +269,16 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error_not_a_smoke_run(machine, monk
 
 
 @pytest.mark.parametrize(
-    "capability, nccl, triton, words",
+    "capability, nccl, triton, tokens, words",
     [
-        ((7, 5), True, True, "has compute capability 7.5: the kernels take 8.0 or newer"),
-        ((9, 0), False, True, "no NCCL, which several GPUs need: pip install"),
-        ((9, 0), True, False, "Triton is missing, the kernels need it: pip install"),
+        ((7, 5), True, True, 512, "has compute capability 7.5: the kernels take 8.0 or newer"),
+        ((9, 0), False, True, 512, "no NCCL, which several GPUs need: pip install"),
+        ((9, 0), True, False, 512, "Triton is missing, the kernels need it: pip install"),
+        ((9, 0), True, True, 448, "STAGES, row 2: 448 tokens a step; products in FP8 take multiples of 128"),
     ],
 )
 def test_what_a_gpu_run_lacks_is_found_in_the_check_with_the_remedy(
-    tmp_path, monkeypatch, capability, nccl, triton, words
+    tmp_path, monkeypatch, capability, nccl, triton, tokens, words
 ):
     write_shard(tmp_path / "train_1.bin", text_of([50] * 200))
     write_shard(tmp_path / "val_0.bin", text_of([50] * 200))
@@ -289,6 +290,7 @@ def test_what_a_gpu_run_lacks_is_found_in_the_check_with_the_remedy(
     gpu = SimpleNamespace(name="Some GPU", major=capability[0], minor=capability[1], total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     hp = parse("--preset=smoke", "--train_files=train_*.bin", "--val_files=val_*.bin", "--val_tokens=8192")
+    hp = dataclasses.replace(hp, stages=(hp.stages[0], hp.stages[1]._replace(tokens=tokens), *hp.stages[2:]))
     with pytest.raises(UserError) as error:
         train_gpt.check_world(hp, World(0, 0, 2, torch.device("cuda", 0)))
     assert words in str(error.value)
