@@ -388,6 +388,16 @@ class Group:
         """The different values of a text attribute, the most frequent first."""
         return [value for value, _ in Counter(getattr(run, attribute) for run in self.counted).most_common()]
 
+    def overrides(self) -> list[str]:
+        """What this repository's program was told in its complete runs, as far as it changes the training."""
+        own = [run for run in self.counted if run.own]
+        changed = sorted({f"--{k}={v}" for run in own for k, v in run.overrides.items() if k not in HARMLESS})
+        return changed + sorted({f"preset {run.preset}" for run in own if run.preset != "speedrun"})
+
+    def setting(self) -> tuple[str, ...]:
+        """Hardware and overrides; times in another setting say nothing about a change of the program."""
+        return (*sorted(self.each("hardware")), *self.overrides())
+
     def steps(self) -> list[int]:
         return sorted({run.total for run in self.counted})
 
@@ -500,11 +510,9 @@ def judge(group: Group, reference: str | None = None) -> list[Rule]:
         rules.append(Rule("one source in all logs", False, detail, "of different lengths"))
     else:
         rules.append(Rule("one source in all logs", True, "the same in all"))
-    own = [run for run in runs if run.own]
-    changed = sorted({f"--{k}={v}" for run in own for k, v in run.overrides.items() if k not in HARMLESS})
-    changed += sorted({f"preset {run.preset}" for run in own if run.preset != "speedrun"})
+    changed = group.overrides()
     detail = clean(" ".join(changed)) or "none that changes the training"
-    if own:
+    if any(run.own for run in runs):
         rules.append(Rule("no overrides", not changed, detail, "with overrides"))
     flags = sorted({flag for source in sources for flag in compile_flags(source)})
     detail = clean(", ".join(flags)) or "none"

@@ -26,8 +26,9 @@ PARAMETER_TOLERANCE = 3e-4  # 4e-5 of the way gone in ten steps; Adam's steps do
 STATE_TOLERANCE = 3e-5  # 4e-6 after ten steps
 # In bfloat16 gradients are rounded to 2^-9 of themselves before they are summed; measured 5e-3 nats.
 BF16_LOSS_TOLERANCE = 0.03
-# After a step that rounding has made a little different: measured 3e-2 for the bigram embedding.
-BF16_GRADIENT_TOLERANCE = 0.08
+# After steps that rounding has made a little different: measured on two H100s 8e-2 for the embedding, which first steps
+# by itself at the tenth. Half of the micro-batches, or an average, would be off by 0.5 and more.
+BF16_GRADIENT_TOLERANCE = 0.2
 
 
 def start(folder, dtype, size, gpus=""):

@@ -813,9 +813,9 @@ def small_batch(device):
 
 # A position's loss is about 7, so that its relative error says little: losses are compared less their mean. Measured on
 # H100 (and a CPU): eleven layers in bf16 are off by up to 1.3 % (1.8 %) in losses and in the gradients of matrices and
-# tables, an FP8 head by 3.5 % (3.6 %) and 6.4 % (6.9 %).
+# tables, an FP8 head by 3.5 % (3.6 %) and 6.4 % (6.9 %), with FP8 in the layers the MLPs' gradients by 9.3 %.
 MODEL_TOLERANCE = 3e-2
-FP8_MODEL_LOSS_TOLERANCE, FP8_MODEL_GRAD_TOLERANCE = 6e-2, 9e-2
+FP8_MODEL_LOSS_TOLERANCE, FP8_MODEL_GRAD_TOLERANCE = 6e-2, {"head": 9e-2, "auto": 0.13}
 # The gradients of the rest, each a sum over all tokens, cancel: scaling a layer's input changes little, as the norms
 # undo it. Bfloat16 leaves 20 % to 200 % of noise there; float64 in test_model.py checks them.
 COMPARED = ("attn_gates", "value_gates", "attn_bank", "mlp_bank", "head", "embed", "bigram_embed", "value_embeds")
@@ -853,4 +853,4 @@ def test_model_with_products_in_fp8_equals_the_model_in_bf16(fp8):
     ref_losses, ref_gradients = losses_and_gradients(on_gpu, "cuda")
     assert relative_error(losses, ref_losses) < FP8_MODEL_LOSS_TOLERANCE
     for name, gradient in gradients.items():
-        assert relative_error(gradient, ref_gradients[name]) < FP8_MODEL_GRAD_TOLERANCE, name
+        assert relative_error(gradient, ref_gradients[name]) < FP8_MODEL_GRAD_TOLERANCE[fp8], name

@@ -766,6 +766,22 @@ def test_the_first_record_has_no_difference(seed, tmp_path, capsys):
     assert "There is no previous record" in (tmp_path / "r/2026-01-30_First/README.md").read_text()
 
 
+def test_the_previous_record_is_the_newest_of_the_same_hardware_and_overrides(seed, tmp_path, capsys):
+    records, other = tmp_path / "r", own_log(3.27, 98.0, overrides="--muon_lr=0.02")
+    write(records / "2026-01-01_A", [own_log(3.28, 99.0)])
+    write(records / "2026-01-02_B", [own_log(3.28, 500.0, gpus=1)])
+    write(records / "2026-01-03_C", [other])
+    expected = "[2026-01-01\\_A]", "There is no previous record with this hardware and these overrides"
+    for name, text, told in (("D", own_log(3.26, 97.0), expected[0]), ("E", own_log(3.26, 400.0, gpus=2), expected[1])):
+        logs = write(tmp_path / name, [text])
+        assert submitted(capsys, name, logs, "--date", "2026-01-04", "--records", records)[0] == 0
+        assert told in (records / f"2026-01-04_{name}/README.md").read_text()
+    printed(capsys, "--history", "--records", records)
+    rows = [line for line in (records / "README.md").read_text().split("\n") if line.startswith("| 2026")]
+    changes = {row.split("[")[1][0]: row.split(" | ")[3] for row in rows}
+    assert changes == {"A": "", "B": "", "C": "", "D": "-2.00", "E": ""}
+
+
 def test_a_long_difference_is_a_file_of_its_own(seed, tmp_path, capsys):
     logs = write(tmp_path / "logs", [public_log(3.27, 90.0), public_log(3.271, 90.1)])
     arguments = ("Other", logs, "--date", "2026-02-01", "--previous", seed / "new", "--records", tmp_path / "r")
