@@ -86,7 +86,7 @@ def readme(name: str, day: str, group: Group, previous: Record | None, changed: 
     shown = changed[:SHOWN_LINES]
     fence = "`" * max(3, 1 + max((len(ticks) for line in shown for ticks in re.findall("`+", line)), default=0))
     if not previous:
-        change = "There is no previous record with this hardware and these overrides: the whole source is in the logs.\n"
+        change = "There is no previous record of this hardware and these overrides: the source is in the logs.\n"
     elif not changed:
         change = "The source is that of the previous record.\n"
     else:
@@ -131,7 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOGS")
     parser.add_argument("--date", default=date.today().isoformat(), help="default: today")
-    parser.add_argument("--previous", type=Path, metavar="FOLDER", help="default: the newest record with the same hardware and overrides")
+    newest = "default: the newest record of the same hardware and overrides"
+    parser.add_argument("--previous", type=Path, metavar="FOLDER", help=newest)
     parser.add_argument("--records", type=Path, default=RECORDS, help="where the record folders are")
     options = parser.parse_args(arguments)
     try:

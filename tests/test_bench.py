@@ -66,6 +66,7 @@ def test_the_speedruns_products_take_453_mflop_a_token_in_the_layers_and_232_in_
         ("products", "nvjet_sm90_tst_128x160_64x5_2x4_h_bz_NTT"),
         ("products", "nvjet_sm90_qqtst_192x192_128x4_1x2_h_bz_coopB_TNN"),
         ("products", "linear_relu2_kernel"),
+        ("elementwise", "transposed_kernel"),
         ("products", "void cutlass::Kernel2<cutlass_80_tensorop_s16816gemm_bf16_64x64_32x6_nt_align2>("),
         ("products", "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float, __nv_bfloat16"),
         ("products", "std::enable_if<true, void>::type internal::gemvx::kernel<int, int, __nv_bfloat16"),

@@ -280,20 +280,42 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error_not_a_smoke_run(machine, monk
 def test_what_a_gpu_run_lacks_is_found_in_the_check_with_the_remedy(
     tmp_path, monkeypatch, capability, nccl, triton, tokens, words
 ):
-    write_shard(tmp_path / "train_1.bin", text_of([50] * 200))
-    write_shard(tmp_path / "val_0.bin", text_of([50] * 200))
-    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+    hp = small_check(tmp_path, monkeypatch, capability, tokens)
     monkeypatch.setattr(train_gpt, "triton", SimpleNamespace(__version__="3.6.0") if triton else SimpleNamespace())
-    monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    gpu = SimpleNamespace(name="Some GPU", major=capability[0], minor=capability[1], total_memory=80 << 30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    hp = parse("--preset=smoke", "--train_files=train_*.bin", "--val_files=val_*.bin", "--val_tokens=8192")
-    hp = dataclasses.replace(hp, stages=(hp.stages[0], hp.stages[1]._replace(tokens=tokens), *hp.stages[2:]))
     with pytest.raises(UserError) as error:
         train_gpt.check_world(hp, World(0, 0, 2, torch.device("cuda", 0)))
     assert words in str(error.value)
+
+
+def small_check(tmp_path, monkeypatch, capability, tokens=512, free=79):
+    """Hyperparameters with `tokens` in stage 2, shards for them, and a GPU with `free` GiB."""
+    write_shard(tmp_path / "train_1.bin", text_of([50] * 9000))
+    write_shard(tmp_path / "val_0.bin", text_of([50] * 200))
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = SimpleNamespace(name="Some GPU", major=capability[0], minor=capability[1], total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free << 30, 80 << 30))
+    hp = parse("--preset=smoke", "--train_files=train_*.bin", "--val_files=val_*.bin", "--val_tokens=8192")
+    return dataclasses.replace(hp, stages=(hp.stages[0], hp.stages[1]._replace(tokens=tokens), *hp.stages[2:]))
+
+
+@pytest.mark.parametrize("fp8, device", [("off", "cuda"), ("auto", "cpu")])
+def test_without_fp8_a_step_may_have_any_multiple_of_eight_tokens(tmp_path, monkeypatch, fp8, device):
+    hp = dataclasses.replace(small_check(tmp_path, monkeypatch, (9, 0), tokens=440), fp8=fp8)
+    monkeypatch.setattr(train_gpt, "triton", SimpleNamespace(__version__="3.6.0"))
+    assert train_gpt.check_world(hp, World(device=torch.device(device)))
+
+
+def test_too_little_gpu_memory_is_noted_with_what_the_run_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt, "triton", SimpleNamespace(__version__="3.6.0"))
+    for free, noted in ((29, True), (31, False)):
+        hp = small_check(tmp_path, monkeypatch, (9, 0), tokens=393_216, free=free)
+        lines = train_gpt.check_world(dataclasses.replace(hp, head_dim=128), World(device=torch.device("cuda", 0)))
+        note = f"note: about 30 GiB are needed, {free} are free: lower the tokens in STAGES"
+        assert (note in lines) == noted
 
 
 @pytest.mark.parametrize("name", train_gpt.SETTINGS)

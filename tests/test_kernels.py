@@ -173,22 +173,24 @@ FP8_DEVICES = [
 ]
 
 
-# One word; less than a tile, a tile, a tile and a bit, some tiles with every way of being longer
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+# One word a row; less than a tile, a tile, a tile and a bit, some tiles with every way of being longer
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize("M, N", [(4, 4), (12, 100), (128, 128), (132, 252), (400, 36), (36, 400)])
 def test_transposed_kernel_moves_every_byte_to_its_place(M, N, device):
-    if device == "cpu" and interpreter_problem():
-        pytest.skip(interpreter_problem())
     x = integers(256, M, N).to(device, torch.uint8)
     with poisoned_memory():
         out = train_gpt.transposed_triton(x)
     assert out.is_contiguous() and torch.equal(out, x.T)
 
 
-def test_weight_gradient_in_fp8_is_the_product_over_all_tokens():
-    a, b = (normal(48, n, device=DEVICE).to(dtype) for n, dtype in ((32, torch.float8_e5m2), (64, torch.float8_e4m3fn)))
+@pytest.mark.parametrize("device", ["cpu", FP8_DEVICES[1]])
+def test_weight_gradient_in_fp8_is_the_product_over_all_tokens(device):
+    types = (32, torch.float8_e5m2), (64, torch.float8_e4m3fn)
+    a, b = (integers(5, 48, n, device=device).sub(2).to(dtype) for n, dtype in types)  # small: all sums are exact
     out = train_gpt.fp8_weight_gradient(a, b, 0.5, 3.0, torch.float32)
-    assert relative_error(out, 1.5 * a.double().T @ b.double()) < KERNEL_TOLERANCE[torch.float32]
+    assert torch.equal(out, 1.5 * a.float().T @ b.float())
 
 
 # ---------------------------------------------------------------------------- the MLP
@@ -300,9 +302,9 @@ def mlp_inputs(device, grad_scale):
 
 
 # By the roundings that go in, 2.6 % each in e4m3 and 5.3 % in e5m2, in quadrature (W_proj's gradient: those of x and
-# W_fc, which the square doubles). Measured on a CPU: 6.4 %, 10 %, 8 %, 5.2 %. Rounding to the nearest shortens a vector
-# by the square of its error.
-FP8_MLP_TOLERANCES = {"value": 8e-2, "x": 0.12, "w_fc": 0.1, "w_proj": 8e-2}
+# W_fc, which the square doubles, of the hidden activations and of the gradient). Measured on a CPU: 5.9 %, 9.3 %,
+# 9.3 %, 7.6 %. Rounding to the nearest shortens a vector by the square of its error.
+FP8_MLP_TOLERANCES = {"value": 8e-2, "x": 0.12, "w_fc": 0.12, "w_proj": 0.1}
 FP8_MLP_SLOPE_TOLERANCE = 3e-2
 
 
@@ -680,8 +682,8 @@ def test_attention_kernels_take_a_gate_of_zero(device, dtype):
 # ---------------------------------------------------------------------------- q, k, v from projections
 
 
-def split_heads_inputs(device, dtype, with_values, D):
-    T, H = 48, 4
+def split_heads_inputs(device, dtype, with_values, D, T=37):
+    H = 4
     yarn = Yarn(D, 2 * T, torch.device(device))
     yarn.grow(10, 300)  # frequencies that turn visibly
     table, rows = normal(11, H * D, device=device, dtype=dtype), integers(11, T, device=device)
@@ -743,7 +745,7 @@ FP8_SPLIT_HEADS_TOLERANCE = {"x": 8e-2, "weight": 8e-2}
 @pytest.mark.parametrize("device", FP8_DEVICES)
 @paired_and_key_offset
 def test_split_heads_in_fp8_are_the_reference_within_the_quantisation(paired, key_offset, device):
-    x, weight, *inputs = split_heads_inputs(device, torch.bfloat16, True, D=128 if device == "cuda" else 16)
+    x, weight, *inputs = split_heads_inputs(device, torch.bfloat16, True, D=128 if device == "cuda" else 16, T=48)
     x_fp8 = (x / train_gpt.FP8_X).to(torch.float8_e4m3fn)
     lambda_step = torch.tensor(0.5 * train_gpt.FP8_WEIGHT, device=device)  # the projections' weight is half the matrix
     fp8 = Fp8Projection(x_fp8, *train_gpt.fp8_weights(weight), lambda_step, 0.25)

@@ -771,7 +771,7 @@ def test_the_previous_record_is_the_newest_of_the_same_hardware_and_overrides(se
     write(records / "2026-01-01_A", [own_log(3.28, 99.0)])
     write(records / "2026-01-02_B", [own_log(3.28, 500.0, gpus=1)])
     write(records / "2026-01-03_C", [other])
-    expected = "[2026-01-01\\_A]", "There is no previous record with this hardware and these overrides"
+    expected = "[2026-01-01\\_A]", "There is no previous record of this hardware and these overrides"
     for name, text, told in (("D", own_log(3.26, 97.0), expected[0]), ("E", own_log(3.26, 400.0, gpus=2), expected[1])):
         logs = write(tmp_path / name, [text])
         assert submitted(capsys, name, logs, "--date", "2026-01-04", "--records", records)[0] == 0
