@@ -150,7 +150,7 @@ class Row(NamedTuple):
     betas: tuple[float, float] | None = None
 
 
-# The small ones first; the matrices, whose updates take longest, last, so that the head is gathered beneath them.
+# The small ones first; the matrices, whose updates take longest, last, so that the tables are gathered beneath them.
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
     Row("scalars", "adam", False, (5.0,), 0.0, (0.9, 0.99)),
@@ -1918,12 +1918,15 @@ class Alone:
     def gathered(self) -> None:
         """Waits for them."""
 
-    def complete(self) -> None:
-        """Makes the parameter whole, where a rank has only what it needs."""
+    def note(self, rank: int, rows: Tensor) -> None:
+        """Rows of a table, on the CPU, that a rank has looked up since the last update."""
 
     def clear(self, grad: Tensor) -> None:
         """Sets the gradient to zero after the update."""
         grad.zero_()
+
+    def forget(self) -> None:
+        """Forgets which rows were looked up: the gradient has been set to zero."""
 
 
 # PyTorch 2.13 renamed these two; 2.11 has the old names only.
@@ -1964,78 +1967,50 @@ class Sharded(Replicated):
         self.work.wait()
 
 
-class Routes(NamedTuple):
-    """Which rows of a table travel between their owners and the ranks that look them up in a step."""
-
-    abroad: Tensor  # of other ranks' slices, that this rank looks up; int64, owner by owner
-    home: Tensor  # of this rank's slice, counted from its start, that others look up; int64, rank by rank
-    abroad_counts: list[int]
-    home_counts: list[int]
-
-
 class ShardedRows(Sharded):
-    """Sharded, for a table looked up by token: of 386 MB only the rows that occur travel.
+    """Sharded, for a table looked up by token: of the gradient only the rows that occurred travel, each to its owner.
 
-    A rank keeps its own slice up to date. Of the others' it fetches the rows of its micro-batches from their owners
-    ahead of each step, and sends their gradients there after it, in the parameter's type; the owner adds them up in
-    float32. Everyone knows from the loader what all ranks look up, so no requests are needed.
+    All ranks note all ranks' lookups, so that everyone knows what comes from whom. Rows travel in the parameter's type
+    and are added to the owner's float32 gradient; one that is not noted is neither sent nor cleared.
     """
 
     def __init__(self, p: Tensor, world: World, tables: int):
         super().__init__(p, world)
-        self.first_rows = len(p) // tables * np.arange(tables)[:, None]
-        self.routes = self.route([[] for _ in range(world.size)])
+        self.first_rows = len(p) // tables * np.arange(tables)
+        self.occurred = np.zeros((world.size, len(p) // tables), dtype=bool)  # in any of the tables, by rank
 
-    def route(self, lookups: list[list[Tensor]]) -> Routes:
-        """From what each rank's micro-batches look up in the first table, on the CPU; the result is there, too."""
-        by_owner = []
-        for tensors in lookups:
-            occurs = np.zeros(len(self.p) // len(self.first_rows), dtype=bool)
-            for rows in tensors:
-                occurs[rows.numpy()] = True
-            rows = (self.first_rows + np.flatnonzero(occurs)).ravel()
-            by_owner.append(np.split(rows, np.searchsorted(rows, len(self.slice) * np.arange(1, self.world.size))))
-        rank = self.world.rank
-        by_owner[rank][rank] = by_owner[rank][rank][:0]  # needs no way
-        abroad, home = by_owner[rank], [parts[rank] for parts in by_owner]
-        indices = np.concatenate(abroad), np.concatenate(home) - rank * len(self.slice)
-        return Routes(*map(torch.from_numpy, indices), [*map(len, abroad)], [*map(len, home)])
-
-    def exchange(self, values: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """Starts sending values (rows, C) to the ranks, so many to each; what comes in is complete after work.wait."""
-        out = values.new_empty(sum(received), values.shape[1])
-        self.work = dist.all_to_all_single(out, values, received, sent, async_op=True)
-        return out
-
-    def fetch(self, routes: Routes) -> None:
-        """Gets the rows that this rank looks up in the step that begins."""
-        self.routes = routes
-        values = self.exchange(self.slice[routes.home], routes.home_counts, routes.abroad_counts)
-        self.work.wait()
-        self.p[routes.abroad] = values
+    def note(self, rank: int, rows: Tensor) -> None:
+        self.occurred[rank][rows.numpy()] = True
 
     def reduce(self, grad: Tensor) -> None:
-        routes, self.grad = self.routes, self.own(grad)
-        self.values = self.exchange(grad[routes.abroad].to(self.p.dtype), routes.abroad_counts, routes.home_counts)
-        grad[routes.abroad] = 0
+        rank, size, share = self.world.rank, self.world.size, len(self.slice)
+        rows = [(self.first_rows[:, None] + np.flatnonzero(occurred)).ravel() for occurred in self.occurred]
+        by_owner = [np.split(r, np.searchsorted(r, share * np.arange(1, size))) for r in rows]
+        by_owner[rank][rank] = by_owner[rank][rank][:0]  # what this rank owns stays
+        sent, received = by_owner[rank], [parts[rank] for parts in by_owner]
+        arrays = rows[rank], np.concatenate(received) - rank * share, np.concatenate(sent)
+        indices = map(torch.from_numpy, arrays)
+        if grad.is_cuda:
+            indices = (t.pin_memory().to(grad.device, non_blocking=True) for t in indices)
+        self.mine, self.rows, sent_rows = indices
+        self.grad, values = self.own(grad), grad[sent_rows].to(self.p.dtype)
+        self.values = values.new_empty(len(self.rows), grad.shape[1])
+        sizes = [*map(len, received)], [*map(len, sent)]
+        self.work = dist.all_to_all_single(self.values, values, *sizes, async_op=True)
 
     def reduced(self) -> Tensor:
         grad = super().reduced()
-        add_rows(grad, self.routes.home, self.values)
+        add_rows(grad, self.rows, self.values)
         self.values = None
         return grad
 
-    def gather(self) -> None:
-        pass
-
-    def gathered(self) -> None:
-        pass
-
-    def complete(self) -> None:
-        all_gather(self.p, self.slice.clone())
-
     def clear(self, grad: Tensor) -> None:
+        grad[self.mine] = 0
         self.own(grad).zero_()
+        self.forget()
+
+    def forget(self) -> None:
+        self.occurred[:] = False
 
 
 def copy_saved(into: Tensor, saved: Tensor | None, name: str, own: Callable = lambda whole: whole) -> None:
@@ -2071,8 +2046,7 @@ class Optimizer:
     """Steps every parameter, with the communication scheduled by hand.
 
     All reductions start in the order of PARAMETERS; updates run in the same order, as their gradients arrive, and
-    gathers run beneath the updates that follow. Adam's parameters step on odd steps, with the gradients of two steps;
-    only the tables' gradients go to their owners after each, along the routes of that step.
+    gathers run beneath the updates that follow. Adam's parameters step on odd steps, with the gradients of two steps.
 
     Head and embedding are one parameter, stored twice, until `untie_step`: the embedding's gradient is added to the
     head's, and the embedding is the head's transpose after every Adam step. After that step they part, and the
@@ -2088,44 +2062,29 @@ class Optimizer:
         self.tied = True
         self.largest = deque(maxlen=8)  # (step, names, on the CPU: the largest magnitude of each gradient)
 
-    def routes(self, inputs: list[Tensor]) -> dict[str, Routes]:
-        """By table, from the inputs of all ranks' micro-batches of a step, in the order dealt, on the CPU."""
-        lookups, size = [self.model.table_rows(tokens) for tokens in inputs], self.world.size
-        by_rank = {name: [[rows[name] for rows in lookups[rank::size]] for rank in range(size)] for name in TABLES}
-        return {name: self.slots[name].communication.route(of_ranks) for name, of_ranks in by_rank.items()}
-
-    def fetch(self, routes: dict[str, Routes]) -> None:
-        """Gets the rows of the tables that this rank looks up in the step that begins, where there are other ranks."""
-        for name in TABLES if self.world.size > 1 else ():
-            if name != "embed" or not self.tied:  # tied, it is whole
-                self.slots[name].communication.fetch(routes[name])
-
-    def complete(self) -> None:
-        """Makes all parameters whole on every rank."""
-        for slot in self.slots.values():
-            slot.communication.complete()
+    def note(self, inputs: list[Tensor]) -> None:
+        """What all ranks' micro-batches, in the order dealt, look up in the tables: their inputs, on the CPU."""
+        for i, tokens in enumerate(inputs):
+            for name, rows in self.model.table_rows(tokens).items():
+                self.slots[name].communication.note(i % self.world.size, rows)
 
     @torch.no_grad()
     def step(self, step: int, lr_factor: float, momentum: float) -> None:
         """Updates the parameters that are due at `step` from their .grad, and clears these."""
         adam_is_due = step % 2 == 1
         due = {n: slot for n, slot in self.slots.items() if adam_is_due or slot.row.algorithm == "normuon"}
-        reduced = {n: slot for n, slot in self.slots.items() if n in due or n in TABLES}
-        if self.tied:
-            reduced.pop("embed")
         if adam_is_due and self.tied:
-            head, embed = due["head"].p, due.pop("embed").p
+            head, embed = due["head"].p, self.slots["embed"].p
             head.grad += embed.grad.T
             embed.grad.zero_()
-        for slot in reduced.values():
+            due.pop("embed").communication.forget()
+        for slot in due.values():
             slot.communication.reduce(slot.p.grad.view(slot.shape))
         gradients = {}
-        for name, slot in reduced.items():
-            gradient = slot.communication.reduced()
-            if name in due:
-                gradients[name] = gradient
-                slot.algorithm.update(gradient, lr_factor, momentum)
-                slot.communication.gather()
+        for name, slot in due.items():
+            gradients[name] = slot.communication.reduced()
+            slot.algorithm.update(gradients[name], lr_factor, momentum)
+            slot.communication.gather()
         # NaN or infinite where a gradient is; looked at a step later, so that nothing waits for it.
         largest = torch.stack([torch.linalg.vector_norm(g, math.inf).float() for g in gradients.values()])
         self.largest.append((step, [*gradients], largest.to("cpu", non_blocking=True)))
@@ -2178,6 +2137,7 @@ class Optimizer:
         self.largest.clear()
         for slot in self.slots.values():
             slot.algorithm.reset()
+            slot.communication.forget()
             slot.p.grad.zero_()
 
 
@@ -2304,49 +2264,38 @@ class Shard:
         return np.concatenate(pieces)[: num_tokens + 1], np.concatenate(([0], ends))
 
 
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Starts copying it to a GPU, without waiting for the GPU's other work."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 def make_micro_batch(tokens: np.ndarray, ends: np.ndarray, device: torch.device) -> MicroBatch:
     """Inputs, targets and documents on the device; tokens (T + 1,), ends cumulative from 0 to T."""
     lengths = np.diff(ends)
     arrays = (tokens[:-1], tokens[1:], np.repeat(ends[:-1], lengths), np.repeat(ends[1:], lengths))
-    inputs, targets, starts, ends = (on_device(torch.from_numpy(a.astype(np.int32)), device) for a in arrays)
+    tensors = [torch.from_numpy(a.astype(np.int32)) for a in arrays]
+    if device.type == "cuda":
+        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    inputs, targets, starts, ends = tensors
     return MicroBatch(inputs, targets, Documents(starts, ends))
 
 
 class StepBatch(NamedTuple):
-    """Of one step: this rank's micro-batches, how often the files have been begun, where the next begin."""
+    """Of one step: this rank's micro-batches, all inputs, how often the files have been begun, where the next begin."""
 
     epoch: int
     micro_batches: list[MicroBatch]
-    routes: dict[str, Routes]  # of the tables' rows between several ranks; see Optimizer.fetch
+    inputs: list[Tensor]  # of several ranks' micro-batches in the order dealt, on the CPU; of a single rank none
     position: tuple[int, int]  # files begun, and the next document of the last of them
 
 
 class TrainLoader:
     """Iterates over steps; while one is computed, a thread assembles the next and copies it to the GPU.
 
-    sizes: tokens of a micro-batch at each step. Every rank deals all 8 micro-batches of a step and keeps its own, so
-    that any number of ranks sees the same. When the files run out, they start over, and the epoch counts up.
-    position: of the last step's batch before these, in a run that goes on. routes: Optimizer.routes, which is told the
-    inputs of all 8 where there are several ranks.
+    sizes: tokens of a micro-batch at each step. Every rank deals all 8 micro-batches of a step and keeps its own, and
+    of the others the inputs, so that any number of ranks sees the same. When the files run out, they start over, and
+    the epoch counts up.
+    position: of the last step's batch before these, in a run that goes on.
     Raises UserError if no file can fill a step, or when a file turns out to be damaged.
     """
 
-    def __init__(
-        self,
-        paths: list[Path],
-        sizes: list[int],
-        hp: Hyperparameters,
-        world: World,
-        position: tuple[int, int] = (1, 0),
-        routes: Callable[[list[Tensor]], dict[str, Routes]] | None = None,
-    ):
+    def __init__(self, paths: list[Path], sizes: list[int], hp: Hyperparameters, world: World, position=(1, 0)):
         self.paths, self.sizes, self.hp, self.world = paths, sizes, hp, world
-        self.routes = routes if world.size > 1 else None
         self.found = {path: file_state(path) for path in paths}
         self.files_begun, document = position
         self.shard = self._load(self.files_begun - 1, scan_all=document > 0)
@@ -2388,24 +2337,20 @@ class TrainLoader:
     def _prepare(self, num_tokens: int) -> StepBatch:
         rank, size = self.world.rank, self.world.size
         dealt = [self.shard.assemble(span, num_tokens) for span in self._deal(num_tokens)]
-        inputs = [torch.from_numpy(tokens[:-1].astype(np.int32)) for tokens, _ in dealt if self.routes]
-        routes = self.routes(inputs) if self.routes else {}
+        inputs = [torch.from_numpy(tokens[:-1].astype(np.int32)) for tokens, _ in dealt if size > 1]
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             batches = [make_micro_batch(*arrays, self.world.device) for arrays in dealt[rank::size]]
-            for name, (abroad, home, *counts) in routes.items():
-                routes[name] = Routes(*(on_device(t, self.world.device) for t in (abroad, home)), *counts)
             if self.stream:
                 self.stream.synchronize()  # in this thread; the main thread never waits for a copy
         position = self.files_begun, self.shard.next_document
-        return StepBatch(1 + (self.files_begun - 1) // len(self.paths), batches, routes, position)
+        return StepBatch(1 + (self.files_begun - 1) // len(self.paths), batches, inputs, position)
 
     def __iter__(self) -> Iterator[StepBatch]:
         try:
             for size in [*self.sizes[1:], None]:
                 batch = self._wait()
                 self.ahead = self.assembler.submit(self._prepare, size) if size else None
-                tensors = [t for b in batch.micro_batches for t in (b.inputs, b.targets, *b.documents)]
-                for tensor in tensors + [t for routes in batch.routes.values() for t in routes[:2]]:
+                for tensor in (t for b in batch.micro_batches for t in (b.inputs, b.targets, *b.documents)):
                     if self.stream:  # the memory was taken on the copying stream: keep it until this one is through
                         tensor.record_stream(torch.cuda.current_stream())
                 yield batch
@@ -2913,8 +2858,8 @@ class Watch:
         if self.hang_timeout and self.step is not None and now - self.moved > self.hang_timeout:
             places = {rank: "silent" if rank in silent else beat[2] for rank, (beat, _) in sorted(self.beats.items())}
             # For another rank. On GPUs a step is issued without waiting: what stands still is whoever reads its end.
-            waiting = "fetch reduced gathered full complete agree_to_stop step_issued synchronize validate state"
-            waiting = [*waiting.split(), "check_gradients"]
+            waiting = "reduced gathered full agree_to_stop step_issued synchronize validate state check_gradients"
+            waiting = waiting.split()
             last = min(places, key=lambda rank: (rank not in silent, places[rank].split()[0] in waiting))
             told = "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
             reason = f"no step has ended for {self.hang_timeout:g} s (--hang_timeout), {told}"
@@ -3154,7 +3099,7 @@ class Bench:
         plan = [(k, i, start + i % max(n // 2 * 2, 1)) for k, start, n in lengths for i in range(count)]
         sizes = [self.schedule.tokens(step) for _, _, step in plan]
         self.trainer.reset()
-        loader = TrainLoader(self.train_paths, sizes, self.hp, self.world, routes=self.trainer.optimizer.routes)
+        loader = TrainLoader(self.train_paths, sizes, self.hp, self.world)
         for (stage, i, step), batch in zip(plan, loader, strict=True):
             self.trainer.enter_step(step)
             yield stage, i, step, batch
@@ -3341,14 +3286,14 @@ class Trainer:
         self.update(step)
 
     def add_gradients(self, step: int, batch: StepBatch) -> None:
-        """Forward and backward on each micro-batch, once the rows that they look up are here."""
-        self.optimizer.fetch(batch.routes)
+        """Forward and backward on each micro-batch; the optimizer notes what all ranks looked up."""
         target_weights, graph = self.target_weights_of(step), self.graphs.get(self.stage_index)
         for micro_batch in batch.micro_batches:
             if graph:
                 graph.replay(micro_batch, target_weights)
             else:
                 self.micro_step(step, micro_batch, target_weights)
+        self.optimizer.note(batch.inputs)
 
     def update(self, step: int) -> None:
         """The optimizer's part of a step."""
@@ -3364,7 +3309,6 @@ class Trainer:
     @torch.no_grad()
     def validate(self, batches: list[MicroBatch], windows: dict[str, int]) -> float:
         """Mean cross-entropy of all ranks' validation tokens, in nats."""
-        self.optimizer.complete()
         one = torch.ones(1, device=self.world.device)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for batch in batches:
@@ -3378,8 +3322,7 @@ class Trainer:
         saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         schedule = self.schedule
         steps = [start for start, end in zip(schedule.starts, schedule.ends, strict=True) if start < end]
-        sizes = [schedule.tokens(step) for step in steps]
-        batches = TrainLoader(train_paths, sizes, self.hp, self.world, routes=self.optimizer.routes)
+        batches = TrainLoader(train_paths, [schedule.tokens(step) for step in steps], self.hp, self.world)
         for step, batch in zip(steps, batches, strict=True):
             self.enter_step(step)
             if self.use_graphs:
@@ -3420,7 +3363,7 @@ class Trainer:
             validate_at |= {*range(0, hp.total_steps, hp.val_loss_every)}
         validate_at -= {now.step} if progress else set()  # done before the checkpoint was written
         sizes = [schedule.tokens(step) for step in range(now.step, hp.total_steps)]
-        batches = iter(TrainLoader(train_paths, sizes, hp, self.world, now.position, self.optimizer.routes))
+        batches = iter(TrainLoader(train_paths, sizes, hp, self.world, now.position))
         if self.world.size > 1:
             dist.barrier()  # the clock does not run while the first rank waits for the last to compile
         clock, saved_at = Clock(self.world.device, now.elapsed), now.step
@@ -3493,7 +3436,6 @@ class Trainer:
 
         torch.load(path, weights_only=True) reads the file. The newest two are kept.
         """
-        self.optimizer.complete()
         optimizer = self.optimizer.state() if progress else {}
         if self.world.rank:
             return

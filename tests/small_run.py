@@ -102,8 +102,7 @@ def train(hp: Hyperparameters, world: World) -> dict:
     windows = trainer.schedule.window_tokens(*FINAL_WINDOWS)
     found["losses"] = [trainer.validate(val_batches, windows)]
     sizes = [trainer.schedule.tokens(step) for step in range(hp.total_steps)]
-    loader = TrainLoader(find_files(hp.train_files), sizes, hp, world, routes=trainer.optimizer.routes)
-    for step, batch in enumerate(loader):
+    for step, batch in enumerate(TrainLoader(find_files(hp.train_files), sizes, hp, world)):
         found["inputs"].append([micro_batch.inputs for micro_batch in batch.micro_batches])
         trainer.enter_step(step)
         trainer.train_step(step, batch)

@@ -6,7 +6,6 @@ import threading
 import time
 from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -331,7 +330,6 @@ def test_a_run_says_in_its_log_at_which_step_the_files_start_over(tmp_path, caps
     trained = []
     trainer = object.__new__(train_gpt.Trainer)  # the run's loop alone: no model
     trainer.hp, trainer.world, trainer.schedule = hp, World(), schedule
-    trainer.optimizer = SimpleNamespace(routes=None)
     trainer.enter_step = lambda step: None
     trainer.train_step = lambda step, batch: trained.append(batch)
     trainer.validate = lambda batches, windows: 1.0
