@@ -1,4 +1,4 @@
-"""One, two and four real processes (gloo, on the CPU; two with NCCL, on GPUs): the same run, whatever their number."""
+"""One to eight real processes (gloo, on the CPU; two with NCCL, on GPUs): the same run, whatever their number."""
 
 import os
 import socket
@@ -14,12 +14,12 @@ from conftest import relative_error
 from train_gpt import PARAMETERS, World
 
 SMALL_RUN = Path(small_run.__file__).resolve()
-SIZES = (1, 2, 4)
+SIZES = (1, 2, 4, 8)
 NAMES = [row.name for row in PARAMETERS]
 SHARDED = [row.name for row in PARAMETERS if row.sharded]
 
 # Only the order in which gradients are summed differs, in float32. Losses in nats, the rest as relative norms; measured
-# for two and four processes.
+# for two, four and eight processes.
 LOSS_TOLERANCE = 1e-4  # 5e-8 after ten steps
 GRADIENT_TOLERANCE = 1e-5  # 1e-6 in the first two updates; 4e-6 in the embedding's first, of the tenth step
 PARAMETER_TOLERANCE = 3e-4  # 4e-5 of the way gone in ten steps; Adam's steps do not shrink with a gradient near zero
