@@ -2937,7 +2937,7 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
             )
         free = torch.cuda.mem_get_info(world.device)[0] / 2**30
         machine = f"{world.size} x {gpu.name}, {free:.0f} of {gpu.total_memory / 2**30:.0f} GiB free"
-        # Measured for the speedrun's model: 8.3 GiB whatever the batch, 28.3 with 49,152 tokens (29.7 with layers in bf16).
+        # Measured for the speedrun's model: 8.3 GiB whatever the batch, 28.3 with 49,152 tokens, 29.7 with bf16 layers.
         needed = 8.3 + 21.4 * largest_step / MICRO_BATCHES / 49_152 * hp.model_dim / 768
         if free < needed:
             notes = [f"note: about {needed:.0f} GiB are needed, {free:.0f} are free: lower the tokens in STAGES"]
