@@ -45,7 +45,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -124,7 +124,6 @@ ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
 VALUE_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.value_embed]
 # Layers whose output is used again later
 KEPT_OUTPUTS = {BACKOUT_LAYER, *(layer.skip_from for layer in LAYERS if layer.skip_from is not None)}
-assert KEPT_OUTPUTS.issubset(ATTENTION_LAYERS), "a layer without attention does not keep its output"
 
 # Learned scalars by name: (how many, initial value). They live in one float32 vector, so that eight ranks
 # exchange one small message instead of seven.
@@ -272,6 +271,12 @@ class UserError(Exception):
         return "".join(c if c.isprintable() else "?" for c in super().__str__())  # it may quote a stranger's text
 
 
+def require(condition: object, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameters, dict[str, object]]:
     """`--name=value` arguments over the preset's values over the defaults; `--name` alone sets a bool to true.
 
@@ -283,16 +288,13 @@ def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameter
         name, equals, text = argument.removeprefix("--").partition("=")
         if not equals and types.get(name) is bool:  # given bare
             equals, text = "=", "true"
-        if not argument.startswith("--") or not equals:
-            raise UserError(f"argument {argument!r} is not of the form --name=value")
-        if name not in types:
-            raise UserError(f"unknown hyperparameter --{name}; there are: {', '.join(SETTINGS)}")
+        require(argument.startswith("--") and equals, f"argument {argument!r} is not of the form --name=value")
+        require(name in types, f"unknown hyperparameter --{name}; there are: {', '.join(SETTINGS)}")
         overrides[name] = parse_value(name, types[name], text)
     preset = overrides.get("preset", "auto")
     if preset == "auto":
         preset = "speedrun" if has_gpu else "smoke"
-    if preset not in PRESETS:
-        raise UserError(f"--preset={preset}: choose one of {', '.join(PRESETS)}")
+    require(preset in PRESETS, f"--preset={preset}: choose one of {', '.join(PRESETS)}")
     hp = Hyperparameters(**{**PRESETS[preset], **overrides, "preset": preset})
     hp = replace(hp, run_id=hp.run_id or hp.resume or str(uuid.uuid4()))
     check_hyperparameters(hp)
@@ -323,13 +325,26 @@ def parse_value(name: str, kind: type, text: str) -> object:
         raise UserError(f"--{name}={text}: expected {expected}") from None
 
 
+def check_tables(hp: Hyperparameters) -> None:
+    """Raises UserError for rows of the tables above that would fail later, or have no effect."""
+    require(len(hp.stages) == 4, f"STAGES has {len(hp.stages)} rows: it takes three stages and the extension")
+    for i, layer in enumerate(LAYERS):
+        window, skip, row = layer.window, layer.skip_from, f"LAYERS, layer {i}"
+        require(window in ("short", "long", None), f"{row}: window is 'short', 'long' or None")
+        attention = layer.paired or layer.key_offset or layer.value_embed
+        require(window or not attention, f"{row}: paired, key_offset and value_embed are for layers with a window")
+        require(skip is None or not window, f"{row}: skip_from is for layers without a window")
+        require(skip is None or skip < i, f"{row}: skip_from={skip} is not an earlier layer")
+    for i in sorted(KEPT_OUTPUTS):
+        require(i in ATTENTION_LAYERS, f"layer {i} is skipped from, or BACKOUT_LAYER: only layers with a window can be")
+    for row in PARAMETERS:
+        require(row.algorithm in ("adam", "normuon"), f"PARAMETERS, {row.name}: algorithm is 'adam' or 'normuon'")
+        require(row.algorithm != "adam" or row.betas is not None, f"PARAMETERS, {row.name}: adam takes betas")
+
+
 def check_hyperparameters(hp: Hyperparameters) -> None:
     """Raises UserError for values that could only fail later."""
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(message)
-
+    check_tables(hp)
     for name in ("num_scheduled_iterations", "train_max_seq_len", "val_tokens", "val_batch_size", "num_heads"):
         require(getattr(hp, name) > 0, f"--{name}={getattr(hp, name)} must be positive")
     not_negative = "num_extension_iterations val_loss_every checkpoint_every hang_timeout"
@@ -363,6 +378,7 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
 # ======================================================================================================================
 
 
+INSTALL = "pip install -r requirements.txt"
 NVIDIA_DEVICE = Path("/dev/nvidiactl")  # there where a process may use a GPU
 UNDER_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher is this process's parent
 
@@ -376,7 +392,7 @@ def check_no_gpu() -> None:
     """Raises UserError where there is a GPU that PyTorch can't use: a run on the CPU instead is not what was wanted."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
     if visible and NVIDIA_DEVICE.exists():
-        why, remedy = "this PyTorch is built without CUDA", "pip install -r requirements.txt"
+        why, remedy = "this PyTorch is built without CUDA", INSTALL
         if torch.version.cuda:
             try:
                 torch.cuda.init()
@@ -408,9 +424,8 @@ class World(NamedTuple):
     @staticmethod
     def from_environment() -> "World":
         """Raises UserError for a number of processes that does not divide 8, or with more processes than GPUs."""
-        rank, local_rank, size = (
-            int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-        )
+        rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        size = int(os.environ.get("WORLD_SIZE", 1))
         if MICRO_BATCHES % size:
             raise UserError(f"{size} processes do not divide the 8 micro-batches of a step: start 1, 2, 4 or 8")
         if not torch.cuda.is_available():
@@ -433,12 +448,9 @@ class World(NamedTuple):
                     socket.create_connection(address, timeout=20).close()
                 except OSError as error:
                     raise UserError(f"the launcher does not answer at {address[0]}:{address[1]} ({error})") from None
+            backend, device = ("nccl", self.device) if self.on_gpu else ("gloo", None)
             # A long timeout, for ranks that compile at different speeds; torchrun sees a death at once.
-            dist.init_process_group(
-                "nccl" if self.on_gpu else "gloo",
-                device_id=self.device if self.on_gpu else None,
-                timeout=timedelta(minutes=30),
-            )
+            dist.init_process_group(backend, device_id=device, timeout=timedelta(minutes=30))
 
     def stop(self) -> None:
         """Leaves the other processes."""
@@ -1644,8 +1656,7 @@ class GPT(nn.Module):
         self.bigram_embed = parameter(hp.bigram_vocab_size, C)
         self.value_embeds = parameter(len(VALUE_LAYERS) * V, C)
         with torch.no_grad():
-            values = [torch.full((count,), value) for count, value in SCALARS.values()]
-            self.scalars.copy_(torch.cat(values))
+            self.scalars.copy_(torch.tensor([value for count, value in SCALARS.values() for _ in range(count)]))
             bound = 3**0.5 * 0.5 * C**-0.5
             self.attn_bank.uniform_(-bound, bound)
             self.mlp_bank[:, 0].uniform_(-bound, bound)
@@ -1728,17 +1739,15 @@ class GPT(nn.Module):
                 )  # fmt: skip
                 head_gate = head_gate.view(q.shape[:2])
                 y = attend(q, k, v, head_gate, documents[layer.paired], windows[layer.window], self.yarn.scale)
-                x, mlp_out, outputs[i] = self.attention_output_and_mlp(
-                    x, y.view(x.shape), w, i in KEPT_OUTPUTS, fp8_grad_scale
-                )
+                y, keep = y.view(x.shape), i in KEPT_OUTPUTS
+                x, mlp_out, outputs[i] = self.attention_output_and_mlp(x, y, w, keep, fp8_grad_scale)
             else:
                 x, mlp_out = self.mlp_only(x, mlp_out, x0, injected[i], skip, w, fp8_grad_scale)
-        chunk = head_chunk or len(x)
+        by_position = x, mlp_out, outputs[BACKOUT_LAYER], batch.targets
+        chunks = zip(*(t.split(head_chunk or len(x)) for t in by_position), strict=True)
         losses = [
             self.head_losses(*inputs, scalars["backout"][0], self.head, targets, target_weights, fp8_grad_scale)
-            for *inputs, targets in zip(
-                *(t.split(chunk) for t in (x, mlp_out, outputs[BACKOUT_LAYER], batch.targets)), strict=True
-            )
+            for *inputs, targets in chunks
         ]
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
@@ -1844,11 +1853,9 @@ class Adam:
         self.updates += 1
         beta1, beta2 = self.row.betas
         lr = self.hp.adam_lr * lr_factor * self.row.lr[0]
-        step_size = lr * (1 - beta2**self.updates) ** 0.5 / (1 - beta1**self.updates)
-        decay = lr * lr * self.hp.adam_wd * self.row.wd
-        self.apply(
-            self.p, grad, self.m, self.v, beta1, beta2, self.hp.adam_eps, cpu_scalar(step_size), cpu_scalar(decay)
-        )
+        step_size = cpu_scalar(lr * (1 - beta2**self.updates) ** 0.5 / (1 - beta1**self.updates))
+        decay = cpu_scalar(lr * lr * self.hp.adam_wd * self.row.wd)
+        self.apply(self.p, grad, self.m, self.v, beta1, beta2, self.hp.adam_eps, step_size, decay)
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -2035,11 +2042,8 @@ class Slot:
         policy = Alone if world.size == 1 else sharded if row.sharded else Replicated
         self.communication = policy(p.data.view(self.shape), world)
         slice = self.communication.slice
-        self.algorithm = (
-            NorMuon(row, hp, slice, compiled, first=world.rank * len(slice) if row.sharded else 0)
-            if bank
-            else Adam(row, hp, slice, compiled)
-        )
+        first = world.rank * len(slice) if row.sharded else 0
+        self.algorithm = NorMuon(row, hp, slice, compiled, first) if bank else Adam(row, hp, slice, compiled)
 
 
 class Optimizer:
@@ -2165,19 +2169,14 @@ def find_files(pattern: str) -> list[Path]:
 def read_header(path: Path) -> int:
     """Number of tokens of a shard file. Raises UserError naming the file for anything that is not a whole shard."""
     try:
-        with open(path, "rb") as file:
-            header = file.read(HEADER_BYTES)
-            size = os.fstat(file.fileno()).st_size
+        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=3)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    if size < HEADER_BYTES:
-        raise UserError(f"{path}: truncated, {size} bytes are less than a header's {HEADER_BYTES}; {FETCH}")
-    header = np.frombuffer(header, dtype="<i4")
-    if header[0] != SHARD_MAGIC:
-        raise UserError(f"{path}: not a token shard, magic number {header[0]} instead of {SHARD_MAGIC}; {FETCH}")
-    if header[1] != SHARD_VERSION:
-        raise UserError(f"{path}: shard version {header[1]}, this program reads version {SHARD_VERSION}; {FETCH}")
-    tokens = int(header[2])
+    require(size >= HEADER_BYTES, f"{path}: truncated, {size} bytes are less than a header's {HEADER_BYTES}; {FETCH}")
+    magic, version, tokens = header.tolist()
+    require(magic == SHARD_MAGIC, f"{path}: not a token shard, magic number {magic} instead of {SHARD_MAGIC}; {FETCH}")
+    if version != SHARD_VERSION:
+        raise UserError(f"{path}: shard version {version}, this program reads version {SHARD_VERSION}; {FETCH}")
     if tokens < 0 or size != HEADER_BYTES + 2 * tokens:
         held = (size - HEADER_BYTES) // 2
         raise UserError(f"{path}: the header promises {tokens} tokens, the file holds {held}; {FETCH}")
@@ -2196,8 +2195,7 @@ def read_tokens(path: Path, vocab_size: int, limit: int | None = None) -> np.nda
     """Token ids of a shard (its first `limit`), uint16. Raises UserError for a bad header or an id out of range."""
     count = read_header(path) if limit is None else min(limit, read_header(path))
     tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
-    if len(tokens) < count:
-        raise UserError(f"{path}: shrank while it was read; {FETCH}")
+    require(len(tokens) == count, f"{path}: shrank while it was read; {FETCH}")
     if count and tokens.max() >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
         raise UserError(
@@ -2364,19 +2362,15 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
 
     Raises UserError when the files hold fewer than val_tokens + 1 tokens.
     """
-    needed = hp.val_tokens + 1
-    parts: list[np.ndarray] = []
+    needed, tokens = hp.val_tokens + 1, np.empty(0, np.uint16)
     for path in paths:
-        parts.append(read_tokens(path, hp.vocab_size, needed - sum(map(len, parts))))
-    tokens = np.concatenate(parts)
-    if len(tokens) < needed:
-        raise UserError(f"{paths[0]} ...: {len(tokens)} validation tokens instead of {needed}; {FETCH}")
+        tokens = np.append(tokens, read_tokens(path, hp.vocab_size, needed - len(tokens)))
+    require(len(tokens) == needed, f"{paths[0]} ...: {len(tokens)} validation tokens instead of {needed}; {FETCH}")
     T = hp.val_batch_size // MICRO_BATCHES
     batches = []
     for start in range(T * world.rank, hp.val_tokens, T * world.size):
         chunk = tokens[start : start + T + 1]
-        starts = np.flatnonzero(chunk[:-1] == BOS)
-        ends = np.concatenate(([0], starts[starts > 0], [T]))
+        ends = np.concatenate(([0], 1 + np.flatnonzero(chunk[1:-1] == BOS), [T]))
         batches.append(make_micro_batch(chunk, ends, world.device))
     return batches
 
@@ -2411,15 +2405,10 @@ class Schedule:
 
     def lr(self, step: int) -> float:
         """Learning-rate factor: the stage's multiplier, from the cooldown on moving linearly to lr_end."""
-        hp = self.hp
-        if step >= hp.num_scheduled_iterations:
-            return hp.lr_end
-        multiplier = self.stage(step).lr
-        cooldown_start = int(hp.num_scheduled_iterations * (1 - hp.cooldown_frac))
-        if step < cooldown_start:
-            return multiplier
-        t = (step - cooldown_start) / (hp.num_scheduled_iterations - cooldown_start)
-        return (1 - t) * multiplier + t * hp.lr_end
+        end = self.hp.num_scheduled_iterations
+        start = int(end * (1 - self.hp.cooldown_frac))
+        t = 1 if step >= end else max(0, step - start) / max(1, end - start)
+        return (1 - t) * self.stage(step).lr + t * self.hp.lr_end
 
     def momentum(self, step: int) -> float:
         """NorMuon's: 0.85 to 0.95 over the warm-up, and back over the cool-down."""
@@ -2471,9 +2460,8 @@ class Log:
             if self.continues and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
                 self.unwritten = b"\n"  # ends a line that was cut short
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot write the log ({error.strerror}); give another --run_id= or --log_dir="
-            ) from None
+            told = f"{self.path}: cannot write the log ({error.strerror})"
+            raise UserError(f"{told}; give another --run_id= or --log_dir=") from None
         if sys.stderr.isatty() and not (hp.bench or hp.profile):
             from tqdm import tqdm
 
@@ -2493,9 +2481,8 @@ class Log:
     def _flush(self) -> None:
         try:
             if os.fstat(self.file.fileno()).st_nlink == 0:  # removed: what it held is still there to be copied
-                old = self.file
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(self.path, "x+b", buffering=0)  # noqa: SIM115
+                old, self.file = self.file, open(self.path, "x+b", buffering=0)  # noqa: SIM115
                 old.seek(0)
                 self.unwritten = old.read() + self.unwritten
                 old.close()
@@ -2542,9 +2529,7 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
         if os.pread(log.file.fileno(), len(source.encode()), 0) != source.encode():
             log.write("note: train_gpt.py is not the one that this log begins with")
         return
-    log.write(source, console=False)
-    log.write(rule, console=False)
-    log.write(f"Running Python {sys.version}\nRunning {versions()}", console=False)
+    log.write(f"{source}\n{rule}\nRunning Python {sys.version}\nRunning {versions()}", console=False)
     if torch.cuda.is_available():
         try:
             log.write(run(["nvidia-smi"], stdout=PIPE, stderr=STDOUT, text=True, timeout=30).stdout, console=False)
@@ -2579,8 +2564,7 @@ class Progress:
 
 def checkpoints_of(run_id: str, folder: Path, suffix: str = "pt") -> list[Path]:
     """The files of a run's checkpoints in the folder, the newest last."""
-    name = re.compile(rf"{re.escape(run_id)}_step\d{{6}}\.{suffix}")
-    return sorted(p for p in (folder.iterdir() if folder.is_dir() else ()) if name.fullmatch(p.name))
+    return sorted(folder.glob(f"{escape(run_id)}_step{6 * '[0-9]'}.{suffix}"))
 
 
 def write_checkpoint(path: Path, content: dict) -> None:
@@ -2614,17 +2598,14 @@ def read_checkpoint(path: Path) -> dict:
     """
     try:
         with open(path, "rb") as file:
-            left, digest = os.fstat(file.fileno()).st_size - 32, hashlib.sha256()
-            while left > 0 and (block := file.read(min(left, 1 << 24))):
+            end, digest = os.fstat(file.fileno()).st_size - 32, hashlib.sha256()
+            while block := file.read(max(0, min(end - file.tell(), 1 << 24))):
                 digest.update(block)
-                left -= len(block)
-            if left or file.read() != digest.digest():
-                raise UserError(f"{path}: damaged or cut short, its checksum differs")
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except UserError:
-        raise
+            sound = file.read() == digest.digest()
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True) if sound else None
     except Exception as error:  # whatever a stranger's bytes make of torch.load
         raise UserError(f"{path}: not a checkpoint ({' '.join(str(error).split())[:120]})") from None
+    require(sound, f"{path}: damaged or cut short, its checksum differs")
     if not isinstance(content, dict) or {k: type(v) for k, v in content.items()} != CHECKPOINT:
         raise UserError(f"{path}: not a checkpoint of this program")
     return content
@@ -2644,8 +2625,7 @@ def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperpara
             lines.append(f"checkpoint not used: {error}")
     else:
         raise UserError("; ".join([f"--resume={hp.resume}: no usable checkpoint in {folder}/", *lines]))
-    if not content["optimizer"]:
-        raise UserError(f"--resume={hp.resume}: the run has ended, {path} is its result")
+    require(content["optimizer"], f"--resume={hp.resume}: the run has ended, {path} is its result")
     saved, defaults = content["hyperparameters"], {name: field.default for name, field in SETTINGS.items()}
     for key, value in saved.items():
         if type(value) is not type(defaults.get(key)):
@@ -2676,11 +2656,11 @@ class Watch:
     """A thread that notices what the main thread can't while it waits for a GPU, a file or another rank.
 
     Ranks meet in the launcher's key-value store, to which each keeps a connection of its own. There every rank leaves
-    a beat twice a second: a count, its host and where its main thread is. There also stands the run's end,
+    a beat twice a second: its time, its host and where its main thread is. There also stands the run's end,
     an exit status and one message: the first rank to write it says it, all others follow.
     """
 
-    TICK, SILENT, PATIENCE = 0.5, 5.0, 8.0  # seconds; a rank is silent when its count has stood still for so long
+    TICK, SILENT, PATIENCE = 0.5, 5.0, 8.0  # seconds; a rank is silent when its beat has stood still for so long
 
     def __init__(self):
         self.rank, self.size, self.host = int(os.environ.get("RANK", 0)), 1, socket.gethostname()
@@ -2692,7 +2672,7 @@ class Watch:
         self.can_stop, self.hang_timeout, self.moved = False, 0.0, 0.0
         self.doubt: float | None = None  # since when something is known to be wrong, perhaps another rank's fault
         self.verdict: tuple | None = None  # the end, if no rank turns out to be silent
-        self.count, self.beats = 0, {}  # by rank: its last beat, and when it came
+        self.beats = {}  # by rank: its last beat, and when it came
         self.ending, self.closed = threading.Lock(), False
 
     def start(self) -> None:
@@ -2770,7 +2750,11 @@ class Watch:
             if first:
                 print(details + message, file=sys.stderr, flush=True)
             if self.rank == 0:
-                self._last_lines((details if first else "") + message)
+                if self.log:
+                    self.log.write((details if first else "") + message, console=False)
+                    self.log.close()
+                if self.store:
+                    self.store.set("logged", "")
             elif first and self.store:
                 self._see_that_it_is_logged(message)
         finally:
@@ -2781,13 +2765,6 @@ class Watch:
         self.closed = True
         self.writer.send(b"\0")
         self.thread.join()
-
-    def _last_lines(self, text: str) -> None:
-        if self.log:
-            self.log.write(text, console=False)
-            self.log.close()
-        if self.store:
-            self.store.set("logged", "")
 
     def _see_that_it_is_logged(self, message: str) -> None:
         for _ in range(60):
@@ -2837,8 +2814,7 @@ class Watch:
     def _tick(self, now: float) -> None:
         if self.launcher and os.getppid() != self.launcher:
             self.end(1, f"train_gpt.py: error: {self._where(self.rank)}the launcher is gone")
-        self.count += 1
-        beat = [str(self.count), self.host, self._place()]
+        beat = [str(now), self.host, self._place()]
         self.beats[self.rank] = beat, now
         if self.store:
             if self.store.check(["end"]):
@@ -2882,7 +2858,7 @@ def reason_of(error: BaseException) -> str:
 # ======================================================================================================================
 
 
-OLDEST_GPU = (8, 0)  # compute capability; bfloat16 in Triton
+OLDEST_GPU = 8  # compute capability 8.0: bfloat16 in Triton
 KERNEL_SHARED_MEMORY = 213_032  # bytes, of linear_relu2 backward on Hopper; older GPUs' pipelines take less
 
 
@@ -2905,8 +2881,7 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
             f"{train[0]}{' ...' if train[1:] else ''}: {largest_shard} train tokens in the largest shard, a step takes "
             f"{largest_step}; {FETCH}"
         )
-    if torch.__version__ < "2.11":
-        raise UserError(f"PyTorch {torch.__version__}: 2.11 or newer is needed: pip install -r requirements.txt")
+    require(torch.__version__ >= "2.11", f"PyTorch {torch.__version__}: 2.11 or newer is needed: {INSTALL}")
     total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
     fp8, why_not = use_fp8(hp, world)
     for number, stage in enumerate(hp.stages, 1):  # cuBLAS takes rows of 16 bytes and multiples, of tokens too
@@ -2917,18 +2892,14 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
             )
     machine, notes = f"{world.size} x CPU", []
     if world.on_gpu:
-        if not hasattr(triton, "__version__"):
-            raise UserError("Triton is missing, the kernels need it: pip install -r requirements.txt")
+        require(hasattr(triton, "__version__"), f"Triton is missing, the kernels need it: {INSTALL}")
         if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
             raise UserError("Triton needs a C compiler, there is none: apt install gcc python3-dev")
         if world.size > 1 and not dist.is_nccl_available():
-            raise UserError("PyTorch has no NCCL, which several GPUs need: pip install -r requirements.txt, on Linux")
+            raise UserError(f"PyTorch has no NCCL, which several GPUs need: {INSTALL}, on Linux")
         gpu = torch.cuda.get_device_properties(world.device)
-        if (gpu.major, gpu.minor) < OLDEST_GPU:
-            oldest = "{}.{}".format(*OLDEST_GPU)
-            raise UserError(
-                f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}: the kernels take {oldest} or newer"
-            )
+        capability = f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}"
+        require(gpu.major >= OLDEST_GPU, f"{capability}: the kernels take {OLDEST_GPU}.0 or newer")
         shared = getattr(gpu, "shared_memory_per_block_optin", KERNEL_SHARED_MEMORY)
         if gpu.major >= 9 and shared < KERNEL_SHARED_MEMORY:
             raise UserError(
@@ -2956,8 +2927,7 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
 def choose_dtype(hp: Hyperparameters, world: World) -> torch.dtype:
     """Type of parameters and activations."""
     name = hp.dtype if hp.dtype != "auto" else "bfloat16" if world.on_gpu else "float32"
-    if name == "float32" and world.on_gpu:
-        raise UserError("--dtype=float32: attention on a GPU takes bfloat16")
+    require(name != "float32" or not world.on_gpu, "--dtype=float32: attention on a GPU takes bfloat16")
     return getattr(torch, name)
 
 
@@ -3165,8 +3135,7 @@ class Bench:
         for stage, stage_times in times.items():
             ms, least = typical_ms(stage_times), min(ms for _, ms in stage_times)
             steps, tokens = self.schedule.ends[stage] - self.schedule.starts[stage], self.hp.stages[stage].tokens
-            per_rank = tokens / size
-            flops = [per_rank * per_token for per_token in flops_per_token(self.trainer.model, fp8)]
+            flops = [tokens / size * per_token for per_token in flops_per_token(self.trainer.model, fp8)]
             floor_ms = sum(1000 * work / ceiling for work, ceiling in zip(flops, ceilings, strict=True))
             busy, peak = "n/a", "n/a"
             if self.world.on_gpu:
@@ -3252,11 +3221,9 @@ class Trainer:
         self.optimizer = Optimizer(self.model, hp, world, self.schedule.untie_step, compile)
         self.grad_scale = hp.grad_scale / MICRO_BATCHES
         self.fp8_grad_scale = self.grad_scale if use_fp8(hp, world)[0] else None
-        weights = torch.zeros(hp.total_steps, max(len(stage.target_weights) for stage in hp.stages))
-        for step, row in enumerate(weights):
-            values = self.schedule.target_weights(step)
-            row[: len(values)] = torch.tensor(values)
-        self.target_weights = weights.to(world.device)  # every step's, so that no step copies its own
+        weights = [torch.tensor(self.schedule.target_weights(step)) for step in range(hp.total_steps)]
+        # Every step's, so that no step copies its own.
+        self.target_weights = nn.utils.rnn.pad_sequence(weights, batch_first=True).to(world.device)
         self.stage_index = 0
         self.graphs: dict[int, MicroBatchGraph] = {}  # by stage
         self.use_graphs = world.on_gpu and hp.cuda_graphs == "auto"
@@ -3267,9 +3234,8 @@ class Trainer:
         while self.stage_index < self.schedule.stage_index(step):
             old, new = self.hp.stages[self.stage_index : self.stage_index + 2]
             self.stage_index += 1
-            if new.long_window != old.long_window:
-                block = self.hp.window_block
-                self.model.yarn.grow(old.long_window * block, new.long_window * block)
+            block = self.hp.window_block
+            self.model.yarn.grow(old.long_window * block, new.long_window * block)
 
     def target_weights_of(self, step: int) -> Tensor:
         """Multi-token weights of a step, on the device."""
@@ -3335,9 +3301,7 @@ class Trainer:
         for step in (0, 1, untie, untie + 2):  # Adam steps on odd steps only, on the embedding after the untying
             self.optimizer.step(step, schedule.lr(0), schedule.momentum(0))
         self.validate(val_batches[:1], schedule.windows(0))
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                p.copy_(saved[name])
+        self.model.load_state_dict(saved)
         self.reset()
         if self.world.on_gpu:
             torch.cuda.empty_cache()  # what ran before the graphs were captured is not needed again
@@ -3366,8 +3330,7 @@ class Trainer:
         batches = iter(TrainLoader(train_paths, sizes, hp, self.world, now.position))
         if self.world.size > 1:
             dist.barrier()  # the clock does not run while the first rank waits for the last to compile
-        clock, saved_at = Clock(self.world.device, now.elapsed), now.step
-        epoch = 1 + (now.position[0] - 1) // len(train_paths)
+        clock = Clock(self.world.device, now.elapsed)
         for step in range(now.step, hp.total_steps + 1):
             last = step == hp.total_steps
             watch.at(step)
@@ -3387,11 +3350,11 @@ class Trainer:
             # After an even number of steps no gradient waits for the next.
             if hp.checkpoint_every and step % 2 == 0:
                 stop = watch.agree_to_stop()
-                if step >= saved_at + hp.checkpoint_every or (stop and step > saved_at):
+                if step >= now.step + hp.checkpoint_every or (stop and step > now.step):
                     clock.stop()
                     watch.pause()
                     self.check_gradients(log, lag=0)  # what is saved is sound
-                    now.step, now.elapsed, saved_at = step, clock.elapsed, step
+                    now.step, now.elapsed = step, clock.elapsed
                     self.save_checkpoint(log, train_paths, now)
                     if watch.side:
                         dist.barrier(group=watch.side)  # while rank 0 writes, no other waits for it on the clock
@@ -3400,9 +3363,8 @@ class Trainer:
                     watch.stop_here(step)
             watch.at(step)
             batch = next(batches)
-            if batch.epoch > epoch:
-                epoch = batch.epoch
-                log.write(f"epoch {epoch}: the train files ran out at step {step} and start over")
+            if batch.epoch > 1 + (now.position[0] - 1) // len(train_paths):  # the epoch of the step before
+                log.write(f"epoch {batch.epoch}: the train files ran out at step {step} and start over")
             self.enter_step(step)
             self.train_step(step, batch)
             now.position = batch.position
@@ -3418,7 +3380,6 @@ class Trainer:
             step, names, values = self.optimizer.largest.popleft()
             bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
             if bad:
-                first = next(row.name for row in PARAMETERS if row.name in bad)
                 path = log.path.with_name(f"{self.hp.run_id}_nonfinite_rank{self.world.rank}.pt")
                 algorithms = {name: slot.algorithm for name, slot in self.optimizer.slots.items()}
                 states = {f"{name}.{key}": getattr(a, key) for name, a in algorithms.items() for key in a.states}
@@ -3428,7 +3389,7 @@ class Trainer:
                 except (OSError, RuntimeError) as error:
                     path = f"{path} could not be written ({error})"
                 more = f" (nor those of {len(bad) - 1} more parameters: the forward pass is not)" if bad[1:] else ""
-                told = f"the gradient of {first} in step {step + 1} is not finite{more}"
+                told = f"the gradient of {bad[0]} in step {step + 1} is not finite{more}"
                 raise UserError(f"{told}; parameters and this rank's states a step or two later: {path}")
 
     def save_checkpoint(self, log: Log, train_paths: list[Path], progress: Progress | None = None) -> None:

@@ -26,6 +26,46 @@ def refused(*arguments):
     return str(error.value)
 
 
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize(
+    "layer, change, words",
+    [
+        (4, dict(window="wide"), "LAYERS, layer 4: window is 'short', 'long' or None"),
+        (4, dict(skip_from=1), "LAYERS, layer 4: skip_from is for layers without a window"),
+        (6, dict(value_embed=True), "LAYERS, layer 6: paired, key_offset and value_embed are for layers with a window"),
+        (6, dict(paired=True), "LAYERS, layer 6: paired, key_offset and value_embed are for layers with a window"),
+        (6, dict(skip_from=6), "LAYERS, layer 6: skip_from=6 is not an earlier layer"),
+    ],
+)
+def test_a_row_of_layers_without_effect_is_refused(monkeypatch, layer, change, words):
+    layers = [row._replace(**change) if i == layer else row for i, row in enumerate(train_gpt.LAYERS)]
+    monkeypatch.setattr(train_gpt, "LAYERS", layers)
+    assert words in refused()
+
+
+def test_only_layers_with_a_window_are_kept(monkeypatch):
+    monkeypatch.setattr(train_gpt, "KEPT_OUTPUTS", {3, 6})
+    assert "layer 6 is skipped from, or BACKOUT_LAYER" in refused()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [(dict(betas=None), "embed: adam takes betas"), (dict(algorithm="sgd"), "embed: algorithm is 'adam' or 'normuon'")],
+)
+def test_an_incomplete_row_of_parameters_is_refused(monkeypatch, change, words):
+    rows = [row._replace(**change) if row.name == "embed" else row for row in train_gpt.PARAMETERS]
+    monkeypatch.setattr(train_gpt, "PARAMETERS", rows)
+    assert words in refused()
+
+
+@pytest.mark.parametrize("stages", [STAGES[:3], STAGES + STAGES[3:]])
+def test_there_are_three_stages_and_the_extension(stages):
+    with pytest.raises(UserError, match=f"STAGES has {len(stages)} rows"):
+        train_gpt.check_hyperparameters(Hyperparameters(stages=stages))
+
+
 # -------------------------------------------------------------------------------------------------------------- values
 
 
