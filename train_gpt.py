@@ -2020,12 +2020,12 @@ class ShardedRows(Sharded):
         self.occurred[:] = False
 
 
-def copy_saved(into: Tensor, saved: Tensor | None, name: str, own: Callable = lambda whole: whole) -> None:
+def copy_saved(into: Tensor, saved: object, name: str, own: Callable = lambda whole: whole) -> None:
     """Copies this rank's own part of a saved tensor. Raises UserError when it is another program's."""
     part = own(saved) if isinstance(saved, Tensor) and saved.dim() == into.dim() else None
     if part is None or part.shape != into.shape or part.dtype != into.dtype:
-        shape = "missing" if saved is None else f"{tuple(saved.shape)} in {saved.dtype}"
-        raise UserError(f"{name} in the checkpoint is {shape}, this program's part {tuple(into.shape)} in {into.dtype}")
+        found = f"{tuple(saved.shape)} in {saved.dtype}" if isinstance(saved, Tensor) else f"no tensor ({saved!r:.20})"
+        raise UserError(f"{name} in the checkpoint is {found}, this program's part {tuple(into.shape)} in {into.dtype}")
     into.copy_(part)
 
 
@@ -2124,16 +2124,21 @@ class Optimizer:
     def load(self, state: dict[str, Tensor | int]) -> None:
         """Takes what `state` gave, in place: captured graphs keep their addresses. Raises UserError if it won't fit."""
         state = dict(state)
-        self.tied = bool(state.pop("tied"))
+
+        def whole_number(name: str) -> int:
+            value = state.pop(name, None)
+            require(type(value) is int, f"{name} in the checkpoint is no whole number ({value!r:.20})")
+            return value
+
+        self.tied = bool(whole_number("tied"))
         for name, slot in self.slots.items():
             for key in slot.algorithm.states:
                 value = getattr(slot.algorithm, key)
                 if isinstance(value, Tensor):
                     copy_saved(value, state.pop(f"{name}.{key}", None), f"{name}.{key}", slot.communication.own)
                 elif value is not None:
-                    setattr(slot.algorithm, key, state.pop(f"{name}.{key}"))
-        if state:
-            raise UserError(f"the checkpoint has states that this program has not: {', '.join(state)[:200]}")
+                    setattr(slot.algorithm, key, whole_number(f"{name}.{key}"))
+        require(not state, f"the checkpoint has states that this program has not: {', '.join(map(str, state))[:200]}")
 
     def reset(self) -> None:
         """Forgets every step taken: momentum, second moments, low bits, counts, gradients, the untying."""
@@ -2626,6 +2631,9 @@ def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperpara
     else:
         raise UserError("; ".join([f"--resume={hp.resume}: no usable checkpoint in {folder}/", *lines]))
     require(content["optimizer"], f"--resume={hp.resume}: the run has ended, {path} is its result")
+    kinds = {name: type(value) for name, value in vars(Progress()).items()}
+    told = {name: type(value) for name, value in content["progress"].items()}
+    require(told == kinds, f"{path}: its progress is none of this program's")
     saved, defaults = content["hyperparameters"], {name: field.default for name, field in SETTINGS.items()}
     for key, value in saved.items():
         if type(value) is not type(defaults.get(key)):

@@ -280,6 +280,15 @@ def test_a_run_that_has_ended_is_not_resumed(resume, tmp_path):
         resume()
 
 
+def test_a_progress_of_another_program_is_refused(resume, tmp_path):
+    path = tmp_path / "logs" / "kept_step000006.pt"
+    content = train_gpt.read_checkpoint(path)
+    for progress in ({}, {**content["progress"], "elapsed": "long"}, {**content["progress"], "more": 1}):
+        train_gpt.write_checkpoint(path, {**content, "progress": progress})
+        with pytest.raises(train_gpt.UserError, match=r"kept_step000006\.pt: its progress is none of this program's"):
+            resume()
+
+
 def test_two_processes_go_on_to_the_bit_too(one_of_two_killed, data, whole, tmp_path):
     folder = copy(one_of_two_killed[0], tmp_path)
     status, said = run(folder, data, 2, arguments=RESUMED)

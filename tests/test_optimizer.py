@@ -623,3 +623,28 @@ def test_reset_forgets_everything(dtype):
         assert torch.equal(second.values[name], value), name
     for key, state in first.states.items():
         assert torch.equal(torch.as_tensor(second.states[key]), torch.as_tensor(state)), key
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("tied", None, r"tied in the checkpoint is no whole number \(None\)"),
+        ("embed.updates", "3", r"embed.updates in the checkpoint is no whole number \('3'\)"),
+        ("head.m", 3, r"head.m in the checkpoint is no tensor \(3\), this program's part \(32, 128\) in torch.float32"),
+        (
+            "head.v",
+            torch.zeros(32, 64),
+            r"head.v in the checkpoint is \(32, 64\) in torch.float32, this program's part",
+        ),
+        ("mlp_bank.second_moment", None, r"mlp_bank.second_moment in the checkpoint is no tensor \(None\)"),
+        ("other.m", 1, "the checkpoint has states that this program has not: other.m"),
+    ],
+)
+def test_states_of_another_program_are_refused_by_name(name, value, words):
+    optimizer = optimizer_of(random_model())
+    state = {**optimizer.state(), name: value}
+    with pytest.raises(train_gpt.UserError, match=words):
+        optimizer.load({key: value for key, value in state.items() if value is not None})
