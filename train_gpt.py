@@ -9,19 +9,21 @@ The mathematics is that of the public modded-nanogpt speedrun record of 2026-01-
 What this file measures as today stands in README.md and records/.
 
 Contents, in reading order (search for the banner):
-    Hyperparameters   the four tables a speedrunner edits: numbers, stages, layers, learned scalars and parameters
+    Hyperparameters   the tables a speedrunner edits: numbers, stages, layers, learned scalars and parameters
     Distributed       who am I among the processes
     Kernels           Triton, each beside its reference in plain PyTorch and one switch point
     Model             Yarn, the compiled regions of a layer, GPT
     Optimizer         Adam, NorMuon, communication, the order of work
     Data              shards, micro-batches, read-ahead
     Schedule          learning rate, momentum, windows, multi-token weights by step
+    Train             warm-up, the loop, validation, the clock
+What never runs on the clock:
     Log               the run's log file and the terminal
     Checkpoints       what a killed run goes on from
     Watch             signals, hangs, the failures of other ranks: one message, and no process left
     World check       everything that can be wrong, found in two seconds
     Bench             what a step of each stage takes, and which kernels take it
-    Train             warm-up, validation, the loop
+    main              a run from its arguments to its end
 
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
 """
@@ -72,7 +74,7 @@ ROOT = Path(os.environ.get("DATA_PATH") or Path(__file__).resolve().parent)
 MICRO_BATCHES = 8  # a step, dealt over all ranks: the gradient is the same quantity on 1, 2, 4 or 8 GPUs
 
 
-class Stage(NamedTuple):
+class TrainingStage(NamedTuple):
     """One row a stage of training; each has its own tensor shapes, hence its own compiled graphs."""
 
     tokens: int  # a step, over all ranks
@@ -86,10 +88,10 @@ class Stage(NamedTuple):
 # Small batches and short windows learn the cheap things cheaply; the extension runs at the final learning rate.
 STAGES = (
     #     tokens  short long   lr    multi-token weights, start -> end
-    Stage(131_072, 1, 3, 1.00, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0)),
-    Stage(262_144, 3, 7, 1.52, (1.0, 0.5), (1.0, 0.0)),  # 2 ** 0.6
-    Stage(393_216, 5, 11, 1.73, (1.0,), (1.0,)),  # 3 ** 0.5
-    Stage(393_216, 6, 13, 1.73, (1.0,), (1.0,)),  # the extension; its learning rate is the cooldown's end
+    TrainingStage(131_072, 1, 3, 1.00, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0)),
+    TrainingStage(262_144, 3, 7, 1.52, (1.0, 0.5), (1.0, 0.0)),  # 2 ** 0.6
+    TrainingStage(393_216, 5, 11, 1.73, (1.0,), (1.0,)),  # 3 ** 0.5
+    TrainingStage(393_216, 6, 13, 1.73, (1.0,), (1.0,)),  # the extension; its learning rate is the cooldown's end
 )
 FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
 
@@ -186,7 +188,7 @@ class Hyperparameters:
     num_extension_iterations: int = 40  # at the final learning rate, with longer windows
     cooldown_frac: float = 0.55  # of the scheduled iterations
     lr_end: float = 0.1  # learning-rate factor at the end of the cooldown
-    stages: tuple[Stage, ...] = STAGES
+    stages: tuple[TrainingStage, ...] = STAGES
     # model
     vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
     bigram_vocab_size: int = 251_520  # 5 x 50304 hash rows, the last one for the first token of a micro-batch
@@ -376,7 +378,6 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
 # ======================================================================================================================
 # Distributed
 # ======================================================================================================================
-
 
 INSTALL = "pip install -r requirements.txt"
 NVIDIA_DEVICE = Path("/dev/nvidiactl")  # there where a process may use a GPU
@@ -1396,7 +1397,7 @@ def attention_tiles(block: int, *tensors: Tensor) -> list:
     return [TensorDescriptor.from_tensor(t.flatten(1), [block, t.size(2)]) for t in tensors]
 
 
-class Attention(torch.autograd.Function):
+class CausalSelfAttention(torch.autograd.Function):
     """attend() in kernels. D a power of two from 16 to 128."""
 
     @staticmethod
@@ -1443,7 +1444,7 @@ def attend(q, k, v, gate, documents: Documents, window: int, scale: float) -> Te
     q, k, v (N, H, D), gate (N, H) in (0, 1) -> (N, H, D).
     """
     if q.is_cuda and q.size(2) >= 16:  # the least a tensor core multiplies
-        return Attention.apply(q, k, v, gate, *documents, window, scale)
+        return CausalSelfAttention.apply(q, k, v, gate, *documents, window, scale)
     return attend_reference(q, k, v, gate, documents, window, scale)
 
 
@@ -2385,7 +2386,7 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
 # ======================================================================================================================
 
 
-class Schedule:
+class TrainingSchedule:
     """What depends on the step alone. Stages: three equal parts of the scheduled iterations, then the extension."""
 
     def __init__(self, hp: Hyperparameters):
@@ -2400,7 +2401,7 @@ class Schedule:
         """0, 1, 2, or 3 for the extension."""
         return max(i for i, start in enumerate(self.starts) if step >= start)
 
-    def stage(self, step: int) -> Stage:
+    def stage(self, step: int) -> TrainingStage:
         """The row of the stage of `step`."""
         return self.hp.stages[self.stage_index(step)]
 
@@ -2439,6 +2440,302 @@ class Schedule:
     def window_tokens(self, short: int, long: int) -> dict[str, int]:
         """Windows given in blocks, in tokens."""
         return {"short": short * self.hp.window_block, "long": long * self.hp.window_block}
+
+
+# ======================================================================================================================
+# Train
+# ======================================================================================================================
+
+
+@dataclass
+class Progress:
+    """Where a run is between two steps, beside what model and optimizer hold."""
+
+    step: int = 0  # steps done
+    elapsed: float = 0.0  # the clock's, ms
+    position: tuple[int, int] = (1, 0)  # the loader's
+    val_losses: list[float] = field(default_factory=list)
+
+
+class MicroBatchGraph:
+    """Forward and backward of one micro-batch as a CUDA graph: captured once, launched as one.
+
+    Launching its 600 kernels one by one takes longer than they run (at first, in stage 1 on H100, 55 ms against 31).
+    Windows and softmax scale are part of the capture, hence a graph a stage; gradients are added to the parameters'
+    .grad.
+    """
+
+    def __init__(self, run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor, pool):
+        self.inputs = [t.clone() for t in (batch.inputs, batch.targets, *batch.documents, target_weights)]
+        inputs, targets, starts, ends, target_weights = self.inputs
+        self.graph = torch.cuda.CUDAGraph()
+        # The loader's threads go on using the GPU meanwhile: only this thread's calls belong to the capture.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            run(MicroBatch(inputs, targets, Documents(starts, ends)), target_weights)
+
+    def replay(self, batch: MicroBatch, target_weights: Tensor) -> None:
+        """Runs it on another micro-batch of the same shape."""
+        new = (batch.inputs, batch.targets, *batch.documents, target_weights)
+        for static, tensor in zip(self.inputs, new, strict=True):
+            static.copy_(tensor)
+        self.graph.replay()
+
+
+class Trainer:
+    """Model, optimizer and schedule of a run; the warm-up and the run itself go through the same steps."""
+
+    def __init__(self, hp: Hyperparameters, world: World):
+        self.hp, self.world, self.schedule = hp, world, TrainingSchedule(hp)
+        compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
+        torch.manual_seed(hp.seed)
+        self.model = GPT(hp, world.device, choose_dtype(hp, world), compile)
+        if world.size > 1:
+            for p in self.model.parameters():
+                dist.broadcast(p.data, src=0)
+        self.optimizer = Optimizer(self.model, hp, world, self.schedule.untie_step, compile)
+        self.grad_scale = hp.grad_scale / MICRO_BATCHES
+        self.fp8_grad_scale = self.grad_scale if use_fp8(hp, world)[0] else None
+        weights = [torch.tensor(self.schedule.target_weights(step)) for step in range(hp.total_steps)]
+        # Every step's, so that no step copies its own.
+        self.target_weights = nn.utils.rnn.pad_sequence(weights, batch_first=True).to(world.device)
+        self.stage_index = 0
+        self.graphs: dict[int, MicroBatchGraph] = {}  # by stage
+        self.use_graphs = world.on_gpu and hp.cuda_graphs == "auto"
+        self.peak_memory: dict[int, int] = {}  # bytes by stage, on a GPU
+
+    def enter_step(self, step: int) -> None:
+        """Follows the schedule to the stage of `step`; at a stage's first step the rotary frequencies follow."""
+        while self.stage_index < self.schedule.stage_index(step):
+            old, new = self.hp.stages[self.stage_index : self.stage_index + 2]
+            self.stage_index += 1
+            block = self.hp.window_block
+            self.model.yarn.grow(old.long_window * block, new.long_window * block)
+
+    def target_weights_of(self, step: int) -> Tensor:
+        """Multi-token weights of a step, on the device."""
+        return self.target_weights[step, : len(self.schedule.stage(step).target_weights)]
+
+    def micro_step(self, step: int, batch: MicroBatch, target_weights: Tensor) -> None:
+        """Forward and backward of one micro-batch; adds to the gradients."""
+        losses = self.model(batch, self.schedule.windows(step), target_weights, self.fp8_grad_scale)
+        (losses.sum() * self.grad_scale).backward()
+
+    def train_step(self, step: int, batch: StepBatch) -> None:
+        """One step: forward and backward on each micro-batch, then the optimizer."""
+        self.add_gradients(step, batch)
+        self.update(step)
+
+    def add_gradients(self, step: int, batch: StepBatch) -> None:
+        """Forward and backward on each micro-batch; the optimizer notes what all ranks looked up."""
+        target_weights, graph = self.target_weights_of(step), self.graphs.get(self.stage_index)
+        for micro_batch in batch.micro_batches:
+            if graph:
+                graph.replay(micro_batch, target_weights)
+            else:
+                self.micro_step(step, micro_batch, target_weights)
+        self.optimizer.note(batch.inputs)
+
+    def update(self, step: int) -> None:
+        """The optimizer's part of a step."""
+        self.optimizer.step(step, self.schedule.lr(step), self.schedule.momentum(step))
+
+    def capture(self, step: int, batch: MicroBatch) -> None:
+        """Captures the graph of the stage of `step` from a micro-batch of its shape, after that shape has run once."""
+        pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None  # stages never overlap
+        self.graphs[self.stage_index] = MicroBatchGraph(
+            partial(self.micro_step, step), batch, self.target_weights_of(step), pool
+        )
+
+    @torch.no_grad()
+    def validate(self, batches: list[MicroBatch], windows: dict[str, int]) -> float:
+        """Mean cross-entropy of all ranks' validation tokens, in nats."""
+        one = torch.ones(1, device=self.world.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for batch in batches:
+            total += self.model(batch, windows, one, head_chunk=32_768).double().sum()
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        return total.item() / self.hp.val_tokens
+
+    def warm_up(self, train_paths: list[Path], val_batches: list[MicroBatch]) -> None:
+        """Compiles everything the run will use, on real shapes, and puts everything back as it was."""
+        saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        schedule = self.schedule
+        steps = [start for start, end in zip(schedule.starts, schedule.ends, strict=True) if start < end]
+        batches = TrainLoader(train_paths, [schedule.tokens(step) for step in steps], self.hp, self.world)
+        for step, batch in zip(steps, batches, strict=True):
+            self.enter_step(step)
+            if self.use_graphs:
+                self.micro_step(step, batch.micro_batches[0], self.target_weights_of(step))  # compiles
+                self.capture(step, batch.micro_batches[0])
+            self.train_step(step, batch)
+            if self.world.on_gpu:  # a replayed graph allocates nothing: this is where a stage's memory can be seen
+                self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
+        untie = schedule.untie_step
+        for step in (0, 1, untie, untie + 2):  # Adam steps on odd steps only, on the embedding after the untying
+            self.optimizer.step(step, schedule.lr(0), schedule.momentum(0))
+        self.validate(val_batches[:1], schedule.windows(0))
+        self.model.load_state_dict(saved)
+        self.reset()
+        if self.world.on_gpu:
+            torch.cuda.empty_cache()  # what ran before the graphs were captured is not needed again
+
+    def reset(self) -> None:
+        """Back to the first step; the parameters stay."""
+        self.optimizer.reset()
+        self.model.yarn.reset()
+        self.stage_index = 0
+
+    def run(
+        self,
+        log: "Log",
+        train_paths: list[Path],
+        val_batches: list[MicroBatch],
+        progress: Progress | None = None,
+        watch: "Watch | None" = None,
+    ) -> list[float]:
+        """The run on the clock, from `progress` on; returns the validation losses, the final one last."""
+        hp, schedule, now, watch = self.hp, self.schedule, progress or Progress(), watch or Watch()
+        validate_at = {*hp.val_steps}
+        if hp.val_loss_every:
+            validate_at |= {*range(0, hp.total_steps, hp.val_loss_every)}
+        validate_at -= {now.step} if progress else set()  # done before the checkpoint was written
+        sizes = [schedule.tokens(step) for step in range(now.step, hp.total_steps)]
+        batches = iter(TrainLoader(train_paths, sizes, hp, self.world, now.position))
+        if self.world.size > 1:
+            dist.barrier()  # the clock does not run while the first rank waits for the last to compile
+        clock = Clock(self.world.device, now.elapsed)
+        for step in range(now.step, hp.total_steps + 1):
+            last = step == hp.total_steps
+            watch.at(step)
+            if last or step in validate_at:
+                clock.stop()
+                watch.pause()
+                # The windows trained with so far: a new stage begins with its first training step.
+                windows = schedule.window_tokens(*FINAL_WINDOWS) if last else schedule.windows(max(step - 1, 0))
+                now.val_losses.append(self.validate(val_batches, windows))
+                log.write(f"step:{step}/{hp.total_steps} val_loss:{now.val_losses[-1]:.4f} {clock.text(step)}")
+                self.check_gradients(log, lag=0)
+                if not math.isfinite(now.val_losses[-1]):
+                    raise UserError(f"the validation loss is {now.val_losses[-1]}: a parameter has left finite numbers")
+                clock.start()
+            if last:
+                break
+            # After an even number of steps no gradient waits for the next.
+            if hp.checkpoint_every and step % 2 == 0:
+                stop = watch.agree_to_stop()
+                if step >= now.step + hp.checkpoint_every or (stop and step > now.step):
+                    clock.stop()
+                    watch.pause()
+                    self.check_gradients(log, lag=0)  # what is saved is sound
+                    now.step, now.elapsed = step, clock.elapsed
+                    self.save_checkpoint(log, train_paths, now)
+                    if watch.side:
+                        dist.barrier(group=watch.side)  # while rank 0 writes, no other waits for it on the clock
+                    clock.start()
+                if stop:
+                    watch.stop_here(step)
+            watch.at(step)
+            batch = next(batches)
+            if batch.epoch > 1 + (now.position[0] - 1) // len(train_paths):  # the epoch of the step before
+                log.write(f"epoch {batch.epoch}: the train files ran out at step {step} and start over")
+            self.enter_step(step)
+            self.train_step(step, batch)
+            now.position = batch.position
+            clock.step_issued()
+            self.check_gradients(log, lag=1)  # of the step before, which the clock has waited for
+            log.step(step + 1, f"step:{step + 1}/{hp.total_steps} {clock.text(step + 1)}")
+        next(batches, None)  # lets the loader end its threads
+        return now.val_losses
+
+    def check_gradients(self, log: "Log", lag: int) -> None:
+        """Raises UserError for a gradient, of all but the last `lag` steps, that is not finite; saves what there is."""
+        while len(self.optimizer.largest) > lag:
+            step, names, values = self.optimizer.largest.popleft()
+            bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
+            if bad:
+                path = log.path.with_name(f"{self.hp.run_id}_nonfinite_rank{self.world.rank}.pt")
+                algorithms = {name: slot.algorithm for name, slot in self.optimizer.slots.items()}
+                states = {f"{name}.{key}": getattr(a, key) for name, a in algorithms.items() for key in a.states}
+                try:
+                    content = dict(step=step + 1, bad=bad, model=dict(self.model.state_dict()), states=states)
+                    write_checkpoint(path, content)
+                except (OSError, RuntimeError) as error:
+                    path = f"{path} could not be written ({error})"
+                more = f" (nor those of {len(bad) - 1} more parameters: the forward pass is not)" if bad[1:] else ""
+                told = f"the gradient of {bad[0]} in step {step + 1} is not finite{more}"
+                raise UserError(f"{told}; parameters and this rank's states a step or two later: {path}")
+
+    def save_checkpoint(self, log: "Log", train_paths: list[Path], progress: Progress | None = None) -> None:
+        """Writes the model, and with `progress` all it takes to go on, beside the log; every rank must call it.
+
+        torch.load(path, weights_only=True) reads the file. The newest two are kept.
+        """
+        optimizer = self.optimizer.state() if progress else {}
+        if self.world.rank:
+            return
+        step = progress.step if progress else self.hp.total_steps
+        path = log.path.with_name(f"{self.hp.run_id}_step{step:06d}.pt")
+        settings = {name: getattr(self.hp, name) for name in SETTINGS}
+        content = dict(step=step, hyperparameters=settings, stages=[tuple(stage) for stage in self.hp.stages])
+        content.update(shards=[read_header(path) for path in train_paths], progress=vars(progress) if progress else {})
+        content.update(model=dict(self.model.state_dict()), optimizer=optimizer)
+        try:
+            write_checkpoint(path, content)
+        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
+            log.write(f"no checkpoint at step {step}: {path}: {error}; training goes on")
+            return
+        log.write(f"checkpoint: {path}")
+        unfinished = checkpoints_of(self.hp.run_id, path.parent, "part")  # of a run that was killed meanwhile
+        for old in checkpoints_of(self.hp.run_id, path.parent)[:-CHECKPOINTS_KEPT] + unfinished:
+            old.unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def restore(self, checkpoint: dict) -> Progress:
+        """Takes a checkpoint's model and state, in place, on any number of ranks; returns where the run is."""
+        for name, p in self.model.named_parameters():
+            copy_saved(p, checkpoint["model"].get(name), name)
+        self.optimizer.load(checkpoint["optimizer"])
+        return Progress(**checkpoint["progress"])  # stage and rotary frequencies follow from its step: see enter_step
+
+
+class Clock:
+    """Training time in milliseconds, without what is off the clock. It waits for the GPU only when it stops."""
+
+    def __init__(self, device: torch.device, elapsed: float = 0.0):
+        self.device, self.elapsed = device, elapsed
+        self.issued: torch.cuda.Event | None = None
+        self.start()
+
+    def step_issued(self) -> None:
+        """Lets the CPU run one step ahead of the GPU, not more, so that times in the log are times of the GPU."""
+        if self.device.type == "cuda":
+            before, self.issued = self.issued, torch.cuda.Event()
+            self.issued.record()
+            if before:
+                before.synchronize()
+
+    def start(self) -> None:
+        """Lets the time run."""
+        synchronize(self.device)
+        self.since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Holds it, once all that was issued is done."""
+        synchronize(self.device)
+        self.elapsed += 1000 * (time.perf_counter() - self.since)
+        self.since = None
+
+    def text(self, step: int) -> str:
+        """As logs have it; `step` steps are done."""
+        total = self.elapsed + (1000 * (time.perf_counter() - self.since) if self.since else 0)
+        return f"train_time:{total:.0f}ms step_avg:{total / max(step, 1):.2f}ms"
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done all that was issued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 # ======================================================================================================================
@@ -2555,16 +2852,6 @@ FREE_ON_RESUME = {
     *("resume", "log_dir", "train_files", "val_files", "checkpoint_every", "save_checkpoint", "hang_timeout"),
     *("cuda_graphs", "compile"),
 }
-
-
-@dataclass
-class Progress:
-    """Where a run is between two steps, beside what model and optimizer hold."""
-
-    step: int = 0  # steps done
-    elapsed: float = 0.0  # the clock's, ms
-    position: tuple[int, int] = (1, 0)  # the loader's
-    val_losses: list[float] = field(default_factory=list)
 
 
 def checkpoints_of(run_id: str, folder: Path, suffix: str = "pt") -> list[Path]:
@@ -2865,14 +3152,13 @@ def reason_of(error: BaseException) -> str:
 # World check
 # ======================================================================================================================
 
-
 OLDEST_GPU = 8  # compute capability 8.0: bfloat16 in Triton
 KERNEL_SHARED_MEMORY = 213_032  # bytes, of linear_relu2 backward on Hopper; older GPUs' pipelines take less
 
 
 def check_world(hp: Hyperparameters, world: World) -> list[str]:
     """Everything that can be found wrong in two seconds; returns the lines that sum it up. Raises UserError."""
-    schedule = Schedule(hp)
+    schedule = TrainingSchedule(hp)
     train, val = find_files(hp.train_files), find_files(hp.val_files)
     shard_tokens = [read_header(path) for path in train]
     train_tokens, val_tokens = sum(shard_tokens), sum(map(read_header, val))
@@ -3012,7 +3298,7 @@ def busy_time(kernels: list[Kernel]) -> float:
     return total
 
 
-def flops_per_token(model: "GPT", fp8: bool) -> tuple[int, int]:
+def flops_per_token(model: GPT, fp8: bool) -> tuple[int, int]:
     """Of the products with weights, 2 a weight forward and 4 backward: those in the parameters' type, those in FP8."""
     attention, mlp = len(ATTENTION_LAYERS) * model.attn_bank[0].numel(), len(LAYERS) * model.mlp_bank[0].numel()
     head = model.head.numel()
@@ -3063,7 +3349,7 @@ def aligned(rows: list[list[str]], texts: int = 0) -> str:
 class Bench:
     """Times and profiles the first steps of each stage, taken as in the run, after its warm-up. All ranks take part."""
 
-    def __init__(self, trainer: "Trainer", train_paths: list[Path], log: Log):
+    def __init__(self, trainer: Trainer, train_paths: list[Path], log: Log):
         self.trainer, self.train_paths, self.log = trainer, train_paths, log
         self.hp, self.world, self.schedule = trainer.hp, trainer.world, trainer.schedule
 
@@ -3187,289 +3473,8 @@ class Bench:
 
 
 # ======================================================================================================================
-# Train
+# main
 # ======================================================================================================================
-
-
-class MicroBatchGraph:
-    """Forward and backward of one micro-batch as a CUDA graph: captured once, launched as one.
-
-    Launching its 600 kernels one by one takes longer than they run (at first, in stage 1 on H100, 55 ms against 31).
-    Windows and softmax scale are part of the capture, hence a graph a stage; gradients are added to the parameters'
-    .grad.
-    """
-
-    def __init__(self, run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor, pool):
-        self.inputs = [t.clone() for t in (batch.inputs, batch.targets, *batch.documents, target_weights)]
-        inputs, targets, starts, ends, target_weights = self.inputs
-        self.graph = torch.cuda.CUDAGraph()
-        # The loader's threads go on using the GPU meanwhile: only this thread's calls belong to the capture.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            run(MicroBatch(inputs, targets, Documents(starts, ends)), target_weights)
-
-    def replay(self, batch: MicroBatch, target_weights: Tensor) -> None:
-        """Runs it on another micro-batch of the same shape."""
-        new = (batch.inputs, batch.targets, *batch.documents, target_weights)
-        for static, tensor in zip(self.inputs, new, strict=True):
-            static.copy_(tensor)
-        self.graph.replay()
-
-
-class Trainer:
-    """Model, optimizer and schedule of a run; the warm-up and the run itself go through the same steps."""
-
-    def __init__(self, hp: Hyperparameters, world: World):
-        self.hp, self.world, self.schedule = hp, world, Schedule(hp)
-        compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
-        torch.manual_seed(hp.seed)
-        self.model = GPT(hp, world.device, choose_dtype(hp, world), compile)
-        if world.size > 1:
-            for p in self.model.parameters():
-                dist.broadcast(p.data, src=0)
-        self.optimizer = Optimizer(self.model, hp, world, self.schedule.untie_step, compile)
-        self.grad_scale = hp.grad_scale / MICRO_BATCHES
-        self.fp8_grad_scale = self.grad_scale if use_fp8(hp, world)[0] else None
-        weights = [torch.tensor(self.schedule.target_weights(step)) for step in range(hp.total_steps)]
-        # Every step's, so that no step copies its own.
-        self.target_weights = nn.utils.rnn.pad_sequence(weights, batch_first=True).to(world.device)
-        self.stage_index = 0
-        self.graphs: dict[int, MicroBatchGraph] = {}  # by stage
-        self.use_graphs = world.on_gpu and hp.cuda_graphs == "auto"
-        self.peak_memory: dict[int, int] = {}  # bytes by stage, on a GPU
-
-    def enter_step(self, step: int) -> None:
-        """Follows the schedule to the stage of `step`; at a stage's first step the rotary frequencies follow."""
-        while self.stage_index < self.schedule.stage_index(step):
-            old, new = self.hp.stages[self.stage_index : self.stage_index + 2]
-            self.stage_index += 1
-            block = self.hp.window_block
-            self.model.yarn.grow(old.long_window * block, new.long_window * block)
-
-    def target_weights_of(self, step: int) -> Tensor:
-        """Multi-token weights of a step, on the device."""
-        return self.target_weights[step, : len(self.schedule.stage(step).target_weights)]
-
-    def micro_step(self, step: int, batch: MicroBatch, target_weights: Tensor) -> None:
-        """Forward and backward of one micro-batch; adds to the gradients."""
-        losses = self.model(batch, self.schedule.windows(step), target_weights, self.fp8_grad_scale)
-        (losses.sum() * self.grad_scale).backward()
-
-    def train_step(self, step: int, batch: StepBatch) -> None:
-        """One step: forward and backward on each micro-batch, then the optimizer."""
-        self.add_gradients(step, batch)
-        self.update(step)
-
-    def add_gradients(self, step: int, batch: StepBatch) -> None:
-        """Forward and backward on each micro-batch; the optimizer notes what all ranks looked up."""
-        target_weights, graph = self.target_weights_of(step), self.graphs.get(self.stage_index)
-        for micro_batch in batch.micro_batches:
-            if graph:
-                graph.replay(micro_batch, target_weights)
-            else:
-                self.micro_step(step, micro_batch, target_weights)
-        self.optimizer.note(batch.inputs)
-
-    def update(self, step: int) -> None:
-        """The optimizer's part of a step."""
-        self.optimizer.step(step, self.schedule.lr(step), self.schedule.momentum(step))
-
-    def capture(self, step: int, batch: MicroBatch) -> None:
-        """Captures the graph of the stage of `step` from a micro-batch of its shape, after that shape has run once."""
-        pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None  # stages never overlap
-        self.graphs[self.stage_index] = MicroBatchGraph(
-            partial(self.micro_step, step), batch, self.target_weights_of(step), pool
-        )
-
-    @torch.no_grad()
-    def validate(self, batches: list[MicroBatch], windows: dict[str, int]) -> float:
-        """Mean cross-entropy of all ranks' validation tokens, in nats."""
-        one = torch.ones(1, device=self.world.device)
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for batch in batches:
-            total += self.model(batch, windows, one, head_chunk=32_768).double().sum()
-        if self.world.size > 1:
-            dist.all_reduce(total)
-        return total.item() / self.hp.val_tokens
-
-    def warm_up(self, train_paths: list[Path], val_batches: list[MicroBatch]) -> None:
-        """Compiles everything the run will use, on real shapes, and puts everything back as it was."""
-        saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        schedule = self.schedule
-        steps = [start for start, end in zip(schedule.starts, schedule.ends, strict=True) if start < end]
-        batches = TrainLoader(train_paths, [schedule.tokens(step) for step in steps], self.hp, self.world)
-        for step, batch in zip(steps, batches, strict=True):
-            self.enter_step(step)
-            if self.use_graphs:
-                self.micro_step(step, batch.micro_batches[0], self.target_weights_of(step))  # compiles
-                self.capture(step, batch.micro_batches[0])
-            self.train_step(step, batch)
-            if self.world.on_gpu:  # a replayed graph allocates nothing: this is where a stage's memory can be seen
-                self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
-        untie = schedule.untie_step
-        for step in (0, 1, untie, untie + 2):  # Adam steps on odd steps only, on the embedding after the untying
-            self.optimizer.step(step, schedule.lr(0), schedule.momentum(0))
-        self.validate(val_batches[:1], schedule.windows(0))
-        self.model.load_state_dict(saved)
-        self.reset()
-        if self.world.on_gpu:
-            torch.cuda.empty_cache()  # what ran before the graphs were captured is not needed again
-
-    def reset(self) -> None:
-        """Back to the first step; the parameters stay."""
-        self.optimizer.reset()
-        self.model.yarn.reset()
-        self.stage_index = 0
-
-    def run(
-        self,
-        log: Log,
-        train_paths: list[Path],
-        val_batches: list[MicroBatch],
-        progress: Progress | None = None,
-        watch: Watch | None = None,
-    ) -> list[float]:
-        """The run on the clock, from `progress` on; returns the validation losses, the final one last."""
-        hp, schedule, now, watch = self.hp, self.schedule, progress or Progress(), watch or Watch()
-        validate_at = {*hp.val_steps}
-        if hp.val_loss_every:
-            validate_at |= {*range(0, hp.total_steps, hp.val_loss_every)}
-        validate_at -= {now.step} if progress else set()  # done before the checkpoint was written
-        sizes = [schedule.tokens(step) for step in range(now.step, hp.total_steps)]
-        batches = iter(TrainLoader(train_paths, sizes, hp, self.world, now.position))
-        if self.world.size > 1:
-            dist.barrier()  # the clock does not run while the first rank waits for the last to compile
-        clock = Clock(self.world.device, now.elapsed)
-        for step in range(now.step, hp.total_steps + 1):
-            last = step == hp.total_steps
-            watch.at(step)
-            if last or step in validate_at:
-                clock.stop()
-                watch.pause()
-                # The windows trained with so far: a new stage begins with its first training step.
-                windows = schedule.window_tokens(*FINAL_WINDOWS) if last else schedule.windows(max(step - 1, 0))
-                now.val_losses.append(self.validate(val_batches, windows))
-                log.write(f"step:{step}/{hp.total_steps} val_loss:{now.val_losses[-1]:.4f} {clock.text(step)}")
-                self.check_gradients(log, lag=0)
-                if not math.isfinite(now.val_losses[-1]):
-                    raise UserError(f"the validation loss is {now.val_losses[-1]}: a parameter has left finite numbers")
-                clock.start()
-            if last:
-                break
-            # After an even number of steps no gradient waits for the next.
-            if hp.checkpoint_every and step % 2 == 0:
-                stop = watch.agree_to_stop()
-                if step >= now.step + hp.checkpoint_every or (stop and step > now.step):
-                    clock.stop()
-                    watch.pause()
-                    self.check_gradients(log, lag=0)  # what is saved is sound
-                    now.step, now.elapsed = step, clock.elapsed
-                    self.save_checkpoint(log, train_paths, now)
-                    if watch.side:
-                        dist.barrier(group=watch.side)  # while rank 0 writes, no other waits for it on the clock
-                    clock.start()
-                if stop:
-                    watch.stop_here(step)
-            watch.at(step)
-            batch = next(batches)
-            if batch.epoch > 1 + (now.position[0] - 1) // len(train_paths):  # the epoch of the step before
-                log.write(f"epoch {batch.epoch}: the train files ran out at step {step} and start over")
-            self.enter_step(step)
-            self.train_step(step, batch)
-            now.position = batch.position
-            clock.step_issued()
-            self.check_gradients(log, lag=1)  # of the step before, which the clock has waited for
-            log.step(step + 1, f"step:{step + 1}/{hp.total_steps} {clock.text(step + 1)}")
-        next(batches, None)  # lets the loader end its threads
-        return now.val_losses
-
-    def check_gradients(self, log: Log, lag: int) -> None:
-        """Raises UserError for a gradient, of all but the last `lag` steps, that is not finite; saves what there is."""
-        while len(self.optimizer.largest) > lag:
-            step, names, values = self.optimizer.largest.popleft()
-            bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
-            if bad:
-                path = log.path.with_name(f"{self.hp.run_id}_nonfinite_rank{self.world.rank}.pt")
-                algorithms = {name: slot.algorithm for name, slot in self.optimizer.slots.items()}
-                states = {f"{name}.{key}": getattr(a, key) for name, a in algorithms.items() for key in a.states}
-                try:
-                    content = dict(step=step + 1, bad=bad, model=dict(self.model.state_dict()), states=states)
-                    write_checkpoint(path, content)
-                except (OSError, RuntimeError) as error:
-                    path = f"{path} could not be written ({error})"
-                more = f" (nor those of {len(bad) - 1} more parameters: the forward pass is not)" if bad[1:] else ""
-                told = f"the gradient of {bad[0]} in step {step + 1} is not finite{more}"
-                raise UserError(f"{told}; parameters and this rank's states a step or two later: {path}")
-
-    def save_checkpoint(self, log: Log, train_paths: list[Path], progress: Progress | None = None) -> None:
-        """Writes the model, and with `progress` all it takes to go on, beside the log; every rank must call it.
-
-        torch.load(path, weights_only=True) reads the file. The newest two are kept.
-        """
-        optimizer = self.optimizer.state() if progress else {}
-        if self.world.rank:
-            return
-        step = progress.step if progress else self.hp.total_steps
-        path = log.path.with_name(f"{self.hp.run_id}_step{step:06d}.pt")
-        settings = {name: getattr(self.hp, name) for name in SETTINGS}
-        content = dict(step=step, hyperparameters=settings, stages=[tuple(stage) for stage in self.hp.stages])
-        content.update(shards=[read_header(path) for path in train_paths], progress=vars(progress) if progress else {})
-        content.update(model=dict(self.model.state_dict()), optimizer=optimizer)
-        try:
-            write_checkpoint(path, content)
-        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
-            log.write(f"no checkpoint at step {step}: {path}: {error}; training goes on")
-            return
-        log.write(f"checkpoint: {path}")
-        unfinished = checkpoints_of(self.hp.run_id, path.parent, "part")  # of a run that was killed meanwhile
-        for old in checkpoints_of(self.hp.run_id, path.parent)[:-CHECKPOINTS_KEPT] + unfinished:
-            old.unlink(missing_ok=True)
-
-    @torch.no_grad()
-    def restore(self, checkpoint: dict) -> Progress:
-        """Takes a checkpoint's model and state, in place, on any number of ranks; returns where the run is."""
-        for name, p in self.model.named_parameters():
-            copy_saved(p, checkpoint["model"].get(name), name)
-        self.optimizer.load(checkpoint["optimizer"])
-        return Progress(**checkpoint["progress"])  # stage and rotary frequencies follow from its step: see enter_step
-
-
-class Clock:
-    """Training time in milliseconds, without what is off the clock. It waits for the GPU only when it stops."""
-
-    def __init__(self, device: torch.device, elapsed: float = 0.0):
-        self.device, self.elapsed = device, elapsed
-        self.issued: torch.cuda.Event | None = None
-        self.start()
-
-    def step_issued(self) -> None:
-        """Lets the CPU run one step ahead of the GPU, not more, so that times in the log are times of the GPU."""
-        if self.device.type == "cuda":
-            before, self.issued = self.issued, torch.cuda.Event()
-            self.issued.record()
-            if before:
-                before.synchronize()
-
-    def start(self) -> None:
-        """Lets the time run."""
-        synchronize(self.device)
-        self.since = time.perf_counter()
-
-    def stop(self) -> None:
-        """Holds it, once all that was issued is done."""
-        synchronize(self.device)
-        self.elapsed += 1000 * (time.perf_counter() - self.since)
-        self.since = None
-
-    def text(self, step: int) -> str:
-        """As logs have it; `step` steps are done."""
-        total = self.elapsed + (1000 * (time.perf_counter() - self.since) if self.since else 0)
-        return f"train_time:{total:.0f}ms step_avg:{total / max(step, 1):.2f}ms"
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has done all that was issued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main(arguments: list[str]) -> None:

@@ -17,8 +17,8 @@ from train_gpt import (
     Hyperparameters,
     Kernel,
     Log,
-    Schedule,
     Trainer,
+    TrainingSchedule,
     World,
     busy_time,
     find_files,
@@ -39,7 +39,7 @@ def speedrun():
     model = GPT(hp, torch.device("meta"), torch.bfloat16)
     world = World(size=2, device=torch.device("cuda", 0))
     peak_memory = dict.fromkeys(range(4), 3 << 29)
-    return SimpleNamespace(hp=hp, model=model, world=world, schedule=Schedule(hp), peak_memory=peak_memory)
+    return SimpleNamespace(hp=hp, model=model, world=world, schedule=TrainingSchedule(hp), peak_memory=peak_memory)
 
 
 def test_the_speedruns_products_take_453_mflop_a_token_in_the_layers_and_232_in_the_head(speedrun):
@@ -209,7 +209,7 @@ def bench(tmp_path_factory):
 
 
 def test_every_stage_runs_its_first_steps_and_even_and_odd_ones_take_turns(bench):
-    schedule = Schedule(bench.hp)
+    schedule = TrainingSchedule(bench.hp)
     timed, profiled = bench.steps[: 4 * 4], bench.steps[4 * 4 :]
     for steps in (timed, profiled):
         assert [stage for stage, _ in steps] == [stage for stage in range(4) for _ in range(4)]

@@ -142,7 +142,7 @@ def test_any_arguments_are_hyperparameters_or_an_error_in_one_line(arguments, ha
         assert str(error).isprintable()
     else:
         assert Path("logs", f"{hp.run_id}.txt").parent == Path("logs")
-        assert math.isfinite(train_gpt.Schedule(hp).lr(0))
+        assert math.isfinite(train_gpt.TrainingSchedule(hp).lr(0))
 
 
 # ---------------------------------------------------------------------------- text

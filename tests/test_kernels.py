@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import relative_error
 
 import train_gpt
-from train_gpt import MLP, Attention, Documents, Fp8Projection, HeadLoss, SplitHeads, Yarn
+from train_gpt import MLP, CausalSelfAttention, Documents, Fp8Projection, HeadLoss, SplitHeads, Yarn
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -655,7 +655,7 @@ def test_attention_kernels_are_the_gated_reference_and_its_gradients(window, dev
     documents = documents_of(ATTENTION_ENDS, device)
 
     def kernels(*inputs):
-        return Attention.apply(*inputs, *documents, window, 0.2)
+        return CausalSelfAttention.apply(*inputs, *documents, window, 0.2)
 
     def reference(*inputs):
         return train_gpt.attend_reference(*inputs, documents, window, 0.2)
@@ -673,7 +673,9 @@ def test_attention_kernels_take_a_gate_of_zero(device, dtype):
     q, k, v, grad_out = (normal(N, 1, D, device=device, dtype=dtype) for _ in range(4))
     gate = torch.zeros(N, 1, device=device, dtype=dtype)
     outs = with_gradients(
-        lambda *inputs: Attention.apply(*inputs, *documents_of([0, N], device), 10, 0.2), [q, k, v, gate], grad_out
+        lambda *inputs: CausalSelfAttention.apply(*inputs, *documents_of([0, N], device), 10, 0.2),
+        [q, k, v, gate],
+        grad_out,
     )
     assert all(out.isfinite().all() for out in outs)
     assert outs[0].double().abs().max() < 1e-20

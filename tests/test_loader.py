@@ -326,7 +326,7 @@ def test_a_run_says_in_its_log_at_which_step_the_files_start_over(tmp_path, caps
     )
     text = text_of(ordinary_lengths(3, 150))
     (path,) = write_texts(tmp_path, [text])
-    schedule = train_gpt.Schedule(hp)
+    schedule = train_gpt.TrainingSchedule(hp)
     trained = []
     trainer = object.__new__(train_gpt.Trainer)  # the run's loop alone: no model
     trainer.hp, trainer.world, trainer.schedule = hp, World(), schedule

@@ -2,10 +2,10 @@
 
 import pytest
 
-from train_gpt import FINAL_WINDOWS, PRESETS, Hyperparameters, Schedule
+from train_gpt import FINAL_WINDOWS, PRESETS, Hyperparameters, TrainingSchedule
 
-SPEEDRUN = Schedule(Hyperparameters())
-SHORTER = Schedule(Hyperparameters(num_scheduled_iterations=380))
+SPEEDRUN = TrainingSchedule(Hyperparameters())
+SHORTER = TrainingSchedule(Hyperparameters(num_scheduled_iterations=380))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_the_final_validation_widens_the_long_window_once_more():
 
 
 def test_windows_are_counted_in_blocks():
-    schedule = Schedule(Hyperparameters(window_block=16))
+    schedule = TrainingSchedule(Hyperparameters(window_block=16))
     assert schedule.windows(0) == {"short": 16, "long": 48}
     assert schedule.window_tokens(2, 5) == {"short": 32, "long": 80}
 
@@ -96,7 +96,7 @@ def test_a_shorter_run_cools_down_over_the_same_fraction():
 
 
 def test_the_cooldown_can_take_all_scheduled_steps_and_end_elsewhere():
-    schedule = Schedule(Hyperparameters(cooldown_frac=1.0, lr_end=0.2))
+    schedule = TrainingSchedule(Hyperparameters(cooldown_frac=1.0, lr_end=0.2))
     assert schedule.lr(0) == 1.0
     assert schedule.lr(303) == pytest.approx(0.8 * 1.0 + 0.2 * 0.2, rel=1e-12)
     assert schedule.lr(1515) == 0.2
@@ -120,7 +120,7 @@ def test_momentum_takes_as_long_in_a_shorter_run():
 
 
 def test_momentum_can_do_without_warm_up_and_cool_down():
-    schedule = Schedule(Hyperparameters(muon_momentum_warmup=0, muon_momentum_cooldown=0))
+    schedule = TrainingSchedule(Hyperparameters(muon_momentum_warmup=0, muon_momentum_cooldown=0))
     assert {schedule.momentum(step) for step in (0, 1, 1553, 1554)} == {0.95}
 
 
@@ -145,12 +145,12 @@ def test_multi_token_weights_of_a_shorter_run_move_over_its_shorter_stages():
 
 @pytest.mark.parametrize("scheduled, step", [(1515, 1011), (380, 253), (1512, 1009), (1518, 1013), (3, 3), (6, 5)])
 def test_embedding_and_head_untie_at_the_first_odd_step_of_stage_3(scheduled, step):
-    assert Schedule(Hyperparameters(num_scheduled_iterations=scheduled)).untie_step == step
+    assert TrainingSchedule(Hyperparameters(num_scheduled_iterations=scheduled)).untie_step == step
 
 
 @pytest.mark.parametrize("scheduled", range(3, 40))
 def test_every_length_of_run_has_a_value_at_every_step(scheduled):
-    schedule = Schedule(Hyperparameters(num_scheduled_iterations=scheduled, num_extension_iterations=2))
+    schedule = TrainingSchedule(Hyperparameters(num_scheduled_iterations=scheduled, num_extension_iterations=2))
     steps = range(scheduled + 2)
     indices = [schedule.stage_index(step) for step in steps]
     assert indices == sorted(indices) and set(indices) == {0, 1, 2, 3}
@@ -163,7 +163,7 @@ def test_every_length_of_run_has_a_value_at_every_step(scheduled):
 
 
 def test_the_smoke_run_goes_through_the_same_stages_with_a_256th_of_the_tokens():
-    schedule = Schedule(Hyperparameters(**PRESETS["smoke"]))
+    schedule = TrainingSchedule(Hyperparameters(**PRESETS["smoke"]))
     assert [schedule.tokens(step) for step in (0, 12, 24, 36)] == [64, 128, 192, 192]
     assert [schedule.stage_index(step) for step in (11, 12, 23, 24, 35, 36, 39)] == [0, 1, 1, 2, 2, 3, 3]
     assert schedule.windows(0) == {"short": 16, "long": 48}
