@@ -553,6 +553,8 @@ def kept_step(step: float, device: torch.device) -> Tensor:
 @triton.jit
 def transposed_kernel(x_ptr, out_ptr, M, N, ROWS: tl.constexpr, COLS: tl.constexpr):
     """A tile of 4 ROWS x 4 COLS bytes of a (4 M, 4 N) matrix, as words of four: single bytes would be slow to move."""
+    matrix = tl.program_id(2).to(tl.int64) * 4 * M * N
+    x_ptr, out_ptr = x_ptr + matrix, out_ptr + matrix
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
     words, inside = 4 * row[:, None].to(tl.int64) * N + col[None, :], (row < M)[:, None] & (col < N)[None, :]
     a = tl.load(x_ptr + words, mask=inside)
@@ -566,10 +568,11 @@ def transposed_kernel(x_ptr, out_ptr, M, N, ROWS: tl.constexpr, COLS: tl.constex
 
 
 def transposed_triton(x: Tensor) -> Tensor:
-    """x^T in rows, for x (M, N) of an 8-bit type, M and N multiples of 4."""
-    M, N = x.shape
-    out = x.new_empty(N, M)
-    transposed_kernel[(triton.cdiv(M, 128), triton.cdiv(N, 128))](  # 7 sizes of tiles are within 20 % on H100
+    """x^T in rows, for matrices x (..., M, N) of an 8-bit type, M and N multiples of 4."""
+    *batch, M, N = x.shape
+    out = x.new_empty(*batch, N, M)
+    # 7 sizes of tiles are within 20 % on H100.
+    transposed_kernel[(triton.cdiv(M, 128), triton.cdiv(N, 128), math.prod(batch))](
         x.contiguous().view(torch.int32), out.view(torch.int32), M // 4, N // 4, ROWS=32, COLS=32, num_warps=4
     )
     return out
@@ -577,19 +580,22 @@ def transposed_triton(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("speedrun::transposed", mutates_args=())
 def transposed(x: Tensor) -> Tensor:
-    """x^T in rows, for x (M, N) of an 8-bit type; the compiler's own transposition takes byte by byte."""
-    return transposed_triton(x) if x.is_cuda else x.T.contiguous()
+    """x^T in rows, for matrices x (..., M, N) of an 8-bit type.
+
+    The compiler's own transposition takes byte by byte, and with PyTorch 2.13 and Triton 3.7 it gets some bytes wrong.
+    """
+    return transposed_triton(x) if x.is_cuda else x.mT.contiguous()
 
 
 @transposed.register_fake
 def _(x):
-    return x.new_empty(x.shape[::-1])
+    return x.new_empty(x.mT.shape)
 
 
 def fp8_weights(matrices: Tensor, step: float = FP8_WEIGHT) -> tuple[Tensor, Tensor]:
     """Matrices (..., N, K) in FP8, as they are and transposed: a product and its gradient need rows of either."""
     fp8 = (matrices / step).to(torch.float8_e4m3fn)
-    return fp8, fp8.mT.contiguous()
+    return fp8, transposed(fp8)
 
 
 def fp8_weight_gradient(a: Tensor, b: Tensor, a_step, b_step, out_dtype: torch.dtype) -> Tensor:
