@@ -2,14 +2,15 @@
 Reads the logs of training runs and judges them by the rules of the speedrun.
 
 A log holds the whole source that ran, a line of "=", versions and nvidia-smi, a second line of "=", then the run's
-lines. Two kinds are read: those of this repository's train_gpt.py (`Run.own`), which also name preset, overrides, world
-and data, and those of the public speedruns, which do not. Logs are data from strangers: nothing in them is executed,
-every search is linear in their size, and every text taken from them is cut to one printable line.
+lines. Two kinds are read: those of this repository's train_gpt.py (`Run.own`), which also name preset, overrides,
+world, data and stages, and those of the public speedruns, which do not. Logs are data from strangers: nothing in them
+is executed, every search is linear in their size, and every text taken from them is cut to one printable line.
 
 Contents: Reading, Statistics, Comparison, Rules, Record folders, Text for people.
 """
 
 import math
+import os
 import re
 import statistics
 from collections import Counter
@@ -25,6 +26,7 @@ TARGET, ALPHA = 3.28, 0.01  # nats; the t-test's level
 VAL_TOKENS, GPUS, GPU_NAME = 10_485_760, 8, "H100"
 SHARD_TOKENS = 100_000_000  # of a FineWeb10B file
 MAX_BYTES = 16 << 20  # a log of a run is 0.1 to 0.5 MB
+MAX_DEPTH = 3  # of the subfolders in which logs are looked for
 # As overrides.
 HARMLESS = {
     "run_id",
@@ -38,30 +40,42 @@ HARMLESS = {
     "resume",
     "hang_timeout",
 }
+LENGTHS = {"num_scheduled_iterations", "num_extension_iterations", "length"}  # overrides that the step lines show
 PLAIN_COMPILE = {"dynamic", "fullgraph"}  # the arguments of torch.compile that the public baseline has
-STAGES = ("stage 1", "stage 2", "stage 3", "extension")
+UNTIMED = 100  # a clock that begins again later than here is no clock that leaves out the first steps
 
 # ======================================================================================================================
 # Reading
 # ======================================================================================================================
 
-HEADER = re.compile(r"^={20,}[ \t]*\n(?=Running (?:Python|PyTorch|pytorch) )", re.M)
+HEADER = re.compile(r"^={20,}[ \t]*\n(?:[ \t]*\n)?(?=Running[ \t]{1,9}(?:Python|PyTorch)[ \t])", re.M | re.I)
 RULE_LINE = re.compile(r"^={20,}[ \t]*$", re.M)
-STEP = re.compile(
-    r"^step:([0-9]{1,7})/([0-9]{1,7}) (?:val_loss:(\S{1,20}) |train_loss:\S{1,20} )?train_time:([0-9.]{1,14})ms", re.M
-)
+STEP = re.compile(r"^[ \t]{0,9}step:[ \t]?([0-9]{1,7})(?:/([0-9]{1,7}))?[ \t]([^\n]{1,400})", re.M)
+# In the rest of a step line. A unit is never the beginning of another: a line may be cut off behind it.
+TIME = re.compile(r"\btrain_time:[ \t]?([0-9.]{1,20})[ \t]?(ms|s|min|h)\b")
+AVERAGE = re.compile(r"\bstep_avg:[ \t]?([0-9.]{1,20})[ \t]?(ms|s|min|h)\b")
+VAL_LOSS = re.compile(r"\bval_loss:[ \t]?(\S{1,40})[ \t]")
+UNITS = {"ms": 1.0, "s": 1e3, "min": 6e4, "h": 3.6e6}
 RESUMED = re.compile(r"^resumed at step ([0-9]{1,7}) from ", re.M)
 ERROR = re.compile(r"^train_gpt\.py: error: (.{0,100})", re.M)
-PEAK = re.compile(r"^peak memory allocated: ([0-9]{1,7}) MiB reserved: ([0-9]{1,7}) MiB", re.M)
+PEAK = re.compile(r"^peak memory (?:allocated|consumption): ([0-9]{1,7}) MiB(?: reserved: ([0-9]{1,7}) MiB)?", re.M)
 WORLD = re.compile(r"^world: ([0-9]{1,4}) x ([^,\n]{1,100})", re.M)
+PUBLIC_WORLD = re.compile(r"^Running (.{1,250}) with world_size[ :=]{1,3}([0-9]{1,4})", re.M)
+LENGTH = re.compile(r"^run: .{1,200}, ([0-9]{1,7}) steps, ", re.M)
+STARTS = re.compile(r"^stages: begin at steps (.{1,900})", re.M)
+# How this repository's program computed its stages' first steps before its logs stated them.
+THIRDS = """\
+        third = hp.num_scheduled_iterations // 3
+        self.starts = (0, third, 2 * third, hp.num_scheduled_iterations)
+"""
 DATA = re.compile(
     r"^data: ([0-9]{1,5}) train shards, ([0-9,]{1,20}) tokens; ([0-9,]{1,20}) of ([0-9,]{1,20}) validation tokens", re.M
 )
 PRESET = re.compile(r"^preset: (\w{1,30}); overrides: (.*)$", re.M)
 GPU_ROW = re.compile(r"^\| {1,9}[0-9]{1,3} {1,9}(\S[^|\n]{0,60}?) {1,60}(?:On|Off|N/A) {1,9}\|", re.M)
 VERSIONS = {
-    "Python": re.compile(r"^Running Python ([^\s,]{1,40})", re.M),
-    "PyTorch": re.compile(r"^Running .{0,200}?\b[Pp]y[Tt]orch ([^\s,]{1,60})", re.M),
+    "Python": re.compile(r"^Running[ \t]{1,9}Python[ \t]{1,9}([^\s,]{1,40})", re.M | re.I),
+    "PyTorch": re.compile(r"^Running .{0,200}?\bPyTorch[ \t]{1,9}([^\s,]{1,60})", re.M | re.I),
     "CUDA": re.compile(r"compiled for CUDA ([^\s,]{1,20})"),
     "Triton": re.compile(r"^Running .{0,200}Triton (?:version )?(\S{1,40})", re.M),
     "driver": re.compile(r"Driver Version: (\S{1,20})"),
@@ -84,6 +98,7 @@ class Run:
     """What a log says. `problems` are why it is not one whole run; `notes` are worth knowing."""
 
     path: Path
+    given: str = ""  # its name below the folder that was given
     source: str = ""
     own: bool = False
     preset: str = ""
@@ -92,15 +107,17 @@ class Run:
     gpus: list[str] = field(default_factory=list)  # a name each
     data: tuple[int, ...] = ()  # train shards, their tokens, validation tokens used, validation tokens there
     total: int = 0  # steps
+    starts: list[int] | None = None  # the stages' first steps, where the log states them
     losses: dict[int, float] = field(default_factory=dict)  # validation loss by steps done
     times: dict[int, float] = field(default_factory=dict)  # milliseconds of training by steps done
-    peak: tuple[int, int] | None = None  # MiB allocated, reserved
+    untimed: int | None = None  # first steps that the clock leaves out; None: the log does not tell
+    peak: tuple[int, int | None] | None = None  # MiB allocated, reserved
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        return clean(self.path.name)
+        return clean(self.given or self.path.name)
 
     @property
     def step(self) -> int:
@@ -144,22 +161,33 @@ class Run:
         return (quoted[-1] if self.preset == "smoke" else quoted[0]) if quoted else ""
 
     def stage_starts(self) -> list[int]:
-        """First steps of the three equal stages and the extension; [] where the log does not tell."""
-        for scheduled in self.numbers("num_scheduled_iterations"):
-            if any(scheduled + extension == self.total for extension in self.numbers("num_extension_iterations")):
-                return [0, scheduled // 3, 2 * (scheduled // 3), scheduled]
+        """First steps of the stages, the extension's last; [] where the log does not tell."""
+        if self.starts is not None:
+            return self.starts
+        if self.own and THIRDS in self.source:
+            for scheduled in self.numbers("num_scheduled_iterations"):
+                if any(scheduled + extension == self.total for extension in self.numbers("num_extension_iterations")):
+                    return [0, scheduled // 3, 2 * (scheduled // 3), scheduled]
         return []
 
-    def stage(self, step: int) -> str:
+    def stages(self) -> dict[str, tuple[int, int]]:
+        """First step and end of each stage that has steps, by name; {} where the log does not tell."""
         starts = self.stage_starts()
-        return STAGES[max(i for i, start in enumerate(starts) if step >= start)] if starts else ""
+        names = [*(f"stage {i}" for i in range(1, len(starts))), "extension"]
+        ends = zip(names, starts, [*starts[1:], self.total], strict=False)
+        return {name: (start, end) for name, start, end in ends if start < end}
+
+    def stage(self, step: int) -> str:
+        """Name of the stage that goes on when `step` steps are done."""
+        begun = [name for name, (start, _) in self.stages().items() if start <= step]
+        return begun[-1] if begun else ""
 
     def stage_ms(self) -> dict[str, float]:
         """Milliseconds a step by stage, where the log has the times at both ends of the stage."""
-        starts = self.stage_starts()
-        ends = zip(STAGES, starts, [*starts[1:], self.total], strict=False)
-        times = {0: 0.0, **self.times}
-        return {s: (times[b] - times[a]) / (b - a) for s, a, b in ends if a < b and a in times and b in times}
+        first = self.untimed or 0
+        times = {first: 0.0, **self.times}
+        spans = [(name, max(start, first), end) for name, (start, end) in self.stages().items()]
+        return {s: (times[b] - times[a]) / (b - a) for s, a, b in spans if a < b and a in times and b in times}
 
 
 def clean(text: str, limit: int = 120) -> str:
@@ -174,9 +202,9 @@ def assignments(source: str, name: str) -> list[str]:
     return [m[1] for m in re.finditer(pattern, source, re.M)][:10]
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path, name: str = "") -> Run:
     """A log, whatever is in the file: what is wrong with it stands in `problems`."""
-    run = Run(Path(path))
+    run = Run(Path(path), name)
     try:
         if path.is_dir() or (path.exists() and not path.is_file()):
             run.problems.append("not a file")
@@ -204,23 +232,37 @@ def parse(run: Run, text: str) -> None:
         run.problems.append("no line of '=' before 'Running Python': another program's log, or cut off in the source")
         return
     run.source = text[: header.start()]
-    rule = RULE_LINE.search(text, header.end())
-    head = text[header.end() : rule.start() if rule else len(text)]
-    body = text[rule.end() :] if rule else ""
+    first = STEP.search(text, header.end())
+    end = first.start() if first else len(text)
+    rule = RULE_LINE.search(text, header.end(), end)
+    head = text[header.end() : rule.start() if rule else end]
+    body = text[rule.end() if rule else end :]
     run.versions = {name: clean(m[1]) for name, pattern in VERSIONS.items() if (m := pattern.search(head))}
     run.gpus = [clean(m[1]) for m in GPU_ROW.finditer(head)][:64]
+    if world := PUBLIC_WORLD.search(head):
+        run.gpus = [clean(world[1].rpartition(" on ")[2])] * int(world[2])
     if preset := PRESET.search(head):
         run.own, run.preset = True, preset[1]
         parts = re.split(r"(?:^|(?<= ))--(\w{1,40})=", preset[2][:5000])[1:]
         run.overrides = {name: clean(value.strip()) for name, value in zip(parts[::2], parts[1::2], strict=True)}
-    if world := WORLD.search(body):
-        run.gpus = [clean(world[2])] * int(world[1])
+    if worlds := list(dict.fromkeys(WORLD.findall(body))):
+        run.gpus = [clean(worlds[0][1])] * int(worlds[0][0]) if len(worlds) == 1 else []
+    if len(worlds) > 1:
+        run.notes.append("on changing hardware: " + clean(", then ".join(f"{n} x {name}" for n, name in worlds)))
     if data := DATA.search(body):
         run.data = tuple(int(number.replace(",", "") or 0) for number in data.groups())
     if peaks := PEAK.findall(body):
-        run.peak = (int(peaks[-1][0]), int(peaks[-1][1]))
+        run.peak = (int(peaks[-1][0]), int(peaks[-1][1]) if peaks[-1][1] else None)
     body = without_lost_steps(run, body)
     parse_steps(run, body)
+    if not run.total and (length := LENGTH.search(body)):
+        run.total = int(length[1])
+    if starts := STARTS.search(body):
+        run.starts = [int(start) for start in re.findall(r"[0-9]{1,7}", starts[1])]
+        steps = [0, *run.starts[1:], run.total]
+        if run.starts[:1] != [0] or steps != sorted(steps) or " ".join(map(str, run.starts)) != starts[1].strip():
+            run.notes.append(f"stages that cannot be: {clean(starts[1])}")
+            run.starts = []
     if HEADER.search(body):
         run.problems.append("several runs in one file (a restart): their lines cannot be told apart")
     if error := ERROR.search(body):
@@ -261,29 +303,33 @@ def without_lost_steps(run: Run, body: str) -> str:
 
 def parse_steps(run: Run, body: str) -> None:
     """Losses and times, and what is wrong with them."""
-    totals, step_times, val_times = set(), {}, {}
+    totals, step_times, val_times, averages = set(), {}, {}, []
     twice = contradictions = 0
     for m in STEP.finditer(body):
-        step, total = int(m[1]), int(m[2])
-        time, loss = number(m[4]), number(m[3]) if m[3] else None
-        if time is None or step > total or (m[3] and loss is None):
+        before, word, _ = m[3].partition("train_time:")
+        if not word:
+            continue
+        step, time = int(m[1]), measured(TIME, m[3])
+        loss = VAL_LOSS.search(before)
+        value = (time and time[0], number(loss[1]) if loss else None)
+        if time is None or step > int(m[2] or step) or ("val_loss" in before and value[1] is None):
             if len(run.notes) < 5:
                 run.notes.append(f"unreadable line: {clean(m[0], 60)}")
             continue
-        totals.add(total)
-        seen = val_times if m[3] else step_times
-        value = (time, loss)
+        totals.update([int(m[2])] if m[2] else [])
+        seen = val_times if loss else step_times
         if step in seen:
             twice += 1
             contradictions += repr(seen[step]) != repr(value)
         seen[step] = value
+        if loss and (average := measured(AVERAGE, m[3])):
+            averages.append((step, time, average))
     run.total = max(totals, default=0)
     run.losses = {step: loss for step, (_, loss) in sorted(val_times.items())}
     # A validation's time is the exact one: the GPU has finished by then.
     merged = {**step_times, **val_times}
     run.times = {step: merged[step][0] for step in sorted(merged)}
     bad = [step for step, loss in run.losses.items() if not math.isfinite(loss)]
-    times = list(run.times.values())
     if len(totals) > 1:
         run.problems.append(f"steps of different runs: {', '.join(map(str, sorted(totals)[:5]))} in all")
     if contradictions:
@@ -292,13 +338,68 @@ def parse_steps(run: Run, body: str) -> None:
         run.notes.append(f"{twice} lines stand twice")
     if bad:
         run.problems.append(f"validation loss is {run.losses[bad[0]]} at step {bad[0]}")
-    if any(b < a - 1000 for a, b in pairwise(times)):  # step lines may be a step off, no more
-        run.problems.append("the clock runs backwards")
-    if not totals:
+    read_clock(run, averages)
+    if not run.times:
         run.problems.append("no steps: cut off before the first")
+    elif not totals:
+        run.problems.append("its lines do not tell how many steps there are in all")
     elif run.total not in run.losses:
         what = "no final validation" if run.step == run.total else f"cut off at step {run.step} of {run.total}"
         run.problems.append(what)
+
+
+def read_clock(run: Run, averages: list[tuple]) -> None:
+    """Finds the first steps that the clock leaves out, and leaves their times out, too.
+
+    Programs of 2024 set the clock to zero after ten steps, while everything was compiled: it is the final time's clock
+    that counts. `averages` are step, time and mean time of validations, the times as `measured`.
+    """
+    steps, times = list(run.times), run.times
+    mean = times[run.step] / max(run.step, 1) if steps else 0.0
+    # Step lines may be a step off, no more.
+    back = [
+        (a, b)
+        for a, b in pairwise(steps)
+        if times[b] < times[a] - 1000 or (2 * times[b] < times[a] and times[b] < times[a] - mean)
+    ]
+    if len(back) == 1:
+        (before, after), pace = back[0], times[run.step] / (run.step - back[0][0])
+        if before <= min(UNTIMED, run.total // 2) and times[after] <= 2 * pace * (after - before) + 1000:
+            run.notes.append(f"the clock began again at step {after}")
+            run.untimed = before
+            run.times = {before: 0.0, **{step: time for step, time in times.items() if step >= after}}
+            return
+    if back:
+        run.problems.append("the clock runs backwards")
+    elif averages and (left_out := steps_left_out(averages)) is not None:
+        run.untimed = left_out
+    elif 1 in times:
+        run.untimed = 0
+
+
+def steps_left_out(averages: list[tuple]) -> int | None:
+    """How many steps less than all the means are of; None if they are of something else.
+
+    Every line has rounded figures, so that each gives a range. A step more or less is a way of counting.
+    """
+    low, high = -math.inf, math.inf
+    for step, (time, time_error), (average, average_error) in averages:
+        if step and time and average:
+            timed = time / average
+            error = timed * (time_error / time + average_error / average) + 1e-6
+            low, high = max(low, step - timed - error), min(high, step - timed + error)
+    if not math.isfinite(low) or high < -1 or math.ceil(low) > math.floor(high):
+        return None
+    if low > 1:
+        return math.ceil(low)
+    return 0 if high < 2 else None
+
+
+def measured(pattern: re.Pattern, text: str) -> tuple[float, float] | None:
+    """A time in milliseconds, and how much it may be rounded."""
+    if not (m := pattern.search(text)) or (value := number(m[1])) is None:
+        return None
+    return round(value * UNITS[m[2]], 6), UNITS[m[2]] * 0.5 / 10 ** len(m[1].partition(".")[2])
 
 
 def number(text: str) -> float | None:
@@ -308,19 +409,34 @@ def number(text: str) -> float | None:
         return None
 
 
+def logs_in(folder: Path) -> list[Path]:
+    """The logs (*.txt, *.log) in a folder and its subfolders, but for linked and hidden ones."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        depth = len(Path(parent).relative_to(folder).parts)
+        folders[:] = [name for name in folders if depth < MAX_DEPTH and not name.startswith(".")]
+        found += [Path(parent, name) for name in files if Path(name).suffix in (".txt", ".log")]
+    return sorted(found)
+
+
 def read_runs(arguments: list[Path]) -> list[Run]:
-    """The logs given, and those in the folders given (*.txt, *.log), each once. Problems stand in the runs."""
-    paths: dict[Path, Path] = {}
+    """The logs given, and those in the folders given, each once. Problems stand in the runs."""
+    paths: dict[str, tuple[Path, str]] = {}
     runs = []
     for argument in map(Path, arguments):
-        inside = [argument]
-        if argument.is_dir():
-            inside = sorted(p for p in argument.iterdir() if p.suffix in (".txt", ".log"))
-            if not inside:
-                runs.append(Run(argument, problems=["no logs (*.txt, *.log) in this folder"]))
+        if not argument.is_dir():
+            paths.setdefault(os.path.realpath(argument), (argument, argument.name))
+            continue
+        inside = logs_in(argument)
+        if not inside:
+            runs.append(Run(argument, problems=["no logs (*.txt, *.log) in this folder"]))
         for path in inside:
-            paths.setdefault(path.resolve(), path)
-    runs += [read_run(path) for path in paths.values()]
+            name, real = str(path.relative_to(argument)), os.path.realpath(path)
+            if Path(real).is_relative_to(os.path.realpath(argument)):
+                paths.setdefault(real, (path, name))
+            else:
+                runs.append(Run(path, name, problems=["a link out of the folder: give the file itself"]))
+    runs += [read_run(path, name) for path, name in paths.values()]
     seen: dict[tuple, Run] = {}
     for run in runs:
         if run.complete and (first := seen.setdefault((*run.times.items(), *run.losses.items()), run)) is not run:
@@ -382,7 +498,8 @@ class Group:
 
     def stage_ms(self) -> dict[str, Stats]:
         runs = [run.stage_ms() for run in self.counted]
-        return {s: stats([ms[s] for ms in runs if s in ms]) for s in STAGES if any(s in ms for ms in runs)}
+        names = sorted({name for ms in runs for name in ms}, key=lambda name: (name == "extension", len(name), name))
+        return {name: stats([ms[name] for ms in runs if name in ms]) for name in names}
 
     def each(self, attribute: str) -> list[str]:
         """The different values of a text attribute, the most frequent first."""
@@ -390,13 +507,18 @@ class Group:
 
     def overrides(self) -> list[str]:
         """What this repository's program was told in its complete runs, as far as it changes the training."""
-        own = [run for run in self.counted if run.own]
-        changed = sorted({f"--{k}={v}" for run in own for k, v in run.overrides.items() if k not in HARMLESS})
-        return changed + sorted({f"preset {run.preset}" for run in own if run.preset != "speedrun"})
+        return told(self.counted)
 
-    def setting(self) -> tuple[str, ...]:
-        """Hardware and overrides; times in another setting say nothing about a change of the program."""
-        return (*sorted(self.each("hardware")), *self.overrides())
+    def setting(self) -> "Setting":
+        """Of the complete runs; where there are none, of the runs."""
+        runs = self.counted or self.runs
+        totals = [run.total for run in runs if run.total]
+        return Setting(
+            {run.hardware for run in runs},
+            set(told(runs, HARMLESS | LENGTHS)),
+            (min(totals), max(totals)) if totals else (0, 0),
+            {run.data[3] for run in runs if run.data},
+        )
 
     def steps(self) -> list[int]:
         return sorted({run.total for run in self.counted})
@@ -408,6 +530,13 @@ class Group:
     def loss_at(self, step: float) -> float | None:
         """Mean validation loss at a step, on the line between the validations beside it."""
         return mean_of([interpolate(run.losses, step) for run in self.counted])
+
+
+def told(runs: list[Run], but: set[str] = HARMLESS) -> list[str]:
+    """Overrides and presets of this repository's program, but for those named."""
+    own = [run for run in runs if run.own]
+    changed = sorted({f"--{k}={v}" for run in own for k, v in run.overrides.items() if k not in but})
+    return changed + sorted({f"preset {run.preset}" for run in own if run.preset != "speedrun"})
 
 
 def interpolate(points: dict[int, float], x: float) -> float | None:
@@ -429,6 +558,25 @@ def mean_of(values: list[float | None], scale: float = 1.0) -> float | None:
 # ======================================================================================================================
 # Comparison
 # ======================================================================================================================
+
+
+class Setting(NamedTuple):
+    """What must be alike for one program's times and losses to say something about a change of it."""
+
+    hardware: set[str]
+    told: set[str]  # without what the number of steps shows
+    steps: tuple[int, int]  # of the shortest and the longest run
+    validation: set[int]  # tokens in the validation files, where the logs name them
+
+    def like(self, other: "Setting") -> bool:
+        """The same but for some steps: a change may save a few; a run of half the steps is another kind of run."""
+        alike = self.hardware == other.hardware and self.told == other.told
+        same_text = not (self.validation and other.validation) or self.validation == other.validation
+        return alike and same_text and max(*self.steps, *other.steps) < 1.5 * min(*self.steps, *other.steps)
+
+    def __str__(self) -> str:
+        steps = "-".join(map(str, sorted({*self.steps})))
+        return clean(", ".join([*sorted(self.hardware), f"{steps} steps", *sorted(self.told)]), 300)
 
 
 class Comparison(NamedTuple):
@@ -501,6 +649,7 @@ def judge(group: Group, reference: str | None = None) -> list[Rule]:
         each_rule(f"{VAL_TOKENS:,} validation tokens", runs, tokens, lambda n: n == VAL_TOKENS, "other validation"),
         fineweb_rule(runs),
         gpu_rule(runs),
+        clock_rule(runs),
     ]
     sources = {run.source for run in runs}
     if len(sources) > 1:
@@ -595,6 +744,16 @@ def gpu_rule(runs: list[Run]) -> Rule:
     return Rule(name, True if all(run.gpus for run in runs) else None, detail)
 
 
+def clock_rule(runs: list[Run]) -> Rule:
+    name = "the clock covers every training step"
+    if left_out := sorted({run.untimed for run in runs if run.untimed}):
+        detail = f"it leaves out the first {' or '.join(map(str, left_out))} steps"
+        return Rule(name, False, detail, "with steps that the clock leaves out")
+    if any(run.untimed is None for run in runs):
+        return Rule(name, None, "cannot be found in the logs")
+    return Rule(name, True, f"in {'all' if len(runs) > 1 else 'the'} log{'s' * (len(runs) > 1)}")
+
+
 def compile_flags(source: str) -> list[str]:
     """Arguments of torch.compile beyond the baseline's, and settings of torch._inductor, in the code of a source."""
     flags = set()
@@ -646,6 +805,17 @@ class Record(NamedTuple):
     date: str
     name: str
     group: Group
+
+
+def newest_alike(records: list[Record], group: Group) -> Record | None:
+    """The newest record of the setting that these runs have, unless they are its own; None if there is none."""
+    setting, own = group.setting(), [Path(os.path.realpath(run.path)) for run in group.runs]
+    for record in reversed(records):
+        folder = os.path.realpath(record.folder)
+        itself = any(path.is_relative_to(folder) for path in own)
+        if record.group.counted and not itself and record.group.setting().like(setting):
+            return record
+    return None
 
 
 def read_records(records: Path = RECORDS) -> list[Record]:

@@ -30,6 +30,7 @@ from runlog import (
     compare,
     judge,
     md,
+    newest_alike,
     read_records,
     read_runs,
 )
@@ -86,7 +87,9 @@ def readme(name: str, day: str, group: Group, previous: Record | None, changed: 
     shown = changed[:SHOWN_LINES]
     fence = "`" * max(3, 1 + max((len(ticks) for line in shown for ticks in re.findall("`+", line)), default=0))
     if not previous:
-        change = "There is no previous record of this hardware and these overrides: the source is in the logs.\n"
+        change = (
+            f"There is no previous record of this setting ({md(str(group.setting()))}): the source is in the logs.\n"
+        )
     elif not changed:
         change = "The source is that of the previous record.\n"
     else:
@@ -104,12 +107,13 @@ def submit(name: str, day: str, logs: list[Path], records: Path, previous: Path 
     """Makes the folder and returns its path. Raises Refusal."""
     runs = read_runs(logs)
     check(name, day, runs, records)
-    found = [Record(previous, "", "", Group(read_runs([previous])))] if previous else read_records(records)
     group, final = Group(runs), records / f"{day}_{name}"
-    whole = (record for record in reversed(found) if record.group.counted)
-    before = next((record for record in whole if previous or record.group.setting() == group.setting()), None)
-    if previous and not before:
-        raise Refusal(f"{previous}: no complete run in it")
+    if previous:
+        before = Record(previous, "", "", Group(read_runs([previous])))
+        if not before.group.counted:
+            raise Refusal(f"{previous}: no complete run in it")
+    else:
+        before = newest_alike(read_records(records), group)
     changed = difference(before.group.counted[0].source, runs[0].source) if before else []
     records.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".", dir=records) as temporary:
@@ -131,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOGS")
     parser.add_argument("--date", default=date.today().isoformat(), help="default: today")
-    newest = "default: the newest record of the same hardware and overrides"
+    newest = "default: the newest record of the same hardware, overrides and kind of length"
     parser.add_argument("--previous", type=Path, metavar="FOLDER", help=newest)
     parser.add_argument("--records", type=Path, default=RECORDS, help="where the record folders are")
     options = parser.parse_args(arguments)

@@ -1,5 +1,5 @@
 """
-Follows a running log in a terminal, against the previous record at the same step.
+Follows a running log in a terminal, against the previous record of the same setting at the same step.
 
     python records/watch.py                    # the newest log in logs/
     python records/watch.py logs/ID.txt --against records/2026-01-30_Name
@@ -13,8 +13,23 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-from runlog import RECORDS, Group, Run, clean, read_records, read_run, read_runs
+from runlog import RECORDS, Group, Record, Run, clean, newest_alike, read_records, read_run, read_runs
+
+
+class Against(NamedTuple):
+    """What a run is compared with: the logs that were named, or the newest record of its setting."""
+
+    named: Group | None
+    records: list[Record]
+
+    def status(self, run: Run) -> str:
+        """A line on the run; it says if there are records, but none to compare with."""
+        if self.named or not run.times or not self.records:
+            return status(run, self.named)
+        record = newest_alike(self.records, Group([run]))
+        return status(run, record.group) if record else f"{status(run, None)} | no record of this setting"
 
 
 def status(run: Run, old: Group | None) -> str:
@@ -43,7 +58,7 @@ def trouble(run: Run) -> str:
 
 def recent_ms(run: Run) -> float | None:
     """Milliseconds a step over about the last 20 steps that the log has, within the stage."""
-    begin = max([start for start in run.stage_starts() if start < run.step], default=0)
+    begin = max([start for start, _ in run.stages().values() if start < run.step], default=0)
     steps = [step for step in run.times if begin <= step < run.step and step >= run.step - 20]
     steps = steps or [step for step in run.times if step < run.step][-1:]
     return (run.times[run.step] - run.times[steps[0]]) / (run.step - steps[0]) if steps else None
@@ -78,7 +93,7 @@ def against(run: Run, old: Group | None) -> str:
     return "record: " + ", ".join(parts) if parts else "record: has no figures at this step"
 
 
-def follow(path: Path, old: Group | None, interval: float, patience: float) -> int:
+def follow(path: Path, against: Against, interval: float, patience: float) -> int:
     """Prints until the run is over (0), or nothing has come for `patience` seconds (1)."""
     terminal = sys.stdout.isatty()
     size, quiet, shown = -1, time.monotonic(), None
@@ -86,7 +101,7 @@ def follow(path: Path, old: Group | None, interval: float, patience: float) -> i
         now = path.stat().st_size if path.is_file() else 0
         if now != size:
             size, quiet, run = now, time.monotonic(), read_run(path)
-            line = status(run, old)
+            line = against.status(run)
             over = (run.total > 0 and run.total in run.losses) or any("error" in p for p in run.problems)
             if terminal:
                 columns = shutil.get_terminal_size().columns - 1
@@ -103,13 +118,14 @@ def follow(path: Path, old: Group | None, interval: float, patience: float) -> i
 
 
 def newest_log(folder: Path) -> Path | None:
-    return max(folder.glob("*.txt"), key=lambda path: path.stat().st_mtime, default=None)
+    logs = (path for path in folder.glob("*.txt") if path.is_file())
+    return max(logs, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log", nargs="?", type=Path, default=Path("logs"), help="a log, or a folder: its newest")
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help="default: the newest record")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="default: the newest record of its setting")
     parser.add_argument("--once", action="store_true", help="print where the run is, and end")
     parser.add_argument("--interval", type=float, default=0.5, metavar="S", help="seconds between looks")
     parser.add_argument(
@@ -120,18 +136,14 @@ def main(arguments: list[str] | None = None) -> int:
     path = newest_log(options.log) if options.log.is_dir() else options.log
     if path is None:
         parser.error(f"{options.log}: no logs in this folder")
-    if options.against:
-        old = Group(read_runs([options.against]))
-        if not old.counted:
-            parser.error(f"{options.against}: no complete run to compare with")
-    else:
-        records = [record.group for record in read_records(options.records) if record.group.counted]
-        old = records[-1] if records else None
+    against = Against(Group(read_runs([options.against])) if options.against else None, read_records(options.records))
+    if options.against and not against.named.counted:
+        parser.error(f"{options.against}: no complete run to compare with")
     if options.once:
-        print(status(read_run(path), old))
+        print(against.status(read_run(path)))
         return 0
     try:
-        return follow(path, old, options.interval, options.patience)
+        return follow(path, against, options.interval, options.patience)
     except KeyboardInterrupt:
         print()
         return 130

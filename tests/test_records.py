@@ -61,6 +61,10 @@ def smi(gpus, name):
     return "\n".join(lines)
 
 
+def stage_starts(total=1555):
+    return [i * ((total - 40) // 3) for i in range(3)] + [total - 40]
+
+
 def step_lines(loss, seconds, total=1555, curve=CURVE, every_step=True, until=None):
     """Steps of the three stages take 1, 2 and 3 units of time, those of the extension 3."""
     third, scheduled = (total - 40) // 3, total - 40
@@ -89,8 +93,11 @@ def own_log(
         "Running PyTorch 2.11.0+cu130 compiled for CUDA 13.0, Triton 3.6.0",
         *(smi(gpus, gpu), "", f"preset: {preset}; overrides: {overrides}", RULE),
         f"world: {gpus} x {gpu}, 79 of 79 GiB free, 1 micro-batches each a step; parameters in bfloat16, head in FP8",
-        *(f"data: {shards} validation tokens", "run: first, 1555 steps, 1 tokens (0.46 of the train files)"),
-        *("warm-up: 33.7 s from the start of main", *step_lines(loss, seconds, **steps)),
+        f"data: {shards} validation tokens",
+        f"run: first, {steps.get('total', 1555)} steps, 1 tokens (0.46 of the train files)",
+        f"stages: begin at steps {' '.join(map(str, stage_starts(steps.get('total', 1555))))}",
+        "warm-up: 33.7 s from the start of main",
+        *step_lines(loss, seconds, **steps),
         "peak memory allocated: 30704 MiB reserved: 46558 MiB",
         f"validation loss {loss:.4f} after 1555 steps; log: logs/first.txt",
     ]
@@ -161,7 +168,7 @@ def test_the_seeds_figures(seed, capsys):
 
 def test_the_seeds_runs_are_a_record_by_every_rule(seed):
     rules, verdict = judged(runlog.read_runs([seed / "new"]))
-    assert {rule.holds for rule in rules.values()} == {True} and len(rules) == 9
+    assert {rule.holds for rule in rules.values()} == {True} and len(rules) == 10
     assert verdict == "A record by every rule that logs can show: 7 complete runs."
 
 
@@ -199,7 +206,7 @@ def test_a_public_log(tmp_path):
     assert run.complete and not run.own and (run.loss, run.seconds) == (3.2767, 97.825)
     assert run.software == "Python 3.12.7, PyTorch 2.10.0.dev20251210+cu126, CUDA 12.6, Triton 3.6.0, driver 580.159.04"
     assert run.gpus == ["NVIDIA H100 80GB HBM3"] * 8
-    assert list(run.stage_ms()) == ["stage 1", "stage 2", "stage 3", "extension"]
+    assert run.untimed == 0 and run.stage_ms() == {}
 
 
 def test_a_public_log_cannot_be_compared_with_our_data_section(tmp_path):
@@ -211,23 +218,56 @@ def test_a_public_log_cannot_be_compared_with_our_data_section(tmp_path):
     assert verdict == "A record if these hold, which the logs do not tell: data section unchanged."
 
 
-def test_stages_are_unknown_where_the_source_does_not_tell_them(tmp_path, capsys):
-    source = PUBLIC_SOURCE.replace("num_scheduled_iterations", "num_iterations")
-    status, out = printed(capsys, write(tmp_path, [public_log(source=source)]))
-    assert status == 0 and "ms a step     by stage: unknown" in out
+def test_stages_are_unknown_where_the_log_does_not_state_them(tmp_path, capsys):
+    for name, text in (("public", public_log()), ("own", re.sub("stages: .*\n", "", own_log(source="x = 1")))):
+        status, out = printed(capsys, write(tmp_path / name, [text]))
+        assert status == 0 and "ms a step     by stage: unknown" in out
+
+
+@pytest.mark.parametrize(
+    "starts, names",
+    [
+        ("0 500 1000 1500", ["stage 1", "stage 2", "stage 3", "extension"]),
+        ("0 300 600 900 1200", ["stage 1", "stage 2", "stage 3", "stage 4", "extension"]),
+        (" ".join(str(100 * i) for i in range(13)), [*(f"stage {i}" for i in range(1, 13)), "extension"]),
+        ("0 500 1555", ["stage 1", "stage 2"]),  # without an extension
+        ("0 0 700", ["stage 2", "extension"]),
+        ("0", ["extension"]),
+        ("0 700 500", []),
+        ("1 700", []),
+        ("0 1556", []),
+        ("0 x", []),
+    ],
+)
+def test_stages_are_those_that_the_log_states(tmp_path, starts, names):
+    run = read(tmp_path, re.sub("(stages: begin at steps) .*", rf"\1 {starts}", own_log()))
+    group = runlog.Group([run])
+    assert run.complete and list(run.stage_ms()) == list(group.stage_ms()) == names
+    for name, (begin, end) in run.stages().items():
+        assert run.stage(begin) == run.stage(end - 1) == name
+        assert run.stage_ms()[name] == (run.times[end] - run.times.get(begin, 0)) / (end - begin)
+    assert run.stage(1555) == (names[-1] if names else "")
+
+
+def test_stages_of_logs_that_do_not_state_them_are_those_that_their_source_computes(tmp_path):
+    text = re.sub("stages: .*\n", "", own_log(source=PUBLIC_SOURCE + runlog.THIRDS))
+    assert read(tmp_path, text).stage_starts() == [0, 505, 1010, 1515]
+    assert read(tmp_path, text.replace("2 * third,", "third + 9,")).stage_starts() == []
+    overrides = "--num_scheduled_iterations=380 --num_extension_iterations=10 --val_steps=(5, 10)"
+    run = read(tmp_path, re.sub("overrides: .*", f"overrides: {overrides}", text.replace("/1555 ", "/390 ")))
+    assert run.total == 390 and run.stage_starts() == [0, 126, 252, 380] and run.overrides["val_steps"] == "(5, 10)"
+
+
+def test_the_repositorys_records_say_what_their_logs_say():
+    for record in runlog.read_records():
+        summary = report.summary(record.group)
+        assert f"| ms a step | {dict(summary)['ms a step']} |" in (record.folder / "README.md").read_text(), record.name
 
 
 def test_a_stage_without_times_at_its_ends_is_left_out(tmp_path):
-    assert list(read(tmp_path, public_log(every_step=False)).stage_ms()) == []
+    assert list(read(tmp_path, own_log(every_step=False)).stage_ms()) == []
     curve = {**CURVE, 505: 4.2}
-    assert list(read(tmp_path, public_log(every_step=False, curve=curve)).stage_ms()) == ["stage 1"]
-
-
-def test_stages_follow_the_overrides(tmp_path):
-    overrides = "--num_scheduled_iterations=380 --num_extension_iterations=10 --val_steps=(5, 10)"
-    run = read(tmp_path, own_log(overrides=overrides, total=390, curve={0: 10.8, 200: 3.9}))
-    assert run.stage_starts() == [0, 126, 252, 380]
-    assert run.overrides["val_steps"] == "(5, 10)"
+    assert list(read(tmp_path, own_log(every_step=False, curve=curve)).stage_ms()) == ["stage 1"]
 
 
 def test_validations_at_other_steps(tmp_path):
@@ -771,7 +811,7 @@ def test_the_previous_record_is_the_newest_of_the_same_hardware_and_overrides(se
     write(records / "2026-01-01_A", [own_log(3.28, 99.0)])
     write(records / "2026-01-02_B", [own_log(3.28, 500.0, gpus=1)])
     write(records / "2026-01-03_C", [other])
-    expected = "[2026-01-01\\_A]", "There is no previous record of this hardware and these overrides"
+    expected = "[2026-01-01\\_A]", "There is no previous record of this setting (2 x NVIDIA H100"
     for name, text, told in (("D", own_log(3.26, 97.0), expected[0]), ("E", own_log(3.26, 400.0, gpus=2), expected[1])):
         logs = write(tmp_path / name, [text])
         assert submitted(capsys, name, logs, "--date", "2026-01-04", "--records", records)[0] == 0
