@@ -42,7 +42,7 @@ HARMLESS = {
 }
 LENGTHS = {"num_scheduled_iterations", "num_extension_iterations", "length"}  # overrides that the step lines show
 PLAIN_COMPILE = {"dynamic", "fullgraph"}  # the arguments of torch.compile that the public baseline has
-UNTIMED = 100  # a clock that begins again later than here is no clock that leaves out the first steps
+UNTIMED = 50  # a clock that begins again later than here does not merely leave out the first steps
 
 # ======================================================================================================================
 # Reading
@@ -354,20 +354,20 @@ def read_clock(run: Run, averages: list[tuple]) -> None:
     Programs of 2024 set the clock to zero after ten steps, while everything was compiled: it is the final time's clock
     that counts. `averages` are step, time and mean time of validations, the times as `measured`.
     """
-    steps, times = list(run.times), run.times
-    mean = times[run.step] / max(run.step, 1) if steps else 0.0
+    times, total = run.times, max(run.total, run.step)
+    mean = times[run.step] / max(run.step, 1) if times else 0.0
     # Step lines may be a step off, no more.
     back = [
         (a, b)
-        for a, b in pairwise(steps)
-        if times[b] < times[a] - 1000 or (2 * times[b] < times[a] and times[b] < times[a] - mean)
+        for a, b in pairwise(times)
+        if times[b] < times[a] - 1000 or (times[b] < times[a] / 2 and times[b] < times[a] - 2 * mean)
     ]
     if len(back) == 1:
         (before, after), pace = back[0], times[run.step] / (run.step - back[0][0])
-        if before <= min(UNTIMED, run.total // 2) and times[after] <= 2 * pace * (after - before) + 1000:
+        if before <= UNTIMED and 2 * before < total and times[after] <= 2 * pace * (after - before) + 1000:
             run.notes.append(f"the clock began again at step {after}")
-            run.untimed = before
-            run.times = {before: 0.0, **{step: time for step, time in times.items() if step >= after}}
+            run.untimed = before if times[after] > pace / 4 else after
+            run.times = {run.untimed: 0.0, **{step: time for step, time in times.items() if step >= after}}
             return
     if back:
         run.problems.append("the clock runs backwards")
@@ -410,13 +410,13 @@ def number(text: str) -> float | None:
 
 
 def logs_in(folder: Path) -> list[Path]:
-    """The logs (*.txt, *.log) in a folder and its subfolders, but for linked and hidden ones."""
+    """The logs (*.txt, *.log) in a folder and its subfolders, but for linked and hidden folders; links come last."""
     found = []
     for parent, folders, files in os.walk(folder):
         depth = len(Path(parent).relative_to(folder).parts)
         folders[:] = [name for name in folders if depth < MAX_DEPTH and not name.startswith(".")]
         found += [Path(parent, name) for name in files if Path(name).suffix in (".txt", ".log")]
-    return sorted(found)
+    return sorted(found, key=lambda path: (path.is_symlink(), path))
 
 
 def read_runs(arguments: list[Path]) -> list[Run]:

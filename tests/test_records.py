@@ -306,6 +306,151 @@ def test_a_log_that_ends_inside_a_source_with_an_example_is_no_run(tmp_path):
     assert not run.complete and "cut off in the source" in run.problems[0]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("Running Python", "Running python").replace("PyTorch", "pytorch"),
+        lambda text: re.sub("Running Python.*\n", "", text).replace("PyTorch", "Pytorch"),
+        lambda text: text.replace("Running Python ", "\nRunning  Python\t"),
+        lambda text: text.replace(f"\n{RULE}\nstep", "\nstep"),
+        lambda text: re.sub(r"(\d+)ms step", lambda m: f"{int(m[1]) / 1000:.3f}s step", text),
+        lambda text: re.sub(r"(\d+)ms step", lambda m: f"{int(m[1]) / 60000:.7f} min step", text),
+        lambda text: re.sub(r"(step:.*) train_time", r"\1 lr:0.1 train_loss:4.1 x: 3 train_time", text),
+        lambda text: re.sub(r"^step:(.*)", lambda m: "  step: " + m[1].replace(" ", "\t"), text, flags=re.M),
+        lambda text: re.sub(r"^(step:\d+)/1555 (train)", r"\1 \2", text, flags=re.M),
+        lambda text: re.sub(r" step_avg:\S+", "", text),
+        lambda text: re.sub(r"step_avg:\S+", "step_avg:nanms", text).replace("\n", "\r\n"),
+        lambda text: re.sub(r"(val_loss:\d\.\d+)", r"\g<1>00000000", text),
+        lambda text: text.replace("peak memory allocated: 30704 MiB reserved: 46558 MiB", ""),
+    ],
+)
+def test_public_logs_in_other_forms_are_the_same_run(tmp_path, change):
+    run, text = runlog.Run(Path("x")), change(public_log())
+    runlog.parse(run, text.replace("\r\n", "\n"))
+    assert text != public_log() and not run.notes and not run.problems
+    assert (run.loss, run.total, run.losses) == (3.2781, 1555, {**CURVE, 1555: 3.2781})
+    assert run.seconds == pytest.approx(97.769, abs=1e-5) and len(run.times) == 1556
+    assert run.untimed == 0 and "2.10.0.dev20251210+cu126" in run.software and len(run.gpus) == 8
+    assert read(tmp_path, text).loss == run.loss
+
+
+def test_a_public_log_that_names_its_gpus_in_one_line(tmp_path):
+    text = re.sub(
+        rf"Running Python(.|\n)*?{RULE}",
+        f"Running PyTorch 2.12.0+cu130 compiled for CUDA 13.0 on NVIDIA H100 80GB HBM3 with world_size 8\n{RULE}",
+        public_log(),
+    ).replace("peak memory allocated: 30704 MiB reserved: 46558 MiB", "peak memory consumption: 27781 MiB")
+    run = read(tmp_path, text)
+    assert run.hardware == "8 x NVIDIA H100 80GB HBM3" and run.software == "PyTorch 2.12.0+cu130, CUDA 13.0"
+    assert dict(report.summary(runlog.Group([run])))["peak memory"] == "27781 MiB allocated"
+
+
+def test_losses_are_shown_with_the_decimals_that_the_log_has(tmp_path, capsys):
+    for loss in ("3.27712", "3.2700"):
+        out = printed(capsys, write(tmp_path, [public_log().replace("3.2781", loss)]))[1]
+        assert f"1555   {loss} " in out
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["step:9/9 train_time:", "step:9/9 train_time:9", "step:9/9 val_loss:3.2 train_time:97", "step:9/9 train_time:9m"],
+)
+def test_a_line_that_is_cut_off_is_no_figure(line):
+    run = runlog.Run(Path("x"))
+    runlog.parse(run, f"x\n{RULE}\nRunning Python 3\n{RULE}\nstep:8/9 train_time:8ms\n{line}")
+    assert run.times == {8: 8} and run.losses == {} and run.problems == ["cut off at step 8 of 9"]
+
+
+def test_lines_that_never_tell_the_number_of_steps(tmp_path):
+    run = read(tmp_path, re.sub("/1555 ", " ", public_log()))
+    assert run.problems == ["its lines do not tell how many steps there are in all"]
+
+
+def clock_from(step, first_ms, ms=100, total=1000, every=1, average=True):
+    """A public log whose clock begins again after `step` steps, the first of which took `first_ms`."""
+    lines = [f"step:0/{total} val_loss:10.8284 train_time:0ms step_avg:nanms"]
+    for i in range(1, total + 1):
+        elapsed = first_ms + ms * (i - 1) if i <= step else ms * (i - step)
+        mean = f" step_avg:{elapsed / (i - step) if i > step + 1 else math.nan:.2f}ms" if average else ""
+        if i % every == 0:
+            lines.append(f"step:{i}/{total} train_time:{elapsed}ms{mean}")
+        if i % 125 == 0:
+            lines.append(f"step:{i}/{total} val_loss:{5 - 1.73 * i / total:.4f} train_time:{elapsed}ms{mean}")
+    return "\n".join([PUBLIC_SOURCE, RULE, "Running python 3.12.8 (main)", RULE, *lines, ""])
+
+
+CLOCK = "the clock covers every training step"
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("step, first_ms", [(10, 31_000), (10, 100), (1, 31_000), (6, 100), (40, 5000)])
+def test_a_clock_that_begins_again_early_is_a_note_and_breaks_the_rule(tmp_path, step, first_ms, average):
+    run = read(tmp_path, clock_from(step, first_ms, average=average))
+    assert run.complete and run.loss == 3.27 and run.seconds == (1000 - step) / 10
+    assert run.notes == [f"the clock began again at step {step + 1}"] and run.untimed == step
+    rules, verdict = judged([run])
+    assert rules[CLOCK].holds is False and rules[CLOCK].detail == f"it leaves out the first {step} steps"
+    assert "with steps that the clock leaves out" in verdict
+    assert run.times[step] == 0 and min(run.times) == step and run.losses[0] == 10.8284
+
+
+@pytest.mark.parametrize("text", [clock_from(600, 100), clock_from(60, 100), clock_from(500, 100, every=125)])
+def test_a_clock_that_begins_again_late_is_no_whole_run(tmp_path, text):
+    assert read(tmp_path, text).problems == ["the clock runs backwards"]
+
+
+def test_a_clock_that_begins_again_twice_or_goes_back_a_little_is_no_whole_run(tmp_path):
+    lines = clock_from(10, 31_000).split("\n")
+    twice = [re.sub(r"train_time:\d+", f"train_time:{100 * i}", line) for i, line in enumerate(lines[-500:])]
+    assert read(tmp_path, "\n".join(lines[:-500] + twice)).problems == ["the clock runs backwards"]
+    little = clock_from(10, 31_000).replace("step:11/1000 train_time:100ms", "step:11/1000 train_time:20000ms")
+    assert read(tmp_path, little).problems == ["the clock runs backwards"]
+
+
+def test_a_validation_with_the_clock_just_set_to_zero(tmp_path):
+    text = clock_from(10, 31_000).replace("step:11/", "step:10/1000 val_loss:7.0 train_time:0ms\nstep:11/", 1)
+    run = read(tmp_path, text)
+    assert run.untimed == 10 and run.notes == ["the clock began again at step 10"] and run.times[10] == 0
+
+
+@pytest.mark.parametrize("average, untimed, holds", [(True, 10, False), (False, None, None)])
+def test_validations_alone_tell_by_their_mean_what_the_clock_leaves_out(tmp_path, average, untimed, holds):
+    run = read(tmp_path, clock_from(10, 31_000, every=5000, average=average))
+    assert run.complete and not run.notes and run.untimed == untimed
+    assert judged([run])[0][CLOCK].holds is holds
+
+
+def test_a_mean_of_something_else_tells_nothing(tmp_path):
+    text = public_log(every_step=False)
+    assert read(tmp_path, text).untimed == 0
+    assert read(tmp_path, re.sub("step_avg:[0-9.]+", "step_avg:61.03", text)).untimed is None
+
+
+def test_what_a_clock_leaves_out_is_left_out_of_figures_and_pictures(tmp_path, capsys):
+    text = own_log(total=1000, overrides="--x=1")
+    elapsed = int(re.search(r"^step:10/1000 train_time:(\d+)", text, re.M)[1])
+    run = read(tmp_path, text)
+    shifted = re.sub(
+        r"(step:\d+/1000 .*?train_time:)(\d+)(ms).*",
+        lambda m: m[1] + str(int(m[2]) - elapsed if int(m[2]) > elapsed else int(m[2]) * 50) + m[3],
+        text,
+    )
+    new = read(tmp_path, shifted)
+    assert new.complete and new.untimed == 10 and new.seconds == pytest.approx(run.seconds - elapsed / 1000)
+    assert new.stage_ms() == pytest.approx(run.stage_ms(), rel=1e-3)
+    assert printed(capsys, new.path, "--plot", tmp_path / "a.svg", "--records", tmp_path / "none")[0] == 0
+    data = json.loads(printed(capsys, new.path, "--json")[1])["runs"][0]
+    assert data["untimed_steps"] == 10 and data["validations"]["0"] == [10.8284, None]
+
+
+def test_a_run_that_went_on_on_other_hardware_is_of_none(tmp_path):
+    text = own_log().replace("step:9/", "world: 1 x NVIDIA H100 80GB HBM3, 79 of 79 GiB free\nstep:9/", 1)
+    run = read(tmp_path, text)
+    assert run.hardware == "unknown hardware" and run.notes[0].endswith(
+        "8 x NVIDIA H100 80GB HBM3, then 1 x NVIDIA H100 80GB HBM3"
+    )
+
+
 def test_nothing_in_a_log_is_executed(tmp_path):
     source = f"open({str(tmp_path / 'pwned')!r}, 'w')\n" + SOURCE
     overrides = f"--val_steps=__import__('os').mkdir({str(tmp_path / 'pwned')!r})"
@@ -369,6 +514,27 @@ def test_a_copy_of_a_run_does_not_count(tmp_path):
 def test_a_log_given_twice_is_read_once(tmp_path):
     write(tmp_path, [own_log()])
     assert len(runlog.read_runs([tmp_path, tmp_path / "run0.txt"])) == 1
+
+
+def test_logs_in_subfolders_are_found(tmp_path, capsys):
+    outside = write(tmp_path / "outside", [own_log(3.2)])
+    folder = write(tmp_path / "record", [own_log(3.2767)])
+    write(folder / "logs/of two", [own_log(3.2777), own_log(3.2795)])
+    write(folder / "1/2/3", [own_log(3.2774)])
+    write(folder / "1/2/3/4", [own_log(3.1)])  # too deep
+    write(folder / ".hidden", [own_log(3.0)])
+    (folder / "loop").symlink_to(folder)
+    (folder / "out").symlink_to(outside)
+    (folder / "logs/twice.txt").symlink_to(folder / "run0.txt")
+    names = ["1/2/3/run0.txt", "logs/of two/run0.txt", "logs/of two/run1.txt", "run0.txt"]
+    assert sorted(run.name for run in runlog.read_runs([folder]) if run.complete) == names
+    (folder / "out.txt").symlink_to(outside / "run0.txt")
+    (folder / "self.txt").symlink_to(folder / "self.txt")
+    problems = {run.name: run.problems[0] for run in runlog.read_runs([folder]) if run.problems}
+    assert problems["out.txt"] == "a link out of the folder: give the file itself"
+    assert problems["self.txt"].startswith("cannot be read")
+    assert "logs/of two/run1.txt  1555   3.2795" in printed(capsys, folder)[1]
+    assert [run.loss for run in runlog.read_runs([folder / "out.txt"])] == [3.2]
 
 
 @pytest.mark.parametrize("what", ["missing.txt", "empty_folder", "pipe"])
@@ -549,6 +715,19 @@ def test_each_rule_can_be_broken_alone(tmp_path, name):
     assert verdict == f"Not a record: {len(losses)} complete runs, {called}."
 
 
+def test_a_clock_that_leaves_out_steps_breaks_its_rule_alone(tmp_path):
+    logs = [own_log(a, b, every_step=False) for a, b in zip(LOSSES, TIMES, strict=True)]
+    text = [re.sub(r"(val_loss.* train_time:\d+ms).*", r"\1", log) for log in logs]
+    assert judged(runlog.read_runs([write(tmp_path, text)]))[0][CLOCK].holds is None
+    mean = [
+        re.sub(r"step:(\d{3,})/(.*):(\d+)ms.*", lambda m: f"{m[0]} step_avg:{int(m[3]) / (int(m[1]) - 8):.2f}ms", log)
+        for log in text
+    ]
+    rules, verdict = judged(runlog.read_runs([write(tmp_path, mean)]))
+    assert broken(rules) == [CLOCK]
+    assert verdict == "Not a record: 7 complete runs, with steps that the clock leaves out."
+
+
 def test_logs_of_different_sources_are_no_record(tmp_path):
     write(tmp_path, [own_log(a, b, SOURCE + f"#{i % 2}") for i, (a, b) in enumerate(zip(LOSSES, TIMES, strict=True))])
     assert broken(judged(runlog.read_runs([tmp_path]))[0]) == ["one source in all logs"]
@@ -685,6 +864,43 @@ def test_the_steps_saved_at_equal_loss(tmp_path):
     assert not c.warnings
 
 
+FILES = "9 train shards, 900,000,000 tokens; 10,485,760 of 10,515,294"
+SETTINGS = {
+    "the run's name, seed and validations": (dict(overrides="--run_id=b --seed=3 --val_loss_every=5 --resume=b"), True),
+    "fewer steps": (dict(total=1285), True),
+    "fewer steps by an override": (dict(total=1285, overrides="--num_scheduled_iterations=1245"), True),
+    "a length by an override": (dict(total=1400, overrides="--length=0.9"), True),
+    "another source": (dict(source="x = 1"), True),
+    "a quarter of the steps": (dict(total=390), False),
+    "half of the steps": (dict(total=778), False),
+    "an override": (dict(overrides="--muon_lr=0.02"), False),
+    "another preset": (dict(preset="smoke"), False),
+    "fewer GPUs": (dict(gpus=1), False),
+    "other GPUs": (dict(gpu="NVIDIA H200"), False),
+    "other text": (dict(shards=FILES), False),
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_records_are_compared_with_runs_of_their_setting(tmp_path, what):
+    change, alike = SETTINGS[what]
+    records = tmp_path / "records"
+    write(records / "2026-01-01_A", [own_log(3.28, source="x = 2")])
+    write(records / "2026-01-02_Cut", [HALF])
+    found, runs = runlog.read_records(records), [read(tmp_path, own_log(3.27, **{"source": "x = 2", **change}))]
+    record = runlog.newest_alike(found, runlog.Group(runs))
+    assert (record.name if record else None) == ("A" if alike else None)
+    again = runlog.newest_alike([runlog.Record(tmp_path / "one", "", "", runlog.Group(runs))], found[0].group)
+    assert (again is not None) == alike
+
+
+def test_a_public_log_is_compared_by_hardware_and_steps(tmp_path):
+    records = runlog.read_records(write(tmp_path / "r/2026-01-01_A", [own_log()]).parent)
+    for change, alike in ((dict(), True), (dict(gpus=1), False), (dict(total=390), False)):
+        run = read(tmp_path, public_log(**change))
+        assert (runlog.newest_alike(records, runlog.Group([run])) is not None) == alike
+
+
 def test_a_comparison_across_machines_says_so(tmp_path, capsys):
     write(tmp_path / "a", [own_log()])
     write(tmp_path / "b", [own_log(gpus=1)])
@@ -745,15 +961,19 @@ def test_the_plot(seed, tmp_path, capsys):
         report.main([str(seed / "new"), "--plot", str(tmp_path / "a.gif")])
 
 
-def test_the_previous_record_stands_beside_the_runs_in_the_plot(seed, tmp_path, capsys, monkeypatch):
+def test_the_newest_record_of_the_same_setting_stands_beside_the_runs_in_the_plot(seed, tmp_path, capsys, monkeypatch):
     records = tmp_path / "records"
     write(records / "2026-01-01_Old", [own_log(3.29, 99.0)])
     write(records / "2026-02-01_New", [own_log(3.28, 98.0)])
+    write(records / "2026-03-01_Quarter", [own_log(3.33, 25.0, total=390, overrides="--num_scheduled_iterations=350")])
     calls = drawn(monkeypatch)
-    printed(capsys, seed / "new", "--plot", tmp_path / "a.png", "--records", records)
-    printed(capsys, records / "2026-02-01_New", "--plot", tmp_path / "a.png", "--records", records)
-    assert [name for _, (_, name) in calls] == ["2026-02-01_New", "2026-01-01_Old"]
-    assert [runs[0].loss for runs, _ in calls] == [3.28, 3.29]
+    for logs in (seed / "new", records / "2026-02-01_New", records / "2026-03-01_Quarter"):
+        assert report.main([str(logs), "--plot", str(tmp_path / "a.png"), "--records", str(records)]) == 0
+    said = [line for line in capsys.readouterr().err.split("\n") if line]
+    assert [name for _, (_, name) in calls] == ["2026-02-01_New", "2026-01-01_Old", ""]
+    assert [runs[0].loss for runs, _ in calls[:2]] == [3.28, 3.29] and calls[2][0] is None
+    assert said[0].endswith("drawn beside 2026-02-01_New of this setting (8 x NVIDIA H100 80GB HBM3, 1555 steps)")
+    assert said[2].endswith("alone: there is no other record of this setting (8 x NVIDIA H100 80GB HBM3, 390 steps)")
 
 
 def test_a_plot_of_no_complete_run(tmp_path, capsys):
@@ -908,6 +1128,21 @@ def test_the_repositorys_history_is_current(capsys):
     assert report.main(["--history", "--check"]) == 0, capsys.readouterr().err
 
 
+def test_history_of_a_folder_that_is_not_there(tmp_path, capsys):
+    for check in ([], ["--check"]):
+        assert report.main(["--history", "--records", str(tmp_path / "NO\nSUCH"), *check]) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.count("\n") == 1 and "NO?SUCH: no such folder" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--baseline", "--reference"])
+def test_what_to_compare_with_must_be_there(seed, capsys, option):
+    with pytest.raises(SystemExit):
+        report.main([str(seed / "new"), option, "NOSUCH"])
+    assert f"{option} NOSUCH: no such file or folder" in capsys.readouterr().err
+
+
 def test_history_without_records(tmp_path, capsys):
     assert printed(capsys, "--history", "--records", tmp_path)[0] == 0
     assert "none yet" in (tmp_path / "README.md").read_text()
@@ -984,6 +1219,30 @@ def test_watch_tells_where_a_run_is(running, capsys):
     assert f"{2 * 99000 / total:.1f} ms a step" in line
     assert f"{99 * (total - at) / total:.0f} s left" in line
     assert f"record: {at / total:.2f} s ahead, loss 0.0100 above at 750" in line
+
+
+def test_watch_compares_with_the_newest_record_of_the_same_setting(running, capsys):
+    folder, text = running
+    line = once(capsys, folder, up_to(text, "step:760/1555 "))
+    quarter = dict(total=390, overrides="--num_scheduled_iterations=350", curve={0: 10.8, 200: 4.0})
+    write(folder / "records/2026-02-01_Quarter", [own_log(3.33, 25.0, **quarter)])
+    write(folder / "records/2026-02-02_OneGpu", [own_log(3.28, 700.0, gpus=1)])
+    assert once(capsys, folder, up_to(text, "step:760/1555 ")) == line and " s ahead, loss " in line
+    mine = own_log(3.34, 24.0, **{**quarter, "overrides": "--run_id=q --val_steps=7 --length=0.25"})
+    assert "record: 0.35 s ahead, loss 0.0000 below at 200" in once(capsys, folder, up_to(mine, "step:200/390 val"))
+
+
+def test_watch_of_a_run_of_another_setting_says_that_there_is_no_record(running, capsys):
+    folder, _ = running
+    for change in (dict(gpus=1, gpu="CPU", preset="smoke"), dict(gpus=1), dict(overrides="--muon_lr=0.1")):
+        text = own_log(3.29, 99.0, **change)
+        line = once(capsys, folder, up_to(text, "step:760/1555 "))
+        assert line.endswith("s left | no record of this setting") and "ahead" not in line
+        assert "record" not in once(capsys, folder, up_to(text, "warm-up"))
+        line = once(
+            capsys, folder, up_to(text, "step:760/1555 "), "--against", str(folder / "records/2026-01-30_Fused")
+        )
+        assert "s ahead" in line
 
 
 def test_watch_without_a_record_goes_by_the_pace(running, capsys):
@@ -1096,6 +1355,8 @@ def test_watch_takes_the_newest_log(running, capsys):
     logs = folder / "logs"
     for i, name in enumerate(("new", "old")):
         write(logs, [up_to(text, f"step:{100 + i}/1555 ")], name)
+    (logs / "gone.txt").symlink_to(logs / "nowhere")
+    for i, name in enumerate(("new", "old")):
         os.utime(logs / f"{name}0.txt", (1e9 - i, 1e9 - i))
     assert watch.main([str(logs), "--once", "--records", str(folder / "records")]) == 0
     assert "step 100/1555" in capsys.readouterr().out
