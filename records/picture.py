@@ -1,9 +1,23 @@
-"""The pictures: loss curves of runs, by matplotlib; the history of records, an SVG alike on every machine."""
+"""
+The pictures: loss curves of runs, by matplotlib; the history of records and the comparison of programs, SVGs that are
+alike on every machine.
 
+    python records/picture.py records/quarter_runs.csv records/2026-11-25_Fp8Gradients --out records/quarter.svg
+
+draws programs beside each other, loss over GPU-seconds: those of a file of figures with the columns program, steps,
+step, train_time_ms, val_loss, where this project's have names that begin with "this project", and this program, from
+the logs of its record.
+"""
+
+import argparse
+import csv
+import math
+import sys
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
-from runlog import Group, Record, clean, judge
+from runlog import Group, Record, clean, judge, number, read_runs
 
 NEW, PALE, OLD, INK, QUIET, FAINT = "#1664d9", "#9dbff0", "#c77414", "#24292f", "#57606a", "#8b949e"
 PUBLIC = (
@@ -100,3 +114,199 @@ def history_svg(records: list[Record], most: int = 20) -> str:
             f'<text x="{308 + width + 8:.1f}" y="{y + 20}" fill="{INK}">{seconds:.2f} s{remark}</text>',
         ]
     return "\n".join([*lines, "</svg>", ""])
+
+
+# ======================================================================================================================
+# Programs beside each other
+# ======================================================================================================================
+
+COLUMNS = ["program", "steps", "step", "train_time_ms", "val_loss"]
+NOTE = "One NVIDIA H100, a quarter of each program's steps, open English text instead of FineWeb, one or two runs each"
+FEW = 6  # validations of a record that make no curve
+# On white paper and on dark.
+INKS = {"paper": ("#ffffff", "#0d1117"), "ink": ("#24292f", "#e6edf3"), "quiet": ("#57606a", "#9198a1")}
+INKS |= {"grid": ("#d8dee4", "#262c36"), "ours": (NEW, "#58a6ff")}
+INKS |= {"other0": (OLD, "#e9a352"), "other1": ("#14857a", "#4cc9b8"), "other2": ("#8250df", "#b99af5")}
+
+
+class Curve(NamedTuple):
+    """A program's losses by GPU-seconds; the last point is the end of its run."""
+
+    name: str
+    ink: str
+    points: list[tuple[float, float]]
+
+
+class Panel(NamedTuple):
+    """A rectangle of the picture and the ranges of GPU-seconds and loss that it shows."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    times: tuple[float, float]
+    losses: tuple[float, float]
+
+    @property
+    def size(self) -> str:
+        return f'x="{self.left}" y="{self.top}" width="{self.width}" height="{self.height}"'
+
+    def x(self, time: float) -> float:
+        return self.left + self.width * (time - self.times[0]) / (self.times[1] - self.times[0])
+
+    def y(self, loss: float) -> float:
+        return self.top + self.height * (self.losses[1] - loss) / (self.losses[1] - self.losses[0])
+
+
+def read_figures(path: Path) -> list[Curve]:
+    """The programs of a file of figures. Raises ValueError for what is none."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    if not rows or rows[0] != COLUMNS:
+        raise ValueError(f"{path}: its first line must be {','.join(COLUMNS)}")
+    programs: dict[str, list[tuple[float, float]]] = {}
+    for i, row in enumerate(rows[1:], 2):
+        name, texts = "".join(row[:1]), row[1:]
+        values = [value for text in texts if (value := number(text)) is not None and math.isfinite(value)]
+        if len(texts) != 4 or len(values) != 4:
+            raise ValueError(f"{path}, line {i}: must be a name and four numbers, as in x,390,25,4418,6.0716")
+        programs.setdefault(name, []).append((values[2] / 1000, values[3]))
+    if not programs:
+        raise ValueError(f"{path}: no figures")
+    others = iter(["other0", "other1", "other2", *["quiet"] * len(programs)])
+    return [
+        Curve(name, "ours" if name.startswith("this project") else next(others), sorted(points))
+        for name, points in programs.items()
+    ]
+
+
+def read_folder(folder: Path) -> Curve:
+    """The mean of a record's runs, of few validations only the end. Raises ValueError where there is none."""
+    group = Group(read_runs([folder]))
+    runs, gpus = group.counted, {len(run.gpus) or 1 for run in group.counted}
+    if not runs or len(gpus) > 1 or len(group.steps()) > 1:
+        raise ValueError(f"{folder}: must hold complete runs of one length on one number of GPUs")
+    steps = [step for step in runs[0].losses if all(step in run.losses and step in run.times for run in runs)]
+    points = [(max(gpus) * group.time_at(step), group.loss_at(step)) for step in steps]
+    return Curve("this program", "ours", points if len(points) >= FEW else points[-1:])
+
+
+def programs_svg(curves: list[Curve], target: float, note: str) -> str:
+    """The curves, and in the empty corner the ends of the runs, enlarged and named."""
+    times, losses = zip(*(curve.points[-1] for curve in curves), strict=True)
+    low, high = min(*losses, target), max(*losses, target)
+    spread, rise = max(times) - min(times) or 1.0, high - low or 0.01
+    whole = Panel(56, 74, 764, 372, (0, 1.04 * max(times)), (low - 0.1, 1.85 * target))
+    ends = Panel(
+        *(404, 102, 414, 196),
+        (min(times) - 0.12 * spread, max(times) + 0.12 * spread),
+        (low - 0.9 * rise, high + 0.5 * rise),
+    )
+    light, dark = ("".join(f".{k}{{fill:{v[i]}}}.{k}-line{{stroke:{v[i]}}}" for k, v in INKS.items()) for i in (0, 1))
+    lines = [
+        '<svg xmlns="http://www.w3.org/2000/svg" width="840" height="496" viewBox="0 0 840 496" '
+        'font-family="sans-serif" font-size="13" role="img">',
+        "<title>Validation loss over GPU-seconds</title>",
+        f"<style>{light}@media(prefers-color-scheme:dark){{{dark}}}</style>",
+        '<rect class="paper" width="840" height="496"/>',
+        text(20, 28, "Validation loss over GPU-seconds of training", "ink", 'font-size="16" font-weight="bold"'),
+        text(20, 49, note, "quiet"),
+        *axes(whole, target),
+        text(whole.left + 6, whole.y(target) - 6, f"target {target:g}", "ink"),
+        text(whole.left + whole.width, 484, "GPU-seconds", "quiet", 'text-anchor="end"'),
+        f'<clipPath id="whole"><rect {whole.size}/></clipPath><g clip-path="url(#whole)">',
+    ]
+    for curve in sorted(curves, key=lambda curve: curve.ink == "ours"):
+        points = " ".join(f"{whole.x(time):.1f},{whole.y(loss):.1f}" for time, loss in curve.points)
+        width = 2.6 if curve.ink == "ours" else 1.8
+        lines.append(f'<polyline class="{curve.ink}-line" fill="none" stroke-width="{width}" points="{points}"/>')
+        lines += [dot(whole, point, curve.ink, 2.5) for point in curve.points[:-1]]
+        lines.append(dot(whole, curve.points[-1], curve.ink, 4.5))
+    lines.append(f'</g><rect class="paper" x="{ends.left - 52}" y="70" width="488" height="258"/>')
+    lines += [text(ends.left, 93, "at the end: GPU-seconds and loss", "quiet"), *axes(ends, target, frame=True)]
+    lines += [dot(ends, curve.points[-1], curve.ink, 5) for curve in curves]
+    lines += labels(ends, curves, target)
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def axes(panel: Panel, target: float, frame: bool = False) -> list[str]:
+    """Grid, numbers and the target."""
+    bottom, right, lines = panel.top + panel.height, panel.left + panel.width, []
+    for time in ticks(*panel.times):
+        lines.append(rule(panel.x(time), panel.top, panel.x(time), bottom, "grid"))
+        lines.append(text(panel.x(time), bottom + 18, f"{time:g}", "quiet", 'font-size="12" text-anchor="middle"'))
+    for loss in ticks(*panel.losses):
+        lines.append(rule(panel.left, panel.y(loss), right, panel.y(loss), "grid"))
+        lines.append(text(panel.left - 8, panel.y(loss) + 4, f"{loss:g}", "quiet", 'font-size="12" text-anchor="end"'))
+    lines += [f'<rect class="quiet-line" fill="none" {panel.size}/>'] if frame else []
+    return [*lines, rule(panel.left, panel.y(target), right, panel.y(target), "ink", ' stroke-dasharray="5 4"')]
+
+
+def labels(panel: Panel, curves: list[Curve], target: float) -> list[str]:
+    """Name, time and loss at each end, where neither another label nor an end nor the target's line stands.
+
+    What this project's program did before is not named beside what it does now.
+    """
+    middles = [(panel.x(time), panel.y(loss)) for time, loss in (curve.points[-1] for curve in curves)]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in middles]
+    taken.append((panel.left, panel.y(target) - 1, panel.left + panel.width, panel.y(target) + 1))
+    ours = [i for i, curve in enumerate(curves) if curve.ink == "ours"]
+    lines, right = [], panel.left + panel.width
+    for i in ours[-1:] + [i for i in range(len(curves)) if i not in ours]:
+        (x, y), (time, loss), name = middles[i], curves[i].points[-1], curves[i].name.partition(" (")[0]
+        figures = f"{time:.1f} s, {loss:.4f}"
+        width = max(7.5 * len(name), 6.7 * len(figures))
+        spots = [(a, b) for b in (y - 17, y + 6, y - 40, y + 42) for a in (x + 10, x - 10 - width, right - 6 - width)]
+        boxes = [(a, b, a + width, b + 34) for a, b in spots if panel.left < a and a + width < right]
+        box = next((box for box in boxes if not any(overlap(box, other) for other in taken)), boxes[0])
+        taken.append(box)
+        lines.append(text(box[0], box[1] + 13, name, curves[i].ink, 'font-weight="bold"'))
+        lines.append(text(box[0], box[1] + 30, figures, "ink"))
+    return lines
+
+
+def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Four to nine round numbers between."""
+    unit = 10 ** math.floor(math.log10((high - low) / 4))
+    step = next(unit * k for k in (5, 2, 1) if (high - low) / (unit * k) >= 4)
+    return [round(i * step, 9) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def text(x: float, y: float, words: str, ink: str, more: str = "") -> str:
+    return f'<text class="{ink}" x="{x:.1f}" y="{y:.1f}" {more}>{escape(clean(words))}</text>'
+
+
+def rule(x0: float, y0: float, x1: float, y1: float, ink: str, more: str = "") -> str:
+    return f'<line class="{ink}-line" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"{more}/>'
+
+
+def dot(panel: Panel, point: tuple[float, float], ink: str, radius: float) -> str:
+    x, y = panel.x(point[0]), panel.y(point[1])
+    return f'<circle class="{ink} paper-line" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures", type=Path, metavar="FIGURES.csv")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="this program's record")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.svg")
+    parser.add_argument("--target", type=float, default=3.337, help="loss to mark (default %(default)s)")
+    parser.add_argument("--note", default=NOTE, help="how it was measured, in a line")
+    options = parser.parse_args(arguments)
+    try:
+        curves = read_figures(options.figures)
+        if options.folder:
+            curves.append(read_folder(options.folder))
+        options.out.write_bytes(programs_svg(curves, options.target, options.note).encode())
+    except (OSError, ValueError) as problem:
+        print(f"picture.py: {clean(str(problem), 300)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,7 @@ import os
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -50,7 +50,7 @@ UNTIMED = 50  # a clock that begins again later than here does not merely leave 
 
 HEADER = re.compile(r"^={20,}[ \t]*\n(?:[ \t]*\n)?(?=Running[ \t]{1,9}(?:Python|PyTorch)[ \t])", re.M | re.I)
 RULE_LINE = re.compile(r"^={20,}[ \t]*$", re.M)
-STEP = re.compile(r"^[ \t]{0,9}step:[ \t]?([0-9]{1,7})(?:/([0-9]{1,7}))?[ \t]([^\n]{1,400})", re.M)
+STEP_LINE = re.compile(r"^[ \t]{0,9}step:[ \t]?([0-9]{1,7})(?:/([0-9]{1,7}))?[ \t]([^\n]{1,400})", re.M)
 # In the rest of a step line. A unit is never the beginning of another: a line may be cut off behind it.
 TIME = re.compile(r"\btrain_time:[ \t]?([0-9.]{1,20})[ \t]?(ms|s|min|h)\b")
 AVERAGE = re.compile(r"\bstep_avg:[ \t]?([0-9.]{1,20})[ \t]?(ms|s|min|h)\b")
@@ -232,7 +232,7 @@ def parse(run: Run, text: str) -> None:
         run.problems.append("no line of '=' before 'Running Python': another program's log, or cut off in the source")
         return
     run.source = text[: header.start()]
-    first = STEP.search(text, header.end())
+    first = STEP_LINE.search(text, header.end())
     end = first.start() if first else len(text)
     rule = RULE_LINE.search(text, header.end(), end)
     head = text[header.end() : rule.start() if rule else end]
@@ -295,34 +295,50 @@ def without_lost_steps(run: Run, body: str) -> str:
     parts, limit = [rest[-1]], math.inf
     for text, step in zip([first, *rest[1:-1:2]][::-1], rest[::2][::-1], strict=True):
         limit = min(limit, int(step))
-        text = STEP.sub(lambda m, limit=limit: m[0] if int(m[1]) <= limit else "lost", text)
+        text = STEP_LINE.sub(lambda m, limit=limit: m[0] if int(m[1]) <= limit else "lost", text)
         parts.append(ERROR.sub("", text))
     run.notes.append(f"resumed {len(rest) // 2} times, the last time at step {rest[-2]}")
     return "".join(parts[::-1])
+
+
+class Step(NamedTuple):
+    """A line on a step; times are milliseconds and how much they may be rounded."""
+
+    line: str
+    step: int  # steps done
+    total: int | None  # None: it does not say
+    time: tuple[float, float] | None  # None: the line cannot be read
+    loss: float | None  # a validation's
+    average: tuple[float, float] | None  # time of a step so far, as the log says
+
+
+def step_lines(text: str) -> Iterator[Step]:
+    """The lines on steps in a log's body, or in a part of it, in their order."""
+    for m in STEP_LINE.finditer(text):
+        before, word, _ = m[3].partition("train_time:")
+        if word:
+            found = VAL_LOSS.search(before)
+            loss = number(found[1]) if found else None
+            time = measured(TIME, m[3]) if loss is not None or "val_loss" not in before else None
+            yield Step(m[0], int(m[1]), int(m[2]) if m[2] else None, time, loss, measured(AVERAGE, m[3]))
 
 
 def parse_steps(run: Run, body: str) -> None:
     """Losses and times, and what is wrong with them."""
     totals, step_times, val_times, averages = set(), {}, {}, []
     twice = contradictions = 0
-    for m in STEP.finditer(body):
-        before, word, _ = m[3].partition("train_time:")
-        if not word:
-            continue
-        step, time = int(m[1]), measured(TIME, m[3])
-        loss = VAL_LOSS.search(before)
-        value = (time and time[0], number(loss[1]) if loss else None)
-        if time is None or step > int(m[2] or step) or ("val_loss" in before and value[1] is None):
+    for line, step, total, time, loss, average in step_lines(body):
+        if time is None or (total is not None and step > total):
             if len(run.notes) < 5:
-                run.notes.append(f"unreadable line: {clean(m[0], 60)}")
+                run.notes.append(f"unreadable line: {clean(line, 60)}")
             continue
-        totals.update([int(m[2])] if m[2] else [])
-        seen = val_times if loss else step_times
+        totals.update([] if total is None else [total])
+        seen, value = (step_times if loss is None else val_times), (time[0], loss)
         if step in seen:
             twice += 1
             contradictions += repr(seen[step]) != repr(value)
         seen[step] = value
-        if loss and (average := measured(AVERAGE, m[3])):
+        if loss is not None and average:
             averages.append((step, time, average))
     run.total = max(totals, default=0)
     run.losses = {step: loss for step, (_, loss) in sorted(val_times.items())}

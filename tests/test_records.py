@@ -586,6 +586,11 @@ def test_text_of_a_log_neither_steers_the_terminal_nor_breaks_the_markdown(tmp_p
         f"{'(' * 500_000}\n.compile{'(' * 100_000}\n{RULE}\nRunning Python 3\n{RULE}\n" + "=" * 1_000_000,
         f"{'.compile((' * 20_000}\n{RULE}\nRunning Python 3\n{RULE}\nstep:1/1 val_loss:1 train_time:1ms\n",
         "\n".join(f"step:{i}/9999999 val_loss:1 train_time:{i}ms" for i in range(20_000)),
+        f"x\n{RULE}\n" + ("Running PyTorch" + " on" * 80 + " with world_size\n") * 3_000,
+        f"{RULE}\nRunning Python 3\n{RULE}\n"
+        + ("step:1/2 " + "val_loss:" * 40 + " train_time:" + "9" * 30 + "\n") * 2_500,
+        f"{RULE}\nRunning Python 3\n{RULE}\n" + " \t" * 200_000 + "stages: begin at steps " + "0 " * 200_000,
+        f"{RULE}\nRunning Python 3\n{RULE}\n" + "run: , 1 steps" * 40_000 + "\nrun: " * 40_000,
         f"{RULE}\nRunning Python 3\n{RULE}\nstep:{'9' * 100_000}/1 val_loss:{'9' * 100_000} train_time:1.1.1ms\n",
     ],
 )
@@ -633,6 +638,10 @@ PIECES = st.sampled_from(
         *(
             "step:0/0 val_loss:3.1 train_time:0ms\n",
             "step:2/3 val_loss:1e999 train_time:7ms\n",
+            "step:2 val_loss:3.2\ttrain_time:7 min step_avg:0.1s\n",
+            "step:2/3 train_time:90s step_avg:45000.00ms\n",
+            "stages: begin at steps 0 1 2\n",
+            "stages: begin at steps 3 x\n",
             '"""',
             "'''",
             "\\",
@@ -660,7 +669,7 @@ def test_any_text_is_reported(texts, whole):
         runs.append(run)
         assert run.complete == (not run.problems)
         if run.complete:
-            assert math.isfinite(run.loss) and run.seconds >= 0
+            assert math.isfinite(run.loss) and run.seconds >= 0 and min(run.times) == (run.untimed or min(run.times))
     group = runlog.Group(runs)
     rules = runlog.judge(group, SOURCE)
     lines = report.comparison_lines(group, group, comparison := runlog.compare(group, group))
@@ -1360,3 +1369,67 @@ def test_watch_takes_the_newest_log(running, capsys):
         os.utime(logs / f"{name}0.txt", (1e9 - i, 1e9 - i))
     assert watch.main([str(logs), "--once", "--records", str(folder / "records")]) == 0
     assert "step 100/1555" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------- the README's
+
+FIGURES = """program,steps,step,train_time_ms,val_loss
+this project at abc,390,0,0,10.8
+this project at abc,390,200,48000,3.95
+this project at abc,390,390,138000,3.34
+"<b>$x (public; 98 s)",390,25,6434,6.0879
+"<b>$x (public; 98 s)",390,390,187922,3.3372
+"""
+
+
+def test_the_readmes_picture_is_what_its_command_draws(tmp_path):
+    command = re.search(
+        r"^python records/picture.py (.+) --out records/quarter.svg", (ROOT / "README.md").read_text(), re.M
+    )
+    assert picture.main([*(str(ROOT / path) for path in command[1].split()), "--out", str(tmp_path / "a.svg")]) == 0
+    drawn = (tmp_path / "a.svg").read_bytes()
+    assert drawn == (ROOT / "records/quarter.svg").read_bytes(), "run the command in the README again"
+    assert len(drawn) < 60_000 and "records/quarter.svg)" in (ROOT / "README.md").read_text()
+    assert "3.337" in picture.NOTE + drawn.decode() and "open English text instead of FineWeb" in drawn.decode()
+
+
+def test_programs_beside_each_other(tmp_path):
+    (tmp_path / "a.csv").write_text(FIGURES)
+    record = write(tmp_path / "record", [own_log(3.33, 60.0, gpus=2), own_log(3.34, 61.0, gpus=2)])
+    arguments = [str(tmp_path / "a.csv"), "--out", str(tmp_path / "a.svg"), "--target", "3.3", "--note", "here & now"]
+    assert picture.main([*arguments[:1], str(record), *arguments[1:]]) == 0
+    svg = (tmp_path / "a.svg").read_text()
+    from xml.etree import ElementTree
+
+    words = [element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")]
+    for text in ("here & now", "target 3.3", "<b>$x", "187.9 s, 3.3372", "this program", "121.0 s, 3.3350"):
+        assert text in words
+    assert "138.0 s, 3.3400" not in words and svg.count("<polyline") == 3
+    assert picture.main(arguments) == 0 and "138.0 s, 3.3400" in (tmp_path / "a.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    "figures, folder, message",
+    [
+        (None, None, "a.csv"),
+        ("", None, "its first line must be program,steps,step,train_time_ms,val_loss"),
+        (FIGURES.replace("3.95", "x"), None, "a.csv, line 3: must be a name and four numbers"),
+        (FIGURES.replace(",3.95", ""), None, "a.csv, line 3: must be a name and four numbers"),
+        (FIGURES[:41], None, "no figures"),
+        (FIGURES, "empty", "empty: must hold complete runs of one length"),
+        (FIGURES, "missing", "missing: must hold complete runs of one length"),
+    ],
+)
+def test_figures_that_cannot_be_drawn_are_named(tmp_path, capsys, figures, folder, message):
+    if figures is not None:
+        (tmp_path / "a.csv").write_text(figures)
+    (tmp_path / "empty").mkdir()
+    arguments = [
+        str(tmp_path / "a.csv"),
+        *([str(tmp_path / folder)] if folder else []),
+        "--out",
+        str(tmp_path / "a.svg"),
+    ]
+    assert picture.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "a.svg").exists()
