@@ -160,16 +160,19 @@ class Panel(NamedTuple):
 
 def read_figures(path: Path) -> list[Curve]:
     """The programs of a file of figures. Raises ValueError for what is none."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as problem:
+        raise ValueError(f"{path}: not a file of figures ({problem})") from None
     if not rows or rows[0] != COLUMNS:
         raise ValueError(f"{path}: its first line must be {','.join(COLUMNS)}")
     programs: dict[str, list[tuple[float, float]]] = {}
     for i, row in enumerate(rows[1:], 2):
         name, texts = "".join(row[:1]), row[1:]
-        values = [value for text in texts if (value := number(text)) is not None and math.isfinite(value)]
+        values = [value for text in texts if (value := number(text)) is not None and 0 <= value < 1e12]
         if len(texts) != 4 or len(values) != 4:
-            raise ValueError(f"{path}, line {i}: must be a name and four numbers, as in x,390,25,4418,6.0716")
+            raise ValueError(f"{path}, line {i}: must be a name and four numbers from 0, as in x,390,25,4418,6.0716")
         programs.setdefault(name, []).append((values[2] / 1000, values[3]))
     if not programs:
         raise ValueError(f"{path}: no figures")
@@ -196,7 +199,7 @@ def programs_svg(curves: list[Curve], target: float, note: str) -> str:
     times, losses = zip(*(curve.points[-1] for curve in curves), strict=True)
     low, high = min(*losses, target), max(*losses, target)
     spread, rise = max(times) - min(times) or 1.0, high - low or 0.01
-    whole = Panel(56, 74, 764, 372, (0, 1.04 * max(times)), (low - 0.1, 1.85 * target))
+    whole = Panel(56, 74, 764, 372, (0, 1.04 * max(times) or 1), (low - 0.1, max(1.85 * target, high + 1)))
     ends = Panel(
         *(404, 102, 414, 196),
         (min(times) - 0.12 * spread, max(times) + 0.12 * spread),
@@ -253,7 +256,7 @@ def labels(panel: Panel, curves: list[Curve], target: float) -> list[str]:
     ours = [i for i, curve in enumerate(curves) if curve.ink == "ours"]
     lines, right = [], panel.left + panel.width
     for i in ours[-1:] + [i for i in range(len(curves)) if i not in ours]:
-        (x, y), (time, loss), name = middles[i], curves[i].points[-1], curves[i].name.partition(" (")[0]
+        (x, y), (time, loss), name = middles[i], curves[i].points[-1], clean(curves[i].name.partition(" (")[0], 40)
         figures = f"{time:.1f} s, {loss:.4f}"
         width = max(7.5 * len(name), 6.7 * len(figures))
         spots = [(a, b) for b in (y - 17, y + 6, y - 40, y + 42) for a in (x + 10, x - 10 - width, right - 6 - width)]
@@ -303,7 +306,8 @@ def main(arguments: list[str] | None = None) -> int:
             curves.append(read_folder(options.folder))
         options.out.write_bytes(programs_svg(curves, options.target, options.note).encode())
     except (OSError, ValueError) as problem:
-        print(f"picture.py: {clean(str(problem), 300)}", file=sys.stderr)
+        said = f"{problem.filename}: {problem.strerror}" if isinstance(problem, OSError) else str(problem)
+        print(f"picture.py: {clean(said, 300)}", file=sys.stderr)
         return 1
     return 0
 

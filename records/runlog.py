@@ -315,11 +315,11 @@ class Step(NamedTuple):
 def step_lines(text: str) -> Iterator[Step]:
     """The lines on steps in a log's body, or in a part of it, in their order."""
     for m in STEP_LINE.finditer(text):
-        before, word, _ = m[3].partition("train_time:")
-        if word:
-            found = VAL_LOSS.search(before)
+        if "train_time:" in m[3]:
+            ended = text[m.end() : m.end() + 1] == "\n"  # else the last figure may be cut off
+            found = VAL_LOSS.search(m[3] + " " * ended)
             loss = number(found[1]) if found else None
-            time = measured(TIME, m[3]) if loss is not None or "val_loss" not in before else None
+            time = measured(TIME, m[3]) if loss is not None or "val_loss" not in m[3] else None
             yield Step(m[0], int(m[1]), int(m[2]) if m[2] else None, time, loss, measured(AVERAGE, m[3]))
 
 
@@ -440,7 +440,7 @@ def read_runs(arguments: list[Path]) -> list[Run]:
     paths: dict[str, tuple[Path, str]] = {}
     runs = []
     for argument in map(Path, arguments):
-        if not argument.is_dir():
+        if not os.path.isdir(argument):
             paths.setdefault(os.path.realpath(argument), (argument, argument.name))
             continue
         inside = logs_in(argument)

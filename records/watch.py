@@ -136,9 +136,12 @@ def main(arguments: list[str] | None = None) -> int:
     path = newest_log(options.log) if options.log.is_dir() else options.log
     if path is None:
         parser.error(f"{options.log}: no logs in this folder")
-    against = Against(Group(read_runs([options.against])) if options.against else None, read_records(options.records))
-    if options.against and not against.named.counted:
-        parser.error(f"{options.against}: no complete run to compare with")
+    if options.against:
+        against = Against(Group(read_runs([options.against])), [])
+        if not against.named.counted:
+            parser.error(f"{options.against}: no complete run to compare with")
+    else:
+        against = Against(None, read_records(options.records))
     if options.once:
         print(against.status(read_run(path)))
         return 0

@@ -316,6 +316,7 @@ def test_a_log_that_ends_inside_a_source_with_an_example_is_no_run(tmp_path):
         lambda text: re.sub(r"(\d+)ms step", lambda m: f"{int(m[1]) / 1000:.3f}s step", text),
         lambda text: re.sub(r"(\d+)ms step", lambda m: f"{int(m[1]) / 60000:.7f} min step", text),
         lambda text: re.sub(r"(step:.*) train_time", r"\1 lr:0.1 train_loss:4.1 x: 3 train_time", text),
+        lambda text: re.sub(r"(val_loss:\S+) (train_time.*)", r"\2 \1", text),
         lambda text: re.sub(r"^step:(.*)", lambda m: "  step: " + m[1].replace(" ", "\t"), text, flags=re.M),
         lambda text: re.sub(r"^(step:\d+)/1555 (train)", r"\1 \2", text, flags=re.M),
         lambda text: re.sub(r" step_avg:\S+", "", text),
@@ -353,7 +354,13 @@ def test_losses_are_shown_with_the_decimals_that_the_log_has(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "line",
-    ["step:9/9 train_time:", "step:9/9 train_time:9", "step:9/9 val_loss:3.2 train_time:97", "step:9/9 train_time:9m"],
+    [
+        "step:9/9 train_time:",
+        "step:9/9 train_time:9",
+        "step:9/9 val_loss:3.2 train_time:97",
+        "step:9/9 train_time:9s val_loss:3.2",
+        "step:9/9 train_time:9m",
+    ],
 )
 def test_a_line_that_is_cut_off_is_no_figure(line):
     run = runlog.Run(Path("x"))
@@ -537,14 +544,14 @@ def test_logs_in_subfolders_are_found(tmp_path, capsys):
     assert [run.loss for run in runlog.read_runs([folder / "out.txt"])] == [3.2]
 
 
-@pytest.mark.parametrize("what", ["missing.txt", "empty_folder", "pipe"])
+@pytest.mark.parametrize("what", ["missing.txt", "empty_folder", "pipe", "x" * 300])
 def test_what_is_no_file_is_named(tmp_path, capsys, what):
     (tmp_path / "empty_folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     write(tmp_path / "good", [own_log()])
     status, out = printed(capsys, tmp_path / what, tmp_path / "good")
     assert status == 0 and re.search(
-        rf"^{what} .*not a whole run: (cannot be read: No such|no logs|not a file)", out, re.M
+        rf"^{what[:100]}.* .*not a whole run: (cannot be read: (No such|File name too long)|no logs|not a file)", out, re.M
     )
     assert report.main([str(tmp_path / what)]) == 1
 
@@ -669,7 +676,7 @@ def test_any_text_is_reported(texts, whole):
         runs.append(run)
         assert run.complete == (not run.problems)
         if run.complete:
-            assert math.isfinite(run.loss) and run.seconds >= 0 and min(run.times) == (run.untimed or min(run.times))
+            assert math.isfinite(run.loss) and run.seconds >= 0
     group = runlog.Group(runs)
     rules = runlog.judge(group, SOURCE)
     lines = report.comparison_lines(group, group, comparison := runlog.compare(group, group))
@@ -1411,18 +1418,19 @@ def test_programs_beside_each_other(tmp_path):
 @pytest.mark.parametrize(
     "figures, folder, message",
     [
-        (None, None, "a.csv"),
+        (None, None, "a.csv: No such file or directory"),
         ("", None, "its first line must be program,steps,step,train_time_ms,val_loss"),
         (FIGURES.replace("3.95", "x"), None, "a.csv, line 3: must be a name and four numbers"),
         (FIGURES.replace(",3.95", ""), None, "a.csv, line 3: must be a name and four numbers"),
         (FIGURES[:41], None, "no figures"),
+        (FIGURES + "x\udcff", None, "a.csv: not a file of figures"),
         (FIGURES, "empty", "empty: must hold complete runs of one length"),
         (FIGURES, "missing", "missing: must hold complete runs of one length"),
     ],
 )
 def test_figures_that_cannot_be_drawn_are_named(tmp_path, capsys, figures, folder, message):
     if figures is not None:
-        (tmp_path / "a.csv").write_text(figures)
+        (tmp_path / "a.csv").write_text(figures, errors="surrogateescape")
     (tmp_path / "empty").mkdir()
     arguments = [
         str(tmp_path / "a.csv"),
