@@ -381,7 +381,7 @@ def clock_from(step, first_ms, ms=100, total=1000, every=1, average=True):
         mean = f" step_avg:{elapsed / (i - step) if i > step + 1 else math.nan:.2f}ms" if average else ""
         if i % every == 0:
             lines.append(f"step:{i}/{total} train_time:{elapsed}ms{mean}")
-        if i % 125 == 0:
+        if i % 125 == 0 or i == total:
             lines.append(f"step:{i}/{total} val_loss:{5 - 1.73 * i / total:.4f} train_time:{elapsed}ms{mean}")
     return "\n".join([PUBLIC_SOURCE, RULE, "Running python 3.12.8 (main)", RULE, *lines, ""])
 
@@ -401,8 +401,19 @@ def test_a_clock_that_begins_again_early_is_a_note_and_breaks_the_rule(tmp_path,
     assert run.times[step] == 0 and min(run.times) == step and run.losses[0] == 10.8284
 
 
-@pytest.mark.parametrize("text", [clock_from(600, 100), clock_from(60, 100), clock_from(500, 100, every=125)])
-def test_a_clock_that_begins_again_late_is_no_whole_run(tmp_path, text):
+@pytest.mark.parametrize(
+    "text",
+    [
+        clock_from(600, 100),
+        clock_from(60, 100),
+        clock_from(500, 100, every=125),
+        clock_from(15, 3000, total=30),
+        re.sub(
+            r"(step:(?!0|[1-9]/|10/).*train_time:)(\d+)", lambda m: f"{m[1]}{int(m[2]) + 9000}", clock_from(10, 31_000)
+        ),
+    ],
+)
+def test_a_clock_that_begins_again_late_or_not_from_zero_is_no_whole_run(tmp_path, text):
     assert read(tmp_path, text).problems == ["the clock runs backwards"]
 
 
@@ -425,6 +436,16 @@ def test_validations_alone_tell_by_their_mean_what_the_clock_leaves_out(tmp_path
     run = read(tmp_path, clock_from(10, 31_000, every=5000, average=average))
     assert run.complete and not run.notes and run.untimed == untimed
     assert judged([run])[0][CLOCK].holds is holds
+
+
+def test_a_line_that_is_a_step_off_is_no_new_beginning(tmp_path):
+    run = read(tmp_path, clock_from(0, 0).replace("step:1/1000 train_time:100ms", "step:1/1000 train_time:290ms"))
+    assert run.complete and not run.notes and run.untimed == 0
+
+
+def test_a_mean_that_is_rounded_tells_nothing(tmp_path):
+    text = clock_from(10, 31_000, every=5000)
+    assert read(tmp_path, re.sub("step_avg:[0-9.]+ms", "step_avg:0.1s", text)).untimed is None
 
 
 def test_a_mean_of_something_else_tells_nothing(tmp_path):
@@ -551,7 +572,9 @@ def test_what_is_no_file_is_named(tmp_path, capsys, what):
     write(tmp_path / "good", [own_log()])
     status, out = printed(capsys, tmp_path / what, tmp_path / "good")
     assert status == 0 and re.search(
-        rf"^{what[:100]}.* .*not a whole run: (cannot be read: (No such|File name too long)|no logs|not a file)", out, re.M
+        rf"^{what[:100]}.* .*not a whole run: (cannot be read: (No such|File name too long)|no logs|not a file)",
+        out,
+        re.M,
     )
     assert report.main([str(tmp_path / what)]) == 1
 
