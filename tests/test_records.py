@@ -312,7 +312,7 @@ def test_a_log_that_ends_inside_a_source_with_an_example_is_no_run(tmp_path):
         lambda text: text.replace("Running Python", "Running python").replace("PyTorch", "pytorch"),
         lambda text: re.sub("Running Python.*\n", "", text).replace("PyTorch", "Pytorch"),
         lambda text: text.replace("Running Python ", "\nRunning  Python\t"),
-        lambda text: text.replace(f"\n{RULE}\nstep", "\nstep"),
+        lambda text: text.replace(f"\n{RULE}\nstep", "\nstep") + RULE + "\n",
         lambda text: re.sub(r"(\d+)ms step", lambda m: f"{int(m[1]) / 1000:.3f}s step", text),
         lambda text: re.sub(r"(\d+)ms step", lambda m: f"{int(m[1]) / 60000:.7f} min step", text),
         lambda text: re.sub(r"(step:.*) train_time", r"\1 lr:0.1 train_loss:4.1 x: 3 train_time", text),
@@ -524,6 +524,12 @@ def test_a_broken_log_is_named_and_the_others_are_reported(tmp_path, capsys, nam
     assert "runs          2 complete of 3" in out and "loss          mean 3.2779, std 0.0003" in out
     assert "BROKEN   every run complete: 1 of 3 logs are not whole runs" in out
     assert "Not a record" in out
+
+
+def test_a_log_before_its_first_step_knows_its_length_stages_and_setting(tmp_path):
+    run, whole = read(tmp_path, up_to(own_log(), "warm-up: 33")), read(tmp_path / "b", own_log())
+    assert (run.step, run.total, run.notes) == (0, 1555, []) and run.stages() == whole.stages()
+    assert runlog.Group([run]).setting() == runlog.Group([whole]).setting()
 
 
 def test_lines_that_stand_twice_alike_do_no_harm(tmp_path):
@@ -1277,7 +1283,7 @@ def test_watch_of_a_run_of_another_setting_says_that_there_is_no_record(running,
         text = own_log(3.29, 99.0, **change)
         line = once(capsys, folder, up_to(text, "step:760/1555 "))
         assert line.endswith("s left | no record of this setting") and "ahead" not in line
-        assert "record" not in once(capsys, folder, up_to(text, "warm-up"))
+        assert "record" not in once(capsys, folder, up_to(text, "warm-up: 33"))
         line = once(
             capsys, folder, up_to(text, "step:760/1555 "), "--against", str(folder / "records/2026-01-30_Fused")
         )
