@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from shards import BOS, DataError, read_shard, reason, shard_problem, write_shard
+from shards import BOS, DataError, data_root, home_path, read_shard, reason, shard_problem, tell, write_shard
 
 MIN_DOCUMENT_BYTES = 200
 VAL_EVERY = 8  # every 8th document is for validation
@@ -125,15 +125,16 @@ def write_sample(shards: dict[str, np.ndarray], folder: Path) -> None:
         same = shard_problem(path) is None and np.array_equal(read_shard(path), tokens)
         if not same:
             write_shard(path, tokens)
-        print(f"{path}: {len(tokens):,} tokens{', already there' if same else ''}")
+        tell(f"{path}: {len(tokens):,} tokens{', already there' if same else ''}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv`; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    root = Path(os.environ.get("DATA_PATH") or Path(__file__).resolve().parent.parent)
-    default = root / "data" / "sample"
-    parser.add_argument("--out", metavar="DIR", type=Path, default=default, help="output folder (default: %(default)s)")
+    default = data_root() / "data" / "sample"
+    parser.add_argument(
+        "--out", metavar="DIR", type=home_path, default=default, help="output folder (default: %(default)s)"
+    )
     folder = parser.parse_args(argv).out
     try:
         write_sample(sample_shards(Path(sysconfig.get_path("stdlib"))), folder)

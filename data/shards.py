@@ -1,13 +1,15 @@
 """Token shards: the file format of the training data, shared by the scripts in this folder.
 
 A shard `NAME.bin` is a header of 256 little-endian int32 - magic number 20240520, version 1, number of tokens, zeros -
-followed by that many little-endian uint16 token ids of GPT-2's vocabulary. Every document begins with `BOS`.
-train_gpt.py has its own reader, because it has to stay a single file.
+followed by that many little-endian uint16 token ids, of GPT-2's vocabulary unless told otherwise. Every document begins
+with `BOS`. train_gpt.py has its own reader, because it has to stay a single file.
 """
 
 import contextlib
 import os
+import sys
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -33,6 +35,31 @@ class DataError(Exception):
     """What a data script cannot do, in one line for the person who ran it."""
 
 
+def home_path(text: str | os.PathLike) -> Path:
+    """An argparse type: a path whose ~ is a home folder, also where no shell has seen to it ("~/x", --out=~/x)."""
+    return Path(os.path.expanduser(text))
+
+
+def data_root() -> Path:
+    """The folder that holds data/: the one that the environment variable DATA_PATH names, or the repository."""
+    return home_path(os.environ.get("DATA_PATH") or Path(__file__).resolve().parent.parent)
+
+
+def tell(text: str, stream: TextIO | None = None) -> None:
+    """Print a line on `stream` (default: stdout). What it cannot take is dropped: the data is what matters.
+
+    That may be a character that the terminal's encoding lacks, a pipe that is closed (`| head`), a disk that is full.
+    """
+    stream = stream or sys.stdout
+    if stream is None:  # Python was started with it closed
+        return
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:  # from here on nothing comes of it, nor of Python's own flush at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def root_cause(error: BaseException) -> BaseException:
     """The innermost cause of an exception: network libraries wrap the operating system's answer several layers deep."""
     while (inner := error.__cause__ or error.__context__) is not None:
@@ -46,7 +73,7 @@ def reason(error: BaseException) -> str:
     return " ".join(text.split())[:200] or type(error).__name__
 
 
-def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
+def write_shard(path: str | os.PathLike, tokens: np.ndarray, vocab_size: int = VOCAB_SIZE) -> None:
     """Write token ids, an integer array of shape (n,) with 0 < n < 2^31, as the shard `path`, atomically.
 
     The tokens go to a temporary file in the same folder which replaces `path` once it is safely on disk, so that a
@@ -56,8 +83,8 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
     path, tokens = Path(path), np.asarray(tokens)
     if tokens.ndim != 1 or not 0 < tokens.size <= MAX_TOKENS or tokens.dtype.kind not in "iu":
         raise ValueError(f"a shard is 1 to {MAX_TOKENS} integers in one dimension, not {tokens.dtype} {tokens.shape}")
-    if tokens.min() < 0 or tokens.max() >= VOCAB_SIZE:
-        raise ValueError(f"token ids must be 0 to {VOCAB_SIZE - 1}, not {tokens.min()} to {tokens.max()}")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(f"token ids must be 0 to {vocab_size - 1}, not {tokens.min()} to {tokens.max()}")
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens.size
     # The name must not match the pattern *.bin, under which training looks for shards.
@@ -82,7 +109,7 @@ def read_shard(path: str | os.PathLike) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
 
 
-def shard_problem(path: str | os.PathLike, check_ids: bool = False) -> str | None:
+def shard_problem(path: str | os.PathLike, check_ids: bool = False, vocab_size: int = VOCAB_SIZE) -> str | None:
     """What is wrong with a shard, in one line without its name, or None if it is valid.
 
     Reads only the header and the file's size, so it is quick; `check_ids` also reads every token id.
@@ -117,6 +144,6 @@ def shard_problem(path: str | os.PathLike, check_ids: bool = False) -> str | Non
         return f"{size - expected} trailing bytes after the {num_tokens} tokens that the header promises"
     if check_ids:
         highest = int(np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES).max())
-        if highest >= VOCAB_SIZE:
-            return f"token id {highest} is outside the vocabulary of {VOCAB_SIZE}"
+        if highest >= vocab_size:
+            return f"token id {highest} is outside the vocabulary of {vocab_size}"
     return None

@@ -1,48 +1,69 @@
-"""Make token shards from your own text, with GPT-2's tokens.
+"""Make token shards from your own text, with GPT-2's tokens or others.
 
     python data/tokenize_text.py FILES... --out DIR [--prefix text] [--separator STRING] [--field text]
-        [--val_fraction 0.05] [--shard_tokens 100000000] [--workers N] [--overwrite]
+        [--encoding FILE] [--val_fraction 0.05] [--shard_tokens 100000000] [--workers N] [--overwrite]
 
-reads .txt and .jsonl files, also gzipped (.txt.gz, .jsonl.gz), in UTF-8, and writes DIR/<prefix>_val_000000.bin, ...
-and DIR/<prefix>_train_000001.bin, ... A .jsonl file has one document per line, under the key --field. A .txt file is
-one document, or several between --separator strings. Documents without any text are left out. Training reads only
-the first 2048 tokens of each document (`train_max_seq_len`), so a book is better given in chapters or pages.
+reads .txt and .jsonl files, also gzipped (.txt.gz, .jsonl.gz), in UTF-8, and .parquet files (with the package pyarrow,
+which is not in requirements.txt), and writes DIR/<prefix>_val_000000.bin, ... and DIR/<prefix>_train_000001.bin, ...
+A .jsonl file has one document per line, under the key --field; a .parquet file one per row, in the column --field. A
+.txt file is one document, or several between --separator strings, in which a line break stands for any kind of line
+break. Documents without any text are left out. Training reads only the first 2048 tokens of each document
+(`train_max_seq_len`), so a book is better given in chapters or pages. The last line printed is a command that trains on
+what was made.
+
+--encoding FILE takes another vocabulary instead of GPT-2's, in the form of tiktoken's .tiktoken files: a line for each
+token, its bytes in base64, a space, its rank. Ranks count from 0 to N - 1, every single byte is a token, and N is at
+most 65,535. The text is split by GPT-2's pattern, and <|endoftext|>, with which documents begin, is token N.
 
 Shards hold exactly --shard_tokens tokens, the last ones fewer; a document that reaches a shard's end goes on in the
 next, as in FineWeb10B. The result depends only on the files, their order and these options, not on --workers. Memory
-stays bounded by the shard size and the longest .jsonl line. Shards appear in DIR together, once all of them are done.
+stays bounded by the shard size, the longest .jsonl line and the largest row group. Shards appear in DIR together, once
+all of them are done.
 """
 
 import argparse
+import base64
 import codecs
 import contextlib
+import glob
 import gzip
+import importlib
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from shards import BOS, MAX_TOKENS, DataError, reason, root_cause, write_shard
+from shards import MAX_TOKENS, DataError, data_root, home_path, reason, root_cause, tell, write_shard
 from tqdm import tqdm
 
-EXTENSIONS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+EXTENSIONS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
+LINE_BREAK = r"(?>\r\n|\n|\r)"  # of Unix, Windows, old Macs; atomic: \r\n is never two
+MAX_RANKS = 65_535  # one less than 16 bits hold, for <|endoftext|>
+MAX_ENCODING_BYTES = 1 << 24  # 65,535 lines are about 1 MB
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 READ_BYTES = 1 << 20
+PARQUET_ROWS = 256  # read at a time
 PIECE_CHARS = 1 << 20  # longer documents are encoded in pieces
 MAX_PIECE_CHARS = 1 << 22  # a text without white space is cut here, at the price of one unusual token border
 BATCH_CHARS = 1 << 20  # what a worker encodes at a time
-TRAIN_MAX_SEQ_LEN = 2048  # train_gpt.py's default, for the closing note only
+# train_gpt.py's defaults, for the closing notes and the command only.
+TRAIN_MAX_SEQ_LEN = 2048
+STEP_TOKENS, SMOKE_STEP_TOKENS = 393_216, 1_536  # of the largest step, which lies in one shard
+VAL_TOKENS, VAL_BATCH_SIZE, SMOKE_VAL_BATCH_SIZE = 10_485_760, 2_097_152, 8_192
 
 
 class Piece(NamedTuple):
@@ -67,23 +88,35 @@ def last_safe_cut(text: str, end: int) -> int:
     return match.end() if match else 0
 
 
-def pieces(chunks: Iterable[str], separator: str = "") -> Iterator[Piece]:
+def separator_pattern(separator: str) -> tuple[re.Pattern, int]:
+    """A separator as a pattern, in which any line break of the separator is any line break; and its longest match."""
+    parts = re.split(LINE_BREAK, separator)
+    return re.compile(LINE_BREAK.join(map(re.escape, parts))), len("\r\n".join(parts))
+
+
+def pieces(
+    chunks: Iterable[str], separator: str = "", found: Callable[[int], object] = lambda count: None
+) -> Iterator[Piece]:
     """Turn a text that comes in chunks into documents, cut at `separator` (if not empty), and long ones into pieces.
 
-    The concatenated texts of a document's pieces are the document; blank documents are left out.
+    The concatenated texts of a document's pieces are the document; blank documents are left out. Calls `found` with
+    the number of separators found since the last call.
     """
-    buffer, starts = "", True
-    for chunk in chunks:
-        buffer += chunk
+    buffer, starts, held = "", True, ""
+    pattern, longest = separator_pattern(separator)
+    for chunk in chain(chunks, [None]):
+        buffer += held + (chunk or "")
         if separator:
-            *documents, buffer = buffer.split(separator)
+            held = "\r" if chunk is not None and buffer.endswith("\r") else ""  # until it is known whether \n follows
+            *documents, buffer = pattern.split(buffer.removesuffix(held))
+            found(len(documents))
             for text in documents:
                 if not starts or text.strip():
                     yield Piece(starts, text)
                 starts = True
         if len(buffer) > PIECE_CHARS:
             # What may be the beginning of a separator stays; so does the white space that makes a cut safe.
-            end = len(buffer) - max(len(separator) - 1, 1)
+            end = len(buffer) - max(longest - 1, 1)
             cut = last_safe_cut(buffer, end) or (end if len(buffer) > MAX_PIECE_CHARS else 0)
             if cut > 0:
                 yield Piece(starts, buffer[:cut])
@@ -102,7 +135,8 @@ def text_chunks(stream: BinaryIO, path: Path) -> Iterator[str]:
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not valid UTF-8 at byte {offset - waiting + error.start}") from None
+            utf16 = " (it looks like UTF-16: iconv -f UTF-16 -t UTF-8 makes it UTF-8)" * data.startswith(UTF16_MARKS)
+            raise DataError(f"{path}: not valid UTF-8 at byte {offset - waiting + error.start}{utf16}") from None
         offset += len(data)
         yield text.removeprefix("\ufeff") if first else text
         first = first and not text
@@ -128,8 +162,48 @@ def json_document(line: bytes, field: str, where: str) -> str:
     return record[field]
 
 
-def read_pieces(path: Path, field: str, separator: str, advance: Callable[[int], object]) -> Iterator[Piece]:
-    """The documents of one input file. Calls `advance` with the number of bytes read from disk since the last call."""
+def parquet_documents(path: Path, raw: BinaryIO, field: str, advance: Callable[[int], object]) -> Iterator[str]:
+    """The texts of a .parquet file's column `field`, a row group at a time. Raises DataError and OSError."""
+    try:
+        file = need("pyarrow.parquet", f"{path}: a parquet file").ParquetFile(raw)
+        types, groups, size, row = (
+            {c.name: str(c.type) for c in file.schema_arrow},
+            file.num_row_groups,
+            raw.seek(0, 2),
+            0,
+        )
+        if field not in types:
+            columns = ", ".join(map(repr, types)) or "none"
+            raise DataError(f"{path}: no column {field!r}, choose with --field; the columns are: {columns[:100]}")
+        if types[field] not in ("string", "large_string", "string_view"):
+            raise DataError(f"{path}: the column {field!r} is of type {types[field][:50]}, not string")
+        for group in range(groups):
+            for batch in file.iter_batches(PARQUET_ROWS, [group], [field], use_threads=False):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    if text is None:
+                        raise DataError(f"{path}: row {row} has no {field!r} (null)")
+                    yield text
+            advance(size * (group + 1) // groups - size * group // groups)
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not valid UTF-8 in the rows after row {row}") from None
+    except (ValueError, NotImplementedError) as error:  # pyarrow's own errors are of these kinds, too
+        raise DataError(f"{path}: not a sound parquet file ({reason(error)})") from None
+
+
+def text_pieces(text: str) -> Iterator[Piece]:
+    """A document that is wholly in memory, in pieces."""
+    return pieces(text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
+
+
+def read_pieces(
+    path: Path, field: str, separator: str, advance: Callable[[int], object], found: Callable[[int], object]
+) -> Iterator[Piece]:
+    """The documents of one input file.
+
+    Calls `advance` with the number of bytes read from disk since the last call, and `found` likewise with the number
+    of separators.
+    """
     with contextlib.ExitStack() as stack:
         try:
             raw = stack.enter_context(open(path, "rb"))
@@ -144,13 +218,15 @@ def read_pieces(path: Path, field: str, separator: str, advance: Callable[[int],
                         position = raw.tell()
                     yield part
 
-            if ".jsonl" in path.suffixes[-2:]:
+            if path.suffix == ".parquet":
+                for text in parquet_documents(path, raw, field, advance):
+                    yield from text_pieces(text)
+            elif ".jsonl" in path.suffixes[-2:]:
                 for number, line in enumerate(watched(stream), start=1):
                     if line.strip():
-                        text = json_document(line, field, f"{path}:{number}")
-                        yield from pieces(text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
+                        yield from text_pieces(json_document(line, field, f"{path}:{number}"))
             else:
-                yield from pieces(watched(text_chunks(stream, path)), separator)
+                yield from pieces(watched(text_chunks(stream, path)), separator, found)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path}: damaged gzip file ({reason(error)})") from None
         except OSError as error:
@@ -175,16 +251,22 @@ def batches(all_pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def need(module: str, what: str):
+    """A module of a package that this Python may lack. Raises DataError with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0].removesuffix("_ext")
+        raise DataError(f"{what} needs the package {package}; install it with: pip install {package}") from None
+
+
 def gpt2_encoding():
     """tiktoken's GPT-2 encoding. Raises DataError if its files are neither cached nor to be had.
 
     Called once a run, in the main process; the workers get the encoding from there. A test can put a smaller
     `tiktoken.Encoding` in its place.
     """
-    try:
-        import tiktoken
-    except ImportError:
-        raise DataError("needs the package tiktoken; install it with: pip install tiktoken") from None
+    tiktoken = need("tiktoken", "the program")
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:
@@ -195,13 +277,39 @@ def gpt2_encoding():
         ) from None
 
 
+def encoding_from(path: Path):
+    """The tiktoken encoding whose tokens are in a .tiktoken file. Raises DataError if it is none or can't be used."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_ENCODING_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({reason(error)})") from None
+    lines, ranks = data.splitlines(), {}
+    if len(lines) > MAX_RANKS or len(data) > MAX_ENCODING_BYTES:
+        raise DataError(f"{path}: more than {MAX_RANKS:,} tokens; with <|endoftext|> they must fit 16 bits")
+    for number, line in enumerate(lines, start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise DataError(f"{path}:{number}: not a token in base64 and its rank, as .tiktoken files have") from None
+    if sorted(ranks.values()) != [*range(len(lines))]:
+        raise DataError(f"{path}: its {len(lines):,} ranks must be 0 to {len(lines) - 1}, each of another token")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise DataError(f"{path}: lacks {len(missing)} of the 256 single bytes, so it cannot encode every text")
+    tiktoken = need("tiktoken", "the program")
+    pattern = need("tiktoken_ext.openai_public", "the program").r50k_pat_str
+    special = {"<|endoftext|>": len(ranks)}
+    return tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
 def encode_batch(encoding, batch: list[Piece]) -> list[np.ndarray]:
     """Token ids of each piece, uint16, with BOS in front of a document's first."""
     encoded = []
     for piece in batch:
         # encode_ordinary: "<|endoftext|>" written in a text is text, not the beginning of a document
         ids = encoding.encode_ordinary(piece.text)
-        encoded.append(np.array([BOS, *ids] if piece.starts_document else ids, dtype=np.uint16))
+        encoded.append(np.array([encoding.eot_token, *ids] if piece.starts_document else ids, dtype=np.uint16))
     return encoded
 
 
@@ -254,8 +362,9 @@ def encode_all(encoding, all_batches: Iterable[list[Piece]], workers: int) -> It
 class ShardWriter:
     """Writes a stream of tokens as shards `<name>_<number>.bin` of `shard_tokens` tokens each."""
 
-    def __init__(self, folder: Path, name: str, first_number: int, shard_tokens: int):
+    def __init__(self, folder: Path, name: str, first_number: int, shard_tokens: int, vocab_size: int):
         self.folder, self.name, self.number, self.shard_tokens = folder, name, first_number, shard_tokens
+        self.vocab_size = vocab_size
         self.total = 0  # tokens so far, in all shards
         self.parts, self.size = [], 0  # the tokens of the shard to come
 
@@ -272,7 +381,7 @@ class ShardWriter:
     def flush(self) -> None:
         """Write what there is as one shard. Raises OSError."""
         if self.size:
-            write_shard(self.folder / f"{self.name}_{self.number:06d}.bin", np.concatenate(self.parts))
+            write_shard(self.folder / f"{self.name}_{self.number:06d}.bin", np.concatenate(self.parts), self.vocab_size)
             self.number += 1
             self.parts, self.size = [], 0
 
@@ -297,29 +406,41 @@ def staging_folder(out: Path) -> Iterator[Path]:
                 out.rmdir()
 
 
-def write_shards(encoded: Iterable[tuple[bool, np.ndarray]], args: argparse.Namespace) -> list[str]:
-    """Deal documents to validation and training and write their shards; returns lines that say what was made.
+class Made(NamedTuple):
+    """What has been written: documents and tokens for training and for validation."""
+
+    train_documents: int
+    train_tokens: int
+    val_documents: int
+    val_tokens: int
+    long_documents: int  # with more tokens than training reads of one
+
+
+def write_shards(encoded: Iterable[tuple[bool, np.ndarray]], args: argparse.Namespace, vocab_size: int) -> Made:
+    """Deal documents to validation and training and write their shards.
 
     A document goes to validation whenever validation has less than its fraction of the tokens so far: the split needs
     no knowledge of what is to come, and reaches the fraction however long the documents are.
     """
     with staging_folder(args.out) as staging:
-        val = ShardWriter(staging, f"{args.prefix}_val", 0, args.shard_tokens)
-        train = ShardWriter(staging, f"{args.prefix}_train", 1, args.shard_tokens)
-        target, documents, long_documents, length = train, 0, 0, 0
+        val = ShardWriter(staging, f"{args.prefix}_val", 0, args.shard_tokens, vocab_size)
+        train = ShardWriter(staging, f"{args.prefix}_train", 1, args.shard_tokens, vocab_size)
+        target, documents, long_documents, length = train, {val: 0, train: 0}, 0, 0
         for starts, ids in encoded:
             if starts:
                 target = val if val.total < args.val_fraction * (val.total + train.total) else train
-                documents, length = documents + 1, 0
+                documents[target] += 1
+                length = 0
             target.append(ids)
             long_documents += length <= TRAIN_MAX_SEQ_LEN < length + len(ids)
             length += len(ids)
-        if not documents:
+        if not documents[train]:
             raise DataError(f"nothing to tokenise: no text in {', '.join(map(str, args.files))}"[:300])
-        if documents == 1 and args.val_fraction > 0:
+        if not documents[val] and documents[train] == 1 and args.val_fraction > 0:
             raise DataError(
-                "there is only one document, so nothing would be left for validation; split it with --separator, "
-                "give more files, or make training shards only with --val_fraction 0"
+                f"there is only one document, so nothing would be left for validation; split it with "
+                f"{'another ' * bool(args.separator)}--separator, give more files, or make training shards only with "
+                "--val_fraction 0"
             )
         val.flush()
         train.flush()
@@ -328,15 +449,61 @@ def write_shards(encoded: Iterable[tuple[bool, np.ndarray]], args: argparse.Name
             path.unlink()
         for path in existing_shards(staging, args.prefix):
             os.replace(path, args.out / path.name)
+    return Made(documents[train], train.total, documents[val], val.total, long_documents)
 
-    lines = [f"{documents:,} documents: {train.total:,} training and {val.total:,} validation tokens in {args.out}"]
-    lines += [f"  {path.name}" for path in existing_shards(args.out, args.prefix)]
-    if long_documents:
-        lines.append(
-            f"note: {long_documents:,} documents have more than {TRAIN_MAX_SEQ_LEN} tokens, and training reads only "
-            f"the first {TRAIN_MAX_SEQ_LEN} of each (train_max_seq_len); --separator cuts .txt files to smaller ones"
+
+def summary(made: Made, args: argparse.Namespace, encoding) -> Iterator[str]:
+    """Lines that say what was made, what is odd about it, and how to train on it."""
+    documents, tokens = made.train_documents + made.val_documents, made.train_tokens + made.val_tokens
+    yield (
+        f"{documents:,} documents: {made.train_tokens:,} training and {made.val_tokens:,} validation tokens in "
+        f"{args.out}"
+    )
+    yield from (f"  {path.name}" for path in existing_shards(args.out, args.prefix))
+    share = made.val_tokens / tokens
+    if args.val_fraction and not 0.5 < share / args.val_fraction < 2:
+        yield (
+            f"validation has {made.val_documents:,} of {documents:,} documents and {share:.0%} of the tokens, not "
+            f"--val_fraction {args.val_fraction:g}: a document goes there as a whole; cut long ones up (--separator)"
         )
-    return lines
+    if made.long_documents:
+        yield (
+            f"note: {made.long_documents:,} documents have more than {TRAIN_MAX_SEQ_LEN} tokens, and training reads "
+            f"only the first {TRAIN_MAX_SEQ_LEN} of each (train_max_seq_len); --separator cuts .txt files smaller"
+        )
+    yield from train_command(made, args, encoding)
+
+
+def train_command(made: Made, args: argparse.Namespace, encoding) -> Iterator[str]:
+    """The command that trains on the shards, with validation settings that fit them; in words where there is none."""
+    largest, spare = min(made.train_tokens, args.shard_tokens), made.val_tokens - 1
+    if largest < SMOKE_STEP_TOKENS + 8 or spare < 8:
+        yield (
+            f"too little to train on: a step of the smoke preset takes {SMOKE_STEP_TOKENS:,} tokens of one "
+            "shard, and validation 9 or more"
+        )
+        return
+    root, out = data_root().resolve(), args.out.resolve()
+    pattern = f"{glob.escape(str(out.relative_to(root) if out.is_relative_to(root) else out))}/{args.prefix}_"
+    options = [f"--train_files={pattern}train_*.bin", f"--val_files={pattern}val_*.bin"]
+    if largest < STEP_TOKENS + 8:
+        yield (
+            f"enough for the smoke preset only: a step of the speedrun takes {STEP_TOKENS:,} tokens of one shard, the "
+            f"largest has {largest:,}"
+        )
+        options.append("--preset=smoke")
+    # Validation reads whole batches, and one token more for the last target.
+    batch = next(
+        size
+        for size in (VAL_BATCH_SIZE, SMOKE_VAL_BATCH_SIZE, spare // 1024 * 1024, spare // 8 * 8)
+        if 0 < size <= spare
+    )
+    options.append(f"--val_tokens={min(spare // batch * batch, VAL_TOKENS)}")
+    if batch < VAL_BATCH_SIZE:
+        options.append(f"--val_batch_size={batch}")
+    if args.encoding:
+        options += [f"--vocab_size={encoding.n_vocab}", f"--bos={encoding.eot_token}"]
+    yield f"train on it with: ./run.sh {shlex.join(options)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,20 +535,32 @@ def prefix_name(text: str) -> str:
     return text
 
 
+def utf8(text: str) -> str:
+    """An argparse type: what the terminal gave, also where the locale knows no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that Python could not decode
+        with contextlib.suppress(UnicodeDecodeError):
+            return os.fsencode(text).decode()
+    return text
+
+
 def unescape(text: str) -> str:
-    r"""An argparse type: a string in which \n, \t and \\ stand for a line break, a tab and a backslash."""
-    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)
+    r"""An argparse type: a string in which \n, \r, \t and \\ stand for line breaks, a tab and a backslash."""
+    known = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nrt\\])", lambda match: known[match[1]], utf8(text))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line as a namespace; exits with a message if it is not valid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("files", nargs="+", type=Path, metavar="FILES", help=", ".join(EXTENSIONS))
-    add("--out", type=Path, required=True, metavar="DIR", help="output folder, made if it does not exist")
+    add("files", nargs="+", type=home_path, metavar="FILES", help=", ".join(EXTENSIONS))
+    add("--out", type=home_path, required=True, metavar="DIR", help="output folder, made if it does not exist")
     add("--prefix", type=prefix_name, default="text", help="beginning of the shards' names (default: %(default)s)")
     add("--separator", type=unescape, default="", help=r"between documents in .txt files; \n is a line break")
-    add("--field", default="text", help="key of the text in .jsonl files (default: %(default)s)")
+    add("--field", type=utf8, default="text", help="of the text in .jsonl and .parquet files (default: %(default)s)")
+    add("--encoding", type=home_path, metavar="FILE", help="tokens as in a .tiktoken file (default: GPT-2's)")
     add(
         "--val_fraction",
         type=number_between(float, 0, 1, below=True),
@@ -413,6 +592,8 @@ def check_paths(args: argparse.Namespace) -> None:
             raise DataError(f"{path}: is a folder, not a file")
         if not path.exists():
             raise DataError(f"{path}: no such file")
+        if path.suffix == ".parquet":
+            need("pyarrow.parquet", f"{path}: a parquet file")
     if not args.overwrite and (shards := existing_shards(args.out, args.prefix)):
         raise DataError(f"{shards[0]} is there already; choose another --out or --prefix, or pass --overwrite")
 
@@ -420,20 +601,31 @@ def check_paths(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Make the shards that the parsed command line asks for. Raises DataError."""
     check_paths(args)
-    encoding = gpt2_encoding()
+    encoding = encoding_from(args.encoding) if args.encoding else gpt2_encoding()
     size = sum(path.stat().st_size for path in args.files)
+    separators = Counter()  # found, by file
     # disable=None: a progress bar on a terminal only
     with tqdm(total=size, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar:
         documents = (
-            piece for path in args.files for piece in read_pieces(path, args.field, args.separator, bar.update)
+            piece
+            for path in args.files
+            for piece in read_pieces(
+                path, args.field, args.separator, bar.update, lambda count, path=path: separators.update({path: count})
+            )
         )
         # closing: on an error, wait for the workers here and now
         with contextlib.closing(encode_all(encoding, batches(documents), args.workers)) as encoded:
             try:
-                lines = write_shards(encoded, args)
+                made = write_shards(encoded, args, encoding.n_vocab)
             except OSError as error:  # of reading, there are none left
                 raise DataError(f"cannot write to {args.out}: {reason(error)}") from None
-    print("\n".join(lines))
+    if args.separator and (
+        whole := [path for path in args.files if ".txt" in path.suffixes[-2:] and not separators[path]]
+    ):
+        more = f" and {len(whole) - 1} more files" * (len(whole) > 1)
+        tell(f"note: no --separator {args.separator!r} in {whole[0]}{more}", sys.stderr)
+    for line in summary(made, args, encoding):
+        tell(line)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,13 +1,18 @@
 """The scripts in data/: shard format, download, tokenizing, offline sample. Needs no network, only the loopback."""
 
+import base64
+import contextlib
 import errno
 import functools
+import glob
 import gzip
 import hashlib
 import importlib
 import json
 import multiprocessing
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -22,8 +27,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+
+import train_gpt
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 sys.path.insert(0, str(DATA))  # the scripts import each other by name, and so do worker processes
@@ -145,15 +152,28 @@ VAL, TRAIN1, TRAIN2 = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fin
 
 
 class Hub:
-    """A hub whose files are lists of bodies: each GET takes the next one, the last one stays."""
+    """A hub whose files are lists of bodies: each GET takes the next one, the last one stays.
+
+    It refuses who comes with a token that it does not know or, if it knows one, without. GETs wait for `gate`.
+    """
 
     def __init__(self):
+        self.tokens, self.gate = {""}, threading.Event()
+        self.gate.set()
         self.files = {VAL: [shard_bytes([BOS, 1])], TRAIN1: [shard_bytes([BOS, 2])], TRAIN2: [shard_bytes([BOS, 3])]}
         self.requests = []
 
     def answer(self, handler):
         folder, name = handler.path.rsplit("/", 1)
         self.requests.append((handler.command, name))
+        if handler.headers.get("Authorization", "").removeprefix("Bearer ") not in self.tokens:
+            handler.send_response(401)
+            handler.send_header("X-Error-Message", "Invalid credentials in Authorization header")
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return
+        if handler.command == "GET":
+            self.gate.wait(30)
         bodies = self.files.get(name)
         if bodies is None or folder != "/datasets/kjj0/fineweb10B-gpt2/resolve/main":
             handler.send_response(404)
@@ -203,8 +223,12 @@ def root(tmp_path):
     return tmp_path / "root"
 
 
-def fetch(count, root, url):
-    return run_script("cached_fineweb10B.py", count, DATA_PATH=root, HF_ENDPOINT=url, HF_HOME=root / "hf", HF_TOKEN="")
+def hub_environment(root, url, **env):
+    return {"DATA_PATH": root, "HF_ENDPOINT": url, "HF_HOME": root / "hf", "HF_TOKEN": "", **env}
+
+
+def fetch(count, root, url, **env):
+    return run_script("cached_fineweb10B.py", count, **hub_environment(root, url, **env))
 
 
 def closed_port_url():
@@ -289,7 +313,7 @@ def test_download_without_a_network_says_at_once_what_is_there_and_what_to_do(ro
     assert (folder / TRAIN1).exists(), "nothing is deleted before it can be replaced"
 
 
-def test_download_takes_a_bad_file_away_before_the_hubs_client_can_believe_in_it(tmp_path, monkeypatch):
+def test_the_hubs_client_never_sees_an_old_file_which_it_could_believe_in(tmp_path, monkeypatch):
     folder, calls = tmp_path / "data" / "fineweb10B", []
 
     def hf_hub_download(repo, name, repo_type, local_dir, force_download):
@@ -300,10 +324,86 @@ def test_download_takes_a_bad_file_away_before_the_hubs_client_can_believe_in_it
     folder.mkdir(parents=True)
     (folder / TRAIN1).write_bytes(b"half")
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
-    monkeypatch.setattr(cached_fineweb10B, "probe", lambda name: None)
+    monkeypatch.setattr(cached_fineweb10B, "probe", lambda name: {})
     monkeypatch.setattr(cached_fineweb10B, "hf_hub_download", hf_hub_download)
     assert cached_fineweb10B.main(["1"]) == 0
     assert calls == [("kjj0/fineweb10B-gpt2", name, "dataset") for name in (VAL, TRAIN1)]
+
+
+@pytest.mark.parametrize("token", ["hf_expired", "hf_größe"])
+def test_a_token_that_the_hub_refuses_is_left_away_and_named(hub, root, token):
+    result = fetch(1, root, hub.url, HF_TOKEN=token)
+    assert result.returncode == 0, result.stderr
+    assert tokens_of(root / "data" / "fineweb10B" / TRAIN1).tolist() == [BOS, 2]
+    for words in ("refuses your token", "is public", "unset HF_TOKEN"):
+        assert result.stdout.count(words) == 1
+
+
+def test_a_saved_token_is_sent_if_it_is_good_and_its_removal_told_if_not(hub, root):
+    (root / "hf").mkdir(parents=True)
+    (root / "hf" / "token").write_text("hf_saved\n")
+    hub.tokens = {"hf_saved"}  # a private mirror
+    result = fetch(1, root, hub.url)
+    assert result.returncode == 0 and "refuses" not in result.stdout, result.stderr
+    hub.tokens = {""}
+    result = fetch(2, root, hub.url)
+    assert result.returncode == 0 and "hf auth logout" in result.stdout
+
+
+@pytest.mark.parametrize(("token", "words"), [("", "needs no token"), ("hf_x", "unset HF_TOKEN")])
+def test_a_hub_that_refuses_everyone_is_no_reason_to_try_later(hub, root, token, words):
+    hub.tokens = set()
+    result = fetch(1, root, hub.url, HF_TOKEN=token)
+    assert result.returncode == 1
+    assert_one_line(result.stderr, "401", "is public", words, f"HF_ENDPOINT={hub.url}", "0 of 2 shards")
+    assert "later" not in result.stderr
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_partial_downloads_of_killed_processes_are_cleared_away(hub, root, count):
+    assert fetch(1, root, hub.url).returncode == 0
+    folder = root / "data" / "fineweb10B"
+    for old in (folder / ".cache/huggingface/download/x.incomplete", folder / ".download.abc/y.incomplete"):
+        old.parent.mkdir(parents=True, exist_ok=True)
+        old.write_bytes(b"half")
+    assert fetch(count, root, hub.url).returncode == 0, "with nothing else to do, and with"
+    assert not list(folder.rglob("*.incomplete")) and not list(folder.glob(".download.*"))
+    assert len(list(folder.glob("*.bin"))) == count + 1
+
+
+def test_of_two_downloads_into_one_folder_the_second_waits_and_fetches_only_what_is_missing(hub, root):
+    hub.gate.clear()
+    environment = {**os.environ, **{k: str(v) for k, v in hub_environment(root, hub.url).items()}}
+    processes = []
+    with contextlib.ExitStack() as stack:
+        for count in (1, 2):
+            command = [sys.executable, str(DATA / "cached_fineweb10B.py"), str(count)]
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+            while "fetching" not in (line := process.stdout.readline()) and "waiting" not in line and line:
+                pass
+        assert "waiting for another download" in line
+        hub.gate.set()
+        assert [process.wait(30) for process in processes] == [0, 0]
+    assert sorted(hub.downloads()) == sorted([VAL, TRAIN1, TRAIN2])
+
+
+def test_a_file_system_without_locks_does_not_keep_a_download_from_its_work(tmp_path, monkeypatch):
+    def no_locks(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def hf_hub_download(_, name, repo_type, local_dir, force_download):
+        Path(local_dir, name).write_bytes(shard_bytes([BOS]))
+
+    others = tmp_path / "data" / "fineweb10B" / ".download.other" / TRAIN1  # of a process that may be at work
+    others.parent.mkdir(parents=True)
+    others.touch()
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    monkeypatch.setattr(cached_fineweb10B.FileLock, "acquire", no_locks)
+    monkeypatch.setattr(cached_fineweb10B, "probe", lambda name: {})
+    monkeypatch.setattr(cached_fineweb10B, "hf_hub_download", hf_hub_download)
+    assert cached_fineweb10B.main(["1"]) == 0 and others.exists()
 
 
 @pytest.mark.parametrize("count", ["0", "104", "-1", "two", "1.5", ""])
@@ -451,6 +551,32 @@ def test_separator_cuts_txt_files_and_knows_line_breaks(tiny, tmp_path):
     assert texts_of(made(tmp_path / "out", "train")) == ["one", "two", "three --- four"]
 
 
+def test_windows_line_ends_are_line_breaks_to_a_separator(tiny, tmp_path):
+    text = "The first text.\r\nIt has two lines.\r\n\r\nA second text,\r\nalso two lines.\r\n\r\nAnd a third.\r\n"
+    documents = ["The first text.\r\nIt has two lines.", "A second text,\r\nalso two lines.", "And a third.\r\n"]
+    for name, end in (("unix", "\n"), ("mac", "\r"), ("windows", "\r\n")):
+        (tmp_path / f"{name}.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\r\n", end).encode())
+        for separator in (r"\n\n", r"\r\n\r\n", "\n\n"):
+            options = ("--out", tmp_path / name, "--val_fraction", 0, "--overwrite", "--separator", separator)
+            assert tokenize(tmp_path / f"{name}.txt", *options) == 0
+            found = texts_of(made(tmp_path / name, "train"))
+            assert found == [document.replace("\r\n", end) for document in documents], "with its own line ends"
+
+
+def test_a_separator_that_does_not_occur_is_said(tiny, tmp_path, capsys):
+    for name, text in (("a", "one\n\ntwo"), ("b", "three\nfour"), ("c", "five")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    files = [tmp_path / f"{name}.txt" for name in "abc"]
+    assert (
+        tokenize(*files, jsonl(tmp_path / "d.jsonl", ["six"]), "--out", tmp_path / "out", "--separator", r"\n\n") == 0
+    )
+    assert_one_line(capsys.readouterr().err, "no --separator '\\n\\n'", f"{files[1]} and 1 more")
+    assert tokenize(files[0], "--out", tmp_path / "other", "--separator", r"\n\n") == 0
+    assert capsys.readouterr().err == ""
+    assert tokenize(files[1], "--out", tmp_path / "third", "--separator", r"\n\n") == 1
+    assert_one_line(capsys.readouterr().err, "only one document", "another --separator")
+
+
 def test_field_chooses_the_key_of_the_text(tiny, tmp_path):
     jsonl(tmp_path / "a.jsonl", ["no"], body="yes")
     assert tokenize(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--val_fraction", 0, "--field", "body") == 0
@@ -512,16 +638,23 @@ def test_long_documents_encoded_in_pieces_give_the_tokens_of_the_whole(monkeypat
 
 @settings(deadline=None, max_examples=300, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    text=st.text(st.sampled_from("ab \n"), max_size=60),
-    separator=st.text(st.sampled_from("ab \n"), min_size=1, max_size=4),
+    text=st.lists(st.sampled_from(["a", "b", " ", "\n", "\r", "\r\n", "a b\r\n", "\r\n\r\n"]), max_size=30).map(
+        "".join
+    ),
+    separator=st.text(st.sampled_from("ab \n"), min_size=1, max_size=4) | st.sampled_from(["a\n", "a b\n\n", "b\na"]),
     size=st.integers(1, 9),
 )
+@example(text="a b\r\n\r\nb", separator="a b\n\n", size=1)  # longer in the text than as given
 def test_separators_are_found_wherever_chunks_and_pieces_end(monkeypatch, text, separator, size):
     monkeypatch.setattr(tokenize_text, "PIECE_CHARS", size)
     documents = []
     for starts, part in tokenize_text.pieces((text[i : i + size] for i in range(0, len(text), size)), separator):
         documents = [*documents, part] if starts else [*documents[:-1], documents[-1] + part]
-    assert documents == [document for document in text.split(separator) if document.strip()]
+    # A plain reader: every line break becomes a private letter, so that Windows' two are one; then it is cut.
+    plain = re.sub(r"\r\n|\r|\n", lambda match: {"\r\n": "W", "\r": "M", "\n": "U"}[match[0]], text)
+    expected = re.split(re.escape(separator).replace("\\\n", "[WMU]"), plain)
+    expected = [part.replace("W", "\r\n").replace("M", "\r").replace("U", "\n") for part in expected]
+    assert documents == [document for document in expected if document.strip()]
 
 
 def test_a_huge_document_is_never_held_as_one_piece(monkeypatch):
@@ -550,6 +683,7 @@ BAD_INPUTS = {
     "latin.txt": (b"x" * 99 + b"\xe9 and", "not valid UTF-8 at byte 99"),
     "cut.txt": (b"caf\xc3", "not valid UTF-8 at byte 3"),
     "far.txt": (b"x" * ((1 << 20) - 1) + "é".encode() + b"y\xff", "not valid UTF-8 at byte 1048578"),
+    "notepad.txt": ("text".encode("utf-16"), "not valid UTF-8 at byte 0 (it looks like UTF-16: iconv"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin.jsonl:2: not valid UTF-8"),
     "bad.jsonl": (b'{"text": "a"}\n\n{"text": \n', "bad.jsonl:3: not valid JSON"),
     "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1: not valid JSON"),
@@ -599,6 +733,122 @@ def test_a_folder_as_input_or_a_file_as_output_is_refused(tiny, tmp_path, capsys
     for out in (texts, texts / "out"):
         assert tokenize(texts, "--out", out) == 1
         assert_one_line(capsys.readouterr().err, "cannot write to", out)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_parquet_files_give_their_column_or_say_what_they_need(tiny, tmp_path, capsys, monkeypatch, missing):
+    path, options = tmp_path / "a.parquet", ("--out", tmp_path / "out", "--val_fraction", 0)
+    if missing:
+        path.touch()
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+        assert tokenize(path, *options) == 1
+        assert_one_line(capsys.readouterr().err, path, "pip install pyarrow")
+        return
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [f"the {i} ü" for i in range(700)]
+    table = importlib.import_module("pyarrow").table
+    parquet.write_table(table({"id": range(700), "text": texts}), path, row_group_size=300)
+    assert tokenize(path, *options) == 0
+    assert texts_of(made(tmp_path / "out", "train")) == texts
+    for column, words in (
+        ({"body": ["a"]}, "no column 'text', choose with --field; the columns are: 'body'"),
+        ({"text": [1]}, "of type int64, not string"),
+        ({"text": ["a", None]}, "row 2 has no 'text'"),
+    ):
+        parquet.write_table(table(column), path)
+        assert tokenize(path, *options, "--overwrite") == 1
+        assert_one_line(capsys.readouterr().err, path, words)
+    for damaged in (b"", b"PAR1 and no more", path.read_bytes()[:-9]):
+        path.write_bytes(damaged)
+        assert tokenize(path, *options, "--overwrite") == 1
+        assert_one_line(capsys.readouterr().err, path, "not a sound parquet file")
+
+
+def tiktoken_file(path, merges=(b"th", b"the", b"the day")):
+    """A .tiktoken file of all bytes and some merges."""
+    tokens = [bytes([byte]) for byte in range(256)] + list(merges)
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    return path
+
+
+def test_encoding_takes_another_vocabulary(tmp_path, capsys):
+    encoding = tiktoken_file(tmp_path / "own.tiktoken")
+    texts = jsonl(tmp_path / "a.jsonl", ["the the", "day<|endoftext|>"] + ["the day, " * 500] * 9)
+    assert tokenize(texts, "--out", tmp_path / "out", "--encoding", encoding, "--workers", 2) == 0
+    tokens = np.concatenate([made(tmp_path / "out", kind) for kind in ("train", "val")])
+    assert tokens.max() == 259 and (tokens == 259).sum() == 11
+    train = made(tmp_path / "out", "train").tolist()
+    assert train[:4] == [259, 257, 32, 257], "no token reaches over a word's end: the splitting pattern is GPT-2's"
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[-2:] == ["--vocab_size=260", "--bos=259"]
+    verified = run_script("verify.py", tmp_path / "out", "--vocab_size", 260, "--bos", 259)
+    assert verified.returncode == 0 and "nothing wrong" in verified.stdout
+    assert run_script("verify.py", tmp_path / "out", "--vocab_size", 259, "--bos", 259).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read (No such file"),
+        (b'{"a": 1}', "own.tiktoken:1: not a token in base64 and its rank"),
+        (b"IQ== 0\nIg== x\n", "own.tiktoken:2: not a token in base64 and its rank"),
+        (b"IQ== 0\nIQ== 1\n", "its 2 ranks must be 0 to 1, each of another token"),
+        (b"IQ== 0\nIg== 2\n", "its 2 ranks must be 0 to 1, each of another token"),
+        (b"IQ== 0\nIg== 1\n", "lacks 254 of the 256 single bytes"),
+        (b"IQ== 0\n" * 65_536, "more than 65,535 tokens"),
+    ],
+)
+def test_a_file_that_is_no_encoding_is_refused_in_one_line(tmp_path, capsys, content, words):
+    if content is not None:
+        (tmp_path / "own.tiktoken").write_bytes(content)
+    texts = jsonl(tmp_path / "a.jsonl", ["a", "b"])
+    assert tokenize(texts, "--out", tmp_path / "out", "--encoding", tmp_path / "own.tiktoken") == 1
+    assert_one_line(capsys.readouterr().err, tmp_path / "own.tiktoken", words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_said_when_few_documents_give_validation_another_share(tiny, tmp_path, capsys):
+    books = jsonl(tmp_path / "a.jsonl", ["the day " * 900, "the day " * 1000, "the day " * 600])
+    assert tokenize(books, "--out", tmp_path / "a") == 0
+    assert "1 of 3 documents and 40% of the tokens, not --val_fraction 0.05" in capsys.readouterr().out
+    assert tokenize(jsonl(tmp_path / "b.jsonl", ["the day"] * 100), "--out", tmp_path / "b") == 0
+    assert "val_fraction" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("val_tokens", [9, 1_000, 1_026, 6_145, 8_193, 30_000, 2_097_152, 2_097_153, 20_000_000])
+@pytest.mark.parametrize("train_tokens", [1_544, 300_000, 400_000])
+def test_the_command_that_is_printed_fits_what_was_made(tmp_path, monkeypatch, train_tokens, val_tokens):
+    folder, limit = tmp_path / "a [v2] *", min(val_tokens, 2_097_160)
+    folder.mkdir()
+    text = np.tile(np.array([BOS, *range(49)], dtype=np.uint16), 1 + max(train_tokens, limit) // 50)
+    shards.write_shard(folder / "text_train_000001.bin", text[:train_tokens])
+    for i in range(val_tokens // limit):
+        shards.write_shard(folder / f"text_val_{i:06d}.bin", text[:limit])
+    args = tokenize_text.parse_args(["a.txt", "--out", str(folder)])
+    result = tokenize_text.Made(9, train_tokens, 9, val_tokens // limit * limit, 0)
+    *_, line = tokenize_text.train_command(result, args, TINY)
+    program, *options = shlex.split(line.removeprefix("train on it with: "))
+    hp, _ = train_gpt.parse_arguments(options, has_gpu=True)
+    assert program == "./run.sh"
+    assert hp.preset == ("speedrun" if train_tokens == 400_000 else "smoke")
+    assert hp.val_tokens >= min(result.val_tokens - 1, 10_485_760) / 2 or hp.val_tokens >= val_tokens - 1024
+    assert len(glob.glob(options[1].partition("=")[2])) == val_tokens // limit
+    monkeypatch.setattr(train_gpt, "ROOT", Path("/"))
+    train_gpt.check_world(hp, train_gpt.World())
+
+
+def test_too_little_to_train_on_is_said_instead_of_a_command(tiny, tmp_path, capsys):
+    assert tokenize(jsonl(tmp_path / "a.jsonl", ["the day"] * 9), "--out", tmp_path / "out") == 0
+    assert "too little to train on" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_paths_below_the_data_root_are_printed_as_the_program_takes_them(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA_PATH", "~/root")
+    jsonl(tmp_path / "a.jsonl", ["the day " * 900] * 30)
+    assert tokenize("~/a.jsonl", "--out", "~/root/mine") == 0
+    assert "--train_files=mine/text_train_*.bin" in shlex.split(capsys.readouterr().out)
 
 
 def test_existing_shards_are_kept_unless_overwrite_is_given_and_then_all_replaced(tiny, tmp_path, capsys):
@@ -806,7 +1056,89 @@ def test_git_ignores_what_the_scripts_make(tmp_path, path):
     assert status.stdout.split() == ["??", ".gitignore"]
 
 
-@pytest.mark.parametrize("script", ["cached_fineweb10B.py", "tokenize_text.py", "sample.py"])
+def closed_pipe():
+    """The writing end of a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+@pytest.fixture
+def work(tmp_path, hub):
+    """Commands of all the scripts, in a home folder whose name has every difficult character."""
+    folder = tmp_path / "a [größe] *?"
+    folder.mkdir()
+    tiktoken_file(folder / "ü.tiktoken")
+    (folder / "ä.txt").write_text("the day ß the night")
+    shards.write_shard(folder / "ö_train_1.bin", np.array([BOS, 1]))
+    tokenize = [
+        DATA / "tokenize_text.py",
+        "~/ä.txt",
+        "--out",
+        "~/out",
+        "--encoding",
+        "~/ü.tiktoken",
+        "--separator",
+        "ß",
+    ]
+    commands = {
+        "tokenize": [*tokenize, "--workers", "1", "--overwrite"],
+        "verify": [DATA / "verify.py", "~", "--write"],
+        "download": [DATA / "cached_fineweb10B.py", "1"],
+        "sample": [DATA / "sample.py"],
+    }
+    environment = {**os.environ, **hub_environment(folder, hub.url), "HOME": folder, "DATA_PATH": "~/data [1]"}
+
+    def run(name, **options):
+        extra = options.pop("env", {})
+        env = {key: str(value) for key, value in {**environment, **extra}.items()}
+        command = [sys.executable, *map(str, commands[name])]
+        return subprocess.run(command, env=env, cwd=folder, stderr=subprocess.PIPE, timeout=50, **options)
+
+    run.folder = folder
+    return run
+
+
+@pytest.mark.parametrize("name", ["tokenize", "verify", "download"])
+def test_what_nobody_reads_any_more_is_dropped_and_the_work_done(work, name):
+    pipe = closed_pipe()
+    result = work(name, stdout=pipe)
+    os.close(pipe)
+    assert (result.returncode, result.stderr) == (0, b"")
+    made = {
+        "tokenize": "out/text_train_000001.bin",
+        "verify": "SHA256SUMS",
+        "download": f"data [1]/data/fineweb10B/{VAL}",
+    }
+    assert (work.folder / made[name]).exists()
+
+
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+ASCII_TERMINAL = {"PYTHONIOENCODING": "ascii"}
+
+
+@pytest.mark.parametrize(
+    ("name", "locale"),
+    [
+        *((name, C_LOCALE) for name in ("tokenize", "verify", "download", "sample")),
+        *((name, ASCII_TERMINAL) for name in ("tokenize", "verify")),
+    ],
+)
+def test_names_that_are_not_ascii_are_no_trouble_whatever_the_locale(work, name, locale):
+    result = work(name, stdout=subprocess.PIPE, env=locale)
+    assert (result.returncode, result.stderr) == (0, b"")
+    if name == "tokenize":
+        assert b"2 documents" in result.stdout and (work.folder / "out" / "text_val_000000.bin").exists()
+    if name == "verify":
+        line = "  ö_train_1.bin\n".encode()
+        assert (work.folder / "SHA256SUMS").read_bytes().endswith(line)
+    if name == "download":
+        assert (work.folder / "data [1]" / "data" / "fineweb10B" / TRAIN1).exists()
+    if name == "sample":
+        assert len(list((work.folder / "data [1]" / "data" / "sample").glob("*.bin"))) == 4
+
+
+@pytest.mark.parametrize("script", ["cached_fineweb10B.py", "tokenize_text.py", "sample.py", "verify.py"])
 def test_help_explains_the_command(script):
     result = run_script(script, "--help")
     assert result.returncode == 0 and f"python data/{script}" in result.stdout

@@ -70,6 +70,32 @@ def test_a_shard_that_is_wrong_is_named_with_what_is_wrong(folder, capsys, damag
     assert "1 things wrong" in out
 
 
+def test_shards_of_long_documents_are_sound(tmp_path, capsys):
+    for i in (1, 10):  # a document that lies in three shards, and one in a fourth
+        write_shard(tmp_path / f"book_train_{i:06d}.bin", [*text_of([100_001])][: 100_000 + i // 10])
+    write_shard(tmp_path / "book_train_000002.bin", [7] * 100_000)
+    write_shard(tmp_path / "book_train_000003.bin", [7] * 100_000)
+    status, out, _ = said(capsys, tmp_path)
+    assert status == 0 and out.count("100,000 tokens, all of a document that began in a shard before") == 2, out
+    assert "book_train_000001.bin: 100,000 tokens, 1 documents, mean 100000, longest 100,000\n" in out
+
+
+def test_a_shard_without_documents_goes_on_with_none_of_another_set_or_of_a_wrong_one(tmp_path, capsys):
+    write_shard(tmp_path / "a_train_1.bin", text_of([50]))
+    for name in ("a_val_0.bin", "b_train_1.bin", "b_train_2.bin"):
+        write_shard(tmp_path / name, [7] * 50)
+    status, out, _ = said(capsys, tmp_path)
+    assert status == 1 and out.count("WRONG: 0 documents in 50 tokens") == 3 and "3 things wrong" in out
+
+
+def test_the_beginning_of_documents_and_the_vocabulary_may_be_others(tmp_path, capsys):
+    write_shard(tmp_path / "a_train_1.bin", [259, 1, 2, 259, 3])
+    assert said(capsys, tmp_path)[0] == 1
+    status, out, _ = said(capsys, tmp_path, "--bos", 259, "--vocab_size", 260)
+    assert status == 0 and "5 tokens, 2 documents" in out
+    assert "token id 259 is outside the vocabulary of 259" in said(capsys, tmp_path, "--vocab_size", 259)[1]
+
+
 def test_checksums_are_those_of_sha256sum_and_find_what_nothing_else_would(folder, capsys):
     assert said(capsys, folder, "--write")[0] == 0
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True, capture_output=True)
