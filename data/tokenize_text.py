@@ -60,10 +60,22 @@ PARQUET_ROWS = 256  # read at a time
 PIECE_CHARS = 1 << 20  # longer documents are encoded in pieces
 MAX_PIECE_CHARS = 1 << 22  # a text without white space is cut here, at the price of one unusual token border
 BATCH_CHARS = 1 << 20  # what a worker encodes at a time
-# train_gpt.py's defaults, for the closing notes and the command only.
-TRAIN_MAX_SEQ_LEN = 2048
-STEP_TOKENS, SMOKE_STEP_TOKENS = 393_216, 1_536  # of the largest step, which lies in one shard
-VAL_TOKENS, VAL_BATCH_SIZE, SMOKE_VAL_BATCH_SIZE = 10_485_760, 2_097_152, 8_192
+
+
+class Preset(NamedTuple):
+    """What train_gpt.py's presets ask of data; for the closing lines only."""
+
+    max_seq_len: int  # tokens that training reads of a document
+    step_tokens: int  # of the largest step
+    val_batch_size: int
+
+    @property
+    def needs(self) -> int:
+        """Tokens that fill a step for sure: one shard must, and each of 8 micro-batches begins with a new document."""
+        return self.step_tokens + 8 * (self.max_seq_len + 1)
+
+
+SPEEDRUN, SMOKE, VAL_TOKENS = Preset(2048, 393_216, 2_097_152), Preset(256, 1_536, 8_192), 10_485_760
 
 
 class Piece(NamedTuple):
@@ -414,6 +426,7 @@ class Made(NamedTuple):
     val_documents: int
     val_tokens: int
     long_documents: int  # with more tokens than training reads of one
+    read: dict[Preset, int]  # training tokens but for those that training does not read
 
 
 def write_shards(encoded: Iterable[tuple[bool, np.ndarray]], args: argparse.Namespace, vocab_size: int) -> Made:
@@ -426,13 +439,16 @@ def write_shards(encoded: Iterable[tuple[bool, np.ndarray]], args: argparse.Name
         val = ShardWriter(staging, f"{args.prefix}_val", 0, args.shard_tokens, vocab_size)
         train = ShardWriter(staging, f"{args.prefix}_train", 1, args.shard_tokens, vocab_size)
         target, documents, long_documents, length = train, {val: 0, train: 0}, 0, 0
+        read = dict.fromkeys((SPEEDRUN, SMOKE), 0)
         for starts, ids in encoded:
             if starts:
                 target = val if val.total < args.val_fraction * (val.total + train.total) else train
                 documents[target] += 1
                 length = 0
             target.append(ids)
-            long_documents += length <= TRAIN_MAX_SEQ_LEN < length + len(ids)
+            long_documents += length <= SPEEDRUN.max_seq_len < length + len(ids)
+            for preset in read if target is train else ():
+                read[preset] += min(len(ids), max(0, preset.max_seq_len - length))
             length += len(ids)
         if not documents[train]:
             raise DataError(f"nothing to tokenise: no text in {', '.join(map(str, args.files))}"[:300])
@@ -449,7 +465,7 @@ def write_shards(encoded: Iterable[tuple[bool, np.ndarray]], args: argparse.Name
             path.unlink()
         for path in existing_shards(staging, args.prefix):
             os.replace(path, args.out / path.name)
-    return Made(documents[train], train.total, documents[val], val.total, long_documents)
+    return Made(documents[train], train.total, documents[val], val.total, long_documents, read)
 
 
 def summary(made: Made, args: argparse.Namespace, encoding) -> Iterator[str]:
@@ -468,38 +484,40 @@ def summary(made: Made, args: argparse.Namespace, encoding) -> Iterator[str]:
         )
     if made.long_documents:
         yield (
-            f"note: {made.long_documents:,} documents have more than {TRAIN_MAX_SEQ_LEN} tokens, and training reads "
-            f"only the first {TRAIN_MAX_SEQ_LEN} of each (train_max_seq_len); --separator cuts .txt files smaller"
+            f"note: {made.long_documents:,} documents have more than {SPEEDRUN.max_seq_len} tokens, and training reads "
+            f"only the first {SPEEDRUN.max_seq_len} of each (train_max_seq_len); --separator cuts .txt files smaller"
         )
     yield from train_command(made, args, encoding)
 
 
 def train_command(made: Made, args: argparse.Namespace, encoding) -> Iterator[str]:
     """The command that trains on the shards, with validation settings that fit them; in words where there is none."""
-    largest, spare = min(made.train_tokens, args.shard_tokens), made.val_tokens - 1
-    if largest < SMOKE_STEP_TOKENS + 8 or spare < 8:
+    spare, largest = made.val_tokens - 1, min(1, args.shard_tokens / made.train_tokens)
+    fitting = [preset for preset, tokens in made.read.items() if tokens * largest >= preset.needs]
+    if not fitting or spare < 8:
         yield (
-            f"too little to train on: a step of the smoke preset takes {SMOKE_STEP_TOKENS:,} tokens of one "
-            "shard, and validation 9 or more"
+            f"too little to train on: the smoke preset reads the first {SMOKE.max_seq_len} tokens of each document, "
+            f"here {made.read[SMOKE]:,} in all, and needs {SMOKE.needs:,} in a shard, and 9 for validation; cut long "
+            "documents up (--separator) or give more"
         )
         return
     root, out = data_root().resolve(), args.out.resolve()
     pattern = f"{glob.escape(str(out.relative_to(root) if out.is_relative_to(root) else out))}/{args.prefix}_"
     options = [f"--train_files={pattern}train_*.bin", f"--val_files={pattern}val_*.bin"]
-    if largest < STEP_TOKENS + 8:
+    if SPEEDRUN not in fitting:
         yield (
-            f"enough for the smoke preset only: a step of the speedrun takes {STEP_TOKENS:,} tokens of one shard, the "
-            f"largest has {largest:,}"
+            f"enough for the smoke preset only: the speedrun reads {made.read[SPEEDRUN]:,} of the training tokens, and "
+            f"needs {SPEEDRUN.needs:,} in a shard"
         )
         options.append("--preset=smoke")
     # Validation reads whole batches, and one token more for the last target.
     batch = next(
         size
-        for size in (VAL_BATCH_SIZE, SMOKE_VAL_BATCH_SIZE, spare // 1024 * 1024, spare // 8 * 8)
+        for size in (SPEEDRUN.val_batch_size, SMOKE.val_batch_size, spare // 1024 * 1024, spare // 8 * 8)
         if 0 < size <= spare
     )
     options.append(f"--val_tokens={min(spare // batch * batch, VAL_TOKENS)}")
-    if batch < VAL_BATCH_SIZE:
+    if batch < SPEEDRUN.val_batch_size:
         options.append(f"--val_batch_size={batch}")
     if args.encoding:
         options += [f"--vocab_size={encoding.n_vocab}", f"--bos={encoding.eot_token}"]

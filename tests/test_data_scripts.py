@@ -774,10 +774,10 @@ def tiktoken_file(path, merges=(b"th", b"the", b"the day")):
 
 def test_encoding_takes_another_vocabulary(tmp_path, capsys):
     encoding = tiktoken_file(tmp_path / "own.tiktoken")
-    texts = jsonl(tmp_path / "a.jsonl", ["the the", "day<|endoftext|>"] + ["the day, " * 500] * 9)
+    texts = jsonl(tmp_path / "a.jsonl", ["the the", "day<|endoftext|>"] + ["the day, " * 500] * 30)
     assert tokenize(texts, "--out", tmp_path / "out", "--encoding", encoding, "--workers", 2) == 0
     tokens = np.concatenate([made(tmp_path / "out", kind) for kind in ("train", "val")])
-    assert tokens.max() == 259 and (tokens == 259).sum() == 11
+    assert tokens.max() == 259 and (tokens == 259).sum() == 32
     train = made(tmp_path / "out", "train").tolist()
     assert train[:4] == [259, 257, 32, 257], "no token reaches over a word's end: the splitting pattern is GPT-2's"
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
@@ -817,7 +817,7 @@ def test_it_is_said_when_few_documents_give_validation_another_share(tiny, tmp_p
 
 
 @pytest.mark.parametrize("val_tokens", [9, 1_000, 1_026, 6_145, 8_193, 30_000, 2_097_152, 2_097_153, 20_000_000])
-@pytest.mark.parametrize("train_tokens", [1_544, 300_000, 400_000])
+@pytest.mark.parametrize("train_tokens", [3_592, 300_000, 409_608])
 def test_the_command_that_is_printed_fits_what_was_made(tmp_path, monkeypatch, train_tokens, val_tokens):
     folder, limit = tmp_path / "a [v2] *", min(val_tokens, 2_097_160)
     folder.mkdir()
@@ -826,12 +826,19 @@ def test_the_command_that_is_printed_fits_what_was_made(tmp_path, monkeypatch, t
     for i in range(val_tokens // limit):
         shards.write_shard(folder / f"text_val_{i:06d}.bin", text[:limit])
     args = tokenize_text.parse_args(["a.txt", "--out", str(folder)])
-    result = tokenize_text.Made(9, train_tokens, 9, val_tokens // limit * limit, 0)
+    result = tokenize_text.Made(
+        9,
+        train_tokens,
+        9,
+        val_tokens // limit * limit,
+        0,
+        dict.fromkeys((tokenize_text.SPEEDRUN, tokenize_text.SMOKE), train_tokens),
+    )
     *_, line = tokenize_text.train_command(result, args, TINY)
     program, *options = shlex.split(line.removeprefix("train on it with: "))
     hp, _ = train_gpt.parse_arguments(options, has_gpu=True)
     assert program == "./run.sh"
-    assert hp.preset == ("speedrun" if train_tokens == 400_000 else "smoke")
+    assert hp.preset == ("speedrun" if train_tokens == 409_608 else "smoke")
     assert hp.val_tokens >= min(result.val_tokens - 1, 10_485_760) / 2 or hp.val_tokens >= val_tokens - 1024
     assert len(glob.glob(options[1].partition("=")[2])) == val_tokens // limit
     monkeypatch.setattr(train_gpt, "ROOT", Path("/"))
@@ -841,6 +848,23 @@ def test_the_command_that_is_printed_fits_what_was_made(tmp_path, monkeypatch, t
 def test_too_little_to_train_on_is_said_instead_of_a_command(tiny, tmp_path, capsys):
     assert tokenize(jsonl(tmp_path / "a.jsonl", ["the day"] * 9), "--out", tmp_path / "out") == 0
     assert "too little to train on" in capsys.readouterr().out.splitlines()[-1]
+    books = jsonl(tmp_path / "b.jsonl", ["the day " * 90_000] * 3)  # much text, of which training reads little
+    assert tokenize(books, "--out", tmp_path / "books") == 0
+    assert "256 tokens of each document, here 512 in all" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("preset", ["speedrun", "smoke"])
+def test_what_a_preset_needs_fills_a_step_whatever_the_documents(tmp_path, preset):
+    needed = {"speedrun": tokenize_text.SPEEDRUN, "smoke": tokenize_text.SMOKE}[preset]
+    options = [f"--preset={preset}", f"--train_max_seq_len={needed.max_seq_len}"]
+    hp, _ = train_gpt.parse_arguments(options, has_gpu=True)
+    for length in (2, needed.max_seq_len - 1, 5 * needed.max_seq_len):
+        documents = -(-needed.needs // min(length, needed.max_seq_len))
+        text = np.full((documents, length), 7, dtype=np.uint16)
+        text[:, 0] = BOS
+        shards.write_shard(tmp_path / "a.bin", text.ravel())
+        loader = train_gpt.TrainLoader([tmp_path / "a.bin"], [needed.step_tokens // 8], hp, train_gpt.World())
+        assert len(list(loader)) == 1
 
 
 def test_paths_below_the_data_root_are_printed_as_the_program_takes_them(tiny, tmp_path, capsys, monkeypatch):
