@@ -36,6 +36,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -49,9 +50,10 @@ COUNTS = (
     *("muon_momentum_warmup", "muon_momentum_cooldown"),
 )
 RACE_SETS = {"run_id", "log_dir", "seed", "resume", "bench", "profile"}
-DATA = {"train_files", "val_files", "val_tokens", "val_batch_size"}  # alike for all: given after `--`
+FILES = {"train_files", "val_files"}
+DATA = {*FILES, "val_tokens", "val_batch_size"}  # alike for all: given after `--`
 LAST_FAILURE = 2  # then a contestant's other runs are left out
-FILES = {"race.part", "lock", "sources"}  # what may be there before race.json is
+BEFORE = {"race.part", "lock", "sources"}  # what may be in OUT before race.json is
 
 # ======================================================================================================================
 # Contestants
@@ -95,7 +97,10 @@ def enlist(text: str, common: list[str], out: Path, on_gpu: bool) -> Contestant:
         raise Refusal(f"{clean(text)}: {str(problem) or 'NAME=PROGRAM, with a program'}") from None
     source, logged = read_program(program)
     path = place(source, out / "sources")
-    known = hyperparameters(path, name)
+    try:
+        known = dict(hyperparameters(path))
+    except Refusal as problem:
+        raise Refusal(f"{name}: {program}: {problem}") from None
     if not on_gpu and "preset" in known:
         logged = [*logged, "--preset=smoke"]
     settings = named([*logged, *common, *given])
@@ -115,7 +120,8 @@ def enlist(text: str, common: list[str], out: Path, on_gpu: bool) -> Contestant:
     return contestant
 
 
-def hyperparameters(program: Path, name: str) -> dict[str, str]:
+@cache
+def hyperparameters(program: Path) -> dict[str, str]:
     """Names and defaults of a program, as its --help prints them. Raises Refusal."""
     settings = {**environment(on_gpu=False), "CUDA_VISIBLE_DEVICES": ""}
     try:
@@ -128,7 +134,7 @@ def hyperparameters(program: Path, name: str) -> dict[str, str]:
     except subprocess.TimeoutExpired:
         known, why = {}, "it did not end in five minutes"
     if not {"run_id", "log_dir"} <= known.keys():
-        raise Refusal(f"{name}: no program for a race, its --help lists no --run_id= and --log_dir= ({why})")
+        raise Refusal(f"no program for a race, its --help lists no --run_id= and --log_dir= ({why})")
     return known
 
 
@@ -367,7 +373,9 @@ class Track:
             entry = {"job": job, "card": self.cards[running.card], "seconds": round(seconds, 1)}
             with open(self.journal, "a") as journal:
                 print(json.dumps(entry), file=journal)
-            display.say(f"{self.where(running)}: loss {run.loss:.4f}, {run.seconds:.2f} s{self.against(job, run)}")
+            difference = self.against(job, shares(run))
+            told = f", {difference} against {self.race.names[0]}" if difference else ""
+            display.say(f"{self.where(running)}: loss {run.loss:.4f}, {run.seconds:.2f} s{told}")
             return
         out = running.log.with_suffix(".out").read_bytes()[-20_000:].decode(errors="replace")
         why = last_line(out) or "; ".join(run.problems)
@@ -386,19 +394,17 @@ class Track:
     def card_name(self, card: int) -> str:
         return f"GPU {self.cards[card]}" if self.race.on_gpu else "CPU"
 
-    def against(self, job: Job, run: Run | None = None, losses: dict[float, float] | None = None) -> str:
-        """Its newest loss minus the first contestant's, of the same round if it is so far, at the same share."""
-        if job.name == self.race.names[0]:
+    def against(self, job: Job, curve: dict[float, float]) -> str:
+        """Its newest loss minus the first contestant's, of the same round if that is so far, at the same share."""
+        first, share = self.race.names[0], max(curve, default=0)
+        if job.name == first or not curve:
             return ""
-        curve = losses if losses is not None else shares(run)
-        share = max(curve, default=0)
-        others = {r.job: r.losses for r in self.running.values()} | {
-            other: shares(log) for other, log in self.race.logs.items() if log.complete
-        }
-        same = [other for other in others if (other.name, other.length) == (self.race.names[0], job.length)]
-        same.sort(key=lambda other: other.round != job.round)
-        there = next((loss for other in same if (loss := interpolate(others[other], share)) is not None), None)
-        return "" if there is None else f", {curve[share] - there:+.4f} against {self.race.names[0]}"
+        logs = {other: shares(run) for other, run in self.race.logs.items() if run.complete}
+        curves = logs | {running.job: running.losses for running in self.running.values()}
+        alike = [other for other in curves if (other.name, other.length) == (first, job.length)]
+        alike.sort(key=lambda other: other.round != job.round)
+        there = (interpolate(curves[other], share) for other in alike)
+        return next((f"{curve[share] - loss:+.4f}" for loss in there if loss is not None), "")
 
     def seconds_left(self) -> float | None:
         """By the runs so far, of this contestant or of any, and by how far those under way are."""
@@ -470,8 +476,8 @@ class Display:
             job, share = running.job, max(running.losses, default=0)
             loss = f"{running.losses[share]:.4f} at {share:.0%}" if running.losses else ""
             step = f"{running.step}/{running.total}" if running.total else "starts"
-            difference = track.against(job, losses=running.losses).removeprefix(", ").partition(" ")[0]
-            rows.add_row(*map(Text, (job.run_id, track.card_name(card), step, loss, difference)))
+            cells = (job.run_id, track.card_name(card), step, loss, track.against(job, running.losses))
+            rows.add_row(*map(Text, cells))
         for job, why in track.failures:
             rows.add_row(*map(Text, (job.run_id, "failed", "", "", why)), style="red")
         with contextlib.suppress(OSError):
@@ -526,7 +532,7 @@ def read_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 @contextlib.contextmanager
 def locked(out: Path):
     """The folder, for one race at a time. Raises Refusal."""
-    if out.is_dir() and not (out / "race.json").exists() and (strange := {p.name for p in out.iterdir()} - FILES):
+    if out.is_dir() and not (out / "race.json").exists() and (strange := {p.name for p in out.iterdir()} - BEFORE):
         raise Refusal(f"{out}: there is something else in it ({clean(min(strange))})")
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "a") as file:
@@ -557,17 +563,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def hold(options: argparse.Namespace, common: list[str], cards: list[str]) -> int:
     """The race from its beginning, or from where it is, to its answer."""
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # not as nohup leaves it
-            signal.signal(number, stop)
     race = Race(options, common, on_gpu=bool(cards))
     track = Track(race, cards)
     if track.pending and any(
-        named(c.arguments).get("preset") == "smoke" and not DATA & named(c.arguments).keys() for c in race.contestants
+        named(c.arguments).get("preset") == "smoke" and not FILES & named(c.arguments).keys() for c in race.contestants
     ):
         made = subprocess.run([sys.executable, ROOT / "data" / "sample.py"], capture_output=True, text=True)
         if made.returncode:
@@ -590,6 +589,13 @@ def hold(options: argparse.Namespace, common: list[str], cards: list[str]) -> in
     return int(bool(missing))
 
 
+def stop(*_) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # not as nohup leaves it
+            signal.signal(number, stop)
     sys.stdout.reconfigure(errors="replace")  # a terminal need not know every letter of a log
     sys.exit(main())

@@ -162,7 +162,8 @@ def submit(name: str, day: str, logs: list[Path], records: Path, previous: Path 
         for run, file_name in zip(runs, file_names(runs), strict=True):
             with open(run.path, "rb") as log:
                 (folder / file_name).write_bytes(log.read(MAX_BYTES))
-        plot_losses(folder / "loss.png", group, before and before.group, (final.name, before and before.folder.name))
+        beside = previous.parent.name if told else before and before.folder.name  # a contestant's name
+        plot_losses(folder / "loss.png", group, before and before.group, (final.name, beside))
         if len(changed) > SHOWN_LINES:
             (folder / "change.diff").write_text("\n".join(changed) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(readme(name, day, group, before, changed, told), encoding="utf-8")
