@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 from answer import Result
 from rerun import ROOT, Refusal, command, environment, gpus_here, logged_program, logged_settings, named, place
-from runlog import ERROR, HARMLESS, STEP, TARGET, VAL_LOSS, Group, Run, clean, interpolate, read_run
+from runlog import HARMLESS, STEP, TARGET, VAL_LOSS, Group, Run, clean, interpolate, number, read_run
 
 COUNTS = (
     *("num_scheduled_iterations", "num_extension_iterations"),  # these two are the run
@@ -79,8 +79,8 @@ def read_program(program: str) -> tuple[str, list[str]]:
             raise Refusal(f"{program}: cannot be read ({problem.strerror})") from None
     if path.exists():
         source, runs = logged_program(path)
-        left_out = HARMLESS | DATA | {*COUNTS, "length"}
-        return source, [f"--{k}={v}" for k, v in logged_settings(runs).items() if k not in left_out or k == "preset"]
+        kept = logged_settings(runs, HARMLESS - {"preset"} | DATA | {*COUNTS, "length"})
+        return source, [f"--{name}={value}" for name, value in kept.items()]
     show = ["git", "-C", str(ROOT), "show", "--end-of-options", f"{program}:train_gpt.py"]
     shown = subprocess.run(show, capture_output=True)
     if shown.returncode:
@@ -109,6 +109,8 @@ def enlist(text: str, common: list[str], out: Path, on_gpu: bool) -> Contestant:
             raise Refusal(f"{name}: --{setting} is the race's to set")
         if setting not in known:
             raise Refusal(f"{name}: {program} knows no --{setting}")
+    if not 0 < (number(settings.get("length", "1")) or 0) < math.inf:
+        raise Refusal(f"{name}: --length={clean(settings['length'])} is no share of a run")
     if not_alike := DATA & named(given).keys():
         raise Refusal(f"{name}: --{min(not_alike)} must be alike for all: give it after --")
     if settings.get("preset") == "smoke":  # --help prints the speedrun's: the smoke preset's stand in the source
@@ -141,17 +143,19 @@ def hyperparameters(program: Path) -> dict[str, str]:
 def counts(contestant: Contestant) -> dict[str, int]:
     """Counts of steps of its full run; {} without the first."""
     values = {**contestant.known, **named(contestant.arguments)}
-    found = {name: int(values[name]) for name in COUNTS if values.get(name, "").isdecimal()}
+    found = {name: number(values[name]) for name in COUNTS if name in values}
+    found = {name: int(value) for name, value in found.items() if value is not None and math.isfinite(value)}
     return found if COUNTS[0] in found else {}
 
 
 def length_arguments(contestant: Contestant, length: float) -> list[str]:
     """What makes it run this share of its full run, and validate at every quarter of that."""
     given, full = named(contestant.arguments), counts(contestant)
+    length *= float(given.get("length", 1))
     short = {name: max(round(value * length), min(value, 1)) for name, value in full.items()}
     settings = {name: str(value) for name, value in short.items()}
     if "length" in contestant.known:
-        settings = {"length": f"{length * float(given.get('length', 1)):g}"}
+        settings = {"length": f"{length:g}"}
     if full and "val_loss_every" in contestant.known and not {"val_loss_every", "val_steps"} & given.keys():
         settings["val_loss_every"] = str(math.ceil(sum(short.get(name, 0) for name in COUNTS[:2]) / 4))
     return [f"--{name}={value}" for name, value in settings.items()]
@@ -159,7 +163,7 @@ def length_arguments(contestant: Contestant, length: float) -> list[str]:
 
 def last_line(output: str) -> str:
     """What a failed program said: its error, else its last line with a word in it."""
-    if errors := ERROR.findall(output):
+    if errors := re.findall(r"^train_gpt\.py: error: (.+)$", output, re.M):
         return clean(errors[-1], 200)
     lines = [line for line in output.splitlines() if re.search(r"\w", line)]
     return clean(lines[-1].strip(), 200) if lines else ""
@@ -594,8 +598,8 @@ def stop(*_) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # not as nohup leaves it
-            signal.signal(number, stop)
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) is signal.SIG_DFL:  # not as nohup leaves it
+            signal.signal(name, stop)
     sys.stdout.reconfigure(errors="replace")  # a terminal need not know every letter of a log
     sys.exit(main())

@@ -41,14 +41,15 @@ def logged_program(path: Path) -> tuple[str, list[Run]]:
     return sources.pop(), runs
 
 
-def logged_settings(runs: list[Run]) -> dict[str, str]:
-    """What all of the logs were told alike, but for what belongs to one run. Raises Refusal."""
-    alike = set.intersection(*({*run.overrides.items()} for run in runs)) if runs else set()
-    settings = {name: value for name, value in runs[0].overrides.items() if (name, value) in alike}
-    if all(run.preset == "smoke" for run in runs):  # on a GPU it has to be said
+def logged_settings(runs: list[Run], but: set[str]) -> dict[str, str]:
+    """What all of the logs were told alike, without `but` and what belongs to one run. Raises Refusal."""
+    alike = set.intersection(*({*run.overrides.items()} for run in runs))
+    settings = dict(item for item in runs[0].overrides.items() if item in alike and item[0] not in OF_ONE_RUN)
+    if "preset" not in but and all(run.preset == "smoke" for run in runs):  # on a GPU it has to be said
         settings = {"preset": "smoke", **settings}
-    # A tuple's brackets are the log's.
-    return {name: re.sub(r"^\((.*)\)$", r"\1", v) for name, v in settings.items() if name not in OF_ONE_RUN}
+    if cut := [name for name, value in settings.items() if value.endswith("…")]:
+        raise Refusal(f"{runs[0].path}: --{cut[0]} is too long to be taken from the log: give it")
+    return {name: re.sub(r"^\((.*)\)$", r"\1", value) for name, value in settings.items()}  # a tuple as it is given
 
 
 def named(arguments: list[str]) -> dict[str, str]:
@@ -112,9 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = named(given)
         source, runs = logged_program(options.log)
-        reused = {name: value for name, value in logged_settings(runs).items() if name not in settings}
-        if cut := [name for name, value in reused.items() if value.endswith("…")]:
-            raise Refusal(f"{options.log}: --{cut[0]} is too long to be taken from the log: give it here")
+        reused = logged_settings(runs, {*settings})
         if options.gpus < 1:
             raise Refusal(f"--gpus {options.gpus}: 1 or more")
         program = place(source, ROOT / "logs" / "sources")

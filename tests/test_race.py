@@ -166,14 +166,15 @@ def test_there_is_no_time_to_the_target_without_a_slope_to_read_it_from(losses, 
 
 def test_a_race_of_known_laws_is_answered_as_worked_out_by_hand(toy, tmp_path, run_race):
     """120 steps are the whole run, so 60 and 90 here. Losses are logged with four decimals."""
-    noise = [0.002, -0.001, 0.0]
+    noise, base_noise = [0.002, -0.001, 0.0], [0.003, 0.0, -0.001]
     out = tmp_path / "out"
     told, found = run_race(
-        out, f"base={toy}", f"new={toy} --b=0.31 --ms=40 --noise={','.join(map(str, noise))}",
+        out, f"base={toy} --noise={','.join(map(str, base_noise))}",
+        f"new={toy} --b=0.31 --ms=40 --noise={','.join(map(str, noise))}",
         *("--runs", 3, "--lengths", "0.5,0.75", "--target", 3.7),
     )  # fmt: skip
     losses = {n: [round(5 - 0.31 * math.log(n) + e, 4) for e in noise] for n in (60, 90)}
-    base = {n: round(5 - 0.3 * math.log(n), 4) for n in (60, 90)}
+    base = {n: [round(5 - 0.3 * math.log(n) + e, 4) for e in base_noise] for n in (60, 90)}
     for length, steps in ((0.5, 60), (0.75, 90)):
         entry = next(e for e in found["lengths"] if (e["contestant"], e["length"]) == ("new", length))
         assert entry["complete_runs"] == 3 and entry["steps"] == [steps]
@@ -183,7 +184,7 @@ def test_a_race_of_known_laws_is_answered_as_worked_out_by_hand(toy, tmp_path, r
         assert entry["stage_ms"]["stage 2"]["mean"] == pytest.approx(40)
         assert [run["peak_memory_mib"][0] for run in entry["runs"]] == [123] * 3
         pair = next(d for d in found["differences"] if d["length"] == length)
-        interval = stats.ttest_rel(losses[steps], [base[steps]] * 3).confidence_interval(0.95)
+        interval = stats.ttest_rel(losses[steps], base[steps]).confidence_interval(0.95)
         assert pair["loss"]["mean"] - pair["loss"]["half"] == pytest.approx(interval.low)
         assert pair["loss"]["mean"] + pair["loss"]["half"] == pytest.approx(interval.high)
         assert pair["seconds"]["mean"] == pytest.approx(-0.010 * steps)
@@ -191,9 +192,11 @@ def test_a_race_of_known_laws_is_answered_as_worked_out_by_hand(toy, tmp_path, r
     expected = independent_time_to_target(steps, losses[60] + losses[90], [0.04 * n for n in steps], 3.7)
     new, old = (found["contestants"][name]["answer"] for name in ("new", "base"))
     assert (new["steps"], new["steps_error"], new["seconds"]) == pytest.approx(expected[:3])
-    assert old["steps"] == pytest.approx(math.exp(1.3 / 0.3), rel=1e-3)
-    assert new["ratio"] == pytest.approx(new["seconds"] / old["seconds"])
-    assert new["ratio_error"] / new["ratio"] == pytest.approx(new["seconds_error"] / new["seconds"], rel=0.05)
+    expected_old = independent_time_to_target(steps, base[60] + base[90], [0.05 * n for n in steps], 3.7)
+    assert (old["steps"], old["steps_error"], old["seconds"]) == pytest.approx(expected_old[:3])
+    assert new["ratio"] == pytest.approx(expected[2] / expected_old[2])
+    relative = math.hypot(expected[3] / expected[2], expected_old[3] / expected_old[2])
+    assert new["ratio_error"] / new["ratio"] == pytest.approx(relative)
     assert new["outside"] is False and found["contestants"]["new"]["shortest_length"] == 0.75
     text = (out / "README.md").read_text()
     assert "| new | 0.75 | 3 of 3 | 90 | " in text and "faster" in text and "faster" in told
@@ -296,6 +299,18 @@ def test_runs_are_dealt_over_the_cards_so_that_each_contestant_has_each_card_as_
         assert read_run(path).overrides["seed"] == path.stem[-1]
     assert len(cards) == 4 and all(found == {"3", "5"} for found in cards.values())
     assert len(caches) == 1 and str(out) in caches.pop()
+
+
+def test_a_card_takes_what_it_has_had_least_also_before_the_race_was_stopped(toy, tmp_path, run_race):
+    """Round 1 begins with b; but card 5 has had b more often."""
+    out = tmp_path / "out"
+    command = [f"a={toy}", f"b={toy} --b=0.31", "--lengths", "0.05", "--runs"]
+    run_race(out, *command, 1, cards="5")
+    with open(out / "journal.jsonl", "a") as journal:
+        journal.write('{"job": ["b", 0.05, 7], "card": "5", "seconds": 0.1}\n{"job": ["b", 0.0')
+    run_race(out, *command, 2, cards="5,3", common=[])
+    cards = {path.stem: re.search(r"^card (\S+)", path.read_text(), re.M)[1] for path in out.glob("runs/*/*/*.txt")}
+    assert cards == {"a-0.05-0": "5", "b-0.05-0": "5", "a-0.05-1": "5", "b-0.05-1": "3"}
 
 
 def test_a_contestant_that_fails_is_shown_others_go_on_and_the_same_command_tries_again(toy, tmp_path, run_race):
