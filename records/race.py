@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 from answer import Result
 from rerun import ROOT, Refusal, command, environment, gpus_here, logged_program, logged_settings, named, place
-from runlog import HARMLESS, STEP, TARGET, VAL_LOSS, Group, Run, clean, interpolate, number, read_run
+from runlog import HARMLESS, TARGET, Group, Run, clean, interpolate, number, read_run, step_lines
 
 COUNTS = (
     *("num_scheduled_iterations", "num_extension_iterations"),  # these two are the run
@@ -282,11 +282,10 @@ class Running:
             lines = file.read()
             lines = lines[: lines.rfind(b"\n") + 1]
             self.read += len(lines)
-            for m in STEP.finditer(lines.decode(errors="replace")):
-                self.step, self.total = int(m[1]), int(m[2] or 0)
-                if self.total and (loss := VAL_LOSS.search(m[3])):
-                    with contextlib.suppress(ValueError):
-                        self.losses[self.step / self.total] = float(loss[1])
+            for line in step_lines(lines.decode(errors="replace")):
+                self.step, self.total = line.step, line.total or 0
+                if self.total and line.loss is not None:
+                    self.losses[self.step / self.total] = line.loss
 
 
 def shares(run: Run) -> dict[float, float]:
@@ -434,17 +433,17 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 def end(processes: list[subprocess.Popen]) -> None:
     """Ends them and whatever they started."""
-    handlers = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
-    for number, patience in ((signal.SIGTERM, 40), (signal.SIGKILL, 10)):  # torchrun waits 30 s for its processes
+    handlers = [(which, signal.signal(which, signal.SIG_IGN)) for which in (signal.SIGINT, signal.SIGTERM)]
+    for which, patience in ((signal.SIGTERM, 40), (signal.SIGKILL, 10)):  # torchrun waits 30 s for its processes
         for process in processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, number)
+                os.killpg(process.pid, which)
         until = time.monotonic() + patience
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, until - time.monotonic()))
-    for number, handler in handlers:
-        signal.signal(number, handler)
+    for which, handler in handlers:
+        signal.signal(which, handler)
 
 
 class Display:

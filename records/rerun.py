@@ -44,7 +44,7 @@ def logged_program(path: Path) -> tuple[str, list[Run]]:
 def logged_settings(runs: list[Run], but: set[str]) -> dict[str, str]:
     """What all of the logs were told alike, without `but` and what belongs to one run. Raises Refusal."""
     alike = set.intersection(*({*run.overrides.items()} for run in runs))
-    settings = dict(item for item in runs[0].overrides.items() if item in alike and item[0] not in OF_ONE_RUN)
+    settings = dict(item for item in runs[0].overrides.items() if item in alike and item[0] not in but | OF_ONE_RUN)
     if "preset" not in but and all(run.preset == "smoke" for run in runs):  # on a GPU it has to be said
         settings = {"preset": "smoke", **settings}
     if cut := [name for name, value in settings.items() if value.endswith("…")]:
@@ -80,9 +80,9 @@ def command(program: Path, arguments: list[str], processes: int = 1) -> list[str
 
 
 def environment(on_gpu: bool) -> dict[str, str]:
-    """For a program that does not lie in this repository: where the data is, and what run.sh sets on a CPU."""
+    """For a program that does not lie in this repository: where the data is, and what older ones lack on a CPU."""
     settings = {"DATA_PATH": str(ROOT)}
-    if not on_gpu:  # see run.sh
+    if not on_gpu:  # threads that do not spin while they wait, memory that is not given back after each step
         settings |= {
             "OMP_WAIT_POLICY": "passive",
             "MALLOC_MMAP_THRESHOLD_": "1000000000",
