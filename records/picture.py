@@ -20,6 +20,7 @@ from typing import NamedTuple
 from runlog import Group, Record, clean, judge, number, read_runs
 
 NEW, PALE, OLD, INK, QUIET, FAINT = "#1664d9", "#9dbff0", "#c77414", "#24292f", "#57606a", "#8b949e"
+MORE = "#1a7f37", "#8250df", "#bf3989", "#6e7781"  # further contestants
 PUBLIC = (
     "2026-01-30 public record",
     "1555 steps, 8 x NVIDIA H100",
@@ -58,13 +59,7 @@ def plot_losses(path: Path, group: Group, old: Group | None, names: tuple[str, s
                 color=color, capsize=3, lw=1.4, marker="_", ms=12, zorder=3,
             )  # fmt: skip
     for panel in (by_time, by_step, final):
-        panel.axhline(group.target, color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
-        panel.grid(color="#d8dee4", lw=0.6)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.spines[["left", "bottom"]].set_color(FAINT)
-        panel.tick_params(color=FAINT, labelcolor=INK)
-        panel.margins(x=0.02)
+        dress(panel, group.target)
     final.margins(0.15, 0.2)
     final.ticklabel_format(useOffset=False)
     final.tick_params(labelsize=8)
@@ -83,6 +78,41 @@ def plot_losses(path: Path, group: Group, old: Group | None, names: tuple[str, s
     else:
         figure.suptitle("no complete runs")
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+
+
+def dress(panel, target: float) -> None:
+    """What all panels have."""
+    panel.axhline(target, color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
+    panel.grid(color="#d8dee4", lw=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.spines[["left", "bottom"]].set_color(FAINT)
+    panel.tick_params(color=FAINT, labelcolor=INK)
+    panel.margins(x=0.02)
+
+
+Points = list[tuple[float, float]]  # seconds, loss
+
+
+def plot_race(path: Path, sets: list[tuple[str, Points, Points]], target: float, unit: str) -> None:
+    """Final loss against time, a point a run, with the fit of each contestant: (name, runs, fit)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(8, 5), layout="constrained")
+    for i, (name, runs, fit) in enumerate(sets):
+        color = (OLD, NEW, *MORE)[i % (2 + len(MORE))]
+        label = f"{name} ({len(runs)} run{'s' * (len(runs) != 1)})".replace("$", r"\$")
+        panel.plot(*(zip(*runs, strict=True) if runs else ([], [])), "o", color=color, ms=5, alpha=0.75, label=label)
+        if fit:
+            panel.plot(*zip(*fit, strict=True), color=color, lw=1.2, alpha=0.75)
+    dress(panel, target)
+    panel.set(xlabel=unit, ylabel=f"final validation loss (nats); target {target:g}")
+    panel.legend(frameon=False)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 

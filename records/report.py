@@ -107,9 +107,7 @@ def error(value: float, digits: int) -> str:
 
 
 def as_text(group: Group, rules: list[Rule], lines: list[tuple[str, str]]) -> str:
-    rows = run_rows(group)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    out = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    out = [aligned(run_rows(group))]
     out += ["", *(f"{name:13} {text}" for name, text in summary(group))]
     out += ["", *(f"{MARKS[rule.holds]:8} {rule.name}: {rule.detail}" for rule in rules)]
     out += ["", verdict(group, rules)]
@@ -123,6 +121,12 @@ def as_markdown(group: Group, rules: list[Rule], lines: list[tuple[str, str]]) -
     out += [md(verdict(group, rules))]
     out += ["", table([["against the baseline", ""], *map(list, lines)])] if lines else []
     return "\n".join(out)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """A table for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def table(rows: list[list[str]]) -> str:

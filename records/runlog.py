@@ -555,10 +555,10 @@ def told(runs: list[Run], but: set[str] = HARMLESS) -> list[str]:
     return changed + sorted({f"preset {run.preset}" for run in own if run.preset != "speedrun"})
 
 
-def interpolate(points: dict[int, float], x: float) -> float | None:
+def interpolate(points: dict[float, float], x: float) -> float | None:
     """Linear between points in ascending order; None outside of them."""
     if x in points:
-        return points[int(x)]
+        return points[x]
     below, above = [p for p in points if p < x], [p for p in points if p > x]
     if not below or not above:
         return None

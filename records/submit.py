@@ -2,6 +2,10 @@
 Makes a record's folder from the logs of its runs: the logs, and a README with statistics, picture and the change.
 
     python records/submit.py NAME LOGS...          # records/<today>_<NAME>/
+    python records/submit.py NAME races/hot        # of a race: its second contestant, or --contestant NAME
+
+Of a race the record is the contestant's runs of the longest length, held against the first contestant's; the race's
+report comes with them, and all of its logs in race.zip.
 
 Refuses a name that exists, logs of different sources, and logs that are not whole runs. The folder appears whole or
 not at all. Afterwards: write into its README why the change helps, and run `python records/report.py --history`.
@@ -9,12 +13,15 @@ not at all. Afterwards: write into its README why the change helps, and run `pyt
 
 import argparse
 import difflib
+import json
 import os
 import re
+import shutil
 import sys
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from zipfile import ZIP_DEFLATED, ZipFile
 
 from picture import plot_losses
 from report import as_markdown, comparison_lines
@@ -76,13 +83,40 @@ def difference(old: str, new: str) -> list[str]:
     return [clean(line.replace("\t", "    "), 300) for line in lines]
 
 
-def readme(name: str, day: str, group: Group, previous: Record | None, changed: list[str]) -> str:
+def race_logs(race: Path, contestant: str) -> tuple[list[Path], Path | None]:
+    """A contestant's logs of the longest length, and the first contestant's folder of that. Raises Refusal."""
+    try:
+        told = json.loads((race / "race.json").read_text())
+        names, length = [c["name"] for c in told["contestants"]], f"{max(told['lengths']):g}"
+    except (ValueError, KeyError, TypeError):
+        raise Refusal(f"{race / 'race.json'}: not a race's") from None
+    if not contestant and len(names) != 2:
+        raise Refusal(f"{race}: which contestant? --contestant={' or '.join(names[1:] or names)}")
+    contestant = contestant or names[1]
+    if contestant not in names:
+        raise Refusal(f"{race}: no contestant {clean(contestant)}; there are {', '.join(names)}")
+    if not (race / "results.json").is_file():
+        raise Refusal(f"{race}: the race is not over; its command goes on with it")
+    first = race / "runs" / names[0] / length
+    return [race / "runs" / contestant / length], first if contestant != names[0] else None
+
+
+def add_race(race: Path, folder: Path) -> None:
+    """The race's report, picture and figures, and every log of it."""
+    for name, copy in (("README.md", "race.md"), ("results.json", "race.json"), ("race.png", "race.png")):
+        shutil.copyfile(race / name, folder / copy)
+    with ZipFile(folder / "race.zip", "w", ZIP_DEFLATED) as archive:
+        for path in sorted((race / "runs").rglob("*.txt")):
+            archive.write(path, path.relative_to(race))
+
+
+def readme(name: str, day: str, group: Group, previous: Record | None, changed: list[str], race: str = "") -> str:
     reference = REFERENCE.read_text(errors="replace") if REFERENCE.is_file() else None
     against = ""
     lines = []
     if previous:
         lines = comparison_lines(group, previous.group, compare(group, previous.group))
-        against = f"Previous record: [{md(previous.folder.name)}](../{previous.folder.name}/).\n\n"
+        against = race or f"Previous record: [{md(previous.folder.name)}](../{previous.folder.name}/).\n\n"
     added, removed = (sum(line[0] == c for line in changed[2:] if line) for c in "+-")
     shown = changed[:SHOWN_LINES]
     fence = "`" * max(3, 1 + max((len(ticks) for line in shown for ticks in re.findall("`+", line)), default=0))
@@ -103,8 +137,14 @@ def readme(name: str, day: str, group: Group, previous: Record | None, changed: 
     )
 
 
-def submit(name: str, day: str, logs: list[Path], records: Path, previous: Path | None) -> Path:
+def submit(name: str, day: str, logs: list[Path], records: Path, previous: Path | None, contestant: str = "") -> Path:
     """Makes the folder and returns its path. Raises Refusal."""
+    race, told = None, ""
+    if len(logs) == 1 and (logs[0] / "race.json").is_file():
+        race = logs[0]
+        logs, first = race_logs(race, contestant)
+        if first and not previous:
+            previous, told = first, "Against the first contestant of [the race](race.md), run beside it.\n\n"
     runs = read_runs(logs)
     check(name, day, runs, records)
     group, final = Group(runs), records / f"{day}_{name}"
@@ -122,10 +162,13 @@ def submit(name: str, day: str, logs: list[Path], records: Path, previous: Path 
         for run, file_name in zip(runs, file_names(runs), strict=True):
             with open(run.path, "rb") as log:
                 (folder / file_name).write_bytes(log.read(MAX_BYTES))
-        plot_losses(folder / "loss.png", group, before and before.group, (final.name, before and before.folder.name))
+        beside = previous.parent.name if told else before and before.folder.name  # a contestant's name
+        plot_losses(folder / "loss.png", group, before and before.group, (final.name, beside))
         if len(changed) > SHOWN_LINES:
             (folder / "change.diff").write_text("\n".join(changed) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(readme(name, day, group, before, changed), encoding="utf-8")
+        (folder / "README.md").write_text(readme(name, day, group, before, changed, told), encoding="utf-8")
+        if race:
+            add_race(race, folder)
         os.rename(folder, final)
     return final
 
@@ -137,10 +180,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--date", default=date.today().isoformat(), help="default: today")
     newest = "default: the newest record of the same hardware, overrides and kind of length"
     parser.add_argument("--previous", type=Path, metavar="FOLDER", help=newest)
+    parser.add_argument("--contestant", default="", metavar="NAME", help="of a race")
     parser.add_argument("--records", type=Path, default=RECORDS, help="where the record folders are")
     options = parser.parse_args(arguments)
     try:
-        folder = submit(options.name, options.date, options.logs, options.records, options.previous)
+        folder = submit(options.name, options.date, options.logs, options.records, options.previous, options.contestant)
     except (Refusal, OSError) as problem:
         print(f"submit.py: refused: {problem}", file=sys.stderr)
         return 1
