@@ -2,7 +2,7 @@
 Train a 124M-parameter-class GPT from scratch on FineWeb to 3.28 validation loss, as fast as possible.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py       # 1, 2, 4 or 8 GPUs; the same gradient on each
-    python train_gpt.py --num_scheduled_iterations=380          # one process; any hyperparameter as --name=value
+    python train_gpt.py --length=0.25                           # one process; any hyperparameter as --name=value
     python train_gpt.py --bench --profile                       # no run: time and profile some steps of each stage
 
 The mathematics is that of the public modded-nanogpt speedrun record of 2026-01-30 (97.77 s on 8 H100s).
@@ -48,6 +48,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial
 from glob import escape, glob
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -77,21 +78,23 @@ MICRO_BATCHES = 8  # a step, dealt over all ranks: the gradient is the same quan
 class TrainingStage(NamedTuple):
     """One row a stage of training; each has its own tensor shapes, hence its own compiled graphs."""
 
+    share: float | None  # of the scheduled iterations, beside the other rows'; None: the extension, always the last row
     tokens: int  # a step, over all ranks
     short_window: int  # attention windows, in blocks of `window_block` tokens
     long_window: int
     lr: float  # learning-rate multiplier, about (batch growth) ** 0.5
     target_weights: tuple[float, ...]  # multi-token prediction: weight of the 1st, 2nd, 3rd next token at the start ...
     target_weights_end: tuple[float, ...]  # ... and at the end of the stage
+    untie: bool = False  # head and embedding are one until this stage; where no row says so, to the end
 
 
 # Small batches and short windows learn the cheap things cheaply; the extension runs at the final learning rate.
 STAGES = (
-    #     tokens  short long   lr    multi-token weights, start -> end
-    TrainingStage(131_072, 1, 3, 1.00, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0)),
-    TrainingStage(262_144, 3, 7, 1.52, (1.0, 0.5), (1.0, 0.0)),  # 2 ** 0.6
-    TrainingStage(393_216, 5, 11, 1.73, (1.0,), (1.0,)),  # 3 ** 0.5
-    TrainingStage(393_216, 6, 13, 1.73, (1.0,), (1.0,)),  # the extension; its learning rate is the cooldown's end
+    # share, tokens, short and long window, lr, multi-token weights at the start and at the end
+    TrainingStage(1, 131_072, 1, 3, 1.00, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0)),
+    TrainingStage(1, 262_144, 3, 7, 1.52, (1.0, 0.5), (1.0, 0.0)),  # lr: 2 ** 0.6
+    TrainingStage(1, 393_216, 5, 11, 1.73, (1.0,), (1.0,), untie=True),  # lr: 3 ** 0.5
+    TrainingStage(None, 393_216, 6, 13, 1.73, (1.0,), (1.0,)),  # its learning rate is lr_end
 )
 FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
 
@@ -144,11 +147,11 @@ class Row(NamedTuple):
     """One row a parameter of the optimizer. Gradients are reduced and parameters updated in the order of the rows."""
 
     name: str
-    algorithm: str  # "adam" (steps on odd steps only) or "normuon" (every step)
+    algorithm: str  # "normuon" (banks of matrices; every step) or "adam" (odd steps only; no further bits beside bf16)
     sharded: bool  # reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere
-    lr: tuple[float, ...]  # multiplier; several values cycle over the matrices of a bank (W_fc, W_proj)
+    lr: tuple[float, ...]  # multiplier; with normuon several values cycle over a bank's matrices (W_fc, W_proj)
     wd: float  # weight-decay multiplier
-    betas: tuple[float, float] | None = None
+    betas: tuple[float, float] | None = None  # adam's
 
 
 # The small ones first; the matrices, whose updates take longest, last, so that the tables are gathered beneath them.
@@ -184,13 +187,15 @@ class Hyperparameters:
     val_tokens: int = 10_485_760  # fixed by the rules
     val_batch_size: int = 2_097_152  # a validation step; each of its 8 chunks is a micro-batch
     # length of the run
-    num_scheduled_iterations: int = 1515  # in three equal stages
+    num_scheduled_iterations: int = 1515  # shared by the stages
     num_extension_iterations: int = 40  # at the final learning rate, with longer windows
+    length: float = 1.0  # times these two and the momentum's two below: 0.25 is the same run in small
     cooldown_frac: float = 0.55  # of the scheduled iterations
     lr_end: float = 0.1  # learning-rate factor at the end of the cooldown
     stages: tuple[TrainingStage, ...] = STAGES
     # model
     vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
+    bos: int = 50256  # every document begins with this token; GPT-2's <|endoftext|>
     bigram_vocab_size: int = 251_520  # 5 x 50304 hash rows, the last one for the first token of a micro-batch
     num_heads: int = 6
     head_dim: int = 128
@@ -236,7 +241,12 @@ class Hyperparameters:
     @property
     def total_steps(self) -> int:
         """Scheduled iterations and extension."""
-        return self.num_scheduled_iterations + self.num_extension_iterations
+        return self.steps("num_scheduled_iterations") + self.steps("num_extension_iterations")
+
+    def steps(self, name: str) -> int:
+        """A count of steps times `length`, at least 1 of what is not 0."""
+        count = getattr(self, name)
+        return max(min(count, 1), round(self.length * count))
 
 
 PRESETS = {
@@ -329,7 +339,19 @@ def parse_value(name: str, kind: type, text: str) -> object:
 
 def check_tables(hp: Hyperparameters) -> None:
     """Raises UserError for rows of the tables above that would fail later, or have no effect."""
-    require(len(hp.stages) == 4, f"STAGES has {len(hp.stages)} rows: it takes three stages and the extension")
+    shares = [stage.share for stage in hp.stages]
+    told = "STAGES ends with the extension, whose share is None, after one or more rows that have one"
+    require(len(shares) > 1 and shares[-1] is None and None not in shares[:-1], told)
+    require(sum(stage.untie for stage in hp.stages) <= 1, "STAGES: head and embedding untie in one row only")
+    for number, stage in enumerate(hp.stages, 1):
+        row, weights = f"STAGES, row {number}", (stage.target_weights, stage.target_weights_end)
+        require(stage.share is None or 0 < stage.share < math.inf, f"{row}: share={stage.share} must be positive")
+        told = f"{row}: tokens={stage.tokens} must be a multiple of {MICRO_BATCHES}, the micro-batches of a step"
+        require(stage.tokens > 0 and stage.tokens % MICRO_BATCHES == 0, told)
+        require(min(stage.short_window, stage.long_window) > 0, f"{row}: a window has at least 1 block")
+        told = f"{row}: {len(weights[0])} multi-token weights at the start, {len(weights[1])} at the end: as many, > 0"
+        require(len(weights[0]) == len(weights[1]) > 0, told)
+    require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
     for i, layer in enumerate(LAYERS):
         window, skip, row = layer.window, layer.skip_from, f"LAYERS, layer {i}"
         require(window in ("short", "long", None), f"{row}: window is 'short', 'long' or None")
@@ -339,9 +361,27 @@ def check_tables(hp: Hyperparameters) -> None:
         require(skip is None or skip < i, f"{row}: skip_from={skip} is not an earlier layer")
     for i in sorted(KEPT_OUTPUTS):
         require(i in ATTENTION_LAYERS, f"layer {i} is skipped from, or BACKOUT_LAYER: only layers with a window can be")
-    for row in PARAMETERS:
-        require(row.algorithm in ("adam", "normuon"), f"PARAMETERS, {row.name}: algorithm is 'adam' or 'normuon'")
-        require(row.algorithm != "adam" or row.betas is not None, f"PARAMETERS, {row.name}: adam takes betas")
+
+
+def check_parameters(parameters: dict[str, Tensor]) -> None:
+    """Raises UserError unless PARAMETERS has one row for each, which works on 1 to 8 ranks; empty ones need none."""
+    rows = [row.name for row in PARAMETERS]
+    model = [name for name, p in parameters.items() if p.numel() or name in rows]
+    odd = [name for name in sorted({*rows, *model}) if rows.count(name) != model.count(name)]
+    told = (f"{name} has {rows.count(name)}" if name in model else f"{name} is none" for name in odd)
+    require(not odd, f"PARAMETERS takes one row for each of the model's parameters: {', '.join(told)}")
+    for name, algorithm, sharded, lr, _, betas in PARAMETERS:
+        row, p = f"PARAMETERS, {name}", as_stack(parameters[name])
+        require(algorithm in ("adam", "normuon"), f"{row}: algorithm is 'adam' or 'normuon'")
+        require(isinstance(lr, tuple) and lr, f"{row}: lr={lr} is no tuple, as (1.0,)")
+        if algorithm == "adam":
+            require(isinstance(betas, tuple) and len(betas) == 2, f"{row}: adam takes betas, as (0.9, 0.99)")
+            require(len(lr) == 1, f"{row}: adam takes one lr, {lr} are several")
+        else:
+            require(betas is None, f"{row}: normuon takes no betas")
+            require(p.dim() == 3, f"{row}: normuon is for banks of matrices, this has the shape {tuple(p.shape)}")
+        told = f"{row}: sharded, but its first dimension {len(p)} does not divide by {MICRO_BATCHES}, the most ranks"
+        require(not sharded or len(p) % MICRO_BATCHES == 0, told)
 
 
 def check_hyperparameters(hp: Hyperparameters) -> None:
@@ -354,25 +394,30 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
         require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
     require(hp.bench_steps >= 4, f"--bench_steps={hp.bench_steps} must be at least 4: the first two are not timed")
     require(0 < hp.cooldown_frac <= 1, f"--cooldown_frac={hp.cooldown_frac} must be in (0, 1]")
-    require(hp.num_scheduled_iterations >= 3, "--num_scheduled_iterations must be at least 3: one step a stage")
+    require(0 < hp.length <= 100, f"--length={hp.length:g} must be in (0, 100]")
+    schedule = TrainingSchedule(hp)
+    for number, (start, end) in enumerate(zip(schedule.starts[:-1], schedule.ends, strict=False), 1):
+        told = f"no step of {schedule.scheduled} falls to row {number} of STAGES: raise its share"
+        require(start < end, f"{told}, --num_scheduled_iterations or --length")
     require(
         hp.val_tokens % hp.val_batch_size == 0,
         f"--val_tokens must be a multiple of --val_batch_size={hp.val_batch_size}",
     )
     require(hp.val_batch_size % MICRO_BATCHES == 0, f"--val_batch_size must be a multiple of {MICRO_BATCHES}")
-    require(hp.num_heads % 2 == 0, f"--num_heads={hp.num_heads} must be even: some layers pair their heads")
+    require(hp.num_heads in range(2, 1025, 2), f"--num_heads={hp.num_heads} must be even, for pairs, at most 1024")
     require(hp.head_dim in (8, 16, 32, 64, 128), f"--head_dim={hp.head_dim} must be a power of two from 8 to 128")
     require(hp.model_dim >= GATE_DIMS, f"--num_heads x --head_dim must be at least {GATE_DIMS}")
-    for name in ("bigram_vocab_size", "model_dim"):
-        require(getattr(hp, name) % 8 == 0, f"{name}={getattr(hp, name)} must be a multiple of 8, to shard over ranks")
-    require(hp.bigram_vocab_size >= 8, "--bigram_vocab_size must be at least 8")
-    require(50257 <= hp.vocab_size <= 65536, "--vocab_size must hold GPT-2's 50257 tokens and fit 16 bits")
+    told = f"--bigram_vocab_size={hp.bigram_vocab_size} must be a multiple of 8, to shard over ranks, from 8 to 2 ** 31"
+    require(8 <= hp.bigram_vocab_size <= 2**31 and hp.bigram_vocab_size % 8 == 0, told)
+    told = f"--bos={hp.bos} must be a token, below --vocab_size={hp.vocab_size}, and all tokens fit 16 bits"
+    require(0 <= hp.bos < hp.vocab_size <= 65536, told)
     choices_of = dict(dtype="auto bfloat16 float32", fp8="auto head off", cuda_graphs="auto off", compile="auto on off")
     for name, choices in choices_of.items():
         require(getattr(hp, name) in choices.split(), f"--{name}={getattr(hp, name)}: choose one of {choices}")
     for name in ("run_id", "resume"):
         value = getattr(hp, name)
         require(Path(value).name == value, f"--{name}={value} names files: it must not contain a path")
+    check_parameters(dict(GPT(hp, torch.device("meta"), torch.float32).named_parameters()))
 
 
 # ======================================================================================================================
@@ -525,10 +570,11 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, addend: Tensor | None = Non
 
 # ---------------------------------------------------------------------------- products in FP8
 
-# What one FP8 step stands for in the layers; e4m3 ends at 448. A normed row of 768 has no number beyond sqrt(768); in a
-# quarter run weights stayed below 2 and hidden activations below 1,700. Room to grow costs little, as FP8 is a floating
-# point, down to 2^-10 of a step: what is less counts as zero. Beyond the end compiled code clips; PyTorch 2.11's own
-# conversion to e4m3 makes NaN. Gradients are in e5m2, in steps that suit losses multiplied by `grad_scale`.
+# What one FP8 step stands for in the layers; e4m3 ends at 448. A normed row of C has no number beyond sqrt(C), so that
+# FP8_X is for widths up to 1024; in a quarter run weights stayed below 2 and hidden activations, which may grow with C,
+# below 1,700. Room to grow costs little, as FP8 is a floating point, down to 2^-10 of a step: what is less counts as
+# zero. Beyond the end compiled code clips; PyTorch 2.11's own conversion to e4m3 makes NaN. Gradients are in e5m2, in
+# steps that suit losses multiplied by `grad_scale`.
 FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 8.0, 2.0**-6
 
 
@@ -1662,6 +1708,8 @@ class GPT(nn.Module):
         self.embed = parameter(V, C)  # tied to the head at first, see Optimizer
         self.bigram_embed = parameter(hp.bigram_vocab_size, C)
         self.value_embeds = parameter(len(VALUE_LAYERS) * V, C)
+        if device.type == "meta":  # only the shapes are asked for
+            return
         with torch.no_grad():
             self.scalars.copy_(torch.tensor([value for count, value in SCALARS.values() for _ in range(count)]))
             bound = 3**0.5 * 0.5 * C**-0.5
@@ -2036,6 +2084,11 @@ def copy_saved(into: Tensor, saved: object, name: str, own: Callable = lambda wh
     into.copy_(part)
 
 
+def as_stack(p: Tensor) -> Tensor:
+    """A bank as one stack of matrices, which can be shared out; other parameters as they are."""
+    return p.flatten(0, -3) if p.dim() > 2 else p
+
+
 class Slot:
     """A parameter, its row of the table, its communication and its algorithm."""
 
@@ -2043,8 +2096,7 @@ class Slot:
         self.row, self.p = row, p
         # For good: captured graphs add to it where it stands.
         p.grad = table_gradient(p).zero_() if row.name in TABLES else torch.zeros_like(p)
-        bank = row.algorithm == "normuon"
-        self.shape = (-1, *p.shape[-2:]) if bank else p.shape  # banks as one stack of matrices
+        self.shape, bank = as_stack(p).shape, row.algorithm == "normuon"
         sharded = partial(ShardedRows, tables=TABLES[row.name]) if row.name in TABLES else Sharded
         policy = Alone if world.size == 1 else sharded if row.sharded else Replicated
         self.communication = policy(p.data.view(self.shape), world)
@@ -2061,14 +2113,16 @@ class Optimizer:
 
     Head and embedding are one parameter, stored twice, until `untie_step`: the embedding's gradient is added to the
     head's, and the embedding is the head's transpose after every Adam step. After that step they part, and the
-    embedding starts with a copy of the head's state.
+    embedding starts with a copy of the head's state. A step beyond the run's end leaves them tied.
     """
 
     def __init__(self, model: GPT, hp: Hyperparameters, world: World, untie_step: int, compile: bool = False):
         compiled = compiler(compile)
         parameters = dict(model.named_parameters())
-        self.slots = {row.name: Slot(row, parameters.pop(row.name), hp, world, compiled) for row in PARAMETERS}
-        assert not parameters, f"parameters without a row in PARAMETERS: {', '.join(parameters)}"
+        check_parameters(parameters)
+        # An empty parameter, as the value embeddings of a model that has none, takes no part.
+        rows = [row for row in PARAMETERS if parameters[row.name].numel()]
+        self.slots = {row.name: Slot(row, parameters[row.name], hp, world, compiled) for row in rows}
         self.model, self.world, self.untie_step = model, world, untie_step
         self.tied = True
         self.largest = deque(maxlen=8)  # (step, names, on the CPU: the largest magnitude of each gradient)
@@ -2077,7 +2131,8 @@ class Optimizer:
         """What all ranks' micro-batches, in the order dealt, look up in the tables: their inputs, on the CPU."""
         for i, tokens in enumerate(inputs):
             for name, rows in self.model.table_rows(tokens).items():
-                self.slots[name].communication.note(i % self.world.size, rows)
+                if name in self.slots:
+                    self.slots[name].communication.note(i % self.world.size, rows)
 
     @torch.no_grad()
     def step(self, step: int, lr_factor: float, momentum: float) -> None:
@@ -2161,7 +2216,6 @@ class Optimizer:
 # Data
 # ======================================================================================================================
 
-BOS = 50256  # <|endoftext|>; every document begins with it
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 FIRST_SCAN = 6_000_000  # tokens of the first shard searched for documents before the first step; a thread does the rest
 FETCH = "fetch it again: python data/cached_fineweb10B.py, or make shards with data/tokenize_text.py"
@@ -2223,9 +2277,8 @@ class Shard:
     known at first is a prefix of the whole, so that the two can be swapped at any time.
     """
 
-    def __init__(self, path: Path, vocab_size: int, max_seq_len: int, scan_all: bool):
-        self.tokens = read_tokens(path, vocab_size)
-        self.max_seq_len = max_seq_len
+    def __init__(self, path: Path, hp: Hyperparameters, scan_all: bool):
+        self.hp, self.tokens = hp, read_tokens(path, hp.vocab_size)
         self.next_document = 0
         self.whole_index: Future | None = None
         if scan_all or len(self.tokens) <= FIRST_SCAN:
@@ -2239,8 +2292,8 @@ class Shard:
 
     def _scan(self, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Per document: start, length as cut, and the sum of cut lengths up to its end."""
-        starts = np.flatnonzero(self.tokens[:limit] == BOS)
-        lengths = np.minimum(np.diff(starts, append=limit), self.max_seq_len)
+        starts = np.flatnonzero(self.tokens[:limit] == self.hp.bos)
+        lengths = np.minimum(np.diff(starts, append=limit), self.hp.train_max_seq_len)
         return starts, lengths, np.cumsum(lengths)
 
     def deal(self, num_tokens: int) -> list[tuple[int, int]] | None:
@@ -2322,7 +2375,7 @@ class TrainLoader:
         path = self.reading = self.paths[number % len(self.paths)]
         if file_state(path) not in (self.found[path], None):  # one that is gone is named when it is read
             raise UserError(f"{path}: changed since the run began")
-        return Shard(path, self.hp.vocab_size, self.hp.train_max_seq_len, scan_all)
+        return Shard(path, self.hp, scan_all)
 
     def _wait(self) -> StepBatch:
         try:  # less than the timeout of the watch, which could not name the file
@@ -2340,8 +2393,8 @@ class TrainLoader:
             self.next_shard = self.reader.submit(self._load, self.files_begun)
         raise UserError(
             f"none of the {len(self.paths)} train files ({self.paths[0]} ...) can fill a step: it takes "
-            f"{MICRO_BATCHES} x {num_tokens + 1} tokens of documents that begin with token {BOS} and count up to "
-            f"{self.hp.train_max_seq_len} tokens each; get more data or lower the stages' tokens"
+            f"{MICRO_BATCHES} x {num_tokens + 1} tokens of documents that begin with token {self.hp.bos} and count up "
+            f"to {self.hp.train_max_seq_len} tokens each; get more data or lower the stages' tokens"
         )
 
     def _prepare(self, num_tokens: int) -> StepBatch:
@@ -2382,7 +2435,7 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
     batches = []
     for start in range(T * world.rank, hp.val_tokens, T * world.size):
         chunk = tokens[start : start + T + 1]
-        ends = np.concatenate(([0], 1 + np.flatnonzero(chunk[1:-1] == BOS), [T]))
+        ends = np.concatenate(([0], 1 + np.flatnonzero(chunk[1:-1] == hp.bos), [T]))
         batches.append(make_micro_batch(chunk, ends, world.device))
     return batches
 
@@ -2393,18 +2446,22 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
 
 
 class TrainingSchedule:
-    """What depends on the step alone. Stages: three equal parts of the scheduled iterations, then the extension."""
+    """What depends on the step alone. The stages share the scheduled iterations; the last row is the extension."""
 
     def __init__(self, hp: Hyperparameters):
-        self.hp = hp
-        third = hp.num_scheduled_iterations // 3
-        self.starts = (0, third, 2 * third, hp.num_scheduled_iterations)
+        self.hp, self.scheduled = hp, hp.steps("num_scheduled_iterations")
+        self.warmup, self.cooldown = hp.steps("muon_momentum_warmup"), hp.steps("muon_momentum_cooldown")
+        *shares, _ = (stage.share for stage in hp.stages)
+        # Whole steps, rounded down but for what a float is off; the last stage takes what is left of them.
+        lengths = [int(self.scheduled * share / sum(shares) + 1e-9) for share in shares[:-1]]
+        self.starts = (0, *accumulate(lengths), self.scheduled)
         self.ends = (*self.starts[1:], hp.total_steps)
-        # The first step at or after stage 3's start on which Adam steps; see Optimizer.
-        self.untie_step = self.starts[2] | 1
+        untie = (start for start, stage in zip(self.starts, hp.stages, strict=True) if stage.untie)
+        # The first step at or after its start on which Adam steps; see Optimizer.
+        self.untie_step = next(untie, hp.total_steps) | 1
 
     def stage_index(self, step: int) -> int:
-        """0, 1, 2, or 3 for the extension."""
+        """The row of STAGES, from 0."""
         return max(i for i, start in enumerate(self.starts) if step >= start)
 
     def stage(self, step: int) -> TrainingStage:
@@ -2417,7 +2474,7 @@ class TrainingSchedule:
 
     def lr(self, step: int) -> float:
         """Learning-rate factor: the stage's multiplier, from the cooldown on moving linearly to lr_end."""
-        end = self.hp.num_scheduled_iterations
+        end = self.scheduled
         start = int(end * (1 - self.hp.cooldown_frac))
         t = 1 if step >= end else max(0, step - start) / max(1, end - start)
         return (1 - t) * self.stage(step).lr + t * self.hp.lr_end
@@ -2425,11 +2482,10 @@ class TrainingSchedule:
     def momentum(self, step: int) -> float:
         """NorMuon's: 0.85 to 0.95 over the warm-up, and back over the cool-down."""
         low, high = 0.85, 0.95
-        warmup, cooldown = self.hp.muon_momentum_warmup, self.hp.muon_momentum_cooldown
-        if step < warmup:
-            return low + (high - low) * step / warmup
-        into_cooldown = max(0, step - (self.hp.total_steps - cooldown))
-        return high - (high - low) * into_cooldown / cooldown if into_cooldown else high
+        if step < self.warmup:
+            return low + (high - low) * step / self.warmup
+        into_cooldown = max(0, step - (self.hp.total_steps - self.cooldown))
+        return high - (high - low) * into_cooldown / self.cooldown if into_cooldown else high
 
     def target_weights(self, step: int) -> list[float]:
         """Multi-token weights: linear inside a stage, from its first to its second row."""
@@ -3183,6 +3239,7 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
         )
     require(torch.__version__ >= "2.11", f"PyTorch {torch.__version__}: 2.11 or newer is needed: {INSTALL}")
     total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
+    length = f" (--length={hp.length:g}; momentum {schedule.warmup}, {schedule.cooldown})" if hp.length != 1 else ""
     fp8, why_not = use_fp8(hp, world)
     for number, stage in enumerate(hp.stages, 1):  # cuBLAS takes rows of 16 bytes and multiples, of tokens too
         if fp8 and stage.tokens % (16 * MICRO_BATCHES):
@@ -3190,6 +3247,9 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
                 f"STAGES, row {number}: {stage.tokens} tokens a step; products in FP8 take multiples of "
                 f"{16 * MICRO_BATCHES}: change the table, or give --fp8=off"
             )
+    widest = round((448 * (FP8_HEAD_X if hp.fp8 == "head" else FP8_X)) ** 2)  # no number of a normed row is larger
+    told = f"width {hp.model_dim}: FP8 in the layers is made for widths up to {widest}: give --fp8=head, or --fp8=off"
+    require(not fp8 or hp.model_dim <= widest, told)
     machine, notes = f"{world.size} x CPU", []
     if world.on_gpu:
         require(hasattr(triton, "__version__"), f"Triton is missing, the kernels need it: {INSTALL}")
@@ -3219,7 +3279,9 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
         f"software: Python {sys.version.split()[0]}, {versions()}",
         f"data: {len(train)} train shards, {train_tokens:,} tokens; "
         f"{hp.val_tokens:,} of {val_tokens:,} validation tokens",
-        f"run: {hp.run_id}, {hp.total_steps} steps, {total:,} tokens ({total / train_tokens:.2f} of the train files)",
+        f"run: {hp.run_id}, {hp.total_steps} steps{length}, {total:,} tokens "
+        f"({total / train_tokens:.2f} of the train files)",
+        f"stages: begin at steps {' '.join(map(str, schedule.starts))}",
         *notes,
     ]
 

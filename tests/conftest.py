@@ -22,6 +22,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def rows_in_use():
+    """The rows of PARAMETERS, but those of parameters that LAYERS leaves empty."""
+    from train_gpt import GPT, PARAMETERS, Hyperparameters
+
+    parameters = dict(GPT(Hyperparameters(), torch.device("meta"), torch.float32).named_parameters())
+    return [row for row in PARAMETERS if parameters[row.name].numel()]
+
+
 def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
     """||out - ref|| / ||ref|| in float64; infinite where a NaN is. A reference of zero or infinite norm is an error."""
     assert out.shape == ref.shape, f"shape {tuple(out.shape)}, expected {tuple(ref.shape)}"

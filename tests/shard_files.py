@@ -3,7 +3,9 @@
 import struct
 from pathlib import Path
 
-BOS = 50256
+from train_gpt import Hyperparameters
+
+BOS = Hyperparameters.bos
 
 
 def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:

@@ -1,6 +1,6 @@
 """A run of ten steps in a few seconds, for tests; as a program, one process of it:
 
-python tests/small_run.py FOLDER DTYPE
+python tests/small_run.py FOLDER DTYPE [edited]
 
 with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment, writes what it found to FOLDER/<size>_<rank>.pt.
 """
@@ -13,14 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from shard_files import BOS, write_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from shard_files import BOS, write_shard
+
+import train_gpt
 from train_gpt import (
     FINAL_WINDOWS,
     STAGES,
     Hyperparameters,
+    Layer,
     Trainer,
     TrainLoader,
     World,
@@ -30,10 +33,13 @@ from train_gpt import (
 )
 
 STEPS = 10
-UNTIE_STEP = 7  # the first odd step of the last third of nine
 FILES = dict(train_files="train_*.bin", val_files="val_*.bin")
+LAST_STAGE = len(STAGES) - 2  # before the extension
 SMALL = dict(
-    stages=tuple(stage._replace(tokens=8 * n) for stage, n in zip(STAGES, (16, 24, 32, 32), strict=True)),
+    stages=tuple(
+        stage._replace(share=stage.share and 1, tokens=8 * min(16 + 8 * i, 32), untie=i == LAST_STAGE)
+        for i, stage in enumerate(STAGES)
+    ),
     num_scheduled_iterations=9,
     num_extension_iterations=1,
     muon_momentum_warmup=4,
@@ -117,8 +123,28 @@ def train(hp: Hyperparameters, world: World) -> dict:
     return found
 
 
-def main(folder: Path, dtype: str) -> None:
+def tables_of(layers: list[Layer]) -> dict[str, object]:
+    """What the program makes of a table of layers, by name; the first one with attention is kept for the backout."""
+    attention, values = ([i for i, layer in enumerate(layers) if getattr(layer, n)] for n in ("window", "value_embed"))
+    kept = {attention[0], *(layer.skip_from for layer in layers if layer.skip_from is not None)}
+    scalars = {name: (len(layers) if count > 1 else 1, value) for name, (count, value) in train_gpt.SCALARS.items()}
+    tables = dict(LAYERS=tuple(layers), ATTENTION_LAYERS=attention, VALUE_LAYERS=values, KEPT_OUTPUTS=kept)
+    return dict(
+        **tables, BACKOUT_LAYER=attention[0], SCALARS=scalars, TABLES={**train_gpt.TABLES, "value_embeds": len(values)}
+    )
+
+
+def edited_tables() -> dict[str, object]:
+    """Layers that have none of what layers may have, and a bank under Adam."""
+    adam = dict(algorithm="adam", lr=(1.0,), betas=(0.9, 0.95))
+    rows = tuple(row._replace(**adam) if row.name == "mlp_bank" else row for row in train_gpt.PARAMETERS)
+    return dict(tables_of([Layer("short"), Layer("long"), Layer(None)]), PARAMETERS=rows)
+
+
+def main(folder: Path, dtype: str, edited: str = "") -> None:
     torch.set_num_threads(1)
+    if edited:
+        vars(train_gpt).update(edited_tables())
     world = World.from_environment()
     world.start()
     # On a GPU as on a CPU: without compiling, and FP8 takes micro-batches of multiples of 16 tokens.
@@ -133,4 +159,4 @@ def main(folder: Path, dtype: str) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

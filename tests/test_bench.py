@@ -12,7 +12,7 @@ import torch
 import train_gpt
 from train_gpt import (
     GPT,
-    STAGES,
+    LAYERS,
     Bench,
     Hyperparameters,
     Kernel,
@@ -38,20 +38,27 @@ def speedrun():
     hp, _ = parse_arguments(["--preset=speedrun", "--bench"], has_gpu=True)
     model = GPT(hp, torch.device("meta"), torch.bfloat16)
     world = World(size=2, device=torch.device("cuda", 0))
-    peak_memory = dict.fromkeys(range(4), 3 << 29)
+    peak_memory = dict.fromkeys(range(len(hp.stages)), 3 << 29)
     return SimpleNamespace(hp=hp, model=model, world=world, schedule=TrainingSchedule(hp), peak_memory=peak_memory)
 
 
-def test_the_speedruns_products_take_453_mflop_a_token_in_the_layers_and_232_in_the_head(speedrun):
-    def mflop(fp8, in_layers=True):
-        model = speedrun.model
-        parts = {name: getattr(model, name) for name in ("attn_bank", "mlp_bank", "head")}
-        return [flops / 1e6 for flops in flops_per_token(SimpleNamespace(**parts, fp8_layers=in_layers), fp8)]
+def products_of(hp):
+    """FLOP a token in the layers, in those of their products that FP8 takes (all but W_o), and in the head."""
+    square = 6 * hp.model_dim**2
+    mlp = 2 * 4 * len(LAYERS) * square
+    attention = sum(layer.window is not None for layer in LAYERS) * square
+    return mlp + 4 * attention, mlp + 3 * attention, 6 * hp.model_dim * hp.padded_vocab
 
-    assert mflop(fp8=False) == [pytest.approx(453 + 232, abs=1), 0]
-    assert mflop(fp8=True, in_layers=False) == pytest.approx([453, 232], abs=1)
-    in_fp8 = 6 * (11 * 8 + 10 * 3) * 768**2 / 1e6  # all but W_o
-    assert mflop(fp8=True) == pytest.approx([453 - in_fp8, 232 + in_fp8], abs=1)
+
+def test_a_product_takes_six_flop_a_token_and_weight(speedrun):
+    def flops(fp8, in_layers=True):
+        parts = {name: getattr(speedrun.model, name) for name in ("attn_bank", "mlp_bank", "head")}
+        return flops_per_token(SimpleNamespace(**parts, fp8_layers=in_layers), fp8)
+
+    layers, in_fp8, head = products_of(speedrun.hp)
+    assert flops(fp8=False) == (layers + head, 0)
+    assert flops(fp8=True, in_layers=False) == (layers, head)
+    assert flops(fp8=True) == (layers - in_fp8, in_fp8 + head)
 
 
 @pytest.mark.parametrize(
@@ -160,25 +167,29 @@ def rows_of(text, first_column):
 
 
 def test_rates_follow_from_the_time_of_a_step_and_the_ceilings(speedrun):
-    written = []
-    times = {stage: [(2, 100.0), (3, 120.0), (4, 100.0), (5, 90.0)] for stage in range(4)}  # an odd step's median: 105
-    kernels = {stage: [Kernel("", "", 0, 123_000)] for stage in range(4)}  # of two steps
+    written, stages, schedule = [], range(len(speedrun.hp.stages)), speedrun.schedule
+    times = {stage: [(2, 100.0), (3, 120.0), (4, 100.0), (5, 90.0)] for stage in stages}  # an odd step's median: 105
+    kernels = {stage: [Kernel("", "", 0, 123_000)] for stage in stages}  # of two steps
     bench = Bench(speedrun, [], SimpleNamespace(write=written.append))
     bench.write_times(times, kernels, ceilings=(800e12, 1400e12), fp8=True, start_seconds=1.5)
     header, *rows = rows_of("\n".join(written), "stage")
-    assert len(rows) == 4
+    layers, in_fp8, head = products_of(speedrun.hp)
     for row, stage in zip(rows, speedrun.hp.stages, strict=True):
         cells = dict(zip(header[:4] + header[5:], row[:4] + row[5:], strict=True))
         assert (cells["ms/step"], row[4]) == ("102.50", "90.00")
         assert (cells["ms/micro-batch"], cells["min"]) == ("25.62", "22.50")  # 4 a step on each of two GPUs
         tokens = stage.tokens
         assert cells["tokens"] == f"{tokens:,}" and cells["tokens/s"] == f"{tokens / 0.1025:,.0f}"
-        assert cells["TFLOP/s"] == f"{tokens / 2 * (453.0 + 231.8) * 1e6 / 0.1025 / 1e12:.3g}"  # of one GPU
-        floor = tokens / 2 * (35.4e6 / 800e12 + 649.4e6 / 1400e12)
+        assert cells["TFLOP/s"] == f"{tokens / 2 * (layers + head) / 0.1025 / 1e12:.3g}"  # of one GPU
+        floor = tokens / 2 * ((layers - in_fp8) / 800e12 + (in_fp8 + head) / 1400e12)
         assert float(cells["of ceiling"].rstrip("%")) == pytest.approx(100 * floor / 0.1025, abs=0.06)
         assert (cells["GPU busy"], cells["peak GiB"]) == ("60.0%", "1.5")
-    assert [row[header.index("run s")] for row in rows] == ["51.76", "51.76", "51.76", "4.10"]
-    assert "projected: 159.39 s for 1555 steps on 2 x GPU, 318.78 GPU-seconds" in written[-1]
+    lengths = [end - start for start, end in zip(schedule.starts, schedule.ends, strict=True)]
+    assert [row[header.index("run s")] for row in rows] == [f"{0.1025 * steps:.2f}" for steps in lengths]
+    words = written[-1].splitlines()[-1].split()
+    assert " ".join(words[2:9]) == f"s for {sum(lengths)} steps on 2 x" and words[0] == "projected:"
+    assert float(words[1]) == pytest.approx(0.1025 * sum(lengths), abs=0.006)
+    assert float(words[10]) == pytest.approx(2 * 0.1025 * sum(lengths), abs=0.006) and words[11] == "GPU-seconds"
 
 
 # ------------------------------------------------------------------------------------------------------ a small model
@@ -191,7 +202,7 @@ def bench(tmp_path_factory):
     small_run.write_text(folder)
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(train_gpt, "MICRO_BATCHES", 1)  # an eighth of the operators, whose events take time to read
-    stages = tuple(stage._replace(tokens=tokens) for stage, tokens in zip(STAGES, (16, 24, 32, 32), strict=True))
+    stages = tuple(stage._replace(tokens=stage.tokens // 8) for stage in small_run.SMALL["stages"])
     hp = small_run.small_hyperparameters(folder, bench=True, profile=True, bench_steps=4, stages=stages)
     trainer, log = Trainer(hp, World()), Log(hp, World())
     steps, update = [], trainer.update
@@ -210,10 +221,11 @@ def bench(tmp_path_factory):
 
 def test_every_stage_runs_its_first_steps_and_even_and_odd_ones_take_turns(bench):
     schedule = TrainingSchedule(bench.hp)
-    timed, profiled = bench.steps[: 4 * 4], bench.steps[4 * 4 :]
+    count = len(schedule.starts)
+    timed, profiled = bench.steps[: 4 * count], bench.steps[4 * count :]
     for steps in (timed, profiled):
-        assert [stage for stage, _ in steps] == [stage for stage in range(4) for _ in range(4)]
-        for stage in range(4):
+        assert [stage for stage, _ in steps] == [stage for stage in range(count) for _ in range(4)]
+        for stage in range(count):
             taken = [step for k, step in steps if k == stage]
             assert taken[0] == schedule.starts[stage]
             assert all(schedule.stage_index(step) == stage for step in taken)
@@ -223,9 +235,11 @@ def test_every_stage_runs_its_first_steps_and_even_and_odd_ones_take_turns(bench
 
 def test_the_projected_time_is_the_sum_of_the_rows(bench):
     header, *rows = rows_of(bench.text, "stage")
-    assert [row[0] for row in rows] == ["1", "2", "3", "4"]
+    schedule = TrainingSchedule(bench.hp)
+    lengths = [end - start for start, end in zip(schedule.starts, schedule.ends, strict=True)]
+    assert [row[0] for row in rows] == [f"{i + 1}" for i in range(len(lengths))]
     steps, ms = header.index("steps"), header.index("ms/step")
-    assert [int(row[steps]) for row in rows] == [3, 3, 3, 1]
+    assert [int(row[steps]) for row in rows] == lengths
     (line,) = [line for line in bench.text.splitlines() if line.startswith("projected: ")]
     expected = sum(int(row[steps]) * float(row[ms]) / 1000 for row in rows)
     assert expected > 0 and abs(float(line.split()[1]) - expected) < 0.01
@@ -236,7 +250,7 @@ def test_the_projected_time_is_the_sum_of_the_rows(bench):
 
 def test_shares_of_the_categories_add_up_to_the_step(bench):
     tables = bench.text.split("trace: ")[1:]
-    assert len(tables) == 4
+    assert len(tables) == len(bench.hp.stages)
     for table in tables:
         header, *rows = rows_of(table, "ms/step")
         assert header == ["ms/step", "share", "count", "category"]
@@ -255,7 +269,7 @@ def test_the_largest_kernels_are_listed_with_their_category(bench):
 
 
 def test_every_stage_leaves_a_trace_that_can_be_read(bench):
-    for stage in (1, 2, 3, 4):
+    for stage in range(1, len(bench.hp.stages) + 1):
         with gzip.open(bench.folder / f"small_stage{stage}.json.gz", "rt") as file:
             names = [event.get("name") for event in json.load(file)["traceEvents"]]
         assert names.count("optimizer") == 2

@@ -11,7 +11,7 @@ import torch
 from shard_files import text_of, write_shard
 
 import train_gpt
-from train_gpt import PRESETS, STAGES, Hyperparameters, UserError, World, parse_arguments
+from train_gpt import PRESETS, STAGES, Hyperparameters, Layer, TrainingStage, UserError, World, parse_arguments
 
 
 def parse(*arguments, has_gpu=False):
@@ -30,40 +30,110 @@ def refused(*arguments):
 
 
 @pytest.mark.parametrize(
-    "layer, change, words",
+    "row, words",
     [
-        (4, dict(window="wide"), "LAYERS, layer 4: window is 'short', 'long' or None"),
-        (4, dict(skip_from=1), "LAYERS, layer 4: skip_from is for layers without a window"),
-        (6, dict(value_embed=True), "LAYERS, layer 6: paired, key_offset and value_embed are for layers with a window"),
-        (6, dict(paired=True), "LAYERS, layer 6: paired, key_offset and value_embed are for layers with a window"),
-        (6, dict(skip_from=6), "LAYERS, layer 6: skip_from=6 is not an earlier layer"),
+        (Layer("wide"), "window is 'short', 'long' or None"),
+        (Layer("short", skip_from=1), "skip_from is for layers without a window"),
+        (Layer(None, value_embed=True), "paired, key_offset and value_embed are for layers with a window"),
+        (Layer(None, paired=True), "paired, key_offset and value_embed are for layers with a window"),
+        (Layer(None, skip_from=2), "skip_from=2 is not an earlier layer"),
     ],
 )
-def test_a_row_of_layers_without_effect_is_refused(monkeypatch, layer, change, words):
-    layers = [row._replace(**change) if i == layer else row for i, row in enumerate(train_gpt.LAYERS)]
-    monkeypatch.setattr(train_gpt, "LAYERS", layers)
-    assert words in refused()
+def test_a_row_of_layers_without_effect_is_refused(monkeypatch, row, words):
+    monkeypatch.setattr(train_gpt, "LAYERS", (Layer("short"), Layer("long"), row))
+    assert refused() == f"LAYERS, layer 2: {words}"
 
 
 def test_only_layers_with_a_window_are_kept(monkeypatch):
-    monkeypatch.setattr(train_gpt, "KEPT_OUTPUTS", {3, 6})
-    assert "layer 6 is skipped from, or BACKOUT_LAYER" in refused()
+    monkeypatch.setattr(train_gpt, "KEPT_OUTPUTS", {len(train_gpt.LAYERS)})
+    assert f"layer {len(train_gpt.LAYERS)} is skipped from, or BACKOUT_LAYER" in refused()
+
+
+ADAM, NORMUON = dict(algorithm="adam", betas=(0.9, 0.99), lr=(1.0,)), dict(algorithm="normuon", betas=None)
 
 
 @pytest.mark.parametrize(
-    "change, words",
-    [(dict(betas=None), "embed: adam takes betas"), (dict(algorithm="sgd"), "embed: algorithm is 'adam' or 'normuon'")],
+    "name, change, words",
+    [
+        ("embed", dict(algorithm="sgd"), "algorithm is 'adam' or 'normuon'"),
+        ("embed", {**ADAM, "betas": None}, "adam takes betas, as (0.9, 0.99)"),
+        ("embed", {**ADAM, "betas": 0.9}, "adam takes betas, as (0.9, 0.99)"),
+        ("embed", dict(lr=1.0), "lr=1.0 is no tuple, as (1.0,)"),
+        ("mlp_bank", {**ADAM, "lr": (1.0, 2.0)}, "adam takes one lr, (1.0, 2.0) are several"),
+        ("mlp_bank", {**NORMUON, "betas": (0.9, 0.99)}, "normuon takes no betas"),
+        ("smear_gate", NORMUON, "normuon is for banks of matrices, this has the shape (1, 12)"),
+        ("smear_gate", dict(sharded=True), "sharded, but its first dimension 1 does not divide by 8, the most ranks"),
+    ],
 )
-def test_an_incomplete_row_of_parameters_is_refused(monkeypatch, change, words):
-    rows = [row._replace(**change) if row.name == "embed" else row for row in train_gpt.PARAMETERS]
+def test_a_row_of_parameters_that_fails_later_or_has_no_effect_is_refused(monkeypatch, name, change, words):
+    rows = [row._replace(**change) if row.name == name else row for row in train_gpt.PARAMETERS]
     monkeypatch.setattr(train_gpt, "PARAMETERS", rows)
-    assert words in refused()
+    assert refused() == f"PARAMETERS, {name}: {words}"
 
 
-@pytest.mark.parametrize("stages", [STAGES[:3], STAGES + STAGES[3:]])
-def test_there_are_three_stages_and_the_extension(stages):
-    with pytest.raises(UserError, match=f"STAGES has {len(stages)} rows"):
-        train_gpt.check_hyperparameters(Hyperparameters(stages=stages))
+def test_every_parameter_has_one_row_and_every_row_a_parameter(monkeypatch):
+    first, *rest = train_gpt.PARAMETERS
+    monkeypatch.setattr(train_gpt, "PARAMETERS", (*rest, rest[0], first._replace(name="tail")))
+    told = {first.name: f"{first.name} has 0", rest[0].name: f"{rest[0].name} has 2", "tail": "tail is none"}
+    told = ", ".join(told[name] for name in sorted(told))
+    assert refused() == f"PARAMETERS takes one row for each of the model's parameters: {told}"
+
+
+def test_a_sound_row_for_every_bank_under_either_algorithm_is_accepted(monkeypatch):
+    for change in (ADAM, NORMUON):
+        rows = [row._replace(**change) if "bank" in row.name else row for row in train_gpt.PARAMETERS]
+        monkeypatch.setattr(train_gpt, "PARAMETERS", rows)
+        assert parse().preset == "smoke"
+
+
+ROW = TrainingStage(1, 800, 1, 3, 1.0, (1.0, 0.5), (1.0, 0.0))
+LAST = ROW._replace(share=None)
+
+
+def check_stages(*stages, **values):
+    train_gpt.check_hyperparameters(Hyperparameters(stages=stages, **values))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("untie", [False, True])
+def test_there_are_any_number_of_stages_and_the_extension(count, untie):
+    check_stages(*[ROW] * (count - 1), ROW._replace(untie=untie), LAST)
+
+
+@pytest.mark.parametrize(
+    "stages, words",
+    [
+        *[(stages, "STAGES ends with the extension") for stages in ([], [ROW], [LAST], [ROW, LAST, LAST], [LAST, ROW])],
+        ([ROW, ROW._replace(share=0), LAST], "STAGES, row 2: share=0 must be positive"),
+        ([ROW._replace(share=float("nan")), LAST], "STAGES, row 1: share=nan must be positive"),
+        ([ROW._replace(untie=True)] * 2 + [LAST], "STAGES: head and embedding untie in one row only"),
+        ([ROW, LAST._replace(tokens=801)], "STAGES, row 2: tokens=801 must be a multiple of 8"),
+        ([ROW._replace(tokens=0), LAST], "STAGES, row 1: tokens=0 must be a multiple of 8"),
+        ([ROW._replace(short_window=0), LAST], "STAGES, row 1: a window has at least 1 block"),
+        (
+            [ROW, LAST._replace(target_weights=(1.0,))],
+            "STAGES, row 2: 1 multi-token weights at the start, 2 at the end",
+        ),
+        ([ROW._replace(share=0.0001), ROW, LAST], "no step of 1515 falls to row 1 of STAGES"),
+    ],
+)
+def test_a_row_of_stages_that_fails_later_is_refused(stages, words):
+    with pytest.raises(UserError) as error:
+        check_stages(*stages)
+    assert str(error.value).startswith(words)
+
+
+def test_a_run_that_leaves_a_stage_without_a_step_is_refused():
+    with pytest.raises(UserError, match="no step of 2 falls to row 1 of STAGES: raise its share, --num_scheduled"):
+        check_stages(ROW, ROW, ROW, LAST, num_scheduled_iterations=2)
+    with pytest.raises(UserError, match="no step of 2 falls to row 1"):
+        check_stages(ROW, ROW, ROW, LAST, num_scheduled_iterations=200, length=0.01)
+    check_stages(ROW, ROW, ROW, LAST, num_scheduled_iterations=300, num_extension_iterations=0, length=0.01)
+
+
+def test_the_final_windows_are_checked_as_the_stages_are(monkeypatch):
+    monkeypatch.setattr(train_gpt, "FINAL_WINDOWS", (6, 0))
+    assert refused() == "FINAL_WINDOWS: two windows of at least 1 block"
 
 
 # -------------------------------------------------------------------------------------------------------------- values
@@ -166,9 +236,8 @@ def test_without_a_preset_a_gpu_runs_the_speedrun_and_a_cpu_the_smoke_run(argume
 def test_a_preset_that_is_given_is_taken_whatever_the_machine(has_gpu):
     speedrun, smoke = (parse(f"--preset={name}", has_gpu=has_gpu) for name in ("speedrun", "smoke"))
     assert (speedrun.preset, smoke.preset) == ("speedrun", "smoke")
-    assert (speedrun.num_scheduled_iterations, speedrun.val_tokens, speedrun.stages) == (1515, 10_485_760, STAGES)
-    assert (smoke.num_scheduled_iterations, smoke.val_tokens) == (36, 16_384)
-    assert [stage.tokens for stage in smoke.stages] == [512, 1024, 1536, 1536]
+    assert speedrun.stages == STAGES and speedrun.val_tokens == Hyperparameters.val_tokens
+    assert smoke.stages == PRESETS["smoke"]["stages"] and smoke.val_tokens == PRESETS["smoke"]["val_tokens"]
 
 
 def test_a_value_that_is_given_wins_over_the_preset_and_the_preset_over_the_default():
@@ -189,7 +258,10 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--num_scheduled_iterations=2"], ["--num_scheduled_iterations", "at least 3"]),
+        (["--length=0"], ["--length=0", "(0, 100]"]),
+        (["--length=-1"], ["--length=-1", "(0, 100]"]),
+        (["--length=1e300"], ["--length=1e+300", "(0, 100]"]),
+        (["--length=1%"], ["--length=1%", "expected a number"]),
         (["--num_scheduled_iterations=0"], ["--num_scheduled_iterations=0", "positive"]),
         (["--num_extension_iterations=-1"], ["--num_extension_iterations=-1", "negative"]),
         (["--val_loss_every=-5"], ["--val_loss_every=-5", "negative"]),
@@ -206,9 +278,11 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
         (["--head_dim=0"], ["--head_dim=0", "power of two"]),
         (["--head_dim=256"], ["--head_dim=256", "power of two from 8 to 128"]),
         (["--bigram_vocab_size=1001"], ["bigram_vocab_size=1001", "multiple of 8"]),
-        (["--bigram_vocab_size=0"], ["--bigram_vocab_size", "at least 8"]),
-        (["--vocab_size=50000"], ["--vocab_size", "50257"]),
-        (["--vocab_size=70000"], ["--vocab_size", "16 bits"]),
+        (["--bigram_vocab_size=0"], ["--bigram_vocab_size=0", "from 8"]),
+        (["--num_heads=1026"], ["--num_heads=1026", "at most 1024"]),
+        (["--vocab_size=4096", "--bos=4096"], ["--bos=4096", "--vocab_size=4096"]),
+        (["--bos=-1"], ["--bos=-1", "--vocab_size"]),
+        (["--vocab_size=70000"], ["--vocab_size=70000", "16 bits"]),
         (["--dtype=float16"], ["--dtype=float16", "auto", "bfloat16", "float32"]),
         (["--fp8=maybe"], ["--fp8=maybe", "auto", "head", "off"]),
         (["--compile=true"], ["--compile=true", "auto", "on", "off"]),
@@ -339,7 +413,8 @@ def small_check(tmp_path, monkeypatch, capability, tokens=512, free=79):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free << 30, 80 << 30))
     hp = parse("--preset=smoke", "--train_files=train_*.bin", "--val_files=val_*.bin", "--val_tokens=8192")
-    return dataclasses.replace(hp, stages=(hp.stages[0], hp.stages[1]._replace(tokens=tokens), *hp.stages[2:]))
+    stages = (ROW._replace(tokens=512), ROW._replace(tokens=tokens), LAST._replace(tokens=512))
+    return dataclasses.replace(hp, stages=stages)
 
 
 @pytest.mark.parametrize("fp8, device", [("off", "cuda"), ("auto", "cpu")])
@@ -347,6 +422,32 @@ def test_without_fp8_a_step_may_have_any_multiple_of_eight_tokens(tmp_path, monk
     hp = dataclasses.replace(small_check(tmp_path, monkeypatch, (9, 0), tokens=440), fp8=fp8)
     monkeypatch.setattr(train_gpt, "triton", SimpleNamespace(__version__="3.6.0"))
     assert train_gpt.check_world(hp, World(device=torch.device(device)))
+
+
+@pytest.mark.parametrize("fp8, width, widest", [("auto", 1280, 1024), ("head", 1280, None), ("off", 1280, None)])
+def test_a_width_beyond_the_range_of_fp8_is_refused_where_fp8_is_used(tmp_path, monkeypatch, fp8, width, widest):
+    hp = dataclasses.replace(small_check(tmp_path, monkeypatch, (9, 0)), fp8=fp8, head_dim=128, num_heads=width // 128)
+    monkeypatch.setattr(train_gpt, "triton", SimpleNamespace(__version__="3.6.0"))
+    gpu = World(device=torch.device("cuda", 0))
+    assert train_gpt.check_world(hp, World())
+    assert train_gpt.check_world(dataclasses.replace(hp, num_heads=8), gpu)
+    if not widest:
+        assert train_gpt.check_world(hp, gpu)
+        return
+    with pytest.raises(
+        UserError, match=f"width {width}: FP8 .* for widths up to {widest}: give --fp8=head, or --fp8=off"
+    ):
+        train_gpt.check_world(hp, gpu)
+
+
+def test_the_summary_says_where_stages_begin_and_what_length_came_to(tmp_path, monkeypatch):
+    hp = dataclasses.replace(small_check(tmp_path, monkeypatch, (9, 0)), num_scheduled_iterations=41)
+    lines = train_gpt.check_world(hp, World())
+    assert "stages: begin at steps 0 20 41" in lines and not any("--length" in line for line in lines)
+    lines = train_gpt.check_world(dataclasses.replace(hp, length=0.5, muon_momentum_warmup=20), World())
+    assert "stages: begin at steps 0 10 20" in lines
+    (run,) = [line for line in lines if line.startswith("run: ")]
+    assert f"{20 + hp.num_extension_iterations // 2} steps (--length=0.5; momentum 10, " in run
 
 
 def test_too_little_gpu_memory_is_noted_with_what_the_run_needs(tmp_path, monkeypatch):

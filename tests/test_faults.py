@@ -245,6 +245,18 @@ def test_the_hyperparameters_are_the_checkpoints(resume, tmp_path):
     assert hp.adam_lr == fault_run.CHANGES["adam_lr"] and hp.run_id == "kept" and hp.checkpoint_every == 7
 
 
+def test_a_run_in_small_goes_on_as_long_as_it_was(resume, tmp_path):
+    path = tmp_path / "logs" / "kept_step000006.pt"
+    content = train_gpt.read_checkpoint(path)
+    content["hyperparameters"].update(length=2.0, bos=7)
+    train_gpt.write_checkpoint(path, content)
+    for arguments in ((), ("--length=2", "--num_scheduled_iterations=9")):  # nor is it taken twice where it is repeated
+        hp = resume(*arguments)[0]
+        assert (hp.length, hp.total_steps, hp.bos) == (2.0, 20, 7)
+    with pytest.raises(train_gpt.UserError, match=r"--length=0\.5 contradicts the run's length=2\.0"):
+        resume("--length=0.5")
+
+
 @pytest.mark.parametrize("damage", [cut, lambda path: path.unlink()])
 def test_without_any_sound_checkpoint_a_run_does_not_begin_anew(resume, tmp_path, damage):
     for path in (tmp_path / "logs").glob("*.pt"):

@@ -64,7 +64,8 @@ def test_any_bytes_are_a_shard_or_an_error_that_names_the_file(folder, header, b
 @many
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=60), st.integers(1, 40), st.integers(1, 64))
 def test_any_lengths_of_documents_are_dealt_or_refused(folder, lengths, num_tokens, max_seq_len):
-    shard = train_gpt.Shard(write_shard(folder / "lengths.bin", text_of(lengths)), 50257, max_seq_len, scan_all=True)
+    hp = train_gpt.Hyperparameters(train_max_seq_len=max_seq_len)
+    shard = train_gpt.Shard(write_shard(folder / "lengths.bin", text_of(lengths)), hp, scan_all=True)
     while spans := shard.deal(num_tokens):
         for span in spans:
             tokens, ends = shard.assemble(span, num_tokens)

@@ -383,7 +383,7 @@ def test_early_steps_do_not_wait_for_the_whole_index_of_the_first_shard(tmp_path
 def test_the_whole_index_is_swapped_in_as_soon_as_it_is_ready(tmp_path, blocked_scan):
     text = text_of(ordinary_lengths(4, 400))
     (path,) = write_texts(tmp_path, [text])
-    shard = train_gpt.Shard(path, VOCAB, 64, scan_all=False)
+    shard = train_gpt.Shard(path, hyperparameters(), scan_all=False)
     whole = train_gpt.Shard._scan
     first_part = len(shard.index[0])
     assert shard.deal(40) and len(shard.index[0]) == first_part
@@ -396,7 +396,7 @@ def test_the_whole_index_is_swapped_in_as_soon_as_it_is_ready(tmp_path, blocked_
 
 def test_a_deal_beyond_the_first_part_of_the_index_waits_for_the_whole(tmp_path, blocked_scan):
     (path,) = write_texts(tmp_path, [text_of([20] * 1000)])
-    shard = train_gpt.Shard(path, VOCAB, 64, scan_all=False)
+    shard = train_gpt.Shard(path, hyperparameters(), scan_all=False)
     threading.Timer(0.2, blocked_scan.set).start()
     spans = shard.deal(1000)  # 8 x 51 documents; the first 4000 tokens hold 199 whole ones
     assert spans == [(51 * i, 51 * i + 51) for i in range(8)]
@@ -462,6 +462,18 @@ def test_threads_end_when_the_last_step_is_taken_and_when_the_iteration_is_given
     next(given_up)
     given_up.close()
     assert wait_until(lambda: set(threading.enumerate()) <= before, 5)
+
+
+def test_documents_begin_with_the_bos_that_is_given(tmp_path):
+    hp = hyperparameters(vocab_size=10, bos=3, val_tokens=80, val_batch_size=80)
+    tokens = [3, 5, 6, 7, 8] * 40
+    (path,) = write_texts(tmp_path, [tokens])
+    for batch in TrainLoader([path], [9], hp, World()):
+        assert [b.inputs.tolist() for b in batch.micro_batches] == [tokens[:9]] * 8
+        assert {tuple(ends_of(b)) for b in batch.micro_batches} == {(0, 5, 9)}
+    assert [ends_of(b) for b in validation_batches([path], hp, World())] == [[0, 5, 10]] * 8
+    with pytest.raises(UserError, match="documents that begin with token 4 and count up to 64"):
+        next(iter(TrainLoader([path], [9], hyperparameters(vocab_size=10, bos=4), World())))
 
 
 # --------------------------------------------------------------------------------------------------------- validation

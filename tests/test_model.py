@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
+from conftest import relative_error, rows_in_use
+from small_run import tables_of
 
 import train_gpt
-from train_gpt import GPT, Documents, Hyperparameters, MicroBatch, Yarn
+from train_gpt import GPT, Documents, Hyperparameters, Layer, MicroBatch, Yarn
 
 CPU = torch.device("cpu")
 # Only the order of operations differs from the plain formulas, all in float64.
@@ -66,8 +67,6 @@ def losses_of(model, inputs, targets, weights=TARGET_WEIGHTS, **options):
 
 # ---------------------------------------------------------------------------- the whole model, layer by layer
 
-PAIRED, LONG, WITH_VALUES, WITHOUT_ATTENTION = {0, 2, 5, 9}, {3, 10}, [0, 1, 8, 9, 10], 6
-
 
 def plain_rms_norm(x):
     return x / (x.square().mean(-1, keepdim=True) + 2.0**-23).sqrt()
@@ -107,48 +106,51 @@ def plain_losses(model, inputs, targets, weights):
     """Loss by position, loops and all."""
     C, H, D = HP.model_dim, HP.num_heads, HP.head_dim
     p = {name: value.detach() for name, value in model.named_parameters()}
-    resid, bigram_lambda, qkv_lambda, out_lambda = p["scalars"][:44].view(4, 11)
-    smear, backout, skip_lambda = p["scalars"][44:]
+    counts = [count for count, _ in train_gpt.SCALARS.values()]
+    lambdas = dict(zip(train_gpt.SCALARS, p["scalars"].split(counts), strict=True))
     frequencies = [(1 / 1024) ** (i / (D // 4 - 1)) for i in range(D // 4)]
 
     def gate(x, w):
-        return torch.sigmoid(x[:, :12] @ w.T)
+        return torch.sigmoid(x[:, : train_gpt.GATE_DIMS] @ w.T)
 
     raw = p["embed"][inputs]
     x = raw.clone()
-    x[1:] += smear * gate(raw[1:], p["smear_gate"]) * raw[:-1]
+    x[1:] += lambdas["smear"] * gate(raw[1:], p["smear_gate"]) * raw[:-1]
     x = x0 = plain_rms_norm(x)
     bigram = p["bigram_embed"][plain_bigram_hash(inputs.numpy(), HP.bigram_vocab_size)]
-    value_tables = p["value_embeds"].view(5, 128, C)
-    outputs = []
-    for i in range(11):
-        if i == WITHOUT_ATTENTION:
-            x = x + torch.sigmoid(skip_lambda) * 2 * gate(x0, p["skip_gate"]) * outputs[3]
-        x = resid[i] * x + p["x0_lambdas"][i] * x0 + bigram_lambda[i] * bigram
-        if i != WITHOUT_ATTENTION:
-            a = i - (i > WITHOUT_ATTENTION)
+    value_tables = p["value_embeds"].view(-1, 128, C)
+    outputs, a, j = [], 0, 0  # the next layer's place among those with attention, and among those with values
+    for i, layer in enumerate(train_gpt.LAYERS):
+        if layer.skip_from is not None:
+            weight = torch.sigmoid(lambdas["skip"][0]) * 2 * gate(x0, p["skip_gate"])
+            x = x + weight * outputs[layer.skip_from]
+        x = lambdas["resid"][i] * x + p["x0_lambdas"][i] * x0 + lambdas["bigram"][i] * bigram
+        if layer.window:
             h = plain_rms_norm(x)
             w_q, w_k, w_v, w_o = p["attn_bank"][a]
-            q, k, v = (h @ (qkv_lambda[i] * w).T for w in (w_q, w_k, w_v))
+            q, k, v = (h @ (lambdas["qkv"][i] * w).T for w in (w_q, w_k, w_v))
             q, k, v = (t.view(T, H, D) for t in (q, k, v))
             q, k = plain_rms_norm(q), plain_rms_norm(k)
             for t in range(T):
                 for head in range(H):
-                    position = 2 * t + head // (H // 2) if i in PAIRED else t
+                    position = 2 * t + head // (H // 2) if layer.paired else t
                     q[t, head] = plain_rotate(q[t, head], position, frequencies)
                     k[t, head] = plain_rotate(k[t, head], position, frequencies)
-            if i in LONG:
+            if layer.key_offset and layer.paired:  # from the head that comes before in the sequence of both
+                first, second = k[:, : H // 2, D // 2 :].clone(), k[:, H // 2 :, D // 2 :].clone()
+                k[:, H // 2 :, D // 2 :], k[1:, : H // 2, D // 2 :] = first, second[:-1]
+            elif layer.key_offset:
                 k[1:, :, D // 2 :] = k[:-1, :, D // 2 :].clone()
-            if i in WITH_VALUES:
-                j = WITH_VALUES.index(i)
+            if layer.value_embed:
                 v = v + 2 * gate(h, p["value_gates"][j])[:, :, None] * value_tables[j][inputs].view(T, H, D)
-            y = plain_attention(q, k, v, i in PAIRED, WINDOWS["long" if i in LONG else "short"], 0.1)
+            y = plain_attention(q, k, v, layer.paired, WINDOWS[layer.window], 0.1)
             y = y * gate(h, p["attn_gates"][a])[:, :, None]
-            x = x + y.reshape(T, C) @ (out_lambda[i] * w_o).T
+            x = x + y.reshape(T, C) @ (lambdas["out"][i] * w_o).T
+            a, j = a + 1, j + layer.value_embed
         w_fc, w_proj = p["mlp_bank"][i]
         x = x + (plain_rms_norm(x) @ w_fc.T).clamp(min=0) ** 2 @ w_proj
         outputs.append(x)
-    logits = plain_rms_norm(x - backout * outputs[7]) @ p["head"]
+    logits = plain_rms_norm(x - lambdas["backout"] * outputs[train_gpt.BACKOUT_LAYER]) @ p["head"]
     log_p = F.log_softmax(23 * torch.sigmoid((logits + 5) / 7.5), dim=-1)
     losses = torch.zeros(T, dtype=torch.float64)
     for t in range(T):
@@ -158,7 +160,19 @@ def plain_losses(model, inputs, targets, weights):
     return losses
 
 
-def test_model_computes_the_plain_formulas_layer_by_layer():
+OTHER_LAYERS = {
+    "the record's": None,
+    "without values": [Layer("short", paired=True), Layer("long", key_offset=True), Layer(None, skip_from=0)],
+    "nothing but attention": [Layer("long"), Layer("short")],
+    "one layer": [Layer("short", value_embed=True)],
+    "all flags": [Layer("long", paired=True, key_offset=True, value_embed=True)] * 3 + [Layer(None, skip_from=1)],
+}
+
+
+@pytest.mark.parametrize("layers", OTHER_LAYERS.values(), ids=OTHER_LAYERS)
+def test_model_computes_the_plain_formulas_layer_by_layer(monkeypatch, layers):
+    for name, table in tables_of(layers).items() if layers else ():
+        monkeypatch.setattr(train_gpt, name, table)
     model, tokens = random_model(), random_tokens()
     losses = losses_of(model, tokens[:-1], tokens[1:])
     expected = plain_losses(model, tokens[:-1], tokens[1:], TARGET_WEIGHTS)
@@ -169,7 +183,7 @@ def test_model_computes_the_plain_formulas_layer_by_layer():
 # ---------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("name", [row.name for row in train_gpt.PARAMETERS])
+@pytest.mark.parametrize("name", [row.name for row in rows_in_use()])
 def test_gradient_of_each_parameter_equals_central_differences(name):
     model, tokens = random_model(), random_tokens()
     parameter = dict(model.named_parameters())[name]
@@ -189,12 +203,6 @@ def test_gradient_of_each_parameter_equals_central_differences(name):
         expected = (gradient * direction).sum().item()
         assert abs(expected) > 1e-3, "no slope to compare"
         assert abs(slope - expected) < DIFFERENCE_TOLERANCE * abs(expected)
-
-
-def test_every_parameter_has_a_row_in_the_optimizer_table():
-    assert {row.name for row in train_gpt.PARAMETERS} == {
-        name for name, _ in GPT(HP, CPU, torch.float32).named_parameters()
-    }
 
 
 # ---------------------------------------------------------------------------- what a position may look at
@@ -218,12 +226,13 @@ def test_a_token_changes_its_own_loss_and_no_earlier_one(t):
     assert min(changed) == t
 
 
-def without_key_offset(monkeypatch):
-    monkeypatch.setattr(train_gpt, "LAYERS", tuple(layer._replace(key_offset=False) for layer in train_gpt.LAYERS))
+def change_attention(monkeypatch, **change):
+    layers = [layer._replace(**change) if layer.window else layer for layer in train_gpt.LAYERS]
+    monkeypatch.setattr(train_gpt, "LAYERS", tuple(layers))
 
 
 def test_attention_stays_inside_a_document(monkeypatch):
-    without_key_offset(monkeypatch)
+    change_attention(monkeypatch, key_offset=False)
     model, tokens = random_model(), random_tokens()
     inputs, targets = tokens[:-1], tokens[1:]
     # All of the first document but its last token, which the smear and the bigram hash of the next one see.
@@ -232,14 +241,15 @@ def test_attention_stays_inside_a_document(monkeypatch):
 
 
 def test_smear_and_bigram_hash_look_back_one_token_across_a_document_start(monkeypatch):
-    without_key_offset(monkeypatch)
+    change_attention(monkeypatch, key_offset=False)
     model, tokens = random_model(), random_tokens()
     inputs, targets = tokens[:-1], tokens[1:]
     changed = changed_positions(model, inputs, with_other_tokens(inputs, 12, 13), targets)
     assert changed == [12, 13]  # the document of one token at 13 passes nothing on: only its own token is seen at 14
 
 
-def test_key_offset_looks_back_across_a_document_start():
+def test_key_offset_looks_back_across_a_document_start(monkeypatch):
+    change_attention(monkeypatch, key_offset=True, paired=False)
     model, tokens = random_model(), random_tokens()
     inputs, targets = tokens[:-1], tokens[1:]
     # The first token of a document attends to itself alone, whatever its key: that of 14 holds half of 13's, to which
@@ -248,27 +258,29 @@ def test_key_offset_looks_back_across_a_document_start():
     assert changed[:3] == [12, 13, 15]
 
 
-def attention_inputs(model, i, x, paired=False, key_offset=False):
-    """q, k, v of layer i with its weights, from x (T, C) alone, without value embeddings."""
-    w = model.layer_weights()[0][i]._replace(resid=torch.ones(()).double(), value_gate=None)
-    projected = train_gpt.attention_inputs(x, torch.zeros_like(x), torch.zeros_like(x), w)[1:3]
-    tables = model.yarn.cos, model.yarn.sin
-    return train_gpt.split_heads(*projected, None, None, None, None, *tables, HP.num_heads, paired, key_offset)
+def first_attention_inputs(monkeypatch, model, tokens, **change):
+    """q, k, v of the first attention of a forward pass in which all layers with attention are changed."""
+    seen, attend = [], train_gpt.attend
+    with monkeypatch.context() as patch:
+        change_attention(patch, **change)
+        patch.setattr(train_gpt, "attend", lambda q, k, v, *rest: (seen.append((q, k, v)), attend(q, k, v, *rest))[1])
+        losses_of(model, tokens[:-1], tokens[1:])
+    return seen[0]
 
 
-def test_key_offset_takes_the_second_half_of_a_key_from_the_token_before():
-    model, x, half = random_model(), torch.randn(T, HP.model_dim).double(), HP.head_dim // 2
-    q, k, v = attention_inputs(model, 1, x)
-    q2, shifted, v2 = attention_inputs(model, 1, x, key_offset=True)
+def test_key_offset_takes_the_second_half_of_a_key_from_the_token_before(monkeypatch):
+    model, tokens, half = random_model(), random_tokens(), HP.head_dim // 2
+    q, k, v = first_attention_inputs(monkeypatch, model, tokens, paired=False, key_offset=False)
+    q2, shifted, v2 = first_attention_inputs(monkeypatch, model, tokens, paired=False, key_offset=True)
     assert torch.equal(shifted[:, :, :half], k[:, :, :half])
     assert torch.equal(shifted[1:, :, half:], k[:-1, :, half:])
     assert torch.equal(shifted[0], k[0])  # the very first has no token before it
     assert torch.equal(q2, q) and torch.equal(v2, v)
 
 
-def test_paired_heads_see_the_keys_of_both_heads_and_no_later_ones():
-    model, x = random_model(), torch.randn(T, HP.model_dim).double()
-    q, k, v = (t.detach().requires_grad_() for t in attention_inputs(model, 0, x, paired=True))
+def test_paired_heads_see_the_keys_of_both_heads_and_no_later_ones(monkeypatch):
+    inputs = first_attention_inputs(monkeypatch, random_model(), random_tokens(), paired=True, key_offset=False)
+    q, k, v = (t.detach().requires_grad_() for t in inputs)
     window, H = 3, HP.num_heads
     gate = torch.ones(2 * T, H // 2).double()
     out = train_gpt.attend(q, k, v, gate, documents().paired(), window, 0.1).reshape(T, H, -1)
@@ -393,22 +405,26 @@ def wide_model():
 
 
 def test_parameters_have_the_shapes_and_types_that_checkpoints_and_optimizer_expect():
-    model, C = GPT(WIDE, CPU, torch.bfloat16), WIDE.model_dim
+    model, C, gates = GPT(WIDE, CPU, torch.bfloat16), WIDE.model_dim, train_gpt.GATE_DIMS
+    layers = len(train_gpt.LAYERS)
+    attention = sum(layer.window is not None for layer in train_gpt.LAYERS)
+    values = sum(layer.value_embed for layer in train_gpt.LAYERS)
     shapes = {
-        "scalars": (47,),
-        "x0_lambdas": (11,),
-        "smear_gate": (1, 12),
-        "skip_gate": (1, 12),
-        "attn_gates": (10, 2, 12),
-        "value_gates": (5, 2, 12),
-        "attn_bank": (10, 4, C, C),
-        "mlp_bank": (12, 2, 4 * C, C),
+        "scalars": (sum(count for count, _ in train_gpt.SCALARS.values()),),
+        "x0_lambdas": (layers,),
+        "smear_gate": (1, gates),
+        "skip_gate": (1, gates),
+        "attn_gates": (attention, 2, gates),
+        "value_gates": (values, 2, gates),
+        "attn_bank": (attention + attention % 2, 4, C, C),  # matrices in eights
+        "mlp_bank": (layers + -layers % 4, 2, 4 * C, C),
         "head": (C, 1024),
         "embed": (1024, C),
         "bigram_embed": (64, C),
-        "value_embeds": (5 * 1024, C),
+        "value_embeds": (values * 1024, C),
     }
-    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes
+    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert {name: found[name] for name in shapes} == shapes
     float32 = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
     assert float32 == {"scalars", "x0_lambdas"}
     assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
@@ -416,10 +432,8 @@ def test_parameters_have_the_shapes_and_types_that_checkpoints_and_optimizer_exp
 
 def test_scalars_start_at_their_values(wide_model):
     scalars = wide_model.layer_weights()[1]
-    expected = {"resid": [1.1] * 11, "bigram": [0.1] * 11, "qkv": [0.5] * 11, "out": [1.0] * 11}
-    expected |= {"smear": [0.0], "backout": [0.5], "skip": [-1.5]}
     assert {name: [value.item() for value in values] for name, values in scalars.items()} == {
-        name: pytest.approx(values) for name, values in expected.items()
+        name: pytest.approx([value] * count) for name, (count, value) in train_gpt.SCALARS.items()
     }
 
 

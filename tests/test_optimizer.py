@@ -5,15 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import relative_error, rows_in_use
 
 import train_gpt
 from train_gpt import (
     GPT,
-    PARAMETERS,
+    Adam,
     Hyperparameters,
     NorMuon,
     Optimizer,
+    Row,
     Slot,
     World,
     join_bits,
@@ -37,11 +38,11 @@ STEPS, UNTIE_STEP = 10, 5
 EXACT_TOLERANCE = 1e-12
 # One step of a few float32 operations; measured below 2e-7.
 STEP_TOLERANCE = 1e-6
-# The same, as seen in parameters of about 0.1 that move by 4e-5 to 5e-2 and are rounded to 4e-9; measured 8e-5, 2e-6.
-MOVE_TOLERANCE = {"smallest": 3e-4, "banks": 1e-5}
-# Ten steps in float32, of which Polar Express turns rounding of small singular values into up to 800 times as much;
-# measured 1.1e-5.
-TRAJECTORY_TOLERANCE = 5e-5
+# The same after Polar Express, of one gradient in several matrices; measured 2e-6.
+POLAR_STEP_TOLERANCE = 1e-5
+# Ten steps in float32. Rounding turns the sign of an update now and then, where it is next to nothing: then a decay
+# comes or does not. Of 24 seeds the most is 3e-7 and 9e-5; without the decay at all it is 1e-2 for banks.
+TRAJECTORY_TOLERANCE = {"adam": 5e-5, "normuon": 5e-4}
 # Five iterations bring every singular value from 1 to 1/100 of the largest into this band; measured 0.85 to 1.15, in
 # bfloat16 too, and their distance from 1 as a root mean square.
 SINGULAR_VALUES = 0.8, 1.2
@@ -50,19 +51,10 @@ POLAR_TOLERANCE = 0.15
 BF16_NORM_TOLERANCE = 1e-2
 NEVER = 10**9
 
-ADAM = {  # betas, lr multiplier, weight-decay multiplier
-    "scalars": (0.9, 0.99, 5, 0),
-    "x0_lambdas": (0.65, 0.95, 5, 0),
-    "smear_gate": (0.9, 0.99, 0.01, 0),
-    "skip_gate": (0.9, 0.99, 0.05, 0),
-    "attn_gates": (0.9, 0.99, 1, 1),
-    "value_gates": (0.9, 0.99, 1, 1),
-    "head": (0.5, 0.95, 1, 150),
-    "embed": (0.5, 0.95, 1, 150),
-    "bigram_embed": (0.75, 0.95, 75, 5),
-    "value_embeds": (0.75, 0.95, 75, 5),
-}
-BANKS = ["attn_bank", "mlp_bank"]
+ROWS = {row.name: row for row in rows_in_use()}
+# betas, lr multiplier, weight-decay multiplier
+ADAM = {name: (*row.betas, *row.lr, row.wd) for name, row in ROWS.items() if row.algorithm == "adam"}
+BANKS = [name for name in ROWS if name not in ADAM]
 TABLES = ["head", "embed"]
 
 
@@ -85,18 +77,27 @@ def optimizer_of(model, untie_step=NEVER, **overrides):
     return Optimizer(model, replace(HP, **overrides), World(), untie_step)
 
 
-def random_gradients(model, scale=1.0):
-    return {name: scale * torch.randn(p.shape).to(p.dtype) for name, p in model.named_parameters()}
+def random_gradients(model):
+    return {name: torch.randn(model.get_parameter(name).shape).to(model.get_parameter(name).dtype) for name in ROWS}
+
+
+def away_from_zero(gradient):
+    """Of the same signs: one that is near zero is not divided by its own size, but by that and epsilon."""
+    return gradient + 0.5 * gradient.sign()
 
 
 def add_gradients(model, gradients):
-    for name, p in model.named_parameters():
-        if name in gradients:
-            p.grad += gradients[name]
+    for name, gradient in gradients.items():
+        model.get_parameter(name).grad += gradient
 
 
 def values_of(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {name: model.get_parameter(name).detach().clone() for name in ROWS}
+
+
+def step_tolerance(p, move, tolerance=STEP_TOLERANCE):
+    """Of a move: that of its formula, and what is lost as the parameter that moves is rounded to float32."""
+    return tolerance + 2**-23 * (p.norm() / move.norm()).item()
 
 
 def states_of(optimizer):
@@ -173,19 +174,23 @@ class PlainNorMuon:
         self.p = self.p - lr * self.multiplier * (u + decay)
 
 
-def plain_banks(start):
-    """The matrices of both banks, in order. W_fc steps twice as far as square ones, W_proj four times."""
-    return {
-        "attn_bank": [PlainNorMuon(p, 1.0) for p in start["attn_bank"].flatten(0, 1)],
-        "mlp_bank": [PlainNorMuon(p, 4.0 if i % 2 else 2.0) for i, p in enumerate(start["mlp_bank"].flatten(0, 1))],
-    }
+def multipliers_of(name, matrices):
+    """A bank's matrices take the row's multipliers in turn; tall ones step further by the root of rows over columns."""
+    lr, (count, rows, columns) = ROWS[name].lr, matrices.shape
+    return [lr[i % len(lr)] * max(1, rows / columns) ** 0.5 for i in range(count)]
+
+
+def plain_bank(name, start):
+    """A bank's matrices, in order."""
+    matrices = start.flatten(0, -3)
+    return [PlainNorMuon(p, m) for p, m in zip(matrices, multipliers_of(name, matrices), strict=True)]
 
 
 def plain_run(start, gradients):
     """Parameters after each step, in float64, by the formulas; `gradients` by step."""
     start = {name: p.double() for name, p in start.items()}
     adams = {name: PlainAdam(start[name], *row) for name, row in ADAM.items()}
-    banks = plain_banks(start)
+    banks = {name: plain_bank(name, start[name]) for name in BANKS}
     after, waiting, tied = [], {name: 0.0 for name in ADAM}, True
     for step, new in enumerate(gradients):
         factor, momentum = schedule_of(step)
@@ -227,7 +232,7 @@ def both_runs():
     return start, after, plain_run(start, gradients)
 
 
-@pytest.mark.parametrize("name", [row.name for row in PARAMETERS])
+@pytest.mark.parametrize("name", ROWS)
 def test_each_parameter_follows_the_plain_formulas_through_ten_steps(both_runs, name):
     start, after, plain = both_runs
     for step, (ours, formula) in enumerate(zip(after, plain, strict=True)):
@@ -235,21 +240,20 @@ def test_each_parameter_follows_the_plain_formulas_through_ten_steps(both_runs, 
             assert torch.equal(ours[name], start[name])
             continue
         moved, should_move = ours[name].double() - start[name].double(), formula[name] - start[name].double()
-        assert relative_error(moved, should_move) < TRAJECTORY_TOLERANCE, f"step {step}"
+        # Each of the steps rounds the parameter.
+        tolerance = step_tolerance(STEPS * start[name], should_move, TRAJECTORY_TOLERANCE[ROWS[name].algorithm])
+        assert relative_error(moved, should_move) < tolerance, f"step {step}"
 
 
 # ---------------------------------------------------------------------------- the tables
 
 
-def test_every_parameter_of_the_model_has_a_row():
-    names = sorted(name for name, _ in GPT(HP, CPU, torch.float32).named_parameters())
-    assert sorted(row.name for row in PARAMETERS) == names
-
-
-def test_a_parameter_without_a_row_is_refused():
+def test_a_parameter_without_a_row_is_refused_and_an_empty_one_needs_none():
     model = random_model()
+    model.forgotten = torch.nn.Parameter(torch.zeros(0, 3))
+    assert "forgotten" not in optimizer_of(model).slots
     model.forgotten = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(AssertionError, match="forgotten"):
+    with pytest.raises(train_gpt.UserError, match="one row for each of the model's parameters: forgotten has 0"):
         optimizer_of(model)
 
 
@@ -263,7 +267,7 @@ def test_adams_parameters_rest_on_even_steps_and_normuons_never_do():
         before = values_of(model)
         add_gradients(model, random_gradients(model))
         optimizer.step(step, *schedule_of(step))
-        for name, p in model.named_parameters():
+        for name, p in values_of(model).items():
             moves = name in BANKS or step % 2 == 1
             assert torch.equal(p, before[name]) != moves, f"{name} at step {step}"
 
@@ -289,12 +293,13 @@ def test_gradients_are_cleared_once_they_are_used_and_no_sooner():
     optimizer = optimizer_of(model)
     gradients = random_gradients(model)
     add_gradients(model, gradients)
-    places = {name: p.grad.data_ptr() for name, p in model.named_parameters()}
+    parameters = {name: model.get_parameter(name) for name in ROWS}
+    places = {name: p.grad.data_ptr() for name, p in parameters.items()}
     optimizer.step(0, 1.0, 0.9)
-    for name, p in model.named_parameters():
+    for name, p in parameters.items():
         assert torch.equal(p.grad, torch.zeros_like(p) if name in BANKS else gradients[name]), name
     optimizer.step(1, 1.0, 0.9)
-    for name, p in model.named_parameters():
+    for name, p in parameters.items():
         assert not p.grad.any() and p.grad.data_ptr() == places[name], name  # captured graphs add to the same place
 
 
@@ -303,7 +308,7 @@ def test_the_first_adam_update_moves_by_the_learning_rate_at_whatever_step(step)
     model = random_model()
     optimizer = optimizer_of(model, adam_wd=0.0)
     before = values_of(model)
-    gradients = random_gradients(model)
+    gradients = {name: away_from_zero(gradient) for name, gradient in random_gradients(model).items()}
     add_gradients(model, gradients)
     optimizer.step(step, 0.5, 0.9)
     for name, (_, _, lr_multiplier, _) in ADAM.items():
@@ -311,22 +316,19 @@ def test_the_first_adam_update_moves_by_the_learning_rate_at_whatever_step(step)
             moved = model.get_parameter(name) - before[name]
             # with t = 1 the corrections leave g / |g|
             expected = -0.008 * 0.5 * lr_multiplier * gradients[name].sign()
-            assert relative_error(moved, expected) < MOVE_TOLERANCE["smallest"], name
+            assert relative_error(moved, expected) < step_tolerance(before[name], expected), name
 
 
 def test_adam_decays_by_the_learning_rate_squared_and_only_where_the_update_shrinks_the_value():
-    model = random_model()
-    optimizer = optimizer_of(model, adam_wd=3.0)
-    before = values_of(model)
-    gradients = random_gradients(model)
-    add_gradients(model, gradients)
-    optimizer.step(1, 0.5, 0.9)
+    row = Row("some", "adam", False, (75.0,), 5.0, (0.75, 0.95))
+    before, gradient = 0.1 * torch.randn(64, 32), away_from_zero(torch.randn(64, 32))
+    p, signs = before.clone(), gradient.sign()
+    Adam(row, replace(HP, adam_wd=3.0), p, lambda function: function).update(gradient, 0.5, 0.9)
     lr = 0.008 * 0.5 * 75
-    p, g = before["value_embeds"].double(), gradients["value_embeds"].double()
-    shrinking = g.sign() == p.sign()
+    shrinking = signs == before.sign()
     assert 0.4 < shrinking.double().mean() < 0.6
-    expected = p - lr * g.sign() - shrinking * lr**2 * 3.0 * 5 * p
-    assert relative_error(model.value_embeds - p, expected - p) < STEP_TOLERANCE
+    expected = -lr * signs - shrinking * lr**2 * 3.0 * 5 * before.double()
+    assert relative_error(p.double() - before.double(), expected) < step_tolerance(before, expected)
 
 
 def test_adams_moments_are_float32_whatever_the_parameters_type():
@@ -382,7 +384,7 @@ def test_the_embedding_goes_on_with_a_copy_of_the_heads_state():
     before = head.m.clone()
     add_gradients(model, {"embed": torch.randn_like(model.embed)})
     optimizer.step(7, *schedule_of(7))
-    assert torch.equal(head.m, 0.5 * before) and not torch.equal(embed.m, head.m.T)
+    assert torch.equal(head.m, ADAM["head"][0] * before) and not torch.equal(embed.m, head.m.T)
     assert not torch.equal(model.embed, model.head.T)
 
 
@@ -441,9 +443,8 @@ def variance_reduced(u, second_moment, beta2=0.95):
 
 
 def second_moment_of(shape):
-    hp = replace(HP, num_heads=2)
-    row = next(row for row in PARAMETERS if row.name == "attn_bank")
-    return NorMuon(row, hp, torch.zeros(2, *shape), lambda function: function, first=0).second_moment
+    row = Row("bank", "normuon", True, (1.0,), 1.0)
+    return NorMuon(row, HP, torch.zeros(2, *shape), lambda function: function, first=0).second_moment
 
 
 @by_shape
@@ -482,29 +483,39 @@ def test_normuon_decays_only_where_the_update_shrinks_the_value_or_is_zero():
     assert torch.allclose(moved, expected, rtol=1e-6)
 
 
-def test_w_proj_takes_steps_twice_as_long_as_w_fc():
+@pytest.mark.parametrize("name", BANKS)
+def test_a_banks_matrices_step_as_far_as_their_multipliers_say(name):
     model = random_model()
     optimizer = optimizer_of(model, muon_wd=0.0)
-    before = values_of(model)["mlp_bank"]
-    g = torch.randn(model.mlp_bank.shape[2:])
-    add_gradients(model, {"mlp_bank": g.expand_as(model.mlp_bank)})
+    p = model.get_parameter(name)
+    before, g = values_of(model)[name].flatten(0, -3), torch.randn(p.shape[-2:])
+    add_gradients(model, {name: g.expand_as(p)})
     optimizer.step(0, 0.5, 0.9)
-    moved = model.mlp_bank - before
-    assert relative_error(moved[:, 1], 2 * moved[:, 0]) < MOVE_TOLERANCE["banks"]
-    # max(1, rows / columns) ** 0.5 = 2 for matrices stored (4C, C)
-    size = 0.023 * 0.5 * 2 * polar_express(g[None]).norm()
-    assert relative_error(moved[0, 0].norm(), size) < MOVE_TOLERANCE["banks"]
+    size = 0.023 * 0.5 * polar_express(g[None]).norm()
+    multipliers = multipliers_of(name, before)
+    for moved, start, multiplier in zip(p.flatten(0, -3) - before, before, multipliers, strict=True):
+        tolerance = step_tolerance(start, moved, POLAR_STEP_TOLERANCE)
+        assert relative_error(moved.norm(), multiplier * size) < tolerance
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_a_matrix_keeps_its_multiplier_whichever_ranks_slice_it_is_in(size):
-    # Of eight ranks each has three of the 24 matrices W_fc, W_proj, W_fc, ...: every other slice begins with W_proj.
-    row = next(row for row in PARAMETERS if row.name == "mlp_bank")
-    p = random_model().mlp_bank
+    # Of eight ranks each has three of the 24 matrices: every other slice begins with one that takes the second value.
+    row = Row("bank", "normuon", True, (1.0, 3.0), 1.0)
+    p = torch.nn.Parameter(torch.zeros(12, 2, 16, 4))
     slots = [Slot(row, p, HP, World(rank, rank, size), lambda function: function) for rank in range(size)]
     assert all(len(slot.algorithm.p) == 24 // size for slot in slots)
     multipliers = torch.cat([slot.algorithm.multipliers for slot in slots]).flatten()
-    assert multipliers.tolist() == [2.0, 4.0] * 12
+    assert multipliers.tolist() == [2.0, 6.0] * 12  # the root of rows over columns
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_a_bank_is_shared_out_by_the_matrix_under_adam_too(size):
+    row = Row("bank", "adam", True, (1.0,), 1.0, (0.9, 0.99))  # 12 layers of two matrices
+    p = torch.nn.Parameter(torch.randn(12, 2, 16, 4))
+    slices = [Slot(row, p, HP, World(rank, rank, size), lambda function: function).algorithm.p for rank in range(size)]
+    assert {len(slice) for slice in slices} == {24 // size}
+    assert torch.equal(torch.cat(slices), p.flatten(0, 1))
 
 
 # ---------------------------------------------------------------------------- the master value's further bits
@@ -616,8 +627,8 @@ def test_reset_forgets_everything(dtype):
     optimizer.reset()
     assert optimizer.tied
     assert not any(torch.as_tensor(state).any() for state in states_of(optimizer).values())
-    assert not any(p.grad.any() for p in model.parameters())
-    model.load_state_dict(start)
+    assert not any(slot.p.grad.any() for slot in optimizer.slots.values())
+    model.load_state_dict(start, strict=False)  # but for empty parameters
     second = run(optimizer)
     for name, value in first.values.items():
         assert torch.equal(second.values[name], value), name
@@ -639,7 +650,7 @@ def test_reset_forgets_everything(dtype):
             torch.zeros(32, 64),
             r"head.v in the checkpoint is \(32, 64\) in torch.float32, this program's part",
         ),
-        ("mlp_bank.second_moment", None, r"mlp_bank.second_moment in the checkpoint is no tensor \(None\)"),
+        ("attn_gates.v", None, r"attn_gates.v in the checkpoint is no tensor \(None\)"),
         ("other.m", 1, "the checkpoint has states that this program has not: other.m"),
     ],
 )

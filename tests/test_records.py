@@ -731,7 +731,7 @@ def test_a_damaged_log_is_reported(noise, start, size):
 
 # --------------------------------------------------------------------------------------------------------------- rules
 
-DATA = "BOS = 50256"  # in the data section
+DATA = "FIRST_SCAN = 6_000_000"  # in the data section
 RULES = {
     "enough runs for p < 0.01": (dict(losses=LOSSES[:4]), "too few to show a loss below 3.28"),
     "10,485,760 validation tokens": (
@@ -748,7 +748,10 @@ RULES = {
         dict(source=SOURCE + "\ntorch._inductor.config.coordinate_descent_tuning = True\n"),
         "with extra compile flags",
     ),
-    "data section unchanged": (dict(source=SOURCE.replace(DATA, "BOS = 0")), "with another data section"),
+    "data section unchanged": (
+        dict(source=SOURCE.replace(DATA, "FIRST_SCAN = 7_000_000")),
+        "with another data section",
+    ),
 }
 
 
