@@ -68,13 +68,6 @@ if [ "$own_data" = no ]; then
 fi
 
 # ---- train
-if [ "$gpus" -eq 0 ]; then
-    # On a busy CPU, threads that spin while they wait stop each other; and glibc would give the memory of each step's
-    # logits back to the system and fetch it again, which takes half of the time.
-    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-    export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1000000000}"
-    export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1000000000}"
-fi
 if [ "$processes" = 1 ]; then
     exec "$PYTHON" train_gpt.py "$@"
 fi
