@@ -3642,6 +3642,8 @@ def main(arguments: list[str]) -> None:
     watch.start()
     try:
         world = World.from_environment()
+        if world.size > 1:
+            launcher_address()  # is there one?
         if not world.on_gpu:
             keep_freed_memory()
         hp, overrides = parse_arguments(arguments, has_gpu=world.on_gpu)
