@@ -429,6 +429,98 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+# ---------------------------------------------------------------------------- ranks that were not started alike
+
+
+def start_of(hp, data, overrides=(), checkpoint=None):
+    """What check_agreement gets to know about one rank, of two."""
+    files = {name: sorted(data.glob(f"{name[:-6]}_*.bin")) for name in train_gpt.FILES}
+    shards = {name: [train_gpt.shard_in_words(path) for path in paths] for name, paths in files.items()}
+    return hp, dict(overrides), train_gpt.World(0, 0, 2), shards, checkpoint
+
+
+@pytest.fixture
+def agree(monkeypatch):
+    """What becomes of the ranks' starts: rank 0's run_id, or an error that all of them raise."""
+
+    def agree(*starts):
+        told, ends = [], set()
+        monkeypatch.setattr(train_gpt.dist, "all_gather_object", lambda everyone, mine: told.append(mine))
+        for start in starts:
+            with pytest.raises(TypeError):  # nothing is gathered yet
+                train_gpt.check_agreement(*start)
+
+        def gather(everyone, mine):
+            everyone[:] = told
+
+        monkeypatch.setattr(train_gpt.dist, "all_gather_object", gather)
+        for start in starts:
+            try:
+                ends.add(train_gpt.check_agreement(*start))
+            except train_gpt.UserError as error:
+                ends.add(f"error: {error}")
+        (end,) = ends
+        return end
+
+    return agree
+
+
+def test_ranks_agree_on_rank_0s_run_id_whatever_their_folders_are(agree, data, tmp_path):
+    shutil.copytree(data, tmp_path / "copy")
+    hp = small_run.small_hyperparameters(data, run_id="drawn by 0", dtype="auto")
+    other = small_run.small_hyperparameters(tmp_path / "copy", run_id="drawn by 1", dtype="float32")
+    assert agree(start_of(hp, data), start_of(other, tmp_path / "copy")) == "drawn by 0"
+
+
+def test_what_differs_between_ranks_is_named_with_both_values_and_hosts(agree, data):
+    hp = small_run.small_hyperparameters(data)
+    for name in train_gpt.SETTINGS:
+        if name in ("preset", "dtype", "fp8", "log_dir", "run_id", *train_gpt.FILES):
+            continue
+        other = train_gpt.replace(hp, **{name: "other"})
+        told = f"error: the processes were not started alike: --{name} is {getattr(hp, name)} on rank 0 ({HOST}), "
+        assert agree(start_of(hp, data), start_of(other, data)) == f"{told}other on rank 1 ({HOST})"
+    assert "--dtype is torch.float32 on rank 0" in agree(
+        start_of(hp, data), start_of(train_gpt.replace(hp, dtype="bfloat16"), data)
+    )
+    assert "--run_id is a on rank 0" in agree(start_of(hp, data, dict(run_id="a")), start_of(hp, data))
+    checkpoint = dict(step=6, progress=dict(elapsed=12.5))
+    assert "checkpoint is None on rank 0" in agree(start_of(hp, data), start_of(hp, data, checkpoint=checkpoint))
+
+
+def test_another_source_version_or_data_file_on_a_rank_is_named(agree, data, tmp_path, monkeypatch):
+    hp = small_run.small_hyperparameters(data)
+    shutil.copytree(data, tmp_path / "other")
+    (path,) = (tmp_path / "other").glob("val_0.bin")
+    small_run.write_shard(path, train_gpt.read_tokens(path, 50257)[::-1])
+    assert "val_files, file 1 is val_0.bin, 600" in agree(start_of(hp, data), start_of(hp, tmp_path / "other"))
+    small_run.write_shard(tmp_path / "other" / "train_9.bin", [small_run.BOS])
+    assert "train_files, file 5 is None on rank 0" in agree(start_of(hp, data), start_of(hp, tmp_path / "other"))
+    monkeypatch.setattr(train_gpt, "versions", iter(["PyTorch 2.13", "PyTorch 2.11"] * 2).__next__)
+    assert "software is PyTorch 2.13 on rank 0" in agree(start_of(hp, data), start_of(hp, data))
+    monkeypatch.undo()
+    sources = iter([b"a", b"b"] * 2)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: next(sources))
+    assert "alike: train_gpt.py is sha256 ca97" in agree(start_of(hp, data), start_of(hp, data))
+
+
+def test_two_processes_with_different_arguments_end_before_the_warm_up(data, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank, arguments in enumerate(([], ["--muon_lr=0.2", "--checkpoint_every=2"])):
+        (tmp_path / f"{rank}").mkdir()
+        launcher = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        processes.append(start(tmp_path / f"{rank}", data, environ=launcher, arguments=arguments))
+    said = [finish(process, tmp_path / f"{rank}") for rank, process in enumerate(processes)]
+    assert [status for status, _ in said] == [1, 1]
+    line = assert_said_once_and_last(tmp_path / "0", said[0][1] + said[1][1], "the processes were not started alike")
+    assert f"--muon_lr is 0.023 on rank 0 ({HOST}), 0.2 on rank 1 ({HOST})" in line
+    assert f"--checkpoint_every is 0 on rank 0 ({HOST}), 2 on rank 1 ({HOST})" in line
+    assert "\nwarm-up: " not in log_of(tmp_path / "0").read_text()
+
+
 # ---------------------------------------------------------------------------- ranks that die, hang or raise
 
 
