@@ -3179,10 +3179,12 @@ class Watch:
                     self.log.close()
                 if self.store:
                     self.store.set("logged", "")
-            elif first and self.store:
-                self._see_that_it_is_logged(message)
             if first:
                 print(details + message, file=sys.stderr, flush=True)
+                if self.rank and self.store:
+                    self._see_that_it_is_logged(message)
+            if self.rank == 0 and self.store and status == 1:
+                time.sleep(2 * self.TICK)  # the store may end with this process or its launcher: all shall have read it
         finally:
             os._exit(status)  # without waiting for threads that wait for a file system, or a GPU for a rank
 
