@@ -382,10 +382,11 @@ def test_with_resume_auto_a_run_killed_before_its_first_checkpoint_starts_again_
     arguments = [*KEPT, "--resume=auto"]
     assert run(tmp_path, data, fault=("die", 0, 1), arguments=arguments)[0] == -signal.SIGKILL
     before = log_of(tmp_path).read_text()
-    (tmp_path / "logs" / "kept_step000002.pt").write_bytes(b"damaged")
+    (tmp_path / "logs" / "kept_step000098.pt").write_bytes(b"damaged")
     status, said = run(tmp_path, data, arguments=arguments)
-    assert status == 0 and "kept_step000002.pt: damaged or cut short" in said
+    assert status == 0 and "kept_step000098.pt: damaged or cut short" in said
     assert "resumed at step 0 from the beginning" in said and log_of(tmp_path).read_text().startswith(before)
+    assert (tmp_path / "logs" / "kept_step000008.pt").exists()  # not taken for one of the newest two in its place
     assert Result(tmp_path) == whole[1]
 
 
