@@ -76,7 +76,7 @@ def plan(arguments):
     train_gpt.choose_dtype(hp, world)
     own_data = {"train_files", "val_files"} & overrides.keys()
     resumes = hp.resume != "auto" or train_gpt.checkpoints_of(hp.run_id, Path(hp.log_dir))
-    return gpus, processes, "none" if own_data or hp.resume and resumes else Path(hp.train_files).parent.name
+    return processes, "none" if own_data or hp.resume and resumes else Path(hp.train_files).parent.name
 
 try:
     print(*plan(sys.argv[1:]))
@@ -84,7 +84,7 @@ except train_gpt.UserError as error:
     sys.exit(f"train_gpt.py: error: {error}")
 END
 )
-read -r gpus processes data <<<"$plan"
+read -r processes data <<<"$plan"
 
 # ---- data
 case "$data" in
@@ -93,13 +93,6 @@ fineweb10B) "$PYTHON" data/cached_fineweb10B.py "$shards" ;;
 esac
 
 # ---- train
-if [ "$gpus" -eq 0 ]; then
-    # On a busy CPU, threads that spin while they wait stop each other; and glibc would give the memory of each step's
-    # logits back to the system and fetch it again, which takes half of the time.
-    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-    export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1000000000}"
-    export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1000000000}"
-fi
 if [ "$processes" = 1 ]; then
     exec "$PYTHON" train_gpt.py "$@"
 fi

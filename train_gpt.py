@@ -28,9 +28,14 @@ What never runs on the clock:
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy CPU, threads that spin while they wait stop each other
+
+import ctypes
+import fcntl
 import hashlib
 import math
-import os
 import re
 import select
 import shutil
@@ -44,6 +49,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -66,7 +72,7 @@ try:
 except ImportError:  # no Triton for this platform: the references run instead
     triton = tl = SimpleNamespace(jit=lambda kernel=None, **_: kernel or (lambda k: k), constexpr=lambda value: value)
 
-ROOT = Path(os.environ.get("DATA_PATH") or Path(__file__).resolve().parent)
+ROOT = Path(os.path.expanduser(os.environ.get("DATA_PATH") or Path(__file__).resolve().parent))
 
 # ======================================================================================================================
 # Hyperparameters
@@ -219,7 +225,7 @@ class Hyperparameters:
     val_steps: tuple[int, ...] = ()  # further steps at which to validate, e.g. 5,10,25
     save_checkpoint: bool = False  # at the end: the model alone
     checkpoint_every: int = 0  # steps between checkpoints to go on from, 5 GB each; also at SIGTERM. 0: none
-    resume: str = ""  # the run_id of a run to go on with, from its last checkpoint
+    resume: str = ""  # the run_id of a run to go on with, from its last checkpoint; "auto": run_id's, if there is one
     hang_timeout: float = 300.0  # seconds on the clock without a step's end after which the run is ended; 0: never
     bench: bool = False  # instead of the run: time each stage and project the whole run's time
     bench_steps: int = 24  # a stage, of which the first two are not timed
@@ -268,6 +274,8 @@ PRESETS = {
         window_block=16,
         muon_momentum_warmup=20,
         muon_momentum_cooldown=5,
+        cuda_graphs="off",  # on a GPU compiling takes two minutes, the steps of this size two seconds
+        compile="off",
     ),
 }
 
@@ -308,6 +316,7 @@ def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameter
         preset = "speedrun" if has_gpu else "smoke"
     require(preset in PRESETS, f"--preset={preset}: choose one of {', '.join(PRESETS)}")
     hp = Hyperparameters(**{**PRESETS[preset], **overrides, "preset": preset})
+    require(hp.resume != "auto" or hp.run_id, "--resume=auto: give --run_id= too, the name of the run to go on with")
     hp = replace(hp, run_id=hp.run_id or hp.resume or str(uuid.uuid4()))
     check_hyperparameters(hp)
     return hp, overrides
@@ -316,13 +325,16 @@ def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameter
 def help_text() -> str:
     """The usage lines and every hyperparameter with its default."""
     lines = [f"  --{name}={field.default}" for name, field in SETTINGS.items()]
-    return "\n".join([*__doc__.strip().splitlines()[:6], "Hyperparameters and their defaults:", *lines])
+    usage = (__doc__ or "python train_gpt.py [--name=value ...]").strip()  # python -OO has no docstrings
+    return "\n".join([*usage.splitlines()[:6], "Hyperparameters and their defaults:", *lines])
 
 
 def parse_value(name: str, kind: type, text: str) -> object:
     """The text of --name=text as the type of the field."""
     if kind not in (str, int, float, bool, tuple[int, ...]):
         raise UserError(f"--{name} is a table: edit it at the top of train_gpt.py")
+    if name in ("train_files", "val_files", "log_dir"):
+        return os.path.expanduser(text)
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -387,11 +399,18 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
 def check_hyperparameters(hp: Hyperparameters) -> None:
     """Raises UserError for values that could only fail later."""
     check_tables(hp)
-    for name in ("num_scheduled_iterations", "train_max_seq_len", "val_tokens", "val_batch_size", "num_heads"):
+    positive = "num_scheduled_iterations train_max_seq_len val_tokens val_batch_size num_heads window_block adam_eps"
+    for name in (*positive.split(), "grad_scale"):
         require(getattr(hp, name) > 0, f"--{name}={getattr(hp, name)} must be positive")
-    not_negative = "num_extension_iterations val_loss_every checkpoint_every hang_timeout"
-    for name in (*not_negative.split(), "muon_momentum_warmup", "muon_momentum_cooldown"):
+    not_negative = "num_extension_iterations val_loss_every checkpoint_every hang_timeout adam_lr adam_wd muon_lr"
+    for name in (*not_negative.split(), "muon_wd", "lr_end", "muon_momentum_warmup", "muon_momentum_cooldown"):
         require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
+    require(0 <= hp.muon_beta2 < 1, f"--muon_beta2={hp.muon_beta2} must be in [0, 1)")
+    require(hp.hang_timeout <= 1e9, f"--hang_timeout={hp.hang_timeout} must be at most 1e9; 0 is never")
+    require(-(2**63) <= hp.seed < 2**64, f"--seed={hp.seed} must be from -2**63 to 2**64 - 1")
+    require(hp.total_steps < 1_000_000, f"{hp.total_steps} steps: names of checkpoints have room for 999,999")
+    for step in hp.val_steps:
+        require(0 <= step <= hp.total_steps, f"--val_steps: the run ends after step {hp.total_steps}, before {step}")
     require(hp.bench_steps >= 4, f"--bench_steps={hp.bench_steps} must be at least 4: the first two are not timed")
     require(0 < hp.cooldown_frac <= 1, f"--cooldown_frac={hp.cooldown_frac} must be in (0, 1]")
     require(0 < hp.length <= 100, f"--length={hp.length:g} must be in (0, 100]")
@@ -429,9 +448,20 @@ NVIDIA_DEVICE = Path("/dev/nvidiactl")  # there where a process may use a GPU
 UNDER_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher is this process's parent
 
 
+def environment_number(name: str, default: int, least: int, most: int) -> int:
+    """A number that torchrun sets. Raises UserError for anything else."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or not least <= int(text) <= most:
+        told = f"expected a whole number from {least} to {most}; torchrun sets it, and a single process needs none"
+        raise UserError(f"{name}={text!r} in the environment: {told}")
+    return int(text)
+
+
 def launcher_address() -> tuple[str, int]:
-    """Host and port of the key-value store in which processes meet."""
-    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    """Host and port of the key-value store in which processes meet. Raises UserError where there is none."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        require(os.environ.get(name), f"{name} is missing in the environment: start several processes with torchrun")
+    return os.environ["MASTER_ADDR"], environment_number("MASTER_PORT", 0, 1, 65535)
 
 
 def check_no_gpu() -> None:
@@ -447,6 +477,14 @@ def check_no_gpu() -> None:
                 why = " ".join(str(error).split())[:200]
             remedy = f"install a driver for CUDA {torch.version.cuda} or newer (nvidia-smi shows the present one)"
         raise UserError(f"PyTorch can't use this host's GPU ({why}): {remedy}; CUDA_VISIBLE_DEVICES= runs on the CPU")
+
+
+def keep_freed_memory() -> None:
+    """On a CPU: glibc would return the memory of each step's logits and fetch it again, half of a step's time."""
+    with suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block comes, and goes, by itself
+        mallopt(-1, 1_000_000_000)  # M_TRIM_THRESHOLD
 
 
 class World(NamedTuple):
@@ -470,16 +508,17 @@ class World(NamedTuple):
     @staticmethod
     def from_environment() -> "World":
         """Raises UserError for a number of processes that does not divide 8, or with more processes than GPUs."""
-        rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-        size = int(os.environ.get("WORLD_SIZE", 1))
+        size = environment_number("WORLD_SIZE", 1, 1, 1_000_000)
         if MICRO_BATCHES % size:
             raise UserError(f"{size} processes do not divide the 8 micro-batches of a step: start 1, 2, 4 or 8")
+        rank, local_rank = (environment_number(name, 0, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
+        local_size = environment_number("LOCAL_WORLD_SIZE", 1, 1, size)
         if not torch.cuda.is_available():
             check_no_gpu()
             return World(rank, local_rank, size)
         gpus = torch.cuda.device_count()
         # Not by this process's own rank: every rank must see it, so that rank 0 can say it.
-        if max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > gpus:
+        if max(local_rank + 1, local_size) > gpus:
             raise UserError(f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})")
         return World(rank, local_rank, size, torch.device("cuda", local_rank))
 
@@ -2217,13 +2256,15 @@ class Optimizer:
 # ======================================================================================================================
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+FILES = ["train_files", "val_files"]  # the settings that name them
 FIRST_SCAN = 6_000_000  # tokens of the first shard searched for documents before the first step; a thread does the rest
 FETCH = "fetch it again: python data/cached_fineweb10B.py, or make shards with data/tokenize_text.py"
 
 
 def find_files(pattern: str) -> list[Path]:
     """The files of a glob pattern relative to ROOT, sorted. Raises UserError when there is none."""
-    paths = sorted(Path(name) for name in glob(str(ROOT / pattern)))
+    below = os.path.join(escape(str(ROOT)), pattern)  # an absolute pattern stays as it is
+    paths = sorted(map(Path, glob(below) or glob(below.replace("[", "[[]"))))  # "[" may be meant as a letter
     if not paths:
         raise UserError(
             f"no data files match {ROOT / pattern}: get FineWeb with python data/cached_fineweb10B.py, an offline "
@@ -2247,6 +2288,13 @@ def read_header(path: Path) -> int:
         held = (size - HEADER_BYTES) // 2
         raise UserError(f"{path}: the header promises {tokens} tokens, the file holds {held}; {FETCH}")
     return tokens
+
+
+def shard_in_words(path: Path) -> str:
+    """What tells it from other shards, whatever folder it lies in."""
+    with open(path, "rb") as file:
+        beginning = hashlib.sha256(file.read(1 << 16)).hexdigest()[:8]
+    return f"{path.name}, {read_header(path)} tokens, its beginning {beginning}"
 
 
 def file_state(path: Path) -> tuple[int, int] | None:
@@ -2546,8 +2594,9 @@ class MicroBatchGraph:
 class Trainer:
     """Model, optimizer and schedule of a run; the warm-up and the run itself go through the same steps."""
 
-    def __init__(self, hp: Hyperparameters, world: World):
+    def __init__(self, hp: Hyperparameters, world: World, shards: dict[str, list[str]] | None = None):
         self.hp, self.world, self.schedule = hp, world, TrainingSchedule(hp)
+        self.shards = shards or {}  # what a checkpoint remembers of the files
         compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
         torch.manual_seed(hp.seed)
         self.model = GPT(hp, world.device, choose_dtype(hp, world), compile)
@@ -2691,7 +2740,7 @@ class Trainer:
                     watch.pause()
                     self.check_gradients(log, lag=0)  # what is saved is sound
                     now.step, now.elapsed = step, clock.elapsed
-                    self.save_checkpoint(log, train_paths, now)
+                    self.save_checkpoint(log, now)
                     if watch.side:
                         dist.barrier(group=watch.side)  # while rank 0 writes, no other waits for it on the clock
                     clock.start()
@@ -2728,7 +2777,7 @@ class Trainer:
                 told = f"the gradient of {bad[0]} in step {step + 1} is not finite{more}"
                 raise UserError(f"{told}; parameters and this rank's states a step or two later: {path}")
 
-    def save_checkpoint(self, log: "Log", train_paths: list[Path], progress: Progress | None = None) -> None:
+    def save_checkpoint(self, log: "Log", progress: Progress | None = None) -> None:
         """Writes the model, and with `progress` all it takes to go on, beside the log; every rank must call it.
 
         torch.load(path, weights_only=True) reads the file. The newest two are kept.
@@ -2740,7 +2789,7 @@ class Trainer:
         path = log.path.with_name(f"{self.hp.run_id}_step{step:06d}.pt")
         settings = {name: getattr(self.hp, name) for name in SETTINGS}
         content = dict(step=step, hyperparameters=settings, stages=[tuple(stage) for stage in self.hp.stages])
-        content.update(shards=[read_header(path) for path in train_paths], progress=vars(progress) if progress else {})
+        content.update(shards=self.shards, progress=vars(progress) if progress else {})
         content.update(model=dict(self.model.state_dict()), optimizer=optimizer)
         try:
             write_checkpoint(path, content)
@@ -2749,7 +2798,8 @@ class Trainer:
             return
         log.write(f"checkpoint: {path}")
         unfinished = checkpoints_of(self.hp.run_id, path.parent, "part")  # of a run that was killed meanwhile
-        for old in checkpoints_of(self.hp.run_id, path.parent)[:-CHECKPOINTS_KEPT] + unfinished:
+        done = [old for old in checkpoints_of(self.hp.run_id, path.parent) if old <= path]  # later ones are damaged
+        for old in done[:-CHECKPOINTS_KEPT] + unfinished:
             old.unlink(missing_ok=True)
 
     @torch.no_grad()
@@ -2805,6 +2855,34 @@ def synchronize(device: torch.device) -> None:
 # ======================================================================================================================
 
 
+class Terminal:
+    """Standard output or error as a run needs it: the log is the record, and what a terminal can't take is dropped.
+
+    Its disk may be full, its reader gone or stopped, the terminal closed; letters that it lacks become \\u escapes.
+    """
+
+    PATIENCE = 1.0  # seconds that a reader may take; one that has taken longer is not waited for again
+
+    def __init__(self, stream):
+        self.stream, self.patience = stream or open(os.devnull, "w"), self.PATIENCE  # noqa: SIM115 - for the whole run
+
+    def write(self, text: str) -> int:
+        """Past Python's buffer, which could fail at any later moment, such as the end."""
+        data = text.encode(self.stream.encoding, "backslashreplace")
+        with suppress(OSError, ValueError):
+            while data:
+                ready = select.select([], [self.stream.fileno()], [], self.patience)[1]
+                self.patience = self.PATIENCE if ready else 0.0
+                data = data[os.write(self.stream.fileno(), data[: select.PIPE_BUF]) :] if ready else b""
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 class Log:
     """The run's log file, and the same lines on the terminal; on rank 0, elsewhere silent.
 
@@ -2819,7 +2897,7 @@ class Log:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a+b" if hp.resume else "x+b", buffering=0)  # noqa: SIM115 - for the whole run
+            self._open("a+b" if hp.resume else "x+b")
             self.continues = self.file.tell() > 0
             if self.continues and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
                 self.unwritten = b"\n"  # ends a line that was cut short
@@ -2831,22 +2909,38 @@ class Log:
 
             self.bar = tqdm(total=hp.total_steps, unit="step", smoothing=0.05, dynamic_ncols=True)
 
+    def _open(self, mode: str) -> None:
+        self.file = open(self.path, mode, buffering=0)  # noqa: SIM115 - for the whole run
+        try:  # the kernel takes the lock back however this process ends; on NFS it holds for all hosts
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            told = "another process is writing it: the run is going on already; wait for its end, or end it"
+            raise UserError(f"{self.path}: {told}") from None
+        except OSError:  # a file system without locks
+            pass
+
     def write(self, text: str, console: bool = True) -> None:
         """One or more lines, at once on the disk's way; what a full disk does not take is kept for later."""
         if self.file is None:
             return
         self.unwritten += text.encode(errors="replace") + b"\n"
         self._flush()
-        if console and self.bar is not None:
+        if console:
+            self.show(text)
+
+    def show(self, text: str) -> None:
+        """On the terminal alone."""
+        if self.bar is not None:
             self.bar.write(text)
-        elif console:
+        elif self.file is not None:
             print(text, flush=True)
 
     def _flush(self) -> None:
         try:
             if os.fstat(self.file.fileno()).st_nlink == 0:  # removed: what it held is still there to be copied
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                old, self.file = self.file, open(self.path, "x+b", buffering=0)  # noqa: SIM115
+                old = self.file
+                self._open("x+b")
                 old.seek(0)
                 self.unwritten = old.read() + self.unwritten
                 old.close()
@@ -2874,7 +2968,8 @@ class Log:
             self.file, file = None, self.file
             file.close()
             if self.unwritten:
-                print(f"the end of {self.path}, not written:\n{self.unwritten.decode()}", file=sys.stderr, flush=True)
+                told = self.unwritten.decode(errors="replace")
+                print(f"the end of {self.path}, not written:\n{told}", file=sys.stderr, flush=True)
 
 
 def versions() -> str:
@@ -2888,26 +2983,31 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
     from subprocess import PIPE, STDOUT, SubprocessError, run
 
     rule = "=" * 100
-    source = Path(__file__).read_text()
-    if log.file and log.continues:
+    source = Path(__file__).read_text(encoding="utf-8")
+    if log.file is None:
+        return
+    if log.continues:
         if os.pread(log.file.fileno(), len(source.encode()), 0) != source.encode():
             log.write("note: train_gpt.py is not the one that this log begins with")
         return
-    log.write(f"{source}\n{rule}\nRunning Python {sys.version}\nRunning {versions()}", console=False)
+    header = [source, rule, f"Running Python {sys.version}", f"Running {versions()}"]
     if torch.cuda.is_available():
         try:
-            log.write(run(["nvidia-smi"], stdout=PIPE, stderr=STDOUT, text=True, timeout=30).stdout, console=False)
+            seen = run(["nvidia-smi"], stdout=PIPE, stderr=STDOUT, encoding="utf-8", errors="replace", timeout=30)
+            header.append(seen.stdout)
         except (OSError, SubprocessError) as error:
-            log.write(f"nvidia-smi: {error}", console=False)
-    log.write(f"preset: {hp.preset}; overrides: " + (" ".join(f"--{k}={v}" for k, v in overrides.items()) or "none"))
-    log.write(rule, console=False)
+            header.append(f"nvidia-smi: {error}")
+    overridden = " ".join(f"--{k}={v}" for k, v in overrides.items()) or "none"
+    header.append(f"preset: {hp.preset}; overrides: {overridden}")
+    log.write("\n".join([*header, rule]), console=False)  # at once: a log has all of it or nothing
+    log.show(header[-1])
 
 
 # ======================================================================================================================
 # Checkpoints
 # ======================================================================================================================
 
-CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=list, model=dict, optimizer=dict, progress=dict)
+CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, model=dict, optimizer=dict, progress=dict)
 CHECKPOINTS_KEPT = 2
 # What may differ when a run goes on: where things are, and what leaves the mathematics alone.
 FREE_ON_RESUME = {
@@ -2965,21 +3065,29 @@ def read_checkpoint(path: Path) -> dict:
     return content
 
 
-def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperparameters, dict, list[str]]:
+def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperparameters, dict | None, list[str]]:
     """What to go on with: the run's hyperparameters, its newest sound checkpoint, and lines that say which it is.
 
-    Raises UserError when there is none, or when arguments, files or program contradict it.
+    Without one --resume=auto begins the run; its log goes on if there is one. Raises UserError when there is none
+    otherwise, or when arguments or program contradict it.
     """
-    folder, lines = Path(hp.log_dir), []
-    for path in reversed(checkpoints_of(hp.resume, folder)):
+    auto, folder, lines = hp.resume == "auto", Path(hp.log_dir), []
+    run_id = hp.run_id if auto else hp.resume
+    for path in reversed(checkpoints_of(run_id, folder)):
         try:
             content = read_checkpoint(path)
             break
         except UserError as error:
             lines.append(f"checkpoint not used: {error}")
     else:
-        raise UserError("; ".join([f"--resume={hp.resume}: no usable checkpoint in {folder}/", *lines]))
+        require(auto, "; ".join([f"--resume={run_id}: no usable checkpoint in {folder}/", *lines]))
+        if (folder / f"{run_id}.txt").exists():
+            lines.append("resumed at step 0 from the beginning: the run has left no usable checkpoint")
+        return hp, None, lines
     require(content["optimizer"], f"--resume={hp.resume}: the run has ended, {path} is its result")
+    shards = content["shards"]  # it may come from a stranger
+    sound = [*shards] == FILES and all(isinstance(a, list) and a and {*map(type, a)} == {str} for a in shards.values())
+    require(sound, f"{path}: its shards are none of this program's")
     kinds = {name: type(value) for name, value in vars(Progress()).items()}
     told = {name: type(value) for name, value in content["progress"].items()}
     require(told == kinds, f"{path}: its progress is none of this program's")
@@ -2992,16 +3100,26 @@ def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperpara
             raise UserError(f"--{key}={getattr(hp, key)} contradicts the run's {key}={saved.get(key)}: leave it away")
     given = {key: getattr(hp, key) for key in FREE_ON_RESUME if key in overrides or key not in saved}
     preset = PRESETS.get(saved.get("preset"), {})
-    hp = Hyperparameters(**{**preset, **saved, **given, "run_id": hp.resume, "log_dir": hp.log_dir})
+    hp = Hyperparameters(**{**preset, **saved, **given, "run_id": run_id, "log_dir": hp.log_dir})
     check_hyperparameters(hp)
     if list(hp.stages) != content["stages"]:
         raise UserError(f"{path}: the run had other STAGES than the table in this train_gpt.py")
-    train = find_files(hp.train_files)
-    shards = [read_header(path) for path in train]
-    if shards != content["shards"]:
-        at = next((i for i, pair in enumerate(zip(shards, content["shards"], strict=False)) if len({*pair}) > 1), -1)
-        raise UserError(f"{train[at]}: not a train file that the run began with; --train_files= names others")
     return hp, content, [*lines, f"resumed at step {content['step']} from {path}"]
+
+
+def files_of(hp: Hyperparameters, checkpoint: dict | None = None) -> dict[str, list[Path]]:
+    """Train and validation files: all that match, or, in a run that goes on, those that it began with.
+
+    Raises UserError for one that is no longer there.
+    """
+    files = {name: find_files(getattr(hp, name)) for name in FILES}
+    for name, shards in checkpoint["shards"].items() if checkpoint else ():
+        there = [path for path in files[name] if any(shard.startswith(f"{path.name}, ") for shard in shards)]
+        by_words = {shard_in_words(path): path for path in there}
+        for shard in shards:
+            require(shard in by_words, f"--{name}={getattr(hp, name)}: the run began with another file, {shard}")
+        files[name] = [by_words[shard] for shard in shards]
+    return files
 
 
 # ======================================================================================================================
@@ -3020,7 +3138,8 @@ class Watch:
     TICK, SILENT, PATIENCE = 0.5, 5.0, 8.0  # seconds; a rank is silent when its beat has stood still for so long
 
     def __init__(self):
-        self.rank, self.size, self.host = int(os.environ.get("RANK", 0)), 1, socket.gethostname()
+        rank = os.environ.get("RANK", "0")
+        self.rank, self.size, self.host = int(rank) if rank.isdecimal() else 0, 1, socket.gethostname()
         self.log: Log | None = None
         self.launcher = os.getppid() if UNDER_TORCHRUN else None
         self.store = self.side = self.asked = None
@@ -3043,14 +3162,19 @@ class Watch:
         self.thread = threading.Thread(target=self._run, daemon=True, name="watch")
         self.thread.start()
 
-    def join(self, hp: Hyperparameters, world: World) -> None:
+    def join(self, world: World) -> None:
         """Meets the other ranks; after World.start."""
+        self.size = world.size
         if world.size > 1:
             store = dist.TCPStore(*launcher_address(), is_master=False, timeout=timedelta(seconds=20))
             self.store = dist.PrefixStore(f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+    def follow(self, hp: Hyperparameters) -> None:
+        """From now on as the hyperparameters say, which are the same on all ranks."""
+        self.can_stop, self.hang_timeout = hp.checkpoint_every > 0, hp.hang_timeout
+        if self.size > 1 and self.can_stop:
             # Whether to stop is agreed upon between CPUs, beside NCCL, and only where a stop leaves a checkpoint.
-            self.side = dist.new_group(backend="gloo") if hp.checkpoint_every else None
-        self.size, self.can_stop, self.hang_timeout = world.size, hp.checkpoint_every > 0, hp.hang_timeout
+            self.side = dist.new_group(backend="gloo")
 
     def at(self, step: int) -> None:
         """The main thread has come to this step."""
@@ -3095,6 +3219,7 @@ class Watch:
     def end(self, status: int, message: str, details: str = "") -> None:
         """Ends all processes: the message comes once, and last in the log. It does not return."""
         self.ending.acquire()  # for good: one thread ends the process
+        message = message.encode(errors="replace").decode()  # a file's name may hold bytes that are no text
         word, first = f"{status} {self.rank} {message}", status == 1 or self.rank == 0
         try:
             if self.store:
@@ -3104,16 +3229,18 @@ class Watch:
                     status, first = int(status), int(speaker) == self.rank
                 except RuntimeError:  # the store is gone
                     self.store = None
-            if first:
-                print(details + message, file=sys.stderr, flush=True)
             if self.rank == 0:
                 if self.log:
                     self.log.write((details if first else "") + message, console=False)
                     self.log.close()
                 if self.store:
                     self.store.set("logged", "")
-            elif first and self.store:
-                self._see_that_it_is_logged(message)
+            if first:
+                print(details + message, file=sys.stderr, flush=True)
+                if self.rank and self.store:
+                    self._see_that_it_is_logged(message)
+            if self.rank == 0 and self.store and status == 1:
+                time.sleep(2 * self.TICK)  # the store may end with this process or its launcher: all shall have read it
         finally:
             os._exit(status)  # without waiting for threads that wait for a file system, or a GPU for a rank
 
@@ -3129,7 +3256,7 @@ class Watch:
                 return
             time.sleep(0.05)
         if self.log.path.exists():  # rank 0 is gone
-            with open(self.log.path, "a") as file:
+            with open(self.log.path, "a", encoding="utf-8") as file:
                 print(message, file=file)
 
     def _where(self, rank: int) -> str:
@@ -3218,10 +3345,10 @@ OLDEST_GPU = 8  # compute capability 8.0: bfloat16 in Triton
 KERNEL_SHARED_MEMORY = 213_032  # bytes, of linear_relu2 backward on Hopper; older GPUs' pipelines take less
 
 
-def check_world(hp: Hyperparameters, world: World) -> list[str]:
+def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] | None = None) -> list[str]:
     """Everything that can be found wrong in two seconds; returns the lines that sum it up. Raises UserError."""
     schedule = TrainingSchedule(hp)
-    train, val = find_files(hp.train_files), find_files(hp.val_files)
+    train, val = (files or files_of(hp)).values()
     shard_tokens = [read_header(path) for path in train]
     train_tokens, val_tokens = sum(shard_tokens), sum(map(read_header, val))
     if val_tokens < hp.val_tokens + 1:
@@ -3284,6 +3411,29 @@ def check_world(hp: Hyperparameters, world: World) -> list[str]:
         f"stages: begin at steps {' '.join(map(str, schedule.starts))}",
         *notes,
     ]
+
+
+def check_agreement(hp: Hyperparameters, overrides: dict, world: World, shards: dict, checkpoint: dict | None) -> str:
+    """Compares what the ranks were started with: settings as resolved, source, versions, data. Returns rank 0's run_id.
+
+    Raises UserError, the same on all ranks, that names what differs and where.
+    """
+    facts = {f"--{name}": getattr(hp, name) for name in SETTINGS if name not in ("log_dir", *FILES)}  # a host's own
+    facts["--dtype"], facts["--fp8"] = str(choose_dtype(hp, world)), hp.fp8 if use_fp8(hp, world)[0] else "off"
+    facts["--run_id"] = overrides.get("run_id", "drawn")
+    facts["train_gpt.py"] = f"sha256 {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"
+    facts["software"] = versions()
+    facts["checkpoint"] = checkpoint and f"step {checkpoint['step']}, {checkpoint['progress']['elapsed']:.3f} ms"
+    facts.update({f"{name}, file {i + 1}": shard for name in FILES for i, shard in enumerate(shards[name])})
+    everyone: list = [None] * world.size
+    dist.all_gather_object(everyone, (socket.gethostname(), hp.run_id, facts))
+    (host, run_id, first), told = everyone[0], {}
+    for rank, (other_host, _, others) in enumerate(everyone):
+        for name in [name for name in {**first, **others} if first.get(name) != others.get(name)]:
+            there = f"{others.get(name)} on rank {rank} ({other_host})"
+            told.setdefault(name, f"{name} is {first.get(name)} on rank 0 ({host}), {there}")
+    require(not told, f"the processes were not started alike: {'; '.join([*told.values()][:4])}")
+    return run_id
 
 
 def choose_dtype(hp: Hyperparameters, world: World) -> torch.dtype:
@@ -3547,6 +3697,7 @@ class Bench:
 
 def main(arguments: list[str]) -> None:
     """A whole run; or, for --bench and --profile, a look at its steps."""
+    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     if {"-h", "--help"} & {*arguments}:
         print(help_text())
         return
@@ -3555,26 +3706,30 @@ def main(arguments: list[str]) -> None:
     watch.start()
     try:
         world = World.from_environment()
+        if world.size > 1:
+            launcher_address()  # is there one?
+        if not world.on_gpu:
+            keep_freed_memory()
         hp, overrides = parse_arguments(arguments, has_gpu=world.on_gpu)
-        checkpoint, resumed = None, []
-        if hp.resume:
-            hp, checkpoint, resumed = resume(hp, overrides)
-        summary = check_world(hp, world) + resumed
+        hp, checkpoint, resumed = resume(hp, overrides) if hp.resume else (hp, None, [])
+        files = files_of(hp, checkpoint)
+        summary = check_world(hp, world, files) + resumed
+        shards = {name: [shard_in_words(path) for path in paths] for name, paths in files.items()}
         if world.rank == 0:
             print(*summary, sep="\n", flush=True)
         log = watch.log = Log(hp, world)
         log_header(log, hp, overrides)
         log.write("\n".join(summary), console=False)
         world.start()
-        if world.size > 1:  # a run_id that was drawn has been each rank's own until here
-            ids = [hp.run_id]
-            dist.broadcast_object_list(ids)
-            hp = replace(hp, run_id=ids[0])
+        watch.join(world)
+        if world.size > 1:
+            # One that was drawn has been each rank's own until here.
+            hp = replace(hp, run_id=check_agreement(hp, overrides, world, shards, checkpoint))
             log.path = log.path.with_name(f"{hp.run_id}.txt")
-        watch.join(hp, world)
-        trainer = Trainer(hp, world)
-        val_batches = validation_batches(find_files(hp.val_files), hp, world)
-        train_paths = find_files(hp.train_files)
+        watch.follow(hp)
+        trainer = Trainer(hp, world, shards)
+        train_paths, val_paths = files.values()
+        val_batches = validation_batches(val_paths, hp, world)
         trainer.warm_up(train_paths, val_batches)
         log.write(f"warm-up: {time.perf_counter() - begin:.1f} s from the start of main")
         if hp.bench or hp.profile:
@@ -3583,7 +3738,7 @@ def main(arguments: list[str]) -> None:
             progress = trainer.restore(checkpoint) if checkpoint else None
             val_losses = trainer.run(log, train_paths, val_batches, progress, watch)
             if hp.save_checkpoint:
-                trainer.save_checkpoint(log, train_paths)
+                trainer.save_checkpoint(log)
             if world.on_gpu:
                 allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
                 log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")

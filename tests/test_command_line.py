@@ -264,6 +264,27 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
         (["--length=1%"], ["--length=1%", "expected a number"]),
         (["--num_scheduled_iterations=0"], ["--num_scheduled_iterations=0", "positive"]),
         (["--num_extension_iterations=-1"], ["--num_extension_iterations=-1", "negative"]),
+        (["--num_scheduled_iterations=1000000"], ["1000004 steps", "999,999"]),
+        (["--window_block=0"], ["--window_block=0", "positive"]),
+        (["--window_block=-128"], ["--window_block=-128", "positive"]),
+        (["--grad_scale=0"], ["--grad_scale=0", "positive"]),
+        (["--adam_eps=0"], ["--adam_eps=0", "positive"]),
+        (["--adam_lr=-1"], ["--adam_lr=-1", "negative"]),
+        (["--adam_wd=-1"], ["--adam_wd=-1", "negative"]),
+        (["--muon_lr=-1"], ["--muon_lr=-1", "negative"]),
+        (["--muon_wd=-1"], ["--muon_wd=-1", "negative"]),
+        (["--lr_end=-1"], ["--lr_end=-1", "negative"]),
+        (["--muon_beta2=1"], ["--muon_beta2=1", "[0, 1)"]),
+        (["--muon_beta2=-0.1"], ["--muon_beta2=-0.1", "[0, 1)"]),
+        (["--muon_momentum_cooldown=-1"], ["--muon_momentum_cooldown=-1", "negative"]),
+        (["--checkpoint_every=-1"], ["--checkpoint_every=-1", "negative"]),
+        (["--hang_timeout=-1"], ["--hang_timeout=-1", "negative"]),
+        (["--hang_timeout=1e10"], ["--hang_timeout=1", "at most 1e9"]),
+        (["--seed=18446744073709551616"], ["--seed=18446744073709551616", "2**64 - 1"]),
+        (["--seed=-9223372036854775809"], ["--seed=-9223372036854775809", "-2**63"]),
+        (["--val_steps=5,41"], ["--val_steps", "the run ends after step 40", "41"]),
+        (["--val_steps=-1"], ["--val_steps", "-1"]),
+        (["--resume=auto"], ["--resume=auto", "--run_id="]),
         (["--val_loss_every=-5"], ["--val_loss_every=-5", "negative"]),
         (["--train_max_seq_len=0"], ["--train_max_seq_len=0", "positive"]),
         (["--bench_steps=1"], ["--bench_steps=1", "at least 4"]),
@@ -295,6 +316,30 @@ def test_values_that_could_only_fail_later_are_refused_by_name(arguments, words)
         assert word in message
 
 
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63)])
+def test_a_seed_is_any_number_that_torch_takes(seed):
+    torch.Generator().manual_seed(parse(f"--seed={seed}").seed)
+
+
+@pytest.mark.parametrize("name", ["train_files", "val_files", "log_dir"])
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert getattr(parse(f"--{name}=~/x_*.bin"), name) == f"{tmp_path}/x_*.bin"
+
+
+@pytest.mark.parametrize("folder", ["a [v2]", "[!a]", "a*", "what?", "plain"])
+def test_data_is_found_in_folders_whose_names_would_be_patterns(monkeypatch, tmp_path, folder):
+    root = tmp_path / folder
+    root.mkdir()
+    paths = [write_shard(root / f"train_{i}.bin", [1]) for i in (1, 2)]
+    monkeypatch.setattr(train_gpt, "ROOT", root)
+    monkeypatch.chdir(tmp_path)
+    assert train_gpt.find_files("train_*.bin") == train_gpt.find_files("train_[12].bin") == paths
+    assert train_gpt.find_files(f"{root}/train_*.bin") == paths  # absolute: not below ROOT
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+    assert train_gpt.find_files(f"{folder}/train_*.bin") == paths
+
+
 @pytest.mark.parametrize("run_id", ["a/b", "/a", "../a", "a/", ".", "/"])
 def test_a_run_id_with_a_path_is_refused(run_id):
     message = refused(f"--run_id={run_id}")
@@ -309,7 +354,7 @@ def machine(monkeypatch):
     """Sets what torchrun puts into the environment, and how many GPUs there are."""
 
     def set_up(gpus=0, **environment):
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
@@ -349,6 +394,22 @@ def test_a_number_of_processes_that_does_not_divide_8_is_refused(machine, size, 
         World.from_environment()
     assert str(error.value).startswith(f"{size} processes") and "start 1, 2, 4 or 8" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"])
+@pytest.mark.parametrize("value", ["", "-1", "two", "1.5", "9999999"])
+def test_an_environment_that_no_launcher_makes_is_refused_by_name(machine, monkeypatch, name, value):
+    good = dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500)
+    machine(**{**good, name: value})
+    with pytest.raises(UserError) as error:
+        World.from_environment()
+        train_gpt.launcher_address()
+    assert str(error.value).startswith(name) and "\n" not in str(error.value)
+    monkeypatch.setenv(name, "0")
+    if name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        with pytest.raises(UserError, match=name):
+            World.from_environment()
+            train_gpt.launcher_address()
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 3])

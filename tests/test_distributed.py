@@ -12,7 +12,7 @@ import torch
 from conftest import relative_error, rows_in_use
 
 import train_gpt
-from train_gpt import World
+from train_gpt import Hyperparameters, Trainer, TrainLoader, World, find_files
 
 SMALL_RUN, STEPS = Path(small_run.__file__).resolve(), small_run.STEPS
 SIZES = (1, 2, 4, 8)
@@ -114,6 +114,29 @@ def test_the_gradient_is_that_of_one_process(runs, size, name):
             assert relative_error(shared, gradient) < tolerance
         else:
             assert not shared.any()
+
+
+@pytest.fixture(scope="module")
+def plain_gradients(tmp_path_factory):
+    """By parameter: of the sum of the losses of all tokens of the first step, by autograd alone."""
+    folder = tmp_path_factory.mktemp("plain")
+    small_run.write_text(folder)
+    hp = small_run.small_hyperparameters(folder, grad_scale=12.0)  # has no part in it
+    trainer = Trainer(hp, World())
+    for batch in TrainLoader(find_files(hp.train_files), [trainer.schedule.tokens(0)], hp, World()):
+        for micro_batch in batch.micro_batches:
+            trainer.model(micro_batch, trainer.schedule.windows(0), trainer.target_weights_of(0)).sum().backward()
+    return {name: p.grad for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["attn_bank", "mlp_bank"])  # which are updated after the first step
+@pytest.mark.parametrize("size", SIZES)
+def test_the_optimizer_sees_an_eighth_of_grad_scale_times_the_gradient_of_a_steps_loss(
+    runs, plain_gradients, size, name
+):
+    expected = Hyperparameters().grad_scale / 8 * plain_gradients[name]
+    shared = whole(name, [rank["gradients"][name][0] for rank in runs[size]])
+    assert relative_error(shared.reshape(expected.shape), expected) < GRADIENT_TOLERANCE
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def run(folder, arguments, command=PYTHON, **values):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two train shards and a validation shard in which nothing is wrong."""
+    """Two train shards and a validation shard in which nothing is wrong, in a folder that could be a pattern."""
+    tmp_path = tmp_path / "a [v2]"
+    tmp_path.mkdir()
     for i in (1, 2):
         write_shard(tmp_path / f"train_{i}.bin", text_of([50] * 200, 5000 * i))
     write_shard(tmp_path / "val_0.bin", text_of([50] * 200))
@@ -166,6 +169,47 @@ def test_three_processes_are_refused_by_a_value_in_the_environment(folder):
     assert result.returncode == 1
     assert_one_line(result.stderr, ["3 processes", "start 1, 2, 4 or 8"])
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_an_empty_number_in_the_environment_is_said_in_one_line(folder, name):
+    result = run(folder, DATA, **{name: ""})
+    assert result.returncode == 1
+    assert_one_line(result.stderr, [f"{name}=''", "expected a whole number"])
+
+
+def test_several_processes_without_a_launcher_are_told_to_take_one(folder):
+    result = run(folder, DATA, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
+    assert result.returncode == 1
+    assert_one_line(result.stderr, ["MASTER_ADDR is missing", "torchrun"])
+    assert not (folder / "logs").exists()
+
+
+def test_help_is_there_without_docstrings_and_on_a_terminal_that_takes_nothing(folder):
+    result = run(folder, ["--help"], [sys.executable, "-OO", str(TRAIN_GPT)])
+    assert result.returncode == 0 and "--num_scheduled_iterations=1515" in result.stdout and result.stderr == ""
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([*PYTHON, "--help"], stdout=full, stderr=full, timeout=60).returncode == 0
+
+
+def test_a_process_on_a_cpu_keeps_its_memory_and_lets_waiting_threads_sleep(folder):
+    # What makes a step on a busy CPU several times as fast; seen where the arguments are read.
+    look = """
+        import os, resource, sys
+        sys.path.insert(0, os.environ["PROGRAMS"])
+        import train_gpt
+        def look(*arguments, **options):
+            for _ in range(30):  # the heap grows at first
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                train_gpt.torch.ones(10_000_000)
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+            print(faults, os.environ["OMP_WAIT_POLICY"], flush=True)
+            os._exit(0)
+        train_gpt.parse_arguments = look
+        train_gpt.main([])"""
+    command = [sys.executable, "-c", textwrap.dedent(look)]
+    faults, policy = run(folder, [], command, PROGRAMS=str(TRAIN_GPT.parent)).stdout.split()
+    assert int(faults) < 100 and policy == "passive"  # of 9,766 pages
 
 
 def test_the_first_process_does_not_wait_for_others_to_say_it(folder):

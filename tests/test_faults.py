@@ -4,7 +4,10 @@ The runs are tests/fault_run.py: train_gpt.py with a small model of ten steps, a
 """
 
 import contextlib
+import fcntl
+import io
 import os
+import pty
 import random
 import re
 import resource
@@ -13,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -46,27 +50,24 @@ def data(tmp_path_factory):
     return folder
 
 
-def start(folder, data, processes=1, fault=("none", 0, 0), arguments=(), command=(), **options):
+def start(folder, data, processes=1, fault=("none", 0, 0), arguments=(), command=(), environ=None, **options):
     """A run started in the folder, by the launcher if it has several processes; it says what it says in folder/said."""
     if processes > 1:
         command = [*command, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in launcher}
-    environment.update(DATA_PATH=str(data), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    environment.update(dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "1000000000"))  # see run.sh
+    environment.update(DATA_PATH=str(data), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **environ or {})
     words = [*map(str, fault), "--preset=smoke", f"--log_dir={folder / 'logs'}", *arguments]
     with open(folder / "said", "w") as said:
         return subprocess.Popen(
             [sys.executable, *command, str(FAULT_RUN), *words],
             cwd=folder,
             env=environment,
-            stdout=said,
-            stderr=said,
-            **options,
+            **{"stdout": said, "stderr": said, **options},
         )
 
 
-def finish(process, folder, seconds=60, orphans=3):
+def finish(process, folder, seconds=120, orphans=3):
     """The exit status and what was said; no process of the run may be left a moment later."""
     try:
         status = process.wait(timeout=seconds)
@@ -76,7 +77,7 @@ def finish(process, folder, seconds=60, orphans=3):
     return status, (folder / "said").read_text()
 
 
-def run(folder, data, *arguments, seconds=60, **options):
+def run(folder, data, *arguments, seconds=120, **options):
     return finish(start(folder, data, *arguments, **options), folder, seconds)
 
 
@@ -93,7 +94,7 @@ def processes_of(folder):
     return found
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not (result := condition()) and time.monotonic() < end:
         time.sleep(0.02)
@@ -183,7 +184,10 @@ def copy(folder, to):
 
 def test_a_killed_run_goes_on_and_ends_to_the_bit_as_one_that_went_through(killed, data, whole, tmp_path):
     folder = copy(killed, tmp_path)
-    status, said = run(folder, data, arguments=RESUMED)
+    shutil.copytree(data, tmp_path / "data")
+    for name in ("train_1_00.bin", "train_3.bin", "val_00.bin"):  # files that were not there when it began
+        small_run.write_shard(tmp_path / "data" / name, [small_run.BOS, 1, 2] * 900)
+    status, said = run(folder, tmp_path / "data", arguments=RESUMED)
     assert status == 0 and "resumed at step 6 from" in said
     result = Result(folder)
     assert result == whole[1]
@@ -278,11 +282,35 @@ def test_other_stages_are_refused(resume, monkeypatch):
         resume()
 
 
-def test_other_train_files_are_refused_by_name(resume, data, tmp_path):
+@pytest.mark.parametrize("name", ["train_2_0.bin", "val_0.bin"])
+@pytest.mark.parametrize("change", ["other tokens", "other length", "gone"])
+def test_other_files_than_the_run_began_with_are_refused_by_name(resume, data, tmp_path, name, change):
     shutil.copytree(data, tmp_path / "other")
-    small_run.write_shard(tmp_path / "other" / "train_2_0.bin", [small_run.BOS, 1, 2] * 900)
-    with pytest.raises(train_gpt.UserError, match=r"other/train_2_0\.bin: not a train file that the run began with"):
-        resume(f"--train_files={tmp_path}/other/train_*.bin")
+    path = tmp_path / "other" / name
+    tokens = train_gpt.read_tokens(path, 50257)
+    path.unlink()
+    if change != "gone":
+        small_run.write_shard(path, tokens[::-1] if change == "other tokens" else tokens[:-1])
+    else:
+        small_run.write_shard(path.with_name("train_9.bin" if name.startswith("train") else "val_9.bin"), tokens)
+    setting = name.split("_")[0] + "_files"
+    hp, content, _ = resume(f"--{setting}={tmp_path}/other/{setting[:-6]}_*.bin")
+    with pytest.raises(train_gpt.UserError, match=f"--{setting}=.*began with another file, {name}, {len(tokens)} tok"):
+        train_gpt.files_of(hp, content)
+
+
+def test_shards_of_another_program_in_a_checkpoint_are_refused(resume, tmp_path):
+    path = tmp_path / "logs" / "kept_step000006.pt"
+    content = train_gpt.read_checkpoint(path)
+    for shards in (
+        {},
+        dict(train_files=[], val_files=[]),
+        dict(train_files=["a"], val_files=[1]),
+        {"train_files": "a"},
+    ):
+        train_gpt.write_checkpoint(path, {**content, "shards": shards})
+        with pytest.raises(train_gpt.UserError, match=r"kept_step000006\.pt: its shards are none of this program's"):
+            resume()
 
 
 def test_a_run_that_has_ended_is_not_resumed(resume, tmp_path):
@@ -303,7 +331,7 @@ def test_a_progress_of_another_program_is_refused(resume, tmp_path):
 
 def test_two_processes_go_on_to_the_bit_too(one_of_two_killed, data, whole, tmp_path):
     folder = copy(one_of_two_killed[0], tmp_path)
-    status, said = run(folder, data, 2, arguments=RESUMED)
+    status, said = run(folder, data, 2, arguments=["--resume=auto", "--run_id=kept"])  # as a scheduler starts it again
     assert status == 0, said
     assert Result(folder) == whole[2]
 
@@ -334,6 +362,74 @@ def test_sigterm_leaves_a_checkpoint_a_line_and_a_run_to_go_on_with(data, whole,
     assert Result(tmp_path) == whole[processes]
 
 
+def test_a_process_killed_at_any_moment_of_writing_leaves_nothing_under_the_final_name(tmp_path, monkeypatch):
+    content = {key: kind() for key, kind in train_gpt.CHECKPOINT.items()} | {"model": {"p": torch.arange(3000.0)}}
+    path, writes = tmp_path / "kept_step000002.pt", []
+
+    class File(io.FileIO):
+        """Its process does not survive so many writes."""
+
+        def write(self, data):
+            writes.append(len(data))
+            if len(writes) == survived:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().write(data)
+
+    survived = 0
+    monkeypatch.setattr(train_gpt, "open", File, raising=False)
+    train_gpt.write_checkpoint(path, content)
+    assert train_gpt.read_checkpoint(path)["step"] == 0
+    path.unlink()
+    count = len(writes)
+    for survived in (1, 2, count // 2, count):  # noqa: B007 - File reads it
+        writes.clear()
+        if not (child := os.fork()):
+            train_gpt.write_checkpoint(path, content)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        assert not path.exists() and path.with_suffix(".part").exists()
+
+
+def test_with_resume_auto_a_run_killed_before_its_first_checkpoint_starts_again_in_the_same_log(data, whole, tmp_path):
+    arguments = [*KEPT, "--resume=auto"]
+    assert run(tmp_path, data, fault=("die", 0, 1), arguments=arguments)[0] == -signal.SIGKILL
+    before = log_of(tmp_path).read_text()
+    (tmp_path / "logs" / "kept_step000098.pt").write_bytes(b"damaged")
+    status, said = run(tmp_path, data, arguments=arguments)
+    assert status == 0 and "kept_step000098.pt: damaged or cut short" in said
+    assert "resumed at step 0 from the beginning" in said and log_of(tmp_path).read_text().startswith(before)
+    assert (tmp_path / "logs" / "kept_step000008.pt").exists()  # not taken for one of the newest two in its place
+    assert Result(tmp_path) == whole[1]
+
+
+def test_resume_auto_goes_on_with_a_sound_checkpoint_and_begins_where_there_is_none(resume, tmp_path):
+    arguments = ["--resume=auto", "--run_id=kept"]
+    assert resume(*arguments)[1]["step"] == 6
+    assert resume("--resume=auto", "--run_id=another")[1:] == (None, [])
+    for path in (tmp_path / "logs").glob("*.pt"):
+        cut(path)
+    hp, content, lines = resume(*arguments)
+    assert (hp.run_id, content) == ("kept", None) and "resumed at step 0 from the beginning" in lines[-1]
+    with pytest.raises(train_gpt.UserError, match="--resume=auto: give --run_id="):
+        resume("--resume=auto")
+
+
+def test_a_second_process_that_goes_on_with_a_run_is_refused_while_the_first_is_alive(data, tmp_path):
+    process, other = start(tmp_path, data, fault=("wait", 0, 4), arguments=KEPT), tmp_path / "other"
+    wait_for_step(tmp_path, 4)
+    assert wait_until(lambda: "kept_step000004.pt\n" in log_of(tmp_path).read_text())
+    before = {path: path.read_bytes() for path in (tmp_path / "logs").iterdir()}
+    other.mkdir()
+    status, said = run(other, data, arguments=[*RESUMED, f"--log_dir={tmp_path / 'logs'}"])
+    (line,) = ours(said)
+    assert status == 1 and f"error: {log_of(tmp_path)}: another process is writing it" in line
+    assert {path: path.read_bytes() for path in (tmp_path / "logs").iterdir()} == before
+    process.kill()
+    finish(process, tmp_path)
+    hp = small_run.small_hyperparameters(tmp_path / "logs", run_id="kept", resume="kept")
+    train_gpt.Log(hp, train_gpt.World()).close()  # the lock has gone with the process
+
+
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -344,6 +440,98 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     with pytest.raises(train_gpt.UserError, match="not a checkpoint"):
         train_gpt.read_checkpoint(path)
     assert not (tmp_path / "executed").exists()
+
+
+# ---------------------------------------------------------------------------- ranks that were not started alike
+
+
+def start_of(hp, data, overrides=(), checkpoint=None):
+    """What check_agreement gets to know about one rank, of two."""
+    files = {name: sorted(data.glob(f"{name[:-6]}_*.bin")) for name in train_gpt.FILES}
+    shards = {name: [train_gpt.shard_in_words(path) for path in paths] for name, paths in files.items()}
+    return hp, dict(overrides), train_gpt.World(0, 0, 2), shards, checkpoint
+
+
+@pytest.fixture
+def agree(monkeypatch):
+    """What becomes of the ranks' starts: rank 0's run_id, or an error that all of them raise."""
+
+    def agree(*starts):
+        told, ends = [], set()
+        monkeypatch.setattr(train_gpt.dist, "all_gather_object", lambda everyone, mine: told.append(mine))
+        for start in starts:
+            with pytest.raises(TypeError):  # nothing is gathered yet
+                train_gpt.check_agreement(*start)
+
+        def gather(everyone, mine):
+            everyone[:] = told
+
+        monkeypatch.setattr(train_gpt.dist, "all_gather_object", gather)
+        for start in starts:
+            try:
+                ends.add(train_gpt.check_agreement(*start))
+            except train_gpt.UserError as error:
+                ends.add(f"error: {error}")
+        (end,) = ends
+        return end
+
+    return agree
+
+
+def test_ranks_agree_on_rank_0s_run_id_whatever_their_folders_are(agree, data, tmp_path):
+    shutil.copytree(data, tmp_path / "copy")
+    hp = small_run.small_hyperparameters(data, run_id="drawn by 0", dtype="auto")
+    other = small_run.small_hyperparameters(tmp_path / "copy", run_id="drawn by 1", dtype="float32")
+    assert agree(start_of(hp, data), start_of(other, tmp_path / "copy")) == "drawn by 0"
+
+
+def test_what_differs_between_ranks_is_named_with_both_values_and_hosts(agree, data):
+    hp = small_run.small_hyperparameters(data)
+    for name in train_gpt.SETTINGS:
+        if name in ("preset", "dtype", "fp8", "log_dir", "run_id", *train_gpt.FILES):
+            continue
+        other = train_gpt.replace(hp, **{name: "other"})
+        told = f"error: the processes were not started alike: --{name} is {getattr(hp, name)} on rank 0 ({HOST}), "
+        assert agree(start_of(hp, data), start_of(other, data)) == f"{told}other on rank 1 ({HOST})"
+    assert "--dtype is torch.float32 on rank 0" in agree(
+        start_of(hp, data), start_of(train_gpt.replace(hp, dtype="bfloat16"), data)
+    )
+    assert "--run_id is a on rank 0" in agree(start_of(hp, data, dict(run_id="a")), start_of(hp, data))
+    checkpoint = dict(step=6, progress=dict(elapsed=12.5))
+    assert "checkpoint is None on rank 0" in agree(start_of(hp, data), start_of(hp, data, checkpoint=checkpoint))
+
+
+def test_another_source_version_or_data_file_on_a_rank_is_named(agree, data, tmp_path, monkeypatch):
+    hp = small_run.small_hyperparameters(data)
+    shutil.copytree(data, tmp_path / "other")
+    (path,) = (tmp_path / "other").glob("val_0.bin")
+    small_run.write_shard(path, train_gpt.read_tokens(path, 50257)[::-1])
+    assert "val_files, file 1 is val_0.bin, 600" in agree(start_of(hp, data), start_of(hp, tmp_path / "other"))
+    small_run.write_shard(tmp_path / "other" / "train_9.bin", [small_run.BOS])
+    assert "train_files, file 5 is None on rank 0" in agree(start_of(hp, data), start_of(hp, tmp_path / "other"))
+    monkeypatch.setattr(train_gpt, "versions", iter(["PyTorch 2.13", "PyTorch 2.11"] * 2).__next__)
+    assert "software is PyTorch 2.13 on rank 0" in agree(start_of(hp, data), start_of(hp, data))
+    monkeypatch.undo()
+    sources = iter([b"a", b"b"] * 2)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: next(sources))
+    assert "alike: train_gpt.py is sha256 ca97" in agree(start_of(hp, data), start_of(hp, data))
+
+
+def test_two_processes_with_different_arguments_end_before_the_warm_up(data, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank, arguments in enumerate(([], ["--muon_lr=0.2", "--checkpoint_every=2"])):
+        (tmp_path / f"{rank}").mkdir()
+        launcher = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        processes.append(start(tmp_path / f"{rank}", data, environ=launcher, arguments=arguments))
+    said = [finish(process, tmp_path / f"{rank}") for rank, process in enumerate(processes)]
+    assert [status for status, _ in said] == [1, 1]
+    line = assert_said_once_and_last(tmp_path / "0", said[0][1] + said[1][1], "the processes were not started alike")
+    assert f"--muon_lr is 0.023 on rank 0 ({HOST}), 0.2 on rank 1 ({HOST})" in line
+    assert f"--checkpoint_every is 0 on rank 0 ({HOST}), 2 on rank 1 ({HOST})" in line
+    assert "\nwarm-up: " not in log_of(tmp_path / "0").read_text()
 
 
 # ---------------------------------------------------------------------------- ranks that die, hang or raise
@@ -419,6 +607,93 @@ def test_ctrl_c_ends_all_within_a_second_with_one_line(data, tmp_path, processes
     assert status == 130 if processes == 1 else status != 0
     assert_said_once_and_last(tmp_path, said, "SIGINT: ended at step 3; log: ")
     assert processes > 1 or "Traceback" not in said  # torchrun prints its own
+
+
+# ---------------------------------------------------------------------------- terminals
+
+
+def pipe(reader):
+    ours, theirs = os.pipe()
+    if not reader:
+        os.close(ours)
+    return os.fdopen(theirs, "w", encoding="ascii")
+
+
+def terminal_that_is_gone():
+    ours, theirs = pty.openpty()
+    os.close(ours)
+    return os.fdopen(theirs, "w")
+
+
+def closed_file():
+    with open(os.devnull, "w") as file:
+        return file
+
+
+OUTPUTS = {
+    "full disk": lambda: os.fdopen(os.open("/dev/full", os.O_WRONLY), "w"),
+    "closed pipe": lambda: pipe(reader=False),
+    "stopped reader": lambda: pipe(reader=True),
+    "closed file": closed_file,
+    "terminal that is gone": terminal_that_is_gone,
+    "no file at all": lambda: None,
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_terminal_that_can_t_take_a_line_drops_it(output):
+    terminal = train_gpt.Terminal(OUTPUTS[output]())
+    begin = time.monotonic()
+    for _ in range(200):
+        print("x" * 1000, file=terminal, flush=True)
+    assert time.monotonic() - begin < 10  # a stopped reader is waited for once
+
+
+def test_a_terminal_shows_letters_that_it_lacks_as_escapes_and_goes_on_when_it_is_read_again(tmp_path):
+    ours, theirs = os.pipe()
+    terminal = train_gpt.Terminal(os.fdopen(theirs, "w", encoding="ascii"))
+    print("größe \udcff", file=terminal)
+    assert os.read(ours, 1 << 20) == b"gr\\xf6\\xdfe \\udcff\n"
+    print("x" * (1 << 17), file=terminal)  # more than fits
+    os.read(ours, 1 << 17)
+    print("again", file=terminal)
+    assert os.read(ours, 1 << 20).endswith(b"again\n")
+
+
+def test_a_run_whose_output_goes_nowhere_ends_well_and_its_log_is_whole(data, tmp_path, whole):
+    # Its standard output is full, its errors go into a closed pipe, and it has neither UTF-8 nor its letters.
+    locale = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii")
+    with open("/dev/full", "w") as full, pipe(reader=False) as broken:
+        arguments = ["--run_id=größe", "--save_checkpoint=true"]
+        process = start(tmp_path, data, arguments=arguments, environ=locale, stdout=full, stderr=broken)
+        assert finish(process, tmp_path)[0] == 0
+    assert log_of(tmp_path).name == "größe.txt"
+    assert Result(tmp_path) == whole[1]
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_goes_away_ends_a_run_with_its_reason_in_the_log_unless_it_was_started_by_nohup(
+    data, tmp_path, nohup
+):
+    def with_a_terminal():
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        if nohup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    ours, theirs = pty.openpty()
+    process = start(
+        *(tmp_path, data, 1, ("freeze", 0, 5)), stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=with_a_terminal
+    )
+    os.close(theirs)
+    wait_for_step(tmp_path, 5)
+    assert wait_until(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "T")
+    os.close(ours)
+    process.send_signal(signal.SIGCONT)
+    status, _ = finish(process, tmp_path)
+    last = log_of(tmp_path).read_text().splitlines()[-1]
+    assert (status, last[:16]) == (0, "validation loss ") if nohup else (129, "train_gpt.py: SI"), last
+    assert nohup or last.startswith("train_gpt.py: SIGHUP: ended at step ")
 
 
 # ---------------------------------------------------------------------------- numbers, memory, disk, data

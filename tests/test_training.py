@@ -196,8 +196,6 @@ def launch(folder, sample, processes, *arguments, stderr=subprocess.PIPE):
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in launcher}
     environment.update(DATA_PATH=str(sample), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    # glibc would give the memory of each micro-batch's logits back and ask for it again: half of the time.
-    environment.update(MALLOC_MMAP_THRESHOLD_="1000000000", MALLOC_TRIM_THRESHOLD_="1000000000")
     return subprocess.run(
         [*command, str(REPOSITORY / "train_gpt.py"), *SMALLER, *arguments],
         cwd=folder,
