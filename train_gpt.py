@@ -5,7 +5,7 @@ Train a 124M-parameter-class GPT from scratch on FineWeb to 3.28 validation loss
     python train_gpt.py --length=0.25                           # one process; any hyperparameter as --name=value
     python train_gpt.py --bench --profile                       # no run: time and profile some steps of each stage
 
-The mathematics is that of the public modded-nanogpt speedrun record of 2026-01-30 (97.77 s on 8 H100s).
+The mathematics began as that of the public modded-nanogpt speedrun record of 2026-01-30 (97.77 s on 8 H100s).
 What this file measures as today stands in README.md and records/.
 
 Contents, in reading order (search for the banner):
@@ -54,7 +54,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial
 from glob import escape, glob
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -91,13 +91,14 @@ class TrainingStage(NamedTuple):
     lr: float  # learning-rate multiplier, about (batch growth) ** 0.5
     target_weights: tuple[float, ...]  # multi-token prediction: weight of the 1st, 2nd, 3rd next token at the start ...
     target_weights_end: tuple[float, ...]  # ... and at the end of the stage
+    max_seq_len: int = 1 << 30  # documents are cut here, and at train_max_seq_len
     untie: bool = False  # head and embedding are one until this stage; where no row says so, to the end
 
 
 # Small batches and short windows learn the cheap things cheaply; the extension runs at the final learning rate.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end
-    TrainingStage(1, 131_072, 1, 3, 1.00, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0)),
+    TrainingStage(1, 131_072, 1, 3, 1.00, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), max_seq_len=896),
     TrainingStage(1, 262_144, 3, 7, 1.52, (1.0, 0.5), (1.0, 0.0)),  # lr: 2 ** 0.6
     TrainingStage(1, 393_216, 5, 11, 1.73, (1.0,), (1.0,), untie=True),  # lr: 3 ** 0.5
     TrainingStage(None, 393_216, 6, 13, 1.73, (1.0,), (1.0,)),  # its learning rate is lr_end
@@ -106,46 +107,64 @@ FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
 
 
 class Layer(NamedTuple):
-    """One row a layer: reading the table is reading the architecture."""
+    """One row a layer: reading the table is reading the architecture.
+
+    A layer adds to the stream what attention gives, then outputs that earlier rows keep, each times a gate, then what
+    its MLP gives. "x0" is the normed embedding of a token, "bigram" that of a token and the one before it.
+    """
 
     window: str | None = "short"  # which of the stage's windows attention uses; None: a layer without attention
     paired: bool = False  # heads interleaved along time in pairs, so that a query sees both heads' keys
     key_offset: bool = False  # the stationary half of a key comes from the previous token
     value_embed: bool = False  # adds a gated embedding of the token to the values
-    skip_from: int | None = None  # adds this earlier layer's output, gated, to the input
+    xsa: bool = False  # takes the direction of a token's own value out of what attention gives it, by a gate a head
+    head_gates: bool = False  # multiplies what each head gives by a gate
+    reads: str | None = None  # attention reads this kept output instead of the stream
+    values: dict[str, float] = {}  # noqa: RUF012 - kept outputs that are added to the values: name, gate at the start
+    adds: dict[str, float] = {}  # noqa: RUF012 - ... that are added to the stream
+    mlp: bool = True
+    gates: bool = False  # here a network reads the stream for the gates of this row and those up to the next network
+    keep: str | None = None  # the name under which the row's output is kept
 
 
+X0, BIGRAM = dict(x0=0.0), dict(bigram=0.05)
 LAYERS = (
-    Layer("short", paired=True, value_embed=True),
-    Layer("short", value_embed=True),
-    Layer("short", paired=True),
-    Layer("long", key_offset=True),
-    Layer("short"),
-    Layer("short", paired=True),
-    Layer(None, skip_from=3),
-    Layer("short"),
-    Layer("short", value_embed=True),
-    Layer("short", paired=True, value_embed=True),
-    Layer("long", key_offset=True, value_embed=True),
-)
-BACKOUT_LAYER = 7  # its output, times a learned weight, is taken out again before the head
-GATE_DIMS = 12  # every gate looks at the first 12 dimensions of its input only
+    Layer(None, adds=BIGRAM, mlp=False, gates=True, keep="start"),  # ahead of the first layer
+    Layer("short", paired=True, adds=X0),
+    Layer("short", value_embed=True, xsa=True, adds=X0 | BIGRAM),
+    Layer("short", paired=True, value_embed=True, adds=X0 | BIGRAM),
+    Layer("long", key_offset=True, xsa=True, head_gates=True, adds=X0 | BIGRAM, keep="early"),
+    Layer("short", xsa=True, adds=X0 | BIGRAM, gates=True),
+    Layer("short", paired=True, adds=X0 | BIGRAM),
+    Layer(None, adds=dict(early=0.09)),
+    Layer("short", xsa=True, adds=X0 | BIGRAM, keep="middle"),
+    # Late layers look for what they need in the middle of the model: their own work is on the prediction.
+    Layer("short", value_embed=True, reads="middle", adds=X0 | BIGRAM),
+    Layer("short", paired=True, value_embed=True, reads="middle", adds=X0 | BIGRAM, keep="late"),
+    Layer("long", key_offset=True, value_embed=True, head_gates=True, reads="middle", gates=True,
+          values=dict(start=0.0, middle=0.0, late=0.0), adds=dict(start=0.0, middle=0.0, late=0.0) | BIGRAM),
+    # After the last layer much of what the middle has put into the stream is taken out again.
+    Layer(None, adds=dict(start=0.0, early=0.0, middle=-0.5, late=0.0), mlp=False, gates=True),
+)  # fmt: skip
+XSA_GATE, HEAD_GATE = 0.0, 0.25  # at the start
+GATE_HIDDEN, GATE_SCALE = 64, 0.1  # hidden units of a gate network; what its results are multiplied by
+GATE_DIMS = 12  # the gates of smear and value embeddings look at the first 12 dimensions of their input only
+SIGN_ROWS = 8192  # of the fixed random signs by which bigram embeddings are multiplied, so that collisions differ
 
 ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
 VALUE_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.value_embed]
-# Layers whose output is used again later
-KEPT_OUTPUTS = {BACKOUT_LAYER, *(layer.skip_from for layer in LAYERS if layer.skip_from is not None)}
+MLP_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.mlp]
+NETWORKS = [i for i, layer in enumerate(LAYERS) if layer.gates]  # rows at which a gate network reads the stream
 
-# Learned scalars by name: (how many, initial value). They live in one float32 vector, so that eight ranks
-# exchange one small message instead of seven.
+# Learned scalars by name: (how many, initial value, learning-rate multiplier). They live in one float32 vector, so that
+# eight ranks exchange one small message instead of six.
 SCALARS = {
-    "resid": (len(LAYERS), 1.1),  # weight of the residual stream ahead of each layer
-    "bigram": (len(LAYERS), 0.1),  # weight of the bigram embedding there
-    "qkv": (len(LAYERS), 0.5),  # scale of W_q, W_k, W_v
-    "out": (len(LAYERS), 1.0),  # scale of W_o
-    "smear": (1, 0.0),  # how much of the previous token's embedding is added to a token's
-    "backout": (1, 0.5),
-    "skip": (1, -1.5),  # through a sigmoid
+    "attn_resid": (len(LAYERS), 1.1**0.5, 5.0),  # weight of the stream where a layer's attention is added to it
+    "mlp_resid": (len(LAYERS), 1.1**0.5, 5.0),  # ... and its MLP
+    "mlp_out": (len(LAYERS), 1.0, 5.0),  # weight of what the MLP gives
+    "qkv": (len(LAYERS), 0.5, 5.0),  # scale of W_q, W_k, W_v
+    "out": (len(LAYERS), 1.0, 5.0),  # scale of W_o
+    "smear": (1, 0.0, 5.0),  # how much of the previous token's embedding is added to a token's
 }
 
 
@@ -155,25 +174,27 @@ class Row(NamedTuple):
     name: str
     algorithm: str  # "normuon" (banks of matrices; every step) or "adam" (odd steps only; no further bits beside bf16)
     sharded: bool  # reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere
-    lr: tuple[float, ...]  # multiplier; with normuon several values cycle over a bank's matrices (W_fc, W_proj)
+    lr: tuple[float, ...]  # multiplier; several cycle over the first dimension, of a bank its matrices (W_fc, W_proj)
     wd: float  # weight-decay multiplier
     betas: tuple[float, float] | None = None  # adam's
 
 
+SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count))
 # The small ones first; the matrices, whose updates take longest, last, so that the tables are gathered beneath them.
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
-    Row("scalars", "adam", False, (5.0,), 0.0, (0.9, 0.99)),
-    Row("x0_lambdas", "adam", False, (5.0,), 0.0, (0.65, 0.95)),
+    Row("scalars", "adam", False, SCALAR_LRS, 0.0, (0.9, 0.99)),
     Row("smear_gate", "adam", False, (0.01,), 0.0, (0.9, 0.99)),
-    Row("skip_gate", "adam", False, (0.05,), 0.0, (0.9, 0.99)),
-    Row("attn_gates", "adam", False, (1.0,), 1.0, (0.9, 0.99)),
+    Row("gate_in", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
+    Row("gate_out", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
+    Row("gate_bias", "adam", False, (0.2,), 0.0, (0.9, 0.99)),
     Row("value_gates", "adam", False, (1.0,), 1.0, (0.9, 0.99)),
     Row("bigram_embed", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
     Row("head", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
-    Row("attn_bank", "normuon", True, (1.0,), 1.0),
+    Row("qk_bank", "normuon", True, (1.0,), 1.0),
+    Row("vo_bank", "normuon", True, (1.0,), 1.0),
     Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0),
 )
 # Looked up by token, so that of their gradients only a few rows are not zero: see Lookup and ShardedRows. By name, how
@@ -193,11 +214,11 @@ class Hyperparameters:
     val_tokens: int = 10_485_760  # fixed by the rules
     val_batch_size: int = 2_097_152  # a validation step; each of its 8 chunks is a micro-batch
     # length of the run
-    num_scheduled_iterations: int = 1515  # shared by the stages
-    num_extension_iterations: int = 40  # at the final learning rate, with longer windows
+    num_scheduled_iterations: int = 1350  # shared by the stages
+    num_extension_iterations: int = 38  # at the final learning rate, with longer windows
     length: float = 1.0  # times these two and the momentum's two below: 0.25 is the same run in small
-    cooldown_frac: float = 0.55  # of the scheduled iterations
-    lr_end: float = 0.1  # learning-rate factor at the end of the cooldown
+    cooldown_frac: float = 0.6  # of the scheduled iterations
+    lr_end: float = 0.15  # learning-rate factor at the end of the cooldown
     stages: tuple[TrainingStage, ...] = STAGES
     # model
     vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
@@ -216,7 +237,7 @@ class Hyperparameters:
     muon_wd: float = 1.2
     muon_beta2: float = 0.95
     muon_momentum_warmup: int = 300  # steps from 0.85 to 0.95
-    muon_momentum_cooldown: int = 50  # the last steps, back to 0.85
+    muon_momentum_cooldown: int = 200  # the last steps, back to 0.85
     grad_scale: float = 2.0  # of the loss, over the 8 micro-batches of a step; slightly better than 1 for FP8 and bf16
     # run
     run_id: str = ""  # names log and checkpoint; a fresh UUID if empty
@@ -242,7 +263,7 @@ class Hyperparameters:
     @property
     def padded_vocab(self) -> int:
         """V."""
-        return -(-self.vocab_size // 128) * 128
+        return round_up(self.vocab_size, 128)
 
     @property
     def total_steps(self) -> int:
@@ -282,6 +303,11 @@ PRESETS = {
 
 # What can be given on the command line: everything but the table of stages.
 SETTINGS = {field.name: field for field in fields(Hyperparameters) if field.name != "stages"}
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple that is not below n."""
+    return -(-n // multiple) * multiple
 
 
 class UserError(Exception):
@@ -349,6 +375,12 @@ def parse_value(name: str, kind: type, text: str) -> object:
         raise UserError(f"--{name}={text}: expected {expected}") from None
 
 
+# What a layer without a window has
+NO_ATTENTION = dict(
+    paired=False, key_offset=False, value_embed=False, xsa=False, head_gates=False, reads=None, values={}
+)
+
+
 def check_tables(hp: Hyperparameters) -> None:
     """Raises UserError for rows of the tables above that would fail later, or have no effect."""
     shares = [stage.share for stage in hp.stages]
@@ -364,15 +396,22 @@ def check_tables(hp: Hyperparameters) -> None:
         told = f"{row}: {len(weights[0])} multi-token weights at the start, {len(weights[1])} at the end: as many, > 0"
         require(len(weights[0]) == len(weights[1]) > 0, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
+    kept, weighed = set(), set()
     for i, layer in enumerate(LAYERS):
-        window, skip, row = layer.window, layer.skip_from, f"LAYERS, layer {i}"
+        row, window, attention = f"LAYERS, row {i}", layer.window, layer._replace(**NO_ATTENTION) != layer
         require(window in ("short", "long", None), f"{row}: window is 'short', 'long' or None")
-        attention = layer.paired or layer.key_offset or layer.value_embed
-        require(window or not attention, f"{row}: paired, key_offset and value_embed are for layers with a window")
-        require(skip is None or not window, f"{row}: skip_from is for layers without a window")
-        require(skip is None or skip < i, f"{row}: skip_from={skip} is not an earlier layer")
-    for i in sorted(KEPT_OUTPUTS):
-        require(i in ATTENTION_LAYERS, f"layer {i} is skipped from, or BACKOUT_LAYER: only layers with a window can be")
+        told = f"{row}: {', '.join(NO_ATTENTION)} are for layers with a window"
+        require(window or not attention, told)
+        require(not layer.paired or not layer.values, f"{row}: values are for layers that are not paired")
+        gated = layer.xsa or layer.head_gates or layer.values or layer.adds
+        weighed = {"x0", "bigram", *kept} if layer.gates else weighed
+        require(not gated or weighed, f"{row}: its gates take a network: give this row or an earlier one gates=True")
+        for name in (*layer.values, *layer.adds):
+            told = f"{row}: {name!r} is not kept ahead of the network of its gates: keep it earlier, or give gates=True"
+            require(name in weighed, told)
+        require(layer.reads is None or layer.reads in kept, f"{row}: reads={layer.reads!r} is kept by no earlier row")
+        require(layer.keep not in (*kept, "x0", "bigram"), f"{row}: the name {layer.keep!r} is taken")
+        kept |= {layer.keep} - {None}
 
 
 def check_parameters(parameters: dict[str, Tensor]) -> None:
@@ -388,7 +427,6 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
         require(isinstance(lr, tuple) and lr, f"{row}: lr={lr} is no tuple, as (1.0,)")
         if algorithm == "adam":
             require(isinstance(betas, tuple) and len(betas) == 2, f"{row}: adam takes betas, as (0.9, 0.99)")
-            require(len(lr) == 1, f"{row}: adam takes one lr, {lr} are several")
         else:
             require(betas is None, f"{row}: normuon takes no betas")
             require(p.dim() == 3, f"{row}: normuon is for banks of matrices, this has the shape {tuple(p.shape)}")
@@ -1338,14 +1376,14 @@ class Documents(NamedTuple):
         return Documents(*((2 * t).repeat_interleave(2) for t in self))
 
 
-def attend_reference(q, k, v, gate, documents: Documents, window: int, scale: float) -> Tensor:
+def attend_reference(q, k, v, documents: Documents, window: int, scale: float) -> Tensor:
     """Masked attention over all pairs, for CPUs."""
     position = torch.arange(len(q), device=q.device)
     first = torch.maximum(documents.starts, position - window)
     mask = (position >= first[:, None]) & (position <= position[:, None])
     heads_first = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale)
-    return out.squeeze(0).transpose(0, 1) * gate.unsqueeze(-1)
+    return out.squeeze(0).transpose(0, 1)
 
 
 # The kernels see q, k, v, y as (N, H D) matrices and take tiles of some positions of one head, through Hopper's bulk
@@ -1357,7 +1395,6 @@ def attend_reference(q, k, v, gate, documents: Documents, window: int, scale: fl
 # For masked scores; those of normed vectors stay within head_dim. What a row that is all masked so far sums up is
 # multiplied by exp2(MASKED - score) = 0 at its first real score. Much larger, and rounding it would move exponents.
 MASKED = tl.constexpr(-1e5)
-TINY_GATE = tl.constexpr(1e-30)  # for a gate that sigmoid has rounded to zero
 
 
 @triton.jit
@@ -1380,10 +1417,10 @@ def query_range(ends_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.con
 
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_kernel(
-    q_desc, k_desc, v_desc, gate_ptr, starts_ptr, y_desc, lse_ptr, N, H, window, scale,
+    q_desc, k_desc, v_desc, starts_ptr, y_desc, lse_ptr, N, H, window, scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_Q queries of one head: y, and in base 2 the logarithm of sum of exponentials / gate."""
+    """BLOCK_Q queries of one head: y, and in base 2 the logarithm of the sum of exponentials."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
     rows = row + tl.arange(0, BLOCK_Q)
     begin, mid, tail, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
@@ -1404,34 +1441,28 @@ def attention_kernel(
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
         top = new_top
-    gate = tl.load(gate_ptr + rows.to(tl.int64) * H + head, mask=rows < N, other=0.0).to(tl.float32)
-    gate = tl.maximum(gate, TINY_GATE, propagate_nan=tl.PropagateNan.ALL)
-    y_desc.store([row, head * D], (acc * (gate / total)[:, None]).to(y_desc.dtype))
-    tl.store(lse_ptr + head.to(tl.int64) * N + rows, top + tl.log2(total / gate), mask=rows < N)
+    y_desc.store([row, head * D], (acc / total[:, None]).to(y_desc.dtype))
+    tl.store(lse_ptr + head.to(tl.int64) * N + rows, top + tl.log2(total), mask=rows < N)
 
 
-# With o the attention before the gate g, y = g o and dg_i = dy_i . o_i = dy_i . y_i / g_i. The gate costs nothing more:
-# with p'_ij = g_i p_ij, which is why it is in lse, the gradients are those of attention with dg in place of delta,
-#     dv_j = sum_i p'_ij dy_i,    ds_ij = p'_ij (dy_i . v_j - dg_i),    dq_i = scale sum_j ds_ij k_j,    dk_j likewise.
+# With p_ij what query i takes of value j, and delta_i = dy_i . y_i, the gradients are
+#     dv_j = sum_i p_ij dy_i,    ds_ij = p_ij (dy_i . v_j - delta_i),    dq_i = scale sum_j ds_ij k_j,    dk_j likewise.
 
 
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_backward_q_kernel(
-    grad_y_desc, y_desc, q_desc, k_desc, v_desc, gate_ptr, lse_ptr, starts_ptr, grad_q_desc, grad_gate_ptr, delta_ptr,
-    N, H, window, scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad_y_desc, y_desc, q_desc, k_desc, v_desc, lse_ptr, starts_ptr, grad_q_desc, delta_ptr, N, H, window, scale,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_Q queries of one head: the gradients of q and of the gate, this also in float32 for the keys' kernel."""
+    """BLOCK_Q queries of one head: the gradient of q, and delta for the keys' kernel."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
     rows = row + tl.arange(0, BLOCK_Q)
     begin, mid, tail, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
-    by_position, by_head = rows.to(tl.int64) * H + head, head.to(tl.int64) * N + rows
+    by_head = head.to(tl.int64) * N + rows
     q, y, grad_y = q_desc.load([row, head * D]), y_desc.load([row, head * D]), grad_y_desc.load([row, head * D])
-    gate = tl.load(gate_ptr + by_position, mask=rows < N, other=0.0).to(tl.float32)
-    gate = tl.maximum(gate, TINY_GATE, propagate_nan=tl.PropagateNan.ALL)
-    grad_gate = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1) / gate
-    tl.store(grad_gate_ptr + by_position, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=rows < N)
-    tl.store(delta_ptr + by_head, grad_gate, mask=rows < N)
+    delta = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1)
+    tl.store(delta_ptr + by_head, delta, mask=rows < N)
     lse = tl.load(lse_ptr + by_head, mask=rows < N, other=0.0)
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     for col in range(begin, end, BLOCK_K):
@@ -1442,7 +1473,7 @@ def attention_backward_q_kernel(
         if (col < mid) | (col >= tail):
             cols = (col + tl.arange(0, BLOCK_K))[None, :]
             p = tl.where((cols >= first[:, None]) & (cols <= rows[:, None]), p, 0.0)
-        acc = tl.dot((p * (grad_p - grad_gate[:, None])).to(k.dtype), k, acc)
+        acc = tl.dot((p * (grad_p - delta[:, None])).to(k.dtype), k, acc)
     grad_q_desc.store([row, head * D], (acc * scale).to(grad_q_desc.dtype))
 
 
@@ -1492,51 +1523,47 @@ class CausalSelfAttention(torch.autograd.Function):
     """attend() in kernels. D a power of two from 16 to 128."""
 
     @staticmethod
-    def forward(ctx, q, k, v, gate, starts, ends, window, scale):
+    def forward(ctx, q, k, v, starts, ends, window, scale):
         N, H, D = q.shape
         y, lse = q.new_empty(N, H, D), q.new_empty(H, N, dtype=torch.float32)
         tiles = ATTENTION_TILES
         q_desc, y_desc = attention_tiles(tiles["BLOCK_Q"], q, y)
         k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
         attention_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
-            q_desc, k_desc, v_desc, gate, starts, y_desc, lse, N, H, window, scale, D=D, **tiles
+            q_desc, k_desc, v_desc, starts, y_desc, lse, N, H, window, scale, D=D, **tiles
         )
-        ctx.save_for_backward(q, k, v, gate, y, lse, starts, ends)
+        ctx.save_for_backward(q, k, v, y, lse, starts, ends)
         ctx.window, ctx.scale = window, scale
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        q, k, v, gate, y, lse, starts, ends = ctx.saved_tensors
+        q, k, v, y, lse, starts, ends = ctx.saved_tensors
         grad_y = grad_y.contiguous()
         N, H, D = q.shape
         sizes = (N, H, ctx.window, ctx.scale)
         grad_q, grad_k, grad_v = (torch.empty_like(q) for _ in range(3))
-        grad_gate, delta = torch.empty_like(gate), torch.empty_like(lse)
+        delta = torch.empty_like(lse)
         tiles = ATTENTION_BACKWARD_Q_TILES
         grad_y_desc, y_desc, q_desc, out_desc = attention_tiles(tiles["BLOCK_Q"], grad_y, y, q, grad_q)
         k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
         attention_backward_q_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
-            grad_y_desc, y_desc, q_desc, k_desc, v_desc, gate, lse, starts, out_desc, grad_gate, delta, *sizes,
-            D=D, **tiles,
-        )  # fmt: skip
+            grad_y_desc, y_desc, q_desc, k_desc, v_desc, lse, starts, out_desc, delta, *sizes, D=D, **tiles
+        )
         tiles = ATTENTION_BACKWARD_KV_TILES
         grad_y_desc, q_desc = attention_tiles(tiles["BLOCK_Q"], grad_y, q)
         k_desc, v_desc, *out_descs = attention_tiles(tiles["BLOCK_K"], k, v, grad_k, grad_v)
         attention_backward_kv_kernel[(triton.cdiv(N, tiles["BLOCK_K"]), H)](
             grad_y_desc, q_desc, k_desc, v_desc, lse, delta, ends, *out_descs, *sizes, D=D, **tiles
         )
-        return grad_q, grad_k, grad_v, grad_gate, None, None, None, None
+        return grad_q, grad_k, grad_v, None, None, None, None
 
 
-def attend(q, k, v, gate, documents: Documents, window: int, scale: float) -> Tensor:
-    """Causal attention inside each document, to the `window` tokens before each token, times the gate of each head.
-
-    q, k, v (N, H, D), gate (N, H) in (0, 1) -> (N, H, D).
-    """
+def attend(q, k, v, documents: Documents, window: int, scale: float) -> Tensor:
+    """Causal attention inside each document, to `window` tokens before each token: q, k, v (N, H, D) -> (N, H, D)."""
     if q.is_cuda and q.size(2) >= 16:  # the least a tensor core multiplies
-        return CausalSelfAttention.apply(q, k, v, gate, *documents, window, scale)
-    return attend_reference(q, k, v, gate, documents, window, scale)
+        return CausalSelfAttention.apply(q, k, v, *documents, window, scale)
+    return attend_reference(q, k, v, documents, window, scale)
 
 
 # ======================================================================================================================
@@ -1590,23 +1617,59 @@ def bigram_hash(tokens: Tensor, rows: int) -> Tensor:
     return torch.cat((torch.full_like(tokens[:1], rows - 1), hashed))
 
 
-class LayerWeights(NamedTuple):
-    """What layer i takes from the banks and scalars; 0-d lambdas, matrices as stored."""
+def sign_rows(tokens: Tensor) -> Tensor:
+    """Row of the table of signs for each token and its predecessor; tokens (T,) int32."""
+    return torch.cat((torch.zeros_like(tokens[:1]), (tokens[1:] ^ tokens[:-1]) % SIGN_ROWS))
 
-    resid: Tensor
-    mlp: Tensor  # (2, 4C, C): W_fc, W_proj
-    mlp_fp8: tuple[Tensor, Tensor] | tuple[()]  # the same in FP8, and transposed; or nothing
+
+class GatePlan(NamedTuple):
+    """The gates of one layer, in the order in which its network gives them: how many, and of which kept outputs."""
+
+    xsa: int
+    heads: int
+    values: tuple[str, ...]
+    adds: tuple[str, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the groups of gates."""
+        return [n for n in (self.xsa, self.heads, len(self.values), len(self.adds)) if n]
+
+
+def gate_plans(num_heads: int) -> list[list[GatePlan]]:
+    """For each gate network the plans of its layers."""
+    plans = [GatePlan(num_heads * a.xsa, num_heads * a.head_gates, (*a.values,), (*a.adds,)) for a in LAYERS]
+    return [plans[begin:end] for begin, end in pairwise([*NETWORKS, len(LAYERS)])]
+
+
+def initial_gates(num_heads: int) -> list[list[float]]:
+    """For each gate network the values of all its gates at the start."""
+
+    def of(layer: Layer) -> list[float]:
+        heads = num_heads * layer.xsa * [XSA_GATE] + num_heads * layer.head_gates * [HEAD_GATE]
+        return [*heads, *layer.values.values(), *layer.adds.values()]
+
+    ends = pairwise([*NETWORKS, len(LAYERS)])
+    return [[gate for layer in LAYERS[begin:end] for gate in of(layer)] for begin, end in ends]
+
+
+class LayerWeights(NamedTuple):
+    """What a layer takes from the banks and scalars; 0-d lambdas, matrices as stored."""
+
+    # layers with an MLP
+    mlp_resid: Tensor | None = None
+    mlp_out: Tensor | None = None
+    mlp: Tensor | None = None  # (2, 4C, C): W_fc, W_proj
+    mlp_fp8: tuple[Tensor, Tensor] | tuple[()] = ()  # the same in FP8, and transposed; or nothing
     # layers with attention
+    attn_resid: Tensor | None = None
     qkv_lambda: Tensor | None = None
     out_lambda: Tensor | None = None
-    qkv: Tensor | None = None  # (3, C, C)
+    qk: Tensor | None = None  # (H, 2D, C): pairs of heads of W_q, then of W_k
+    v: Tensor | None = None  # (C, C)
     qkv_fp8: tuple[Tensor, Tensor] | tuple[()] = ()  # (3C, C), transposed (C, 3C); or nothing
-    out: Tensor | None = None  # (1, C, C)
-    attn_gate: Tensor | None = None  # (H, 12)
+    out: Tensor | None = None  # (C, C)
     value_gate: Tensor | None = None  # (H, 12)
-    # layers with a skip
-    skip_lambda: Tensor | None = None
-    skip_gate: Tensor | None = None  # (1, 12)
 
 
 def compiler(enabled: bool) -> Callable:
@@ -1622,12 +1685,17 @@ def compiler(enabled: bool) -> Callable:
 # compiling the whole takes a minute and a half; attention stays between, so that windows change without compiling.
 
 
-def add(x, product):
-    """x + product, for a matrix product that has just been made, in the kernel that reads the sum.
+def widened(x):
+    """x in float32 (or float64), for sums with a matrix product that has just been made, in the kernel that reads them.
 
-    Left to itself, the compiler has the product add x, for which x is copied first; in float32 it does not see that.
+    Left to itself, the compiler has the product add x, for which x is copied first; to float32 x it does not.
     """
-    return (x.to(torch.promote_types(x.dtype, torch.float32)) + product).to(x.dtype)
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def join(x, mlp_out, w: LayerWeights | None):
+    """The stream (T, C) behind a layer of weights w, whose MLP's result mlp_out has not been added to x yet."""
+    return x if mlp_out is None else (w.mlp_resid * widened(x) + w.mlp_out * mlp_out).to(x.dtype)
 
 
 class Gate(torch.autograd.Function):
@@ -1655,59 +1723,74 @@ def gate(x, weight):
     return Gate.apply(x[:, :GATE_DIMS], weight)
 
 
-def embed_inputs(x, bigram, w_x0, w_bigram, smear_lambda, smear_gate):
-    """The stream's start x0 (T, C) from the tokens' embeddings x, smeared and normed, and what each layer adds to it.
-
-    That is the embedding and the bigram embedding, weighted by layer. Made here for all layers at once: backward, one
-    kernel then sums up all layers' gradients of x0 and bigram, instead of each layer writing and adding its own.
-    """
+def embed_inputs(x, bigram, signs, rows, smear_lambda, smear_gate):
+    """x0 (T, C) from the tokens' embeddings x, smeared and normed, and the bigram embeddings times their signs."""
     smear = smear_lambda * gate(x[1:], smear_gate)
-    x0 = norm(torch.cat((x[:1], x[1:] + smear * x[:-1])))
-    return x0, [a * x0 + b * bigram for a, b in zip(w_x0, w_bigram, strict=True)]
+    return norm(torch.cat((x[:1], x[1:] + smear * x[:-1]))), bigram * F.embedding(rows, signs)
 
 
-def attention_inputs(x, mlp_out, injected, w: LayerWeights):
-    """The mixed input (T, C), what is projected to q, k, v (T, C) with its weight (3C, C), head and value gate (T, H).
+def gate_network(x, w_in, w_out, bias, kept, plans: list[GatePlan]):
+    """For each layer of a network: gates of XSA and of heads (T, H), sums for values and stream (T, C); or None.
 
-    At the end, for FP8, the input in FP8 and the step of the weight, else nothing.
+    kept: by name, what is weighed. All layers' sums are made here at once: backward, one kernel then sums up the
+    gradients of what is kept, instead of each layer writing and adding its own. Source: MUDD, arXiv 2502.12170.
     """
-    x = w.resid * add(x, mlp_out) + injected
-    h = norm(x)
-    weight = w.qkv_lambda * w.qkv.flatten(0, 1)
-    head_gate = gate(h, w.attn_gate)
-    value_gate = None if w.value_gate is None else 2 * gate(h, w.value_gate)
-    fp8 = ((h.detach() / FP8_X).to(torch.float8_e4m3fn), w.qkv_lambda.detach() * FP8_WEIGHT) if w.qkv_fp8 else ()
-    return x, h, weight, head_gate, value_gate, fp8
+    sizes = [n for plan in plans for n in plan.sizes]
+    hidden = F.gelu(F.linear(x, w_in))
+    gates = iter((GATE_SCALE * (F.linear(hidden, w_out[: sum(sizes)]) + bias[: sum(sizes)])).split(sizes, -1))
+
+    def weighed(names):
+        return sum(g * kept[name] for name, g in zip(names, next(gates).split(1, -1), strict=True)) if names else None
+
+    def of_heads(number):
+        return next(gates) if number else None
+
+    # In the order of a plan's sizes
+    return [(of_heads(p.xsa), of_heads(p.heads), weighed(p.values), weighed(p.adds)) for p in plans]
 
 
-def mlp(x, w: LayerWeights, fp8_grad_scale):
-    """The MLP's result (T, C)."""
-    return MLP.apply(norm(x), *w.mlp, fp8_grad_scale, *w.mlp_fp8)
+def attention_inputs(x, mlp_out, before, normed, w: LayerWeights):
+    """The stream (x and mlp_out), what is projected to q, k, v (T, C) with its weight (3C, C), the value gate (T, H).
 
-
-def attention_output_and_mlp(x, attended, w: LayerWeights, keep: bool, fp8_grad_scale):
-    """The stream (T, C) after attention, from the mixed input and attention's gated result (T, C), and the MLP's.
-
-    With `keep` also the sum of both, for a later layer; made here so that its gradient is added in passing.
+    normed: what is projected; None: the stream's norm. At the end, for FP8, the input in FP8 and the step of the
+    weight, else nothing.
     """
-    x = add(x, F.linear(attended, w.out_lambda * w.out.squeeze(0)))
-    mlp_out = mlp(x, w, fp8_grad_scale)
-    return x, mlp_out, x + mlp_out if keep else None
+    if normed is None:
+        x, mlp_out = join(x, mlp_out, before), None
+        normed = norm(x)
+    weight = w.qkv_lambda * torch.cat((w.qk.flatten(0, 1), w.v))
+    value_gate = None if w.value_gate is None else 2 * gate(normed, w.value_gate)
+    fp8 = ((normed.detach() / FP8_X).to(torch.float8_e4m3fn), w.qkv_lambda.detach() * FP8_WEIGHT) if w.qkv_fp8 else ()
+    return x, mlp_out, normed, weight, value_gate, fp8
 
 
-def mlp_only(x, mlp_out, x0, injected, skip, w: LayerWeights, fp8_grad_scale):
-    """The same of a layer without attention, with or without a skip."""
-    x = add(x, mlp_out)
-    if skip is not None:
-        x = x + torch.sigmoid(w.skip_lambda) * 2 * gate(x0, w.skip_gate) * skip
-    x = w.resid * x + injected
-    return x, mlp(x, w, fp8_grad_scale)
+def exclude_own_value(y, v, gates):
+    """XSA (arXiv 2603.09078): y (N, H, D) less its part along the token's own value v, as far as tanh(gate) says."""
+    wide_y, wide_v = widened(y), widened(v)
+    share = (wide_y * wide_v).sum(-1, keepdim=True) / wide_v.square().sum(-1, keepdim=True).clamp_min(1e-8)
+    return (wide_y - torch.tanh(widened(gates)).view(y.shape[:2]).unsqueeze(-1) * share * wide_v).to(y.dtype)
 
 
-def head_losses(x, mlp_out, backout, backout_lambda, head, targets, target_weights, fp8_grad_scale):
-    """Loss of each position (T,), float32, from the last layer's output (T, C)."""
-    x = norm(add(x, mlp_out) - backout_lambda * backout)
-    return HeadLoss.apply(x, head, targets, target_weights, fp8_grad_scale)
+def layer_outputs(x, mlp_out, before, attended, v, xsa, head_gates, added, w: LayerWeights, keep: bool, fp8_grad_scale):
+    """The stream (T, C) behind attention and added outputs, and the MLP's result, yet to be added; with `keep` it is.
+
+    attended, v: attention's result and values, (N, H, D); None where a layer has none, as all of the following.
+    """
+    x, mlp_out = join(x, mlp_out, before), None
+    dtype = x.dtype
+    if attended is not None:
+        y = attended if xsa is None else exclude_own_value(attended, v, xsa)
+        y = y if head_gates is None else y * head_gates.view(y.shape[:2]).unsqueeze(-1)
+        x = w.attn_resid * widened(x) + F.linear(y.reshape(x.shape), w.out_lambda * w.out)
+    x = (x if added is None else x + added).to(dtype)
+    if w.mlp is not None:
+        mlp_out = MLP.apply(norm(x), *w.mlp, fp8_grad_scale, *w.mlp_fp8)
+    return (join(x, mlp_out, w), None) if keep else (x, mlp_out)
+
+
+def head_losses(x, head, targets, target_weights, fp8_grad_scale):
+    """Loss of each position (T,), float32, from the last row's output (T, C)."""
+    return HeadLoss.apply(norm(x), head, targets, target_weights, fp8_grad_scale)
 
 
 class MicroBatch(NamedTuple):
@@ -1721,8 +1804,9 @@ class MicroBatch(NamedTuple):
 class GPT(nn.Module):
     """The model: parameters by name, as in the table PARAMETERS, and one forward pass over a micro-batch.
 
-    Initial values: head normal, std 0.005; embed its transpose; attention bank and W_fc uniform with std
-    0.5 C^-0.5; W_proj, value and bigram embeddings and all gates zero; scalars as in the table SCALARS.
+    Initial values: head normal, std 0.005; embed its transpose; attention banks and W_fc uniform with std 0.5 C^-0.5;
+    value embeddings normal, std 0.01; the first matrices of gate networks uniform in +-C^-0.5, their biases so that
+    gates start as the tables say; all else zero; scalars as in the table SCALARS. Signs are the same on every machine.
     """
 
     def __init__(self, hp: Hyperparameters, device: torch.device, dtype: torch.dtype, compile: bool = False):
@@ -1733,16 +1817,19 @@ class GPT(nn.Module):
         def parameter(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
-        self.scalars = parameter(sum(count for count, _ in SCALARS.values()), dtype=torch.float32)
-        self.x0_lambdas = parameter(len(LAYERS), dtype=torch.float32)
+        gates = initial_gates(H)
+        most_gates = max(map(len, gates), default=0)
+        self.scalars = parameter(len(SCALAR_LRS), dtype=torch.float32)
         self.smear_gate = parameter(1, GATE_DIMS)
-        self.skip_gate = parameter(1, GATE_DIMS)
-        self.attn_gates = parameter(len(ATTENTION_LAYERS), H, GATE_DIMS)
+        self.gate_in = parameter(len(gates), GATE_HIDDEN, C)
+        self.gate_out = parameter(len(gates), most_gates, GATE_HIDDEN)
+        self.gate_bias = parameter(len(gates), most_gates)
         self.value_gates = parameter(len(VALUE_LAYERS), H, GATE_DIMS)
-        # W_q, W_k, W_v, W_o and W_fc, W_proj of each layer; padded with layers that nobody uses until 8 ranks can share
-        # the matrices evenly (the MLP's 11 layers become 12).
-        self.attn_bank = parameter(-(-len(ATTENTION_LAYERS) // 2) * 2, 4, C, C)
-        self.mlp_bank = parameter(-(-len(LAYERS) // 4) * 4, 2, 4 * C, C)
+        # Of each layer's attention pairs of heads of W_q, then of W_k: their updates are made orthogonal apart; W_v and
+        # W_o; and W_fc, W_proj. Padded with matrices that nobody uses until 8 ranks can share them evenly.
+        self.qk_bank = parameter(round_up(len(ATTENTION_LAYERS) * H, 8), 2 * hp.head_dim, C)
+        self.vo_bank = parameter(round_up(len(ATTENTION_LAYERS) * 2, 8), C, C)
+        self.mlp_bank = parameter(round_up(len(MLP_LAYERS), 4), 2, 4 * C, C)
         self.head = parameter(C, V)
         self.embed = parameter(V, C)  # tied to the head at first, see Optimizer
         self.bigram_embed = parameter(hp.bigram_vocab_size, C)
@@ -1750,19 +1837,27 @@ class GPT(nn.Module):
         if device.type == "meta":  # only the shapes are asked for
             return
         with torch.no_grad():
-            self.scalars.copy_(torch.tensor([value for count, value in SCALARS.values() for _ in range(count)]))
+            self.scalars.copy_(torch.tensor([value for count, value, _ in SCALARS.values() for _ in range(count)]))
             bound = 3**0.5 * 0.5 * C**-0.5
-            self.attn_bank.uniform_(-bound, bound)
-            self.mlp_bank[:, 0].uniform_(-bound, bound)
+            for matrices in (self.qk_bank, self.vo_bank, self.mlp_bank[:, 0]):
+                matrices.uniform_(-bound, bound)
+            self.gate_in.uniform_(-(C**-0.5), C**-0.5)
+            for bias, values in zip(self.gate_bias, gates, strict=True):
+                bias[: len(values)] = torch.tensor(values) / GATE_SCALE
+            self.value_embeds.normal_(std=0.01)
             self.head.normal_(std=0.005)
             self.embed.copy_(self.head.T)
+        drawn = torch.randint(2, (SIGN_ROWS, C), generator=torch.Generator().manual_seed(0))
+        self.register_buffer("signs", (2 * drawn - 1).to(device, dtype), persistent=False)
         longest = max(max(stage.tokens for stage in hp.stages), hp.val_batch_size) // MICRO_BATCHES
         self.yarn = Yarn(hp.head_dim, 2 * longest, device)
         region = compiler(compile)
         self.embed_inputs = region(embed_inputs)
+        self.join = region(join)
+        self.norm = region(norm)
+        self.gate_network = region(gate_network)
         self.attention_inputs = region(attention_inputs)
-        self.attention_output_and_mlp = region(attention_output_and_mlp)
-        self.mlp_only = region(mlp_only)
+        self.layer_outputs = region(layer_outputs)
         self.head_losses = region(head_losses)
         self.fp8_weights = region(fp8_weights)
 
@@ -1777,23 +1872,27 @@ class GPT(nn.Module):
         layer by layer would write a bank of zeros for each.
         """
         values = iter(self.scalars.unbind())
-        scalars = {name: [next(values) for _ in range(count)] for name, (count, _) in SCALARS.items()}
-        mlps, mlps_fp8, qkv_fp8 = self.mlp_bank.unbind(), [()] * len(LAYERS), iter([()] * len(LAYERS))
+        scalars = {name: [next(values) for _ in range(count)] for name, (count, _, _) in SCALARS.items()}
+        mlps, mlps_fp8, qkv_fp8 = iter(self.mlp_bank.unbind()), iter([()] * len(LAYERS)), iter([()] * len(LAYERS))
+        n, H = len(ATTENTION_LAYERS), self.num_heads
         if fp8:
-            mlps_fp8 = list(zip(*self.fp8_weights(self.mlp_bank.detach()), strict=True))
-            qkv_fp8 = zip(*self.fp8_weights(self.attn_bank.detach()[:, :3].flatten(1, 2)), strict=True)
-        matrices = iter(self.attn_bank.flatten(0, 1).split([3, 1] * len(self.attn_bank)))
-        attn_gates, value_gates = iter(self.attn_gates.unbind()), iter(self.value_gates.unbind())
+            mlps_fp8 = zip(*self.fp8_weights(self.mlp_bank.detach()), strict=True)
+            qk, v = self.qk_bank.detach()[: n * H].unflatten(0, (n, H)), self.vo_bank.detach()[: 2 * n : 2]
+            qkv_fp8 = zip(*self.fp8_weights(torch.cat((qk.flatten(1, 2), v), 1)), strict=True)
+        qk, vo, value_gates = iter(self.qk_bank.split(H)), iter(self.vo_bank.unbind()), iter(self.value_gates.unbind())
         weights = []
         for i, layer in enumerate(LAYERS):
-            w = LayerWeights(scalars["resid"][i], mlps[i], mlps_fp8[i])
+            w = LayerWeights()
+            if layer.mlp:
+                w = w._replace(mlp_resid=scalars["mlp_resid"][i], mlp_out=scalars["mlp_out"][i])
+                w = w._replace(mlp=next(mlps), mlp_fp8=next(mlps_fp8))
             if layer.window:
-                w = w._replace(qkv_lambda=scalars["qkv"][i], out_lambda=scalars["out"][i], qkv=next(matrices))
-                w = w._replace(qkv_fp8=next(qkv_fp8), out=next(matrices), attn_gate=next(attn_gates))
+                w = w._replace(
+                    attn_resid=scalars["attn_resid"][i], qkv_lambda=scalars["qkv"][i], qk=next(qk), v=next(vo)
+                )
+                w = w._replace(qkv_fp8=next(qkv_fp8), out_lambda=scalars["out"][i], out=next(vo))
             if layer.value_embed:
                 w = w._replace(value_gate=next(value_gates))
-            if layer.skip_from is not None:
-                w = w._replace(skip_lambda=scalars["skip"][0], skip_gate=self.skip_gate)
             weights.append(w)
         return weights, scalars
 
@@ -1814,34 +1913,44 @@ class GPT(nn.Module):
         rows = self.table_rows(batch.inputs)
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
         value_rows = iter(rows["value_embeds"] + first_rows.int()[:, None])
-        x0, injected = self.embed_inputs(
+        x0, bigram = self.embed_inputs(
             Lookup.apply(self.embed, rows["embed"]), Lookup.apply(self.bigram_embed, rows["bigram_embed"]),
-            self.x0_lambdas.unbind(), scalars["bigram"], scalars["smear"][0], self.smear_gate,
+            self.signs, sign_rows(batch.inputs), scalars["smear"][0], self.smear_gate,
         )  # fmt: skip
         documents = {False: batch.documents, True: batch.documents.paired()}
-        outputs = {}
-        # The stream between layers is x + mlp_out: the next layer adds them in passing.
-        x, mlp_out = x0, torch.zeros_like(x0)
-        for i, (layer, w) in enumerate(zip(LAYERS, weights, strict=True)):
-            skip = None if layer.skip_from is None else outputs[layer.skip_from]
+        kept, normed, gates = {"x0": x0, "bigram": bigram}, {}, None
+        networks = zip(self.gate_in, self.gate_out, self.gate_bias, gate_plans(self.num_heads), strict=True)
+        # The stream is x, to which the next kernel that reads it adds what the MLP of the layer before has made of it.
+        x, mlp_out, before = x0, None, None
+        for layer, w in zip(LAYERS, weights, strict=True):
+            if layer.gates:
+                x, mlp_out = self.join(x, mlp_out, before), None
+                w_in, w_out, bias, plans = next(networks)
+                gates = iter(self.gate_network(x, w_in, w_out, bias, kept, plans))
+            xsa, head_gates, added_values, added = next(gates) if gates else (None,) * 4
+            y = v = None
             if layer.window:
-                x, h, weight, head_gate, value_gate, fp8 = self.attention_inputs(x, mlp_out, injected[i], w)
+                if layer.reads and layer.reads not in normed:
+                    normed[layer.reads] = self.norm(kept[layer.reads])
+                x, mlp_out, h, weight, value_gate, fp8 = self.attention_inputs(
+                    x, mlp_out, before, normed.get(layer.reads), w
+                )
                 q, k, v = split_heads(
                     h, weight, Fp8Projection(fp8[0], *w.qkv_fp8, fp8[1], fp8_grad_scale) if fp8 else None,
                     value_gate, self.value_embeds, next(value_rows) if layer.value_embed else None,
                     self.yarn.cos, self.yarn.sin, self.num_heads, layer.paired, layer.key_offset,
                 )  # fmt: skip
-                head_gate = head_gate.view(q.shape[:2])
-                y = attend(q, k, v, head_gate, documents[layer.paired], windows[layer.window], self.yarn.scale)
-                y, keep = y.view(x.shape), i in KEPT_OUTPUTS
-                x, mlp_out, outputs[i] = self.attention_output_and_mlp(x, y, w, keep, fp8_grad_scale)
-            else:
-                x, mlp_out = self.mlp_only(x, mlp_out, x0, injected[i], skip, w, fp8_grad_scale)
-        by_position = x, mlp_out, outputs[BACKOUT_LAYER], batch.targets
-        chunks = zip(*(t.split(head_chunk or len(x)) for t in by_position), strict=True)
+                v = v if added_values is None else v + added_values.view_as(v)
+                y = attend(q, k, v, documents[layer.paired], windows[layer.window], self.yarn.scale)
+            keep, own = layer.keep is not None, v if layer.xsa else None
+            x, mlp_out = self.layer_outputs(x, mlp_out, before, y, own, xsa, head_gates, added, w, keep, fp8_grad_scale)
+            before = w
+            if keep:
+                kept[layer.keep] = x
+        x = self.join(x, mlp_out, before)
+        chunks = zip(*(t.split(head_chunk or len(x)) for t in (x, batch.targets)), strict=True)
         losses = [
-            self.head_losses(*inputs, scalars["backout"][0], self.head, targets, target_weights, fp8_grad_scale)
-            for *inputs, targets in chunks
+            self.head_losses(chunk, self.head, targets, target_weights, fp8_grad_scale) for chunk, targets in chunks
         ]
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
@@ -1883,15 +1992,15 @@ def split_bits(master: Tensor) -> tuple[Tensor, Tensor]:
     return (bits >> 16).to(torch.int16).view(torch.bfloat16), (bits & 0xFFFF).to(torch.uint16)
 
 
-def adam_update(p, grad, m, v, beta1: float, beta2: float, eps: float, step_size, decay):
-    """One Adam step with cautious weight decay, in place. m, v float32; step_size and decay 0-d on the CPU."""
+def adam_update(p, grad, m, v, beta1: float, beta2: float, eps: float, lr, correction, wd: float):
+    """One Adam step with cautious weight decay, in place. m, v float32; lr by the first dimension, correction 0-d."""
     grad = grad.to(m.dtype)
     m.lerp_(grad, 1 - beta1)
     v.lerp_(grad.square(), 1 - beta2)
-    update = step_size * m / (v.sqrt() + eps)
+    update = lr * correction * m / (v.sqrt() + eps)
     master = p.to(m.dtype)
     # Decay only where it points the way the update goes anyway (cautious weight decay, arXiv 2510.12402).
-    update = update + torch.where(update * master > 0, decay * master, 0)
+    update = update + torch.where(update * master > 0, lr * lr * wd * master, 0)
     p.copy_(master - update)
 
 
@@ -1931,14 +2040,21 @@ def cpu_scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32)
 
 
+def lr_multipliers(row: Row, slice: Tensor, first: int) -> Tensor:
+    """For a slice that begins at index `first`, in a shape to multiply it by: one, or one along the first dimension."""
+    n = len(slice) if len(row.lr) > 1 else 1
+    lr = [row.lr[(first + i) % len(row.lr)] for i in range(n)]
+    return torch.tensor(lr, device=slice.device).view(n, *[1] * (slice.dim() - 1))
+
+
 class Adam:
     """State and step of one parameter's slice."""
 
     states = ("m", "v", "updates")
 
-    def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable):
+    def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
         self.row, self.hp, self.p = row, hp, slice
-        self.apply = compiled(adam_update)
+        self.apply, self.multipliers = compiled(adam_update), lr_multipliers(row, slice, first)
         self.m, self.v = (torch.zeros_like(slice, dtype=torch.float32) for _ in range(2))
         self.updates = 0
 
@@ -1946,10 +2062,10 @@ class Adam:
         """lr_factor: the schedule's; momentum is NorMuon's."""
         self.updates += 1
         beta1, beta2 = self.row.betas
-        lr = self.hp.adam_lr * lr_factor * self.row.lr[0]
-        step_size = cpu_scalar(lr * (1 - beta2**self.updates) ** 0.5 / (1 - beta1**self.updates))
-        decay = cpu_scalar(lr * lr * self.hp.adam_wd * self.row.wd)
-        self.apply(self.p, grad, self.m, self.v, beta1, beta2, self.hp.adam_eps, step_size, decay)
+        lr = self.multipliers * (self.hp.adam_lr * lr_factor)
+        correction = cpu_scalar((1 - beta2**self.updates) ** 0.5 / (1 - beta1**self.updates))
+        wd = self.hp.adam_wd * self.row.wd
+        self.apply(self.p, grad, self.m, self.v, beta1, beta2, self.hp.adam_eps, lr, correction, wd)
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -1971,8 +2087,7 @@ class NorMuon:
         shape = (N, rows, 1) if rows >= columns else (N, 1, columns)
         self.second_moment = torch.zeros(shape, dtype=torch.float32, device=slice.device)
         self.low_bits = torch.zeros_like(slice, dtype=torch.uint16) if slice.dtype == torch.bfloat16 else None
-        multipliers = [row.lr[(first + i) % len(row.lr)] * max(1, rows / columns) ** 0.5 for i in range(N)]
-        self.multipliers = torch.tensor(multipliers, device=slice.device).view(N, 1, 1)
+        self.multipliers = lr_multipliers(row, slice, first) * max(1, rows / columns) ** 0.5
 
     def update(self, grad: Tensor, lr_factor: float, momentum: float) -> None:
         """lr_factor and momentum: the schedule's."""
@@ -2141,7 +2256,7 @@ class Slot:
         self.communication = policy(p.data.view(self.shape), world)
         slice = self.communication.slice
         first = world.rank * len(slice) if row.sharded else 0
-        self.algorithm = NorMuon(row, hp, slice, compiled, first) if bank else Adam(row, hp, slice, compiled)
+        self.algorithm = (NorMuon if bank else Adam)(row, hp, slice, compiled, first)
 
 
 class Optimizer:
@@ -2327,24 +2442,30 @@ class Shard:
 
     def __init__(self, path: Path, hp: Hyperparameters, scan_all: bool):
         self.hp, self.tokens = hp, read_tokens(path, hp.vocab_size)
-        self.next_document = 0
+        self.next_document, self.summed = 0, (0, 0, None)
         self.whole_index: Future | None = None
         if scan_all or len(self.tokens) <= FIRST_SCAN:
             self.index = self._scan(len(self.tokens))
         else:
-            starts, lengths, ends = self._scan(FIRST_SCAN)
-            self.index = starts[:-1], lengths[:-1], ends[:-1]  # the last document may go on
+            starts, lengths = self._scan(FIRST_SCAN)
+            self.index = starts[:-1], lengths[:-1]  # the last document may go on
             pool = ThreadPoolExecutor(1, "shard index")
             self.whole_index = pool.submit(self._scan, len(self.tokens))
             pool.shutdown(wait=False)
 
-    def _scan(self, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Per document: start, length as cut, and the sum of cut lengths up to its end."""
+    def _scan(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """Start and length of each document."""
         starts = np.flatnonzero(self.tokens[:limit] == self.hp.bos)
-        lengths = np.minimum(np.diff(starts, append=limit), self.hp.train_max_seq_len)
-        return starts, lengths, np.cumsum(lengths)
+        return starts, np.diff(starts, append=limit)
 
-    def deal(self, num_tokens: int) -> list[tuple[int, int]] | None:
+    def _ends(self, max_seq_len: int) -> np.ndarray:
+        """For each document the sum of lengths, as cut, up to its end; made once for as long as the index stays."""
+        if self.summed[:2] != (max_seq_len, len(self.index[1])):
+            ends = np.cumsum(np.minimum(self.index[1], max_seq_len))
+            self.summed = max_seq_len, len(ends), ends
+        return self.summed[2]
+
+    def deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[int, int]] | None:
         """Spans of documents of the next 8 micro-batches of num_tokens + 1 tokens; None when the shard can't fill them.
 
         A span is (first, last + 1); its last document is cut where the micro-batch is full, and the next span begins
@@ -2352,7 +2473,7 @@ class Shard:
         """
         if self.whole_index and self.whole_index.done():
             self.index, self.whole_index = self.whole_index.result(), None
-        _, _, ends = self.index
+        ends = self._ends(max_seq_len)
         spans, first = [], self.next_document
         for _ in range(MICRO_BATCHES):
             before = ends[first - 1] if first else 0
@@ -2361,15 +2482,16 @@ class Shard:
                 if not self.whole_index:
                     return None
                 self.index, self.whole_index = self.whole_index.result(), None  # only now is it needed
-                return self.deal(num_tokens)
+                return self.deal(num_tokens, max_seq_len)
             spans.append((first, last + 1))
             first = last + 1
         self.next_document = first
         return spans
 
-    def assemble(self, span: tuple[int, int], num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    def assemble(self, span: tuple[int, int], num_tokens: int, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """The num_tokens + 1 tokens of a span and the documents' cumulative ends within num_tokens, 0 first."""
-        starts, lengths, _ = (array[slice(*span)] for array in self.index)
+        starts, lengths = (array[slice(*span)] for array in self.index)
+        lengths = np.minimum(lengths, max_seq_len)
         pieces = [self.tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
         ends = np.minimum(np.cumsum(lengths), num_tokens)
         return np.concatenate(pieces)[: num_tokens + 1], np.concatenate(([0], ends))
@@ -2398,14 +2520,16 @@ class StepBatch(NamedTuple):
 class TrainLoader:
     """Iterates over steps; while one is computed, a thread assembles the next and copies it to the GPU.
 
-    sizes: tokens of a micro-batch at each step. Every rank deals all 8 micro-batches of a step and keeps its own, and
-    of the others the inputs, so that any number of ranks sees the same. When the files run out, they start over, and
-    the epoch counts up.
+    sizes: for each step the tokens of a micro-batch, and at how many tokens documents are cut. Every rank deals all 8
+    micro-batches of a step and keeps its own, and of the others the inputs, so that any number of ranks sees the same.
+    When the files run out, they start over, and the epoch counts up.
     position: of the last step's batch before these, in a run that goes on.
     Raises UserError if no file can fill a step, or when a file turns out to be damaged.
     """
 
-    def __init__(self, paths: list[Path], sizes: list[int], hp: Hyperparameters, world: World, position=(1, 0)):
+    def __init__(
+        self, paths: list[Path], sizes: list[tuple[int, int]], hp: Hyperparameters, world: World, position=(1, 0)
+    ):
         self.paths, self.sizes, self.hp, self.world = paths, sizes, hp, world
         self.found = {path: file_state(path) for path in paths}
         self.files_begun, document = position
@@ -2432,9 +2556,9 @@ class TrainLoader:
             told = f"not read within {0.8 * self.hp.hang_timeout:g} s (--hang_timeout): does the file system stall?"
             raise UserError(f"{self.reading}: {told}") from None
 
-    def _deal(self, num_tokens: int) -> list[tuple[int, int]]:
+    def _deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[int, int]]:
         for _ in range(len(self.paths) + 1):
-            if spans := self.shard.deal(num_tokens):
+            if spans := self.shard.deal(num_tokens, max_seq_len):
                 return spans
             self.shard = self.next_shard.result()
             self.files_begun += 1
@@ -2442,15 +2566,15 @@ class TrainLoader:
         raise UserError(
             f"none of the {len(self.paths)} train files ({self.paths[0]} ...) can fill a step: it takes "
             f"{MICRO_BATCHES} x {num_tokens + 1} tokens of documents that begin with token {self.hp.bos} and count up "
-            f"to {self.hp.train_max_seq_len} tokens each; get more data or lower the stages' tokens"
+            f"to {max_seq_len} tokens each; get more data or lower the stages' tokens"
         )
 
-    def _prepare(self, num_tokens: int) -> StepBatch:
-        rank, size = self.world.rank, self.world.size
-        dealt = [self.shard.assemble(span, num_tokens) for span in self._deal(num_tokens)]
-        inputs = [torch.from_numpy(tokens[:-1].astype(np.int32)) for tokens, _ in dealt if size > 1]
+    def _prepare(self, size: tuple[int, int]) -> StepBatch:
+        rank, ranks = self.world.rank, self.world.size
+        dealt = [self.shard.assemble(span, *size) for span in self._deal(*size)]
+        inputs = [torch.from_numpy(tokens[:-1].astype(np.int32)) for tokens, _ in dealt if ranks > 1]
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
-            batches = [make_micro_batch(*arrays, self.world.device) for arrays in dealt[rank::size]]
+            batches = [make_micro_batch(*arrays, self.world.device) for arrays in dealt[rank::ranks]]
             if self.stream:
                 self.stream.synchronize()  # in this thread; the main thread never waits for a copy
         position = self.files_begun, self.shard.next_document
@@ -2519,6 +2643,10 @@ class TrainingSchedule:
     def tokens(self, step: int) -> int:
         """Tokens of a micro-batch."""
         return self.stage(step).tokens // MICRO_BATCHES
+
+    def size(self, step: int) -> tuple[int, int]:
+        """Tokens of a micro-batch, and at how many tokens documents are cut."""
+        return self.tokens(step), min(self.stage(step).max_seq_len, self.hp.train_max_seq_len)
 
     def lr(self, step: int) -> float:
         """Learning-rate factor: the stage's multiplier, from the cooldown on moving linearly to lr_end."""
@@ -2673,7 +2801,7 @@ class Trainer:
         saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         schedule = self.schedule
         steps = [start for start, end in zip(schedule.starts, schedule.ends, strict=True) if start < end]
-        batches = TrainLoader(train_paths, [schedule.tokens(step) for step in steps], self.hp, self.world)
+        batches = TrainLoader(train_paths, [schedule.size(step) for step in steps], self.hp, self.world)
         for step, batch in zip(steps, batches, strict=True):
             self.enter_step(step)
             if self.use_graphs:
@@ -2711,7 +2839,7 @@ class Trainer:
         if hp.val_loss_every:
             validate_at |= {*range(0, hp.total_steps, hp.val_loss_every)}
         validate_at -= {now.step} if progress else set()  # done before the checkpoint was written
-        sizes = [schedule.tokens(step) for step in range(now.step, hp.total_steps)]
+        sizes = [schedule.size(step) for step in range(now.step, hp.total_steps)]
         batches = iter(TrainLoader(train_paths, sizes, hp, self.world, now.position))
         if self.world.size > 1:
             dist.barrier()  # the clock does not run while the first rank waits for the last to compile
@@ -3518,7 +3646,7 @@ def busy_time(kernels: list[Kernel]) -> float:
 
 def flops_per_token(model: GPT, fp8: bool) -> tuple[int, int]:
     """Of the products with weights, 2 a weight forward and 4 backward: those in the parameters' type, those in FP8."""
-    attention, mlp = len(ATTENTION_LAYERS) * model.attn_bank[0].numel(), len(LAYERS) * model.mlp_bank[0].numel()
+    attention, mlp = len(ATTENTION_LAYERS) * 4 * model.vo_bank[0].numel(), len(MLP_LAYERS) * model.mlp_bank[0].numel()
     head = model.head.numel()
     in_fp8 = fp8 * (head + model.fp8_layers * (mlp + attention * 3 // 4))  # in the layers all but W_o
     return 6 * (attention + mlp + head - in_fp8), 6 * in_fp8
@@ -3579,7 +3707,7 @@ class Bench:
         spans = enumerate(zip(self.schedule.starts, self.schedule.ends, strict=True))
         lengths = [(stage, start, end - start) for stage, (start, end) in spans if start < end]
         plan = [(k, i, start + i % max(n // 2 * 2, 1)) for k, start, n in lengths for i in range(count)]
-        sizes = [self.schedule.tokens(step) for _, _, step in plan]
+        sizes = [self.schedule.size(step) for _, _, step in plan]
         self.trainer.reset()
         loader = TrainLoader(self.train_paths, sizes, self.hp, self.world)
         for (stage, i, step), batch in zip(plan, loader, strict=True):

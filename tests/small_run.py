@@ -107,7 +107,7 @@ def train(hp: Hyperparameters, world: World) -> dict:
     val_batches = validation_batches(find_files(hp.val_files), hp, world)
     windows = trainer.schedule.window_tokens(*FINAL_WINDOWS)
     found["losses"] = [trainer.validate(val_batches, windows)]
-    sizes = [trainer.schedule.tokens(step) for step in range(hp.total_steps)]
+    sizes = [trainer.schedule.size(step) for step in range(hp.total_steps)]
     for step, batch in enumerate(TrainLoader(find_files(hp.train_files), sizes, hp, world)):
         found["inputs"].append([micro_batch.inputs for micro_batch in batch.micro_batches])
         trainer.enter_step(step)
