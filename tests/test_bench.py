@@ -264,7 +264,8 @@ def test_the_largest_kernels_are_listed_with_their_category(bench):
         lines = table.splitlines()
         begin = next(i for i, line in enumerate(lines) if line.endswith("name"))
         rows = [line.split() for line in lines[begin + 1 : begin + 16]]
-        assert len(rows) == 15 and all("::" in row[4] or "Backward" in row[-1] for row in rows)
+        assert len(rows) == 15 and {row[3] for row in rows} <= {*train_gpt.KERNEL_CATEGORIES, "other"}
+        assert sum("::" in row[4] for row in rows) > 8  # the others are autograd's own functions
         assert [float(row[0]) for row in rows] == sorted((float(row[0]) for row in rows), reverse=True)
 
 

@@ -163,7 +163,7 @@ def test_head_and_embedding_have_parted_by_the_end_on_every_rank(runs, size):
     assert not any(rank["tied"] for rank in runs[size])
     begin, end = runs[size][0]["begin"], runs[size][0]["end"]
     assert torch.equal(begin["embed"], begin["head"].T)
-    assert relative_error(end["embed"], end["head"].T) > 0.01
+    assert relative_error(end["embed"], end["head"].T) > 1e-3  # while tied, the same bits
 
 
 def test_two_processes_in_bfloat16_hold_the_same_bits_and_reach_the_loss_of_one(tmp_path):
