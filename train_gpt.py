@@ -154,7 +154,10 @@ SIGN_ROWS = 8192  # of the fixed random signs by which bigram embeddings are mul
 ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
 VALUE_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.value_embed]
 MLP_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.mlp]
-NETWORKS = [i for i, layer in enumerate(LAYERS) if layer.gates]  # rows at which a gate network reads the stream
+# The layers of each gate network: from the row at which it reads the stream up to the next such row
+NETWORK_LAYERS = [
+    LAYERS[begin:end] for begin, end in pairwise([*(i for i, a in enumerate(LAYERS) if a.gates), len(LAYERS)])
+]
 
 # Learned scalars by name: (how many, initial value, learning-rate multiplier). They live in one float32 vector, so that
 # eight ranks exchange one small message instead of six.
@@ -1622,35 +1625,10 @@ def sign_rows(tokens: Tensor) -> Tensor:
     return torch.cat((torch.zeros_like(tokens[:1]), (tokens[1:] ^ tokens[:-1]) % SIGN_ROWS))
 
 
-class GatePlan(NamedTuple):
-    """The gates of one layer, in the order in which its network gives them: how many, and of which kept outputs."""
-
-    xsa: int
-    heads: int
-    values: tuple[str, ...]
-    adds: tuple[str, ...]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Of the groups of gates."""
-        return [n for n in (self.xsa, self.heads, len(self.values), len(self.adds)) if n]
-
-
-def gate_plans(num_heads: int) -> list[list[GatePlan]]:
-    """For each gate network the plans of its layers."""
-    plans = [GatePlan(num_heads * a.xsa, num_heads * a.head_gates, (*a.values,), (*a.adds,)) for a in LAYERS]
-    return [plans[begin:end] for begin, end in pairwise([*NETWORKS, len(LAYERS)])]
-
-
-def initial_gates(num_heads: int) -> list[list[float]]:
-    """For each gate network the values of all its gates at the start."""
-
-    def of(layer: Layer) -> list[float]:
-        heads = num_heads * layer.xsa * [XSA_GATE] + num_heads * layer.head_gates * [HEAD_GATE]
-        return [*heads, *layer.values.values(), *layer.adds.values()]
-
-    ends = pairwise([*NETWORKS, len(LAYERS)])
-    return [[gate for layer in LAYERS[begin:end] for gate in of(layer)] for begin, end in ends]
+def gate_groups(layer: Layer, num_heads: int) -> list[list[float]]:
+    """A layer's gates at the start, in the order in which its network gives them: XSA, heads, values, stream."""
+    of_heads = layer.xsa * num_heads * [XSA_GATE], layer.head_gates * num_heads * [HEAD_GATE]
+    return [*of_heads, [*layer.values.values()], [*layer.adds.values()]]
 
 
 class LayerWeights(NamedTuple):
@@ -1729,24 +1707,25 @@ def embed_inputs(x, bigram, signs, rows, smear_lambda, smear_gate):
     return norm(torch.cat((x[:1], x[1:] + smear * x[:-1]))), bigram * F.embedding(rows, signs)
 
 
-def gate_network(x, w_in, w_out, bias, kept, plans: list[GatePlan]):
-    """For each layer of a network: gates of XSA and of heads (T, H), sums for values and stream (T, C); or None.
+def gate_network(x, w_in, w_out, bias, kept: dict[str, Tensor], layers: tuple[Layer, ...], num_heads: int):
+    """For each layer gates of XSA and of heads (T, H), sums for values and stream (T, C), None for what it lacks.
 
-    kept: by name, what is weighed. All layers' sums are made here at once: backward, one kernel then sums up the
+    kept: what is weighed, by name. All layers' sums are made here at once: backward, one kernel then sums up the
     gradients of what is kept, instead of each layer writing and adding its own. Source: MUDD, arXiv 2502.12170.
     """
-    sizes = [n for plan in plans for n in plan.sizes]
+    sizes = [len(group) for layer in layers for group in gate_groups(layer, num_heads)]
     hidden = F.gelu(F.linear(x, w_in))
     gates = iter((GATE_SCALE * (F.linear(hidden, w_out[: sum(sizes)]) + bias[: sum(sizes)])).split(sizes, -1))
 
     def weighed(names):
-        return sum(g * kept[name] for name, g in zip(names, next(gates).split(1, -1), strict=True)) if names else None
+        weights = next(gates).split(1, -1)
+        return sum(weight * kept[name] for name, weight in zip(names, weights, strict=True)) if names else None
 
-    def of_heads(number):
-        return next(gates) if number else None
+    def of_heads(layer_has_them):
+        weights = next(gates)
+        return weights if layer_has_them else None
 
-    # In the order of a plan's sizes
-    return [(of_heads(p.xsa), of_heads(p.heads), weighed(p.values), weighed(p.adds)) for p in plans]
+    return [(of_heads(a.xsa), of_heads(a.head_gates), weighed(a.values), weighed(a.adds)) for a in layers]
 
 
 def attention_inputs(x, mlp_out, before, normed, w: LayerWeights):
@@ -1817,7 +1796,7 @@ class GPT(nn.Module):
         def parameter(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
-        gates = initial_gates(H)
+        gates = [[g for layer in a for group in gate_groups(layer, H) for g in group] for a in NETWORK_LAYERS]
         most_gates = max(map(len, gates), default=0)
         self.scalars = parameter(len(SCALAR_LRS), dtype=torch.float32)
         self.smear_gate = parameter(1, GATE_DIMS)
@@ -1919,14 +1898,14 @@ class GPT(nn.Module):
         )  # fmt: skip
         documents = {False: batch.documents, True: batch.documents.paired()}
         kept, normed, gates = {"x0": x0, "bigram": bigram}, {}, None
-        networks = zip(self.gate_in, self.gate_out, self.gate_bias, gate_plans(self.num_heads), strict=True)
+        networks = zip(self.gate_in, self.gate_out, self.gate_bias, strict=True)
+        gated_layers = iter(NETWORK_LAYERS)
         # The stream is x, to which the next kernel that reads it adds what the MLP of the layer before has made of it.
         x, mlp_out, before = x0, None, None
         for layer, w in zip(LAYERS, weights, strict=True):
             if layer.gates:
                 x, mlp_out = self.join(x, mlp_out, before), None
-                w_in, w_out, bias, plans = next(networks)
-                gates = iter(self.gate_network(x, w_in, w_out, bias, kept, plans))
+                gates = iter(self.gate_network(x, *next(networks), kept, next(gated_layers), self.num_heads))
             xsa, head_gates, added_values, added = next(gates) if gates else (None,) * 4
             y = v = None
             if layer.window:
