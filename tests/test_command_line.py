@@ -247,6 +247,13 @@ def test_a_value_that_is_given_wins_over_the_preset_and_the_preset_over_the_defa
     assert hp.num_heads == Hyperparameters().num_heads
 
 
+def test_the_smoke_run_waits_for_no_compiler_on_a_gpu_unless_it_is_asked_to():
+    hp = parse("--preset=smoke", has_gpu=True)
+    assert (hp.compile, hp.cuda_graphs) == ("off", "off")
+    hp = parse("--preset=smoke", "--compile=auto", "--cuda_graphs=auto", has_gpu=True)
+    assert (hp.compile, hp.cuda_graphs) == ("auto", "auto")
+
+
 def test_an_unknown_preset_is_refused_with_the_list_of_presets():
     message = refused("--preset=quick")
     assert "--preset=quick" in message and "speedrun, smoke" in message
