@@ -449,12 +449,12 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     require(0 <= hp.muon_beta2 < 1, f"--muon_beta2={hp.muon_beta2} must be in [0, 1)")
     require(hp.hang_timeout <= 1e9, f"--hang_timeout={hp.hang_timeout} must be at most 1e9; 0 is never")
     require(-(2**63) <= hp.seed < 2**64, f"--seed={hp.seed} must be from -2**63 to 2**64 - 1")
-    require(hp.total_steps < 1_000_000, f"{hp.total_steps} steps: names of checkpoints have room for 999,999")
-    for step in hp.val_steps:
-        require(0 <= step <= hp.total_steps, f"--val_steps: the run ends after step {hp.total_steps}, before {step}")
     require(hp.bench_steps >= 4, f"--bench_steps={hp.bench_steps} must be at least 4: the first two are not timed")
     require(0 < hp.cooldown_frac <= 1, f"--cooldown_frac={hp.cooldown_frac} must be in (0, 1]")
     require(0 < hp.length <= 100, f"--length={hp.length:g} must be in (0, 100]")
+    require(hp.total_steps < 1_000_000, f"{hp.total_steps} steps: names of checkpoints have room for 999,999")
+    for step in hp.val_steps:
+        require(0 <= step <= hp.total_steps, f"--val_steps: the run ends after step {hp.total_steps}, before {step}")
     schedule = TrainingSchedule(hp)
     for number, (start, end) in enumerate(zip(schedule.starts[:-1], schedule.ends, strict=False), 1):
         told = f"no step of {schedule.scheduled} falls to row {number} of STAGES: raise its share"
