@@ -1747,7 +1747,7 @@ def exclude_own_value(y, v, gates):
     """XSA (arXiv 2603.09078): y (N, H, D) less its part along the token's own value v, as far as tanh(gate) says."""
     wide_y, wide_v = widened(y), widened(v)
     share = (wide_y * wide_v).sum(-1, keepdim=True) / wide_v.square().sum(-1, keepdim=True).clamp_min(1e-8)
-    return (wide_y - torch.tanh(widened(gates)).view(y.shape[:2]).unsqueeze(-1) * share * wide_v).to(y.dtype)
+    return (wide_y - torch.tanh(widened(gates)).reshape(y.shape[:2]).unsqueeze(-1) * share * wide_v).to(y.dtype)
 
 
 def layer_outputs(x, mlp_out, before, attended, v, xsa, head_gates, added, w: LayerWeights, keep: bool, fp8_grad_scale):
@@ -1759,7 +1759,7 @@ def layer_outputs(x, mlp_out, before, attended, v, xsa, head_gates, added, w: La
     dtype = x.dtype
     if attended is not None:
         y = attended if xsa is None else exclude_own_value(attended, v, xsa)
-        y = y if head_gates is None else y * head_gates.view(y.shape[:2]).unsqueeze(-1)
+        y = y if head_gates is None else y * head_gates.reshape(y.shape[:2]).unsqueeze(-1)
         x = w.attn_resid * widened(x) + F.linear(y.reshape(x.shape), w.out_lambda * w.out)
     x = (x if added is None else x + added).to(dtype)
     if w.mlp is not None:
