@@ -208,8 +208,11 @@ EDITED_LAYERS = {
     "no XSA": changed(all=dict(xsa=False)),
     "one more layer": [*LAYERS[:5], Layer("short", xsa=True, adds=X0 | BIGRAM), *LAYERS[5:]],
     "another skip": changed(row2=dict(keep="second"), row8=dict(adds=X0 | BIGRAM | dict(second=0.3))),
-    "attention reads another output": changed(row9=dict(reads="early"), row10=dict(reads="start")),
+    "attention reads another output": changed(
+        row3=dict(reads="x0"), row9=dict(reads="early"), row10=dict(reads="start")
+    ),
     "outputs added to another layer's values": changed(row8=dict(values=dict(early=0.2, x0=-0.1))),
+    "outputs added to the values of pairs": changed(row10=dict(values=dict(early=0.2, bigram=-0.1))),
     "an MLP at the end": changed(row12=dict(mlp=True)),
     "no MLP": changed(all=dict(mlp=False)),
     "attention at the end": [*LAYERS, Layer("long", reads="late", head_gates=True, adds=X0, keep="end")],
@@ -572,14 +575,16 @@ def test_validation_loss_in_chunks_equals_the_loss_at_once(chunk):
 GATES = Layer("short", gates=True, keep="a")
 NO_WINDOW = "paired, key_offset, value_embed, xsa, head_gates, reads, values are for layers with a window"
 TOO_LATE = "is not kept ahead of the network of its gates: keep it earlier, or give gates=True"
+NO_DICT = "values and adds take names with their gates at the start, as dict(x0=0.0)"
+NO_DICTS = ("x0", ("x0",), None, dict(x0=None))
 NO_NETWORK = "its gates take a network: give this row or an earlier one gates=True"
+FLAGS = "paired", "key_offset", "value_embed", "xsa", "head_gates"
 REFUSED = [
     ([Layer("wide")], 0, "window is 'short', 'long' or None"),
-    *(([GATES, Layer(None, **{column: True})], 1, NO_WINDOW) for column in train_gpt.NO_ATTENTION if column[-1] != "s"),
-    ([GATES, Layer(None, head_gates=True)], 1, NO_WINDOW),
+    *(([GATES, Layer(None, **{column: True})], 1, NO_WINDOW) for column in FLAGS),
     ([GATES, Layer(None, reads="a")], 1, NO_WINDOW),
     ([GATES, Layer(None, values=dict(x0=0.0))], 1, NO_WINDOW),
-    ([GATES, Layer("short", paired=True, values=dict(x0=0.0))], 1, "values are for layers that are not paired"),
+    *(([GATES, Layer("short", **{name: bad})], 1, NO_DICT) for name in ("values", "adds") for bad in NO_DICTS),
     ([Layer("short", adds=X0)], 0, NO_NETWORK),
     ([Layer("short", xsa=True), GATES], 0, NO_NETWORK),
     ([Layer("short", head_gates=True), GATES], 0, NO_NETWORK),
