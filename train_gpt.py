@@ -399,21 +399,23 @@ def check_tables(hp: Hyperparameters) -> None:
         told = f"{row}: {len(weights[0])} multi-token weights at the start, {len(weights[1])} at the end: as many, > 0"
         require(len(weights[0]) == len(weights[1]) > 0, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
-    kept, weighed = set(), set()
+    kept, weighed = {"x0", "bigram"}, set()
     for i, layer in enumerate(LAYERS):
         row, window, attention = f"LAYERS, row {i}", layer.window, layer._replace(**NO_ATTENTION) != layer
         require(window in ("short", "long", None), f"{row}: window is 'short', 'long' or None")
         told = f"{row}: {', '.join(NO_ATTENTION)} are for layers with a window"
         require(window or not attention, told)
-        require(not layer.paired or not layer.values, f"{row}: values are for layers that are not paired")
+        for gates in (layer.values, layer.adds):
+            told = f"{row}: values and adds take names with their gates at the start, as dict(x0=0.0)"
+            require(isinstance(gates, dict) and all(isinstance(gate, int | float) for gate in gates.values()), told)
         gated = layer.xsa or layer.head_gates or layer.values or layer.adds
-        weighed = {"x0", "bigram", *kept} if layer.gates else weighed
+        weighed = {*kept} if layer.gates else weighed
         require(not gated or weighed, f"{row}: its gates take a network: give this row or an earlier one gates=True")
         for name in (*layer.values, *layer.adds):
             told = f"{row}: {name!r} is not kept ahead of the network of its gates: keep it earlier, or give gates=True"
             require(name in weighed, told)
         require(layer.reads is None or layer.reads in kept, f"{row}: reads={layer.reads!r} is kept by no earlier row")
-        require(layer.keep not in (*kept, "x0", "bigram"), f"{row}: the name {layer.keep!r} is taken")
+        require(layer.keep not in kept, f"{row}: the name {layer.keep!r} is taken")
         kept |= {layer.keep} - {None}
 
 
@@ -1747,7 +1749,7 @@ def exclude_own_value(y, v, gates):
     """XSA (arXiv 2603.09078): y (N, H, D) less its part along the token's own value v, as far as tanh(gate) says."""
     wide_y, wide_v = widened(y), widened(v)
     share = (wide_y * wide_v).sum(-1, keepdim=True) / wide_v.square().sum(-1, keepdim=True).clamp_min(1e-8)
-    return (wide_y - torch.tanh(widened(gates)).view(y.shape[:2]).unsqueeze(-1) * share * wide_v).to(y.dtype)
+    return (wide_y - torch.tanh(widened(gates)).reshape(y.shape[:2]).unsqueeze(-1) * share * wide_v).to(y.dtype)
 
 
 def layer_outputs(x, mlp_out, before, attended, v, xsa, head_gates, added, w: LayerWeights, keep: bool, fp8_grad_scale):
@@ -1759,7 +1761,7 @@ def layer_outputs(x, mlp_out, before, attended, v, xsa, head_gates, added, w: La
     dtype = x.dtype
     if attended is not None:
         y = attended if xsa is None else exclude_own_value(attended, v, xsa)
-        y = y if head_gates is None else y * head_gates.view(y.shape[:2]).unsqueeze(-1)
+        y = y if head_gates is None else y * head_gates.reshape(y.shape[:2]).unsqueeze(-1)
         x = w.attn_resid * widened(x) + F.linear(y.reshape(x.shape), w.out_lambda * w.out)
     x = (x if added is None else x + added).to(dtype)
     if w.mlp is not None:

@@ -10,6 +10,7 @@ import os
 import random
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -124,21 +125,24 @@ def train(hp: Hyperparameters, world: World) -> dict:
 
 
 def tables_of(layers: list[Layer]) -> dict[str, object]:
-    """What the program makes of a table of layers, by name; the first one with attention is kept for the backout."""
-    attention, values = ([i for i, layer in enumerate(layers) if getattr(layer, n)] for n in ("window", "value_embed"))
-    kept = {attention[0], *(layer.skip_from for layer in layers if layer.skip_from is not None)}
-    scalars = {name: (len(layers) if count > 1 else 1, value) for name, (count, value) in train_gpt.SCALARS.items()}
-    tables = dict(LAYERS=tuple(layers), ATTENTION_LAYERS=attention, VALUE_LAYERS=values, KEPT_OUTPUTS=kept)
-    return dict(
-        **tables, BACKOUT_LAYER=attention[0], SCALARS=scalars, TABLES={**train_gpt.TABLES, "value_embeds": len(values)}
-    )
+    """What the program makes of a table of layers, by name."""
+    places = dict(ATTENTION_LAYERS="window", VALUE_LAYERS="value_embed", MLP_LAYERS="mlp")
+    tables = {name: [i for i, a in enumerate(layers) if getattr(a, column)] for name, column in places.items()}
+    networks = [*(i for i, a in enumerate(layers) if a.gates), len(layers)]
+    tables["NETWORK_LAYERS"] = [tuple(layers[begin:end]) for begin, end in pairwise(networks)]
+    scalars = {name: (len(layers) if n > 1 else 1, *rest) for name, (n, *rest) in train_gpt.SCALARS.items()}
+    lrs = tuple(lr for n, _, lr in scalars.values() for _ in range(n))
+    rows = tuple(row._replace(lr=lrs) if row.name == "scalars" else row for row in train_gpt.PARAMETERS)
+    tables |= dict(LAYERS=tuple(layers), SCALARS=scalars, SCALAR_LRS=lrs, PARAMETERS=rows)
+    return dict(tables, TABLES={**train_gpt.TABLES, "value_embeds": len(tables["VALUE_LAYERS"])})
 
 
 def edited_tables() -> dict[str, object]:
     """Layers that have none of what layers may have, and a bank under Adam."""
     adam = dict(algorithm="adam", lr=(1.0,), betas=(0.9, 0.95))
-    rows = tuple(row._replace(**adam) if row.name == "mlp_bank" else row for row in train_gpt.PARAMETERS)
-    return dict(tables_of([Layer("short"), Layer("long"), Layer(None)]), PARAMETERS=rows)
+    tables = tables_of([Layer("short"), Layer("long"), Layer(None)])
+    rows = tuple(row._replace(**adam) if row.name == "mlp_bank" else row for row in tables["PARAMETERS"])
+    return dict(tables, PARAMETERS=rows)
 
 
 def main(folder: Path, dtype: str, edited: str = "") -> None:

@@ -7,18 +7,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error, rows_in_use
+from conftest import relative_error
 from small_run import tables_of
 
 import train_gpt
-from train_gpt import GPT, Documents, Hyperparameters, Layer, MicroBatch, Yarn
+from train_gpt import (
+    BIGRAM,
+    GPT,
+    LAYERS,
+    X0,
+    Documents,
+    Hyperparameters,
+    Layer,
+    MicroBatch,
+    UserError,
+    Yarn,
+    check_tables,
+)
 
 CPU = torch.device("cpu")
 # Only the order of operations differs from the plain formulas, all in float64.
 EXACT_TOLERANCE = 1e-12
-# Central differences with step 1e-5: a truncation error of about its square, and the rounding of a loss of about 200 to
-# 1e-16 of itself, over the step. Measured below 1e-8.
-DIFFERENCE_TOLERANCE = 1e-7
 
 T = 40
 ENDS = [0, 13, 14, 40]  # three documents, one of a single token
@@ -44,7 +53,7 @@ def random_model():
     model = GPT(HP, CPU, torch.float32).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name in ("scalars", "x0_lambdas"):
+            if name == "scalars":
                 p.add_(0.3 * torch.randn_like(p))
             else:
                 p.normal_(std=1.0 if "gate" in name else 0.2)
@@ -65,144 +74,194 @@ def losses_of(model, inputs, targets, weights=TARGET_WEIGHTS, **options):
     return model(batch, WINDOWS, torch.tensor(weights, dtype=torch.float64), **options)
 
 
-# ---------------------------------------------------------------------------- the whole model, layer by layer
+# ---------------------------------------------------------------------------- the whole model, row by row
 
 
 def plain_rms_norm(x):
     return x / (x.square().mean(-1, keepdim=True) + 2.0**-23).sqrt()
 
 
-def plain_rotate(x, position, frequencies):
-    """One head's vector x (D,) at a position; the tables are rounded to bf16, as is said of them."""
-    out = x.clone()
-    for i, frequency in enumerate(frequencies):
-        angle = torch.tensor(position * frequency, dtype=torch.float32)
-        cos, sin = angle.cos().bfloat16().double(), angle.sin().bfloat16().double()
-        a, b = x[2 * i], x[2 * i + 1]
-        out[2 * i], out[2 * i + 1] = a * cos + b * sin, b * cos - a * sin
-    return out
+def plain_rotate(x, positions, frequencies):
+    """x (..., D) at positions (...): the first half's pairs (a, b), as a + ib, turn by -position x frequency."""
+    angles = (positions[..., None] * torch.tensor(frequencies)).float()  # the tables are rounded to bf16
+    cos, sin = angles.cos().bfloat16().double(), angles.sin().bfloat16().double()
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    turned, still = pairs.split(pairs.shape[-1] // 2, -1)
+    return torch.view_as_real(torch.cat((turned * torch.complex(cos, -sin), still), -1)).flatten(-2)
 
 
 def plain_attention(q, k, v, paired, window, scale):
     """(T, H, D) each, rotated already. Pairs of heads share keys, the first one's position before the second's."""
-    H = q.shape[1]
-    out = torch.zeros_like(v)
-    for start, end in pairwise(ENDS):
-        for t in range(start, end):
-            for h in range(H):
-                if paired:
-                    now = 2 * t + h // (H // 2)
-                    keys = [(s, g) for s in range(start, t + 1) for g in (h % (H // 2), h % (H // 2) + H // 2)]
-                    keys = [(s, g) for s, g in keys if now - window <= 2 * s + g // (H // 2) <= now]
-                else:
-                    keys = [(s, h) for s in range(max(start, t - window), t + 1)]
-                scores = torch.stack([scale * (q[t, h] @ k[s, g]) for s, g in keys])
-                values = torch.stack([v[s, g] for s, g in keys])
-                out[t, h] = torch.softmax(scores, 0) @ values
-    return out
+    T, H, D = q.shape
+    t, h = torch.arange(T).repeat_interleave(H), torch.arange(H).repeat(T)  # of the queries, and of the keys
+    document = torch.bucketize(t, torch.tensor(ENDS[1:]), right=True)
+    position, group = (2 * t + h // (H // 2), h % (H // 2)) if paired else (t, h)
+    ago = position[:, None] - position
+    seen = (document[:, None] == document) & (group[:, None] == group) & (ago >= 0) & (ago <= window)
+    scores = scale * q.reshape(T * H, D) @ k.reshape(T * H, D).T
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.reshape(T * H, D)).view(T, H, D)
 
 
-def plain_losses(model, inputs, targets, weights):
-    """Loss by position, loops and all."""
-    C, H, D = HP.model_dim, HP.num_heads, HP.head_dim
-    p = {name: value.detach() for name, value in model.named_parameters()}
-    counts = [count for count, _ in train_gpt.SCALARS.values()]
+def plain_gates(p, j, x, layers):
+    """Of each of a network's layers: XSA's (T, H), the heads' (T, H), those of values and of adds by name, (T, 1)."""
+    hidden = x @ p["gate_in"][j].T
+    hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+    gates = list((train_gpt.GATE_SCALE * (hidden @ p["gate_out"][j].T + p["gate_bias"][j])).T[:, :, None])
+
+    def take(n):
+        return [gates.pop(0) for _ in range(n)]
+
+    def of(layer):
+        heads = [torch.cat(take(HP.num_heads), 1) if used else None for used in (layer.xsa, layer.head_gates)]
+        return (*heads, *(dict(zip(names, take(len(names)), strict=True)) for names in (layer.values, layer.adds)))
+
+    return [of(layer) for layer in layers]
+
+
+def gates_of_the_table(p, j, x, layers):
+    """What plain_gates gives before the first step, whatever the network reads."""
+    one = torch.ones(T, HP.num_heads, dtype=torch.float64)
+    xsa, heads = train_gpt.XSA_GATE, train_gpt.HEAD_GATE
+    return [(xsa * one if a.xsa else None, heads * one if a.head_gates else None, a.values, a.adds) for a in layers]
+
+
+def plain_losses(p, signs, inputs, targets, weights, gate_network=plain_gates):
+    """Loss by position of the model that train_gpt.LAYERS describes, from its parameters by name."""
+    C, H, D, layers = HP.model_dim, HP.num_heads, HP.head_dim, train_gpt.LAYERS
+    counts = [count for count, *_ in train_gpt.SCALARS.values()]
     lambdas = dict(zip(train_gpt.SCALARS, p["scalars"].split(counts), strict=True))
     frequencies = [(1 / 1024) ** (i / (D // 4 - 1)) for i in range(D // 4)]
+    numbers = inputs.tolist()
 
-    def gate(x, w):
+    def sigmoid_gate(x, w):
         return torch.sigmoid(x[:, : train_gpt.GATE_DIMS] @ w.T)
 
+    def matrices(bank, n):
+        """The next n, as one that lists all their rows."""
+        return torch.cat([next(bank) for _ in range(n)])
+
     raw = p["embed"][inputs]
-    x = raw.clone()
-    x[1:] += lambdas["smear"] * gate(raw[1:], p["smear_gate"]) * raw[:-1]
-    x = x0 = plain_rms_norm(x)
-    bigram = p["bigram_embed"][plain_bigram_hash(inputs.numpy(), HP.bigram_vocab_size)]
-    value_tables = p["value_embeds"].view(-1, 128, C)
-    outputs, a, j = [], 0, 0  # the next layer's place among those with attention, and among those with values
-    for i, layer in enumerate(train_gpt.LAYERS):
-        if layer.skip_from is not None:
-            weight = torch.sigmoid(lambdas["skip"][0]) * 2 * gate(x0, p["skip_gate"])
-            x = x + weight * outputs[layer.skip_from]
-        x = lambdas["resid"][i] * x + p["x0_lambdas"][i] * x0 + lambdas["bigram"][i] * bigram
+    smear = lambdas["smear"] * sigmoid_gate(raw[1:], p["smear_gate"]) * raw[:-1]
+    x = plain_rms_norm(raw + torch.cat((torch.zeros_like(raw[:1]), smear)))
+    rows = plain_bigram_hash(inputs.numpy(), HP.bigram_vocab_size)
+    kept = {"x0": x, "bigram": p["bigram_embed"][rows] * signs[plain_sign_rows(numbers)]}
+    qk, vo, mlps = iter(p["qk_bank"]), iter(p["vo_bank"]), iter(p["mlp_bank"])
+    value_embeds, value_gates = iter(p["value_embeds"].split(128)), iter(p["value_gates"])
+    starts = [i for i, layer in enumerate(layers) if layer.gates]
+    gates = [(None, None, {}, {})] * len(layers)
+    for i, layer in enumerate(layers):
+        if layer.gates:
+            j, end = starts.index(i), [*starts, len(layers)][starts.index(i) + 1]
+            gates[i:end] = gate_network(p, j, x, layers[i:end])
+            sources = dict(kept)
+        xsa, head_gates, of_values, of_adds = gates[i]
         if layer.window:
-            h = plain_rms_norm(x)
-            w_q, w_k, w_v, w_o = p["attn_bank"][a]
-            q, k, v = (h @ (lambdas["qkv"][i] * w).T for w in (w_q, w_k, w_v))
-            q, k, v = (t.view(T, H, D) for t in (q, k, v))
-            q, k = plain_rms_norm(q), plain_rms_norm(k)
-            for t in range(T):
-                for head in range(H):
-                    position = 2 * t + head // (H // 2) if layer.paired else t
-                    q[t, head] = plain_rotate(q[t, head], position, frequencies)
-                    k[t, head] = plain_rotate(k[t, head], position, frequencies)
-            if layer.key_offset and layer.paired:  # from the head that comes before in the sequence of both
-                first, second = k[:, : H // 2, D // 2 :].clone(), k[:, H // 2 :, D // 2 :].clone()
-                k[:, H // 2 :, D // 2 :], k[1:, : H // 2, D // 2 :] = first, second[:-1]
-            elif layer.key_offset:
-                k[1:, :, D // 2 :] = k[:-1, :, D // 2 :].clone()
+            h = plain_rms_norm(x if layer.reads is None else kept[layer.reads])
+            w_q, w_k, w_v, w_o = matrices(qk, H // 2), matrices(qk, H // 2), next(vo), next(vo)
+            q, k, v = ((h @ (lambdas["qkv"][i] * w).T).view(T, H, D) for w in (w_q, w_k, w_v))
+            positions, head = torch.arange(T)[:, None].expand(T, H), torch.arange(H)
+            positions = 2 * positions + head // (H // 2) if layer.paired else positions
+            q, k = (plain_rotate(plain_rms_norm(t), positions, frequencies) for t in (q, k))
+            if layer.key_offset:  # from the token before; in pairs from the head that comes before in both's sequence
+                earlier = torch.cat((k[:1], k[:-1]))
+                if layer.paired:
+                    wrapped = torch.cat((k[:1, : H // 2], k[:-1, H // 2 :]))
+                    earlier = torch.cat((wrapped, k[:, : H // 2]), 1)
+                k = torch.cat((k[:, :, : D // 2], earlier[:, :, D // 2 :]), -1)
             if layer.value_embed:
-                v = v + 2 * gate(h, p["value_gates"][j])[:, :, None] * value_tables[j][inputs].view(T, H, D)
+                embedding = next(value_embeds)[inputs].view(T, H, D)
+                v = v + 2 * sigmoid_gate(h, next(value_gates))[:, :, None] * embedding
+            for name, gate in of_values.items():
+                v = v + (gate * sources[name]).view(T, H, D)
             y = plain_attention(q, k, v, layer.paired, WINDOWS[layer.window], 0.1)
-            y = y * gate(h, p["attn_gates"][a])[:, :, None]
-            x = x + y.reshape(T, C) @ (lambdas["out"][i] * w_o).T
-            a, j = a + 1, j + layer.value_embed
-        w_fc, w_proj = p["mlp_bank"][i]
-        x = x + (plain_rms_norm(x) @ w_fc.T).clamp(min=0) ** 2 @ w_proj
-        outputs.append(x)
-    logits = plain_rms_norm(x - lambdas["backout"] * outputs[train_gpt.BACKOUT_LAYER]) @ p["head"]
-    log_p = F.log_softmax(23 * torch.sigmoid((logits + 5) / 7.5), dim=-1)
+            if layer.xsa:
+                share = (y * v).sum(-1) / (v * v).sum(-1).clamp(min=1e-8)
+                y = y - (torch.tanh(xsa) * share)[:, :, None] * v
+            if layer.head_gates:
+                y = y * head_gates[:, :, None]
+            x = lambdas["attn_resid"][i] * x + y.reshape(T, C) @ (lambdas["out"][i] * w_o).T
+        for name, gate in of_adds.items():
+            x = x + gate * sources[name]
+        if layer.mlp:
+            w_fc, w_proj = next(mlps)
+            hidden = (plain_rms_norm(x) @ w_fc.T).clamp(min=0) ** 2
+            x = lambdas["mlp_resid"][i] * x + lambdas["mlp_out"][i] * hidden @ w_proj
+        if layer.keep:
+            kept[layer.keep] = x
+    log_p = F.log_softmax(23 * torch.sigmoid((plain_rms_norm(x) @ p["head"] + 5) / 7.5), dim=-1)
     losses = torch.zeros(T, dtype=torch.float64)
-    for t in range(T):
-        for k, weight in enumerate(weights):
-            if t + k < T:
-                losses[t] -= weight * log_p[t, targets[t + k]]
+    for k, weight in enumerate(weights):
+        terms = log_p[torch.arange(T - k), targets[k:].long()]
+        losses = losses - weight * torch.cat((terms, torch.zeros(k)))
     return losses
 
 
-OTHER_LAYERS = {
-    "the record's": None,
-    "without values": [Layer("short", paired=True), Layer("long", key_offset=True), Layer(None, skip_from=0)],
-    "nothing but attention": [Layer("long"), Layer("short")],
-    "one layer": [Layer("short", value_embed=True)],
-    "all flags": [Layer("long", paired=True, key_offset=True, value_embed=True)] * 3 + [Layer(None, skip_from=1)],
+def changed(**changes):
+    """The program's table with other values in some columns: row5=dict(...), or all=dict(...)."""
+    return [a._replace(**changes.get("all", {}), **changes.get(f"row{i}", {})) for i, a in enumerate(LAYERS)]
+
+
+ALL = Layer("short", value_embed=True, xsa=True, head_gates=True, adds=dict(x0=0.1), gates=True)
+EDITED_LAYERS = {
+    "the program's": list(LAYERS),
+    "no value embeddings": changed(all=dict(value_embed=False)),
+    "no XSA": changed(all=dict(xsa=False)),
+    "one more layer": [*LAYERS[:5], Layer("short", xsa=True, adds=X0 | BIGRAM), *LAYERS[5:]],
+    "another skip": changed(row2=dict(keep="second"), row8=dict(adds=X0 | BIGRAM | dict(second=0.3))),
+    "attention reads another output": changed(
+        row3=dict(reads="x0"), row9=dict(reads="early"), row10=dict(reads="start")
+    ),
+    "outputs added to another layer's values": changed(row8=dict(values=dict(early=0.2, x0=-0.1))),
+    "outputs added to the values of pairs": changed(row10=dict(values=dict(early=0.2, bigram=-0.1))),
+    "an MLP at the end": changed(row12=dict(mlp=True)),
+    "no MLP": changed(all=dict(mlp=False)),
+    "attention at the end": [*LAYERS, Layer("long", reads="late", head_gates=True, adds=X0, keep="end")],
+    "no gate network": [Layer("short", paired=True, value_embed=True, keep="a"), Layer(None), Layer("long", reads="a")],
+    "one layer": [ALL],
+    "a network each layer": [
+        ALL,
+        ALL._replace(paired=True),
+        ALL._replace(key_offset=True, keep="a"),
+        ALL._replace(window="long", paired=True, key_offset=True, reads="a", adds=dict(a=0.2)),
+    ],
 }
 
 
-@pytest.mark.parametrize("layers", OTHER_LAYERS.values(), ids=OTHER_LAYERS)
-def test_model_computes_the_plain_formulas_layer_by_layer(monkeypatch, layers):
-    for name, table in tables_of(layers).items() if layers else ():
+@pytest.mark.parametrize("layers", EDITED_LAYERS.values(), ids=EDITED_LAYERS)
+def test_losses_and_gradients_are_those_of_the_plain_formulas(monkeypatch, layers):
+    for name, table in tables_of(layers).items():
         monkeypatch.setattr(train_gpt, name, table)
+    check_tables(Hyperparameters())
     model, tokens = random_model(), random_tokens()
     losses = losses_of(model, tokens[:-1], tokens[1:])
-    expected = plain_losses(model, tokens[:-1], tokens[1:], TARGET_WEIGHTS)
+    p = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    expected = plain_losses(p, model.signs, tokens[:-1], tokens[1:], TARGET_WEIGHTS)
     assert relative_error(losses - losses.mean(), expected - expected.mean()) < EXACT_TOLERANCE
     assert relative_error(losses, expected) < EXACT_TOLERANCE
 
+    slopes = torch.randn(T, dtype=torch.float64)  # so that no position's gradient is another's
+    (losses * slopes).sum().backward()
+    gradients = torch.autograd.grad((expected * slopes).sum(), [*p.values()], materialize_grads=True)
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        if gradient.any():
+            assert relative_error(parameter.grad, gradient) < EXACT_TOLERANCE, name
+        else:  # of what this table does not use
+            assert parameter.grad is None or not parameter.grad.any(), name
+            assert layers != list(LAYERS), name
 
-# ---------------------------------------------------------------------------- gradients
 
-
-@pytest.mark.parametrize("name", [row.name for row in rows_in_use()])
-def test_gradient_of_each_parameter_equals_central_differences(name):
-    model, tokens = random_model(), random_tokens()
-    parameter = dict(model.named_parameters())[name]
-    losses_of(model, tokens[:-1], tokens[1:]).sum().backward()
-    gradient = parameter.grad
-
-    @torch.no_grad()
-    def loss_at(shifted):
-        parameter.copy_(shifted)
-        return losses_of(model, tokens[:-1], tokens[1:]).sum().item()
-
-    here, step = parameter.detach().clone(), 1e-5
-    for _ in range(3):
-        # along the gradient, so that the slope is not small by chance, and one's own way as well
-        direction = gradient / gradient.norm() + torch.randn_like(gradient) / gradient.numel() ** 0.5
-        slope = (loss_at(here + step * direction) - loss_at(here - step * direction)) / (2 * step)
-        expected = (gradient * direction).sum().item()
-        assert abs(expected) > 1e-3, "no slope to compare"
-        assert abs(slope - expected) < DIFFERENCE_TOLERANCE * abs(expected)
+@pytest.mark.parametrize("layers", EDITED_LAYERS.values(), ids=EDITED_LAYERS)
+def test_gates_start_as_the_tables_say_whatever_their_network_reads(monkeypatch, layers):
+    for name, table in tables_of(layers).items():
+        monkeypatch.setattr(train_gpt, name, table)
+    fresh, model, tokens = GPT(HP, CPU, torch.float32), random_model(), random_tokens()
+    with torch.no_grad():
+        for name in ("gate_in", "gate_out", "gate_bias"):
+            getattr(model, name).copy_(getattr(fresh, name))
+        p = dict(model.named_parameters())
+        expected = plain_losses(p, model.signs, tokens[:-1], tokens[1:], TARGET_WEIGHTS, gates_of_the_table)
+        losses = losses_of(model, tokens[:-1], tokens[1:])
+    assert relative_error(losses - losses.mean(), expected - expected.mean()) < 1e-6  # biases in float32
 
 
 # ---------------------------------------------------------------------------- what a position may look at
@@ -235,12 +294,12 @@ def test_attention_stays_inside_a_document(monkeypatch):
     change_attention(monkeypatch, key_offset=False)
     model, tokens = random_model(), random_tokens()
     inputs, targets = tokens[:-1], tokens[1:]
-    # All of the first document but its last token, which the smear and the bigram hash of the next one see.
+    # All of the first document but its last token, which the smear and the bigram of the next one see.
     changed = changed_positions(model, inputs, with_other_tokens(inputs, 0, 12), targets)
     assert changed == list(range(13))
 
 
-def test_smear_and_bigram_hash_look_back_one_token_across_a_document_start(monkeypatch):
+def test_smear_and_bigrams_look_back_one_token_across_a_document_start(monkeypatch):
     change_attention(monkeypatch, key_offset=False)
     model, tokens = random_model(), random_tokens()
     inputs, targets = tokens[:-1], tokens[1:]
@@ -282,8 +341,7 @@ def test_paired_heads_see_the_keys_of_both_heads_and_no_later_ones(monkeypatch):
     inputs = first_attention_inputs(monkeypatch, random_model(), random_tokens(), paired=True, key_offset=False)
     q, k, v = (t.detach().requires_grad_() for t in inputs)
     window, H = 3, HP.num_heads
-    gate = torch.ones(2 * T, H // 2).double()
-    out = train_gpt.attend(q, k, v, gate, documents().paired(), window, 0.1).reshape(T, H, -1)
+    out = train_gpt.attend(q, k, v, documents().paired(), window, 0.1).reshape(T, H, -1)
     pair = {(0, 20): {(20, 0), (19, 0), (19, 2)}, (2, 20): {(20, 0), (20, 2), (19, 0), (19, 2)}}
     pair |= {(1, 20): {(20, 1), (19, 1), (19, 3), (18, 3)}}
     pair[0, 20] |= {(18, 2)}
@@ -320,6 +378,32 @@ def test_bigram_hash_of_known_pairs():
     assert train_gpt.bigram_hash(tokens, 251_520).tolist() == [251_519, second % 251_519, third % 251_519]
 
 
+def plain_sign_rows(tokens):
+    return [0] + [(a ^ b) % 8192 for a, b in pairwise(tokens)]
+
+
+def test_row_of_signs_is_a_token_xor_the_one_before_modulo_8192():
+    tokens = torch.randint(65536, (20_000,), dtype=torch.int32)
+    assert train_gpt.sign_rows(tokens).tolist() == plain_sign_rows(tokens.tolist())
+    known = torch.tensor([7, 9, 9 + 8192, 50256], dtype=torch.int32)
+    assert train_gpt.sign_rows(known).tolist() == [0, 7 ^ 9, 0, (50256 - 6 * 8192) ^ 9]
+
+
+def test_signs_are_the_same_whatever_the_seed_and_the_type_and_other_ones_in_each_row():
+    first = GPT(WIDE, CPU, torch.float32)
+    torch.manual_seed(1)
+    signs = GPT(WIDE, CPU, torch.bfloat16).signs
+    assert signs.dtype == torch.bfloat16 and torch.equal(signs.float(), first.signs)
+    assert signs.shape == (8192, WIDE.model_dim) and torch.equal(signs.abs(), torch.ones_like(signs))
+    assert len(signs.unique(dim=0)) == 8192
+    # A million coins, 4,000 a row or column at most: five standard deviations
+    for mean, n in ((first.signs.mean(), 1 << 20), (first.signs.mean(0), 8192), (first.signs.mean(1), WIDE.model_dim)):
+        assert mean.abs().max() < 5.5 / n**0.5
+    # A checkpoint does not hold them: other ones would make what it learned of bigrams noise
+    assert "".join("-+"[s > 0] for s in signs[0, :16].tolist()) == "-++-+++++++--+--"
+    assert not first.signs.requires_grad and "signs" not in first.state_dict()
+
+
 # ---------------------------------------------------------------------------- Yarn
 
 
@@ -348,8 +432,7 @@ def test_rotation_turns_adjacent_pairs_of_the_first_half_by_position_times_frequ
     yarn, x = Yarn(128, 50, CPU), torch.randn(50, 3, 128).double()
     out = train_gpt.rotate(x, yarn.cos, yarn.sin)
     frequencies = yarn.frequencies.tolist()
-    expected = torch.stack([torch.stack([plain_rotate(h, t, frequencies) for h in x[t]]) for t in range(50)])
-    assert relative_error(out, expected) < EXACT_TOLERANCE
+    assert relative_error(out, plain_rotate(x, torch.arange(50)[:, None].expand(50, 3), frequencies)) < EXACT_TOLERANCE
     assert torch.equal(out[:, :, 64:], x[:, :, 64:])
     assert torch.equal(out[0], x[0])
 
@@ -405,54 +488,62 @@ def wide_model():
 
 
 def test_parameters_have_the_shapes_and_types_that_checkpoints_and_optimizer_expect():
-    model, C, gates = GPT(WIDE, CPU, torch.bfloat16), WIDE.model_dim, train_gpt.GATE_DIMS
-    layers = len(train_gpt.LAYERS)
-    attention = sum(layer.window is not None for layer in train_gpt.LAYERS)
-    values = sum(layer.value_embed for layer in train_gpt.LAYERS)
+    model, C, H, D = GPT(WIDE, CPU, torch.bfloat16), WIDE.model_dim, WIDE.num_heads, WIDE.head_dim
+    attention = sum(layer.window is not None for layer in LAYERS)
+    values = sum(layer.value_embed for layer in LAYERS)
+    mlps = sum(layer.mlp for layer in LAYERS)
+    networks = [[]]  # gates of each; those ahead of the first network's row are none
+    for a in LAYERS:
+        networks += [[]] * a.gates
+        networks[-1] = networks[-1] + [(a.xsa + a.head_gates) * H + len(a.values) + len(a.adds)]
+    most = max(map(sum, networks))
     shapes = {
-        "scalars": (sum(count for count, _ in train_gpt.SCALARS.values()),),
-        "x0_lambdas": (layers,),
-        "smear_gate": (1, gates),
-        "skip_gate": (1, gates),
-        "attn_gates": (attention, 2, gates),
-        "value_gates": (values, 2, gates),
-        "attn_bank": (attention + attention % 2, 4, C, C),  # matrices in eights
-        "mlp_bank": (layers + -layers % 4, 2, 4 * C, C),
+        "scalars": (sum(count for count, *_ in train_gpt.SCALARS.values()),),
+        "smear_gate": (1, train_gpt.GATE_DIMS),
+        "gate_in": (len(networks) - 1, train_gpt.GATE_HIDDEN, C),
+        "gate_out": (len(networks) - 1, most, train_gpt.GATE_HIDDEN),
+        "gate_bias": (len(networks) - 1, most),
+        "value_gates": (values, H, train_gpt.GATE_DIMS),
+        "qk_bank": (attention * H + -attention * H % 8, 2 * D, C),  # banks in eights
+        "vo_bank": (2 * attention + -2 * attention % 8, C, C),
+        "mlp_bank": (mlps + -mlps % 4, 2, 4 * C, C),
         "head": (C, 1024),
         "embed": (1024, C),
         "bigram_embed": (64, C),
         "value_embeds": (values * 1024, C),
     }
-    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert {name: found[name] for name in shapes} == shapes
-    float32 = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
-    assert float32 == {"scalars", "x0_lambdas"}
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes
+    assert {name for name, p in model.named_parameters() if p.dtype == torch.float32} == {"scalars"}
     assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
 
 
 def test_scalars_start_at_their_values(wide_model):
     scalars = wide_model.layer_weights()[1]
     assert {name: [value.item() for value in values] for name, values in scalars.items()} == {
-        name: pytest.approx([value] * count) for name, (count, value) in train_gpt.SCALARS.items()
+        name: pytest.approx([value] * count) for name, (count, value, _) in train_gpt.SCALARS.items()
     }
 
 
-def test_gates_tables_and_output_projections_start_at_zero(wide_model):
+def test_gates_bigrams_and_output_projections_start_at_zero(wide_model):
     p = dict(wide_model.named_parameters())
-    for name in ("x0_lambdas", "smear_gate", "skip_gate", "attn_gates", "value_gates", "bigram_embed", "value_embeds"):
+    for name in ("smear_gate", "value_gates", "gate_out", "bigram_embed"):
         assert not p[name].any(), name
     assert not p["mlp_bank"][:, 1].any()
 
 
-@pytest.mark.parametrize("name", ["attn_bank", "mlp_bank"])
-def test_matrices_start_uniform_with_std_half_over_root_width(wide_model, name):
-    C = WIDE.model_dim
-    matrices = getattr(wide_model, name).detach().float()
-    for matrix in matrices[:, 0] if name == "mlp_bank" else matrices.flatten(0, 1):
-        std = 0.5 * C**-0.5
-        assert matrix.std().item() == pytest.approx(std, rel=0.03)  # 16,384 numbers or more: 0.4 % of noise
+@pytest.mark.parametrize("name, std", [("qk_bank", 0.5), ("vo_bank", 0.5), ("mlp_bank", 0.5), ("gate_in", 3**-0.5)])
+def test_matrices_start_uniform_with_their_std_over_root_width(wide_model, name, std):
+    matrices, std = getattr(wide_model, name).detach().float(), std * WIDE.model_dim**-0.5
+    for matrix in matrices[:, 0] if name == "mlp_bank" else matrices:
+        assert matrix.std().item() == pytest.approx(std, rel=0.03)  # 8,192 numbers or more: 0.5 % of noise
         assert matrix.abs().max().item() == pytest.approx(3**0.5 * std, rel=0.01)  # a uniform distribution's edge
         assert abs(matrix.mean().item()) < 0.05 * std
+
+
+def test_value_embeddings_start_normal_with_std_a_hundredth(wide_model):
+    for table in wide_model.value_embeds.detach().split(1024):
+        assert table.std().item() == pytest.approx(0.01, rel=0.02)
+        assert table.abs().max() > 0.01 * 3.5  # not uniform
 
 
 def test_head_starts_normal_and_the_embedding_as_its_transpose(wide_model):
@@ -477,3 +568,42 @@ def test_validation_loss_in_chunks_equals_the_loss_at_once(chunk):
     whole = losses_of(model, tokens[:-1], tokens[1:], weights=(1.0,))
     chunks = losses_of(model, tokens[:-1], tokens[1:], weights=(1.0,), head_chunk=chunk)
     assert relative_error(chunks, whole) < EXACT_TOLERANCE
+
+
+# ---------------------------------------------------------------------------- tables of layers that cannot work
+
+GATES = Layer("short", gates=True, keep="a")
+NO_WINDOW = "paired, key_offset, value_embed, xsa, head_gates, reads, values are for layers with a window"
+TOO_LATE = "is not kept ahead of the network of its gates: keep it earlier, or give gates=True"
+NO_DICT = "values and adds take names with their gates at the start, as dict(x0=0.0)"
+NO_DICTS = ("x0", ("x0",), None, dict(x0=None))
+NO_NETWORK = "its gates take a network: give this row or an earlier one gates=True"
+FLAGS = "paired", "key_offset", "value_embed", "xsa", "head_gates"
+REFUSED = [
+    ([Layer("wide")], 0, "window is 'short', 'long' or None"),
+    *(([GATES, Layer(None, **{column: True})], 1, NO_WINDOW) for column in FLAGS),
+    ([GATES, Layer(None, reads="a")], 1, NO_WINDOW),
+    ([GATES, Layer(None, values=dict(x0=0.0))], 1, NO_WINDOW),
+    *(([GATES, Layer("short", **{name: bad})], 1, NO_DICT) for name in ("values", "adds") for bad in NO_DICTS),
+    ([Layer("short", adds=X0)], 0, NO_NETWORK),
+    ([Layer("short", xsa=True), GATES], 0, NO_NETWORK),
+    ([Layer("short", head_gates=True), GATES], 0, NO_NETWORK),
+    ([Layer("short", values=X0), GATES], 0, NO_NETWORK),
+    ([GATES, Layer("short", adds=dict(a=0.0))], 1, f"'a' {TOO_LATE}"),
+    ([GATES, Layer("short", values=dict(a=0.0))], 1, f"'a' {TOO_LATE}"),
+    ([Layer("short", adds=dict(a=0.0), gates=True, keep="a")], 0, f"'a' {TOO_LATE}"),
+    ([GATES, Layer("short", adds=dict(x1=0.0), gates=True)], 1, f"'x1' {TOO_LATE}"),
+    ([Layer("short", reads="a"), GATES], 0, "reads='a' is kept by no earlier row"),
+    ([Layer("short", reads="a", keep="a")], 0, "reads='a' is kept by no earlier row"),
+    ([GATES, GATES], 1, "the name 'a' is taken"),
+    ([Layer("short", keep="x0")], 0, "the name 'x0' is taken"),
+    ([Layer("short", keep="bigram")], 0, "the name 'bigram' is taken"),
+]
+
+
+@pytest.mark.parametrize("layers, row, words", REFUSED)
+def test_a_row_of_layers_that_cannot_work_is_refused_in_one_line_that_names_it(monkeypatch, layers, row, words):
+    monkeypatch.setattr(train_gpt, "LAYERS", tuple(layers))
+    with pytest.raises(UserError) as error:
+        check_tables(Hyperparameters())
+    assert str(error.value) == f"LAYERS, row {row}: {words}"
