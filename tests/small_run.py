@@ -1,6 +1,6 @@
 """A run of ten steps in a few seconds, for tests; as a program, one process of it:
 
-python tests/small_run.py FOLDER DTYPE [edited]
+python tests/small_run.py FOLDER DTYPE
 
 with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment, writes what it found to FOLDER/<size>_<rank>.pt.
 """
@@ -52,14 +52,14 @@ SMALL = dict(
 )
 
 
-def write_text(folder: Path) -> None:
+def write_text(folder: Path, bos: int = BOS) -> None:
     """Shards of documents of random lengths, in which few of the vocabulary's tokens occur: soon learned."""
     generator = random.Random(0)
 
     def text(tokens: int) -> list[int]:
         out = []
         while len(out) < tokens:
-            out += [BOS, *(int(generator.paretovariate(0.7)) % 300 for _ in range(generator.randint(2, 40)))]
+            out += [bos, *(int(generator.paretovariate(0.7)) % 300 for _ in range(generator.randint(2, 40)))]
         return out
 
     write_shard(folder / "train_1.bin", text(2500))
@@ -124,27 +124,18 @@ def train(hp: Hyperparameters, world: World) -> dict:
 
 
 def tables_of(layers: list[Layer]) -> dict[str, object]:
-    """What the program makes of a table of layers, by name; the first one with attention is kept for the backout."""
-    attention, values = ([i for i, layer in enumerate(layers) if getattr(layer, n)] for n in ("window", "value_embed"))
-    kept = {attention[0], *(layer.skip_from for layer in layers if layer.skip_from is not None)}
-    scalars = {name: (len(layers) if count > 1 else 1, value) for name, (count, value) in train_gpt.SCALARS.items()}
-    tables = dict(LAYERS=tuple(layers), ATTENTION_LAYERS=attention, VALUE_LAYERS=values, KEPT_OUTPUTS=kept)
-    return dict(
-        **tables, BACKOUT_LAYER=attention[0], SCALARS=scalars, TABLES={**train_gpt.TABLES, "value_embeds": len(values)}
-    )
+    """What the program makes of a table of layers, by name."""
+    columns = dict(ATTENTION_LAYERS="window", VALUE_LAYERS="value_embed", MLP_LAYERS="mlp", NETWORKS="gates")
+    tables = {name: [i for i, layer in enumerate(layers) if getattr(layer, c)] for name, c in columns.items()}
+    scalars = {name: (len(layers) if n > 1 else 1, *rest) for name, (n, *rest) in train_gpt.SCALARS.items()}
+    lrs = tuple(lr for count, _, lr in scalars.values() for _ in range(count))
+    rows = tuple(row._replace(lr=lrs) if row.name == "scalars" else row for row in train_gpt.PARAMETERS)
+    tables |= dict(LAYERS=tuple(layers), SCALARS=scalars, SCALAR_LRS=lrs, PARAMETERS=rows)
+    return tables | dict(TABLES={**train_gpt.TABLES, "value_embeds": len(tables["VALUE_LAYERS"])})
 
 
-def edited_tables() -> dict[str, object]:
-    """Layers that have none of what layers may have, and a bank under Adam."""
-    adam = dict(algorithm="adam", lr=(1.0,), betas=(0.9, 0.95))
-    rows = tuple(row._replace(**adam) if row.name == "mlp_bank" else row for row in train_gpt.PARAMETERS)
-    return dict(tables_of([Layer("short"), Layer("long"), Layer(None)]), PARAMETERS=rows)
-
-
-def main(folder: Path, dtype: str, edited: str = "") -> None:
+def main(folder: Path, dtype: str) -> None:
     torch.set_num_threads(1)
-    if edited:
-        vars(train_gpt).update(edited_tables())
     world = World.from_environment()
     world.start()
     # On a GPU as on a CPU: without compiling, and FP8 takes micro-batches of multiples of 16 tokens.
