@@ -40,7 +40,9 @@ EDITS = {
     "one token predicted": [
         (r"^(    TrainingStage\((?:[^,]*,){5}) \(.*?\), \(.*?\)", r"\1 (1.0,), (1.0,)"),
     ],
-    "a main stage more": [(r"^    TrainingStage\(.*\n", r"\g<0>\g<0>")],
+    "a main stage more": [
+        (r"^    TrainingStage\(.*\n", r"\g<0>    TrainingStage(1, 131_072, 2, 5, 1.2, (1.0, 0.5), (1.0, 0.0))," + "\n")
+    ],
     "a main stage fewer": [(r"^    TrainingStage\(.*\n", "")],
 }
 COLUMNS = {"no value embeddings", "one token predicted"}
@@ -80,7 +82,7 @@ def test_an_edited_program_takes_the_same_steps_on_one_process_and_on_eight(runs
     assert len({rank.digest for rank in ranks}) == 1
     for rank in ranks:
         assert rank.losses == pytest.approx(alone.losses, abs=LOSS_TOLERANCE) and rank.losses == ranks[0].losses
-    assert alone.losses[1] < alone.losses[0] - 0.1
+    assert alone.losses[1] < alone.losses[0]
 
 
 @pytest.mark.parametrize("name", [name for name in EDITS if name != "none"])
