@@ -48,7 +48,8 @@ def two_steps(program, world, folder: Path) -> dict:
     begin, losses = trainer.model.scalars.detach().clone(), [trainer.validate(val_batches, windows)]
     steps = [0, (hp.total_steps - 2) | 1]
     sizes = [trainer.schedule.size(step) for step in steps]
-    for step, batch in zip(steps, program.TrainLoader(program.find_files(hp.train_files), sizes, hp, world)):
+    loader = program.TrainLoader(program.find_files(hp.train_files), sizes, hp, world)
+    for step, batch in zip(steps, loader, strict=True):
         trainer.enter_step(step)
         trainer.train_step(step, batch)
     losses.append(trainer.validate(val_batches, windows))
