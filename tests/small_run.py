@@ -1,6 +1,6 @@
 """A run of ten steps in a few seconds, for tests; as a program, one process of it:
 
-python tests/small_run.py FOLDER DTYPE [edited]
+python tests/small_run.py FOLDER DTYPE
 
 with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment, writes what it found to FOLDER/<size>_<rank>.pt.
 """
@@ -53,14 +53,14 @@ SMALL = dict(
 )
 
 
-def write_text(folder: Path) -> None:
+def write_text(folder: Path, bos: int = BOS) -> None:
     """Shards of documents of random lengths, in which few of the vocabulary's tokens occur: soon learned."""
     generator = random.Random(0)
 
     def text(tokens: int) -> list[int]:
         out = []
         while len(out) < tokens:
-            out += [BOS, *(int(generator.paretovariate(0.7)) % 300 for _ in range(generator.randint(2, 40)))]
+            out += [bos, *(int(generator.paretovariate(0.7)) % 300 for _ in range(generator.randint(2, 40)))]
         return out
 
     write_shard(folder / "train_1.bin", text(2500))
@@ -137,18 +137,8 @@ def tables_of(layers: list[Layer]) -> dict[str, object]:
     return dict(tables, TABLES={**train_gpt.TABLES, "value_embeds": len(tables["VALUE_LAYERS"])})
 
 
-def edited_tables() -> dict[str, object]:
-    """Layers that have none of what layers may have, and a bank under Adam."""
-    adam = dict(algorithm="adam", lr=(1.0,), betas=(0.9, 0.95))
-    tables = tables_of([Layer("short"), Layer("long"), Layer(None)])
-    rows = tuple(row._replace(**adam) if row.name == "mlp_bank" else row for row in tables["PARAMETERS"])
-    return dict(tables, PARAMETERS=rows)
-
-
-def main(folder: Path, dtype: str, edited: str = "") -> None:
+def main(folder: Path, dtype: str) -> None:
     torch.set_num_threads(1)
-    if edited:
-        vars(train_gpt).update(edited_tables())
     world = World.from_environment()
     world.start()
     # On a GPU as on a CPU: without compiling, and FP8 takes micro-batches of multiples of 16 tokens.

@@ -31,11 +31,19 @@ def documents_of(tokens):
     return documents
 
 
-def deal_by_hand(texts, sizes, max_seq_len):
-    """Per step: (epoch, 8 micro-batches of (tokens, ends)); ends with a None at a step that no file can fill."""
-    files = [[document[:max_seq_len] for document in documents_of(text)] for text in texts]
-    begun, position, steps = 0, 0, []
-    for T in sizes:
+def with_cut(sizes, max_seq_len):
+    """What a loader takes for micro-batches of these sizes, in which documents are cut at the same length throughout."""
+    return [(T, max_seq_len) for T in sizes]
+
+
+def deal_by_hand(texts, sizes, max_seq_len=None):
+    """Per step: (epoch, 8 micro-batches of (tokens, ends)); ends with a None at a step that no file can fill.
+
+    sizes: tokens of a micro-batch with the length at which documents are cut, or, with max_seq_len for all, alone.
+    """
+    texts, begun, position, steps = [documents_of(text) for text in texts], 0, 0, []
+    for T, cut in with_cut(sizes, max_seq_len) if max_seq_len else sizes:
+        files = [[document[:cut] for document in documents] for documents in texts]
         if all(deal_from(documents, T) is None for documents in files):
             return [*steps, None]
         while (dealt := deal_from(files[begun % len(files)][position:], T)) is None:
@@ -61,12 +69,9 @@ def deal_from(documents, T):
     return deal, used
 
 
-def hyperparameters(max_seq_len=64, **values):
-    return Hyperparameters(train_max_seq_len=max_seq_len, **values)
-
-
 def load(paths, sizes, size=1, rank=0, max_seq_len=64):
-    return TrainLoader(paths, sizes, hyperparameters(max_seq_len), World(rank, rank, size))
+    sizes = with_cut(sizes, max_seq_len) if max_seq_len else sizes
+    return TrainLoader(paths, sizes, Hyperparameters(), World(rank, rank, size))
 
 
 def in_dealing_order(of_ranks):
@@ -159,6 +164,23 @@ def test_documents_are_cut_to_the_maximum_length(tmp_path):
     assert first.inputs.tolist() == text[:30] + text[100:130] + text[200:210]
 
 
+def test_a_stage_cuts_documents_at_its_own_length_where_that_of_the_run_is_not_less():
+    stages = [train_gpt.STAGES[0]._replace(max_seq_len=cut) for cut in (30, 1 << 30)]
+    for of_run, cuts in ((64, [30, 64]), (20, [20, 20])):
+        hp = Hyperparameters(stages=(*stages, train_gpt.STAGES[-1]), train_max_seq_len=of_run)
+        schedule = train_gpt.TrainingSchedule(hp)
+        assert [schedule.size(step) for step in schedule.starts[:2]] == [(schedule.tokens(0), cut) for cut in cuts]
+
+
+def test_from_one_cut_to_another_the_deal_goes_on_with_the_next_document(two_texts):
+    texts, paths = two_texts
+    sizes = [*[(40, 30)] * 3, *[(100, 64)] * 3, (40, 12), *[(120, 90)] * 8]
+    expected = deal_by_hand(texts, sizes)
+    assert {epoch for epoch, _ in expected} == {1, 2}
+    for step, hand in zip(load_all_ranks(paths, sizes, 2, None), expected, strict=True):
+        assert_dealt(step, hand)
+
+
 def test_documents_are_dealt_in_order_each_once(two_texts):
     texts, paths = two_texts
     first_ids = [document[1] for document in documents_of(texts[0])]  # the ids count up: a document's name
@@ -236,24 +258,23 @@ length_lists = st.builds(
 @given(
     lengths=st.lists(length_lists, min_size=1, max_size=3),
     ahead=st.integers(0, 4),
-    sizes=st.lists(st.one_of(st.integers(1, 8), st.integers(1, 60)), min_size=1, max_size=6),
-    max_seq_len=st.integers(1, 80),
+    sizes=st.lists(st.tuples(st.integers(1, 8) | st.integers(1, 60), st.integers(1, 80)), min_size=1, max_size=6),
     size=st.sampled_from([1, 2, 4, 8]),
     first_scan=st.integers(1, 2000),
 )
-def test_any_lengths_of_documents_are_dealt_as_by_the_plain_dealer(
-    lengths, ahead, sizes, max_seq_len, size, first_scan
+def test_any_lengths_of_documents_with_any_cuts_are_dealt_as_by_the_plain_dealer(
+    lengths, ahead, sizes, size, first_scan
 ):
     texts = [[5] * ahead + text_of(of_file, 1000 * i) for i, of_file in enumerate(lengths)]
-    expected = deal_by_hand(texts, sizes, max_seq_len)
+    expected = deal_by_hand(texts, sizes)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "FIRST_SCAN", first_scan)
         paths = write_texts(folder, texts)
         if expected[-1] is None:
             with pytest.raises(UserError, match="can fill a step"):
-                load_all_ranks(paths, sizes, size, max_seq_len)
+                load_all_ranks(paths, sizes, size, None)
         else:
-            for step, hand in zip(load_all_ranks(paths, sizes, size, max_seq_len), expected, strict=True):
+            for step, hand in zip(load_all_ranks(paths, sizes, size, None), expected, strict=True):
                 assert_dealt(step, hand)
 
 
@@ -338,8 +359,8 @@ def test_a_run_says_in_its_log_at_which_step_the_files_start_over(tmp_path, caps
     trainer.run(log, [path], [])
     log.close()
 
-    sizes = [schedule.tokens(step) for step in range(hp.total_steps)]
-    epochs = [epoch for epoch, _ in deal_by_hand([text], sizes, hp.train_max_seq_len)]
+    sizes = [schedule.size(step) for step in range(hp.total_steps)]
+    epochs = [epoch for epoch, _ in deal_by_hand([text], sizes)]
     assert len(trained) == hp.total_steps and epochs[-1] >= 3
     lines = [line for line in log.path.read_text().splitlines() if line.startswith("epoch")]
     begins = {epoch: epochs.index(epoch) for epoch in epochs if epoch > 1}
@@ -380,25 +401,40 @@ def test_early_steps_do_not_wait_for_the_whole_index_of_the_first_shard(tmp_path
         assert_dealt((batch.epoch, batch.micro_batches), hand)
 
 
+def test_the_cut_changes_while_the_whole_index_is_still_being_made(tmp_path, blocked_scan):
+    texts = [text_of(ordinary_lengths(4, 400)), text_of(ordinary_lengths(5, 200))]
+    paths, sizes = write_texts(tmp_path, texts), [*[(40, 30)] * 3, *[(40, 64)] * 3, *[(40, 20)] * 60]
+    loader = load(paths, sizes, max_seq_len=None)
+    steps = iter(loader)
+    early = [next(steps) for _ in range(5)]  # with one ahead: of both of the first two cuts, and one of the third
+    assert loader.shard.whole_index is not None and not loader.shard.whole_index.done()
+    assert blocked_scan.waits and not blocked_scan.timeouts
+    blocked_scan.set()
+    later = list(steps)
+    assert loader.files_begun > 1
+    for batch, hand in zip(early + later, deal_by_hand(texts, sizes), strict=True):
+        assert_dealt((batch.epoch, batch.micro_batches), hand)
+
+
 def test_the_whole_index_is_swapped_in_as_soon_as_it_is_ready(tmp_path, blocked_scan):
     text = text_of(ordinary_lengths(4, 400))
     (path,) = write_texts(tmp_path, [text])
-    shard = train_gpt.Shard(path, hyperparameters(), scan_all=False)
+    shard = train_gpt.Shard(path, Hyperparameters(), scan_all=False)
     whole = train_gpt.Shard._scan
     first_part = len(shard.index[0])
-    assert shard.deal(40) and len(shard.index[0]) == first_part
+    assert shard.deal(40, 64) and len(shard.index[0]) == first_part
     blocked_scan.set()
     assert wait_until(lambda: shard.whole_index.done())
-    assert shard.deal(40) and shard.whole_index is None
+    assert shard.deal(40, 64) and shard.whole_index is None
     for swapped, scanned, part in zip(shard.index, whole(shard, len(text)), (first_part,) * 3, strict=True):
         assert len(swapped) > part and np.array_equal(swapped, scanned)
 
 
 def test_a_deal_beyond_the_first_part_of_the_index_waits_for_the_whole(tmp_path, blocked_scan):
     (path,) = write_texts(tmp_path, [text_of([20] * 1000)])
-    shard = train_gpt.Shard(path, hyperparameters(), scan_all=False)
+    shard = train_gpt.Shard(path, Hyperparameters(), scan_all=False)
     threading.Timer(0.2, blocked_scan.set).start()
-    spans = shard.deal(1000)  # 8 x 51 documents; the first 4000 tokens hold 199 whole ones
+    spans = shard.deal(1000, 64)  # 8 x 51 documents; the first 4000 tokens hold 199 whole ones
     assert spans == [(51 * i, 51 * i + 51) for i in range(8)]
     assert not blocked_scan.timeouts
 
@@ -465,15 +501,15 @@ def test_threads_end_when_the_last_step_is_taken_and_when_the_iteration_is_given
 
 
 def test_documents_begin_with_the_bos_that_is_given(tmp_path):
-    hp = hyperparameters(vocab_size=10, bos=3, val_tokens=80, val_batch_size=80)
+    hp = Hyperparameters(vocab_size=10, bos=3, val_tokens=80, val_batch_size=80)
     tokens = [3, 5, 6, 7, 8] * 40
     (path,) = write_texts(tmp_path, [tokens])
-    for batch in TrainLoader([path], [9], hp, World()):
+    for batch in TrainLoader([path], [(9, 64)], hp, World()):
         assert [b.inputs.tolist() for b in batch.micro_batches] == [tokens[:9]] * 8
         assert {tuple(ends_of(b)) for b in batch.micro_batches} == {(0, 5, 9)}
     assert [ends_of(b) for b in validation_batches([path], hp, World())] == [[0, 5, 10]] * 8
     with pytest.raises(UserError, match="documents that begin with token 4 and count up to 64"):
-        next(iter(TrainLoader([path], [9], hyperparameters(vocab_size=10, bos=4), World())))
+        next(iter(TrainLoader([path], [(9, 64)], Hyperparameters(vocab_size=10, bos=4), World())))
 
 
 # --------------------------------------------------------------------------------------------------------- validation

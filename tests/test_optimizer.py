@@ -52,8 +52,7 @@ BF16_NORM_TOLERANCE = 1e-2
 NEVER = 10**9
 
 ROWS = {row.name: row for row in rows_in_use()}
-# betas, lr multiplier, weight-decay multiplier
-ADAM = {name: (*row.betas, *row.lr, row.wd) for name, row in ROWS.items() if row.algorithm == "adam"}
+ADAM = [name for name, row in ROWS.items() if row.algorithm == "adam"]
 BANKS = [name for name in ROWS if name not in ADAM]
 TABLES = ["head", "embed"]
 
@@ -119,11 +118,17 @@ def schedule_of(step):
 # ---------------------------------------------------------------------------- the plain formulas
 
 
+def multipliers_along(lr, p):
+    """A row's multipliers, in turn, along the first dimension of p, in a shape to multiply it by."""
+    return torch.tensor([lr[i % len(lr)] for i in range(len(p))], dtype=torch.float64).view(-1, *[1] * (p.dim() - 1))
+
+
 class PlainAdam:
     """Kingma & Ba 2015 with bias correction, and weight decay where it points the way the update goes."""
 
-    def __init__(self, p, beta1, beta2, lr_multiplier, wd_multiplier):
-        self.p, self.b1, self.b2, self.lr_multiplier, self.wd_multiplier = p, beta1, beta2, lr_multiplier, wd_multiplier
+    def __init__(self, p, row):
+        (self.b1, self.b2), self.wd_multiplier = row.betas, row.wd
+        self.p, self.lr_multiplier = p, multipliers_along(row.lr, p)
         self.m, self.v, self.t = torch.zeros_like(p), torch.zeros_like(p), 0
 
     def step(self, g, factor):
@@ -189,13 +194,13 @@ def plain_bank(name, start):
 def plain_run(start, gradients):
     """Parameters after each step, in float64, by the formulas; `gradients` by step."""
     start = {name: p.double() for name, p in start.items()}
-    adams = {name: PlainAdam(start[name], *row) for name, row in ADAM.items()}
+    adams = {name: PlainAdam(start[name], ROWS[name]) for name in ADAM}
     banks = {name: plain_bank(name, start[name]) for name in BANKS}
     after, waiting, tied = [], {name: 0.0 for name in ADAM}, True
     for step, new in enumerate(gradients):
         factor, momentum = schedule_of(step)
         for name in BANKS:
-            for matrix, g in zip(banks[name], new[name].double().flatten(0, 1), strict=True):
+            for matrix, g in zip(banks[name], new[name].double().flatten(0, -3), strict=True):
                 matrix.step(g, factor, momentum)
         waiting = {name: waiting[name] + new[name].double() for name in ADAM}
         if step % 2:
@@ -311,11 +316,11 @@ def test_the_first_adam_update_moves_by_the_learning_rate_at_whatever_step(step)
     gradients = {name: away_from_zero(gradient) for name, gradient in random_gradients(model).items()}
     add_gradients(model, gradients)
     optimizer.step(step, 0.5, 0.9)
-    for name, (_, _, lr_multiplier, _) in ADAM.items():
+    for name in ADAM:
         if name not in TABLES:
             moved = model.get_parameter(name) - before[name]
             # with t = 1 the corrections leave g / |g|
-            expected = -0.008 * 0.5 * lr_multiplier * gradients[name].sign()
+            expected = -0.008 * 0.5 * multipliers_along(ROWS[name].lr, moved) * gradients[name].sign()
             assert relative_error(moved, expected) < step_tolerance(before[name], expected), name
 
 
@@ -323,12 +328,27 @@ def test_adam_decays_by_the_learning_rate_squared_and_only_where_the_update_shri
     row = Row("some", "adam", False, (75.0,), 5.0, (0.75, 0.95))
     before, gradient = 0.1 * torch.randn(64, 32), away_from_zero(torch.randn(64, 32))
     p, signs = before.clone(), gradient.sign()
-    Adam(row, replace(HP, adam_wd=3.0), p, lambda function: function).update(gradient, 0.5, 0.9)
+    Adam(row, replace(HP, adam_wd=3.0), p, lambda function: function, first=0).update(gradient, 0.5, 0.9)
     lr = 0.008 * 0.5 * 75
     shrinking = signs == before.sign()
     assert 0.4 < shrinking.double().mean() < 0.6
     expected = -lr * signs - shrinking * lr**2 * 3.0 * 5 * before.double()
     assert relative_error(p.double() - before.double(), expected) < step_tolerance(before, expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_adam_takes_several_learning_rates_along_the_first_dimension_in_whichever_ranks_slice(size):
+    row = Row("some", "adam", True, (1.0, 3.0, 20.0), 50.0, (0.75, 0.95))
+    start, gradients = torch.randn(16, 5), torch.randn(4, 16, 5)
+    p = torch.nn.Parameter(start.clone())
+    plain = PlainAdam(start.double(), row)
+    slots = [Slot(row, p, HP, World(rank, rank, size), lambda function: function) for rank in range(size)]
+    for step, gradient in enumerate(gradients):
+        plain.step(gradient.double(), 1.0 + step)
+        for slot in slots:  # each moves its slice of the same tensor
+            slot.algorithm.update(slot.communication.own(gradient), 1.0 + step, 0.9)
+    should_move = plain.p - start.double()
+    assert relative_error(p.double() - start.double(), should_move) < step_tolerance(4 * start, should_move)
 
 
 def test_adams_moments_are_float32_whatever_the_parameters_type():
@@ -384,7 +404,7 @@ def test_the_embedding_goes_on_with_a_copy_of_the_heads_state():
     before = head.m.clone()
     add_gradients(model, {"embed": torch.randn_like(model.embed)})
     optimizer.step(7, *schedule_of(7))
-    assert torch.equal(head.m, ADAM["head"][0] * before) and not torch.equal(embed.m, head.m.T)
+    assert torch.equal(head.m, ROWS["head"].betas[0] * before) and not torch.equal(embed.m, head.m.T)
     assert not torch.equal(model.embed, model.head.T)
 
 
@@ -498,6 +518,25 @@ def test_a_banks_matrices_step_as_far_as_their_multipliers_say(name):
         assert relative_error(moved.norm(), multiplier * size) < tolerance
 
 
+def test_each_pair_of_heads_is_made_orthogonal_and_evened_out_by_itself():
+    model = random_model()
+    optimizer = optimizer_of(model, muon_wd=0.0)
+    p, rows = model.qk_bank, 2 * HP.head_dim
+    assert p.shape[1:] == (rows, HP.model_dim) and len(p) >= HP.num_heads * len(train_gpt.ATTENTION_LAYERS)
+    before, gradient = values_of(model)["qk_bank"], torch.zeros_like(p)
+    gradient[3], gradient[4] = torch.randn(rows, HP.model_dim), 1e3 * torch.randn(rows, HP.model_dim)
+    add_gradients(model, {"qk_bank": gradient})
+    optimizer.step(0, 0.5, 0.9)
+    moved = (p - before).double()
+    assert [i for i, pair in enumerate(moved) if pair.any()] == [3, 4]
+    for i in (3, 4):
+        direction = plain_polar_express(gradient[i].double())
+        even = direction / direction.square().mean(0, keepdim=True).sqrt()
+        even *= torch.linalg.matrix_norm(direction) / torch.linalg.matrix_norm(even)
+        assert relative_error(moved[i], -0.023 * 0.5 * even) < step_tolerance(before[i], moved[i], POLAR_STEP_TOLERANCE)
+    assert optimizer.slots["qk_bank"].algorithm.second_moment.shape == (len(p), 1, HP.model_dim)
+
+
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_a_matrix_keeps_its_multiplier_whichever_ranks_slice_it_is_in(size):
     # Of eight ranks each has three of the 24 matrices: every other slice begins with one that takes the second value.
@@ -601,7 +640,7 @@ def test_the_optimizer_moves_a_bf16_bank_by_steps_smaller_than_a_bf16_step():
         # ten steps the same way, each of 0.001 x the learning rate
         multipliers = slot.algorithm.multipliers
         sizes = (moved / multipliers).norm(dim=(-2, -1)) / (10 * 1e-3 * 0.023)
-        expected = torch.stack([plain_polar_express(g.double()).norm() for g in gradients[name].flatten(0, 1)])
+        expected = torch.stack([plain_polar_express(g.double()).norm() for g in gradients[name].flatten(0, -3)])
         assert relative_error(sizes, expected) < BF16_NORM_TOLERANCE
 
 
@@ -650,7 +689,7 @@ def test_reset_forgets_everything(dtype):
             torch.zeros(32, 64),
             r"head.v in the checkpoint is \(32, 64\) in torch.float32, this program's part",
         ),
-        ("attn_gates.v", None, r"attn_gates.v in the checkpoint is no tensor \(None\)"),
+        ("value_gates.v", None, r"value_gates.v in the checkpoint is no tensor \(None\)"),
         ("other.m", 1, "the checkpoint has states that this program has not: other.m"),
     ],
 )
