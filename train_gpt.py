@@ -1715,17 +1715,17 @@ def gate_network(x, w_in, w_out, bias, kept: dict[str, Tensor], layers: tuple[La
     kept: what is weighed, by name. All layers' sums are made here at once: backward, one kernel then sums up the
     gradients of what is kept, instead of each layer writing and adding its own. Source: MUDD, arXiv 2502.12170.
     """
-    sizes = [len(group) for layer in layers for group in gate_groups(layer, num_heads)]
+    sizes = [len(group) for layer in layers for group in gate_groups(layer, num_heads) if group]
     hidden = F.gelu(F.linear(x, w_in))
     gates = iter((GATE_SCALE * (F.linear(hidden, w_out[: sum(sizes)]) + bias[: sum(sizes)])).split(sizes, -1))
 
     def weighed(names):
-        weights = next(gates).split(1, -1)
-        return sum(weight * kept[name] for name, weight in zip(names, weights, strict=True)) if names else None
+        if names:
+            return sum(g * kept[name] for name, g in zip(names, next(gates).split(1, -1), strict=True))
+        return None
 
     def of_heads(layer_has_them):
-        weights = next(gates)
-        return weights if layer_has_them else None
+        return next(gates) if layer_has_them else None
 
     return [(of_heads(a.xsa), of_heads(a.head_gates), weighed(a.values), weighed(a.adds)) for a in layers]
 
