@@ -45,14 +45,14 @@ def speedrun():
 def products_of(hp):
     """FLOP a token in the layers, in those of their products that FP8 takes (all but W_o), and in the head."""
     square = 6 * hp.model_dim**2
-    mlp = 2 * 4 * len(LAYERS) * square
+    mlp = 2 * 4 * sum(layer.mlp for layer in LAYERS) * square
     attention = sum(layer.window is not None for layer in LAYERS) * square
     return mlp + 4 * attention, mlp + 3 * attention, 6 * hp.model_dim * hp.padded_vocab
 
 
 def test_a_product_takes_six_flop_a_token_and_weight(speedrun):
     def flops(fp8, in_layers=True):
-        parts = {name: getattr(speedrun.model, name) for name in ("attn_bank", "mlp_bank", "head")}
+        parts = {name: getattr(speedrun.model, name) for name in ("vo_bank", "mlp_bank", "head")}
         return flops_per_token(SimpleNamespace(**parts, fp8_layers=in_layers), fp8)
 
     layers, in_fp8, head = products_of(speedrun.hp)
