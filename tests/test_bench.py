@@ -185,7 +185,8 @@ def test_rates_follow_from_the_time_of_a_step_and_the_ceilings(speedrun):
         assert float(cells["of ceiling"].rstrip("%")) == pytest.approx(100 * floor / 0.1025, abs=0.06)
         assert (cells["GPU busy"], cells["peak GiB"]) == ("60.0%", "1.5")
     lengths = [end - start for start, end in zip(schedule.starts, schedule.ends, strict=True)]
-    assert [row[header.index("run s")] for row in rows] == [f"{0.1025 * steps:.2f}" for steps in lengths]
+    of_run = [float(row[header.index("run s")]) for row in rows]
+    assert of_run == pytest.approx([0.1025 * steps for steps in lengths], abs=0.0051)
     words = written[-1].splitlines()[-1].split()
     assert " ".join(words[2:9]) == f"s for {sum(lengths)} steps on 2 x" and words[0] == "projected:"
     assert float(words[1]) == pytest.approx(0.1025 * sum(lengths), abs=0.006)

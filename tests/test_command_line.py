@@ -46,12 +46,15 @@ def check_layers(monkeypatch, *rows):
         *[(Layer(None, **{name: True}), FOR_ATTENTION) for name in ("paired", "value_embed", "xsa", "head_gates")],
         (Layer(None, reads="early"), FOR_ATTENTION),
         (Layer(None, values=EARLY, gates=True), FOR_ATTENTION),
-        (Layer("short", paired=True, values=EARLY, gates=True), "values are for layers that are not paired"),
+        (Layer("short", adds=("x0",)), "values and adds take names with their gates at the start, as dict(x0=0.0)"),
+        (
+            Layer("short", values=dict(x0="0")),
+            "values and adds take names with their gates at the start, as dict(x0=0.0)",
+        ),
         (Layer("short", adds=dict(late=0.1)), f"'late' {NOT_KEPT}"),
         (Layer("short", adds=EARLY), f"'early' {NOT_KEPT}"),  # the network is in the row that keeps it
         (Layer("short", values=EARLY), f"'early' {NOT_KEPT}"),
         (Layer("short", reads="late"), "reads='late' is kept by no earlier row"),
-        (Layer("short", reads="x0"), "reads='x0' is kept by no earlier row"),
         (Layer("short", keep="early"), "the name 'early' is taken"),
         (Layer("short", keep="bigram"), "the name 'bigram' is taken"),
     ],

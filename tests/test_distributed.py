@@ -134,7 +134,7 @@ def test_the_optimizer_sees_an_eighth_of_grad_scale_times_the_gradient_of_a_step
 ):
     expected = Hyperparameters().grad_scale / 8 * plain_gradients[name]
     shared = whole(name, [rank["gradients"][name][0] for rank in runs[size]])
-    assert relative_error(shared.reshape(expected.shape), expected) < GRADIENT_TOLERANCE
+    assert relative_error(shared.reshape(expected.shape), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", NAMES)
