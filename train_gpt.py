@@ -396,6 +396,7 @@ def check_tables(hp: Hyperparameters) -> None:
         told = f"{row}: tokens={stage.tokens} must be a multiple of {MICRO_BATCHES}, the micro-batches of a step"
         require(stage.tokens > 0 and stage.tokens % MICRO_BATCHES == 0, told)
         require(min(stage.short_window, stage.long_window) > 0, f"{row}: a window has at least 1 block")
+        require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
         told = f"{row}: {len(weights[0])} multi-token weights at the start, {len(weights[1])} at the end: as many, > 0"
         require(len(weights[0]) == len(weights[1]) > 0, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")

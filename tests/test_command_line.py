@@ -29,24 +29,49 @@ def refused(*arguments):
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
+FOR_ATTENTION = "paired, key_offset, value_embed, xsa, head_gates, reads, values are for layers with a window"
+NOT_KEPT = "is not kept ahead of the network of its gates: keep it earlier, or give gates=True"
+EARLY = dict(early=0.1)
+
+
+def check_layers(monkeypatch, *rows):
+    monkeypatch.setattr(train_gpt, "LAYERS", rows)
+    train_gpt.check_tables(Hyperparameters())
+
+
 @pytest.mark.parametrize(
     "row, words",
     [
         (Layer("wide"), "window is 'short', 'long' or None"),
-        (Layer("short", skip_from=1), "skip_from is for layers without a window"),
-        (Layer(None, value_embed=True), "paired, key_offset and value_embed are for layers with a window"),
-        (Layer(None, paired=True), "paired, key_offset and value_embed are for layers with a window"),
-        (Layer(None, skip_from=2), "skip_from=2 is not an earlier layer"),
+        *[(Layer(None, **{name: True}), FOR_ATTENTION) for name in ("paired", "value_embed", "xsa", "head_gates")],
+        (Layer(None, reads="early"), FOR_ATTENTION),
+        (Layer(None, values=EARLY, gates=True), FOR_ATTENTION),
+        (Layer("short", adds=("x0",)), "values and adds take names with their gates at the start, as dict(x0=0.0)"),
+        (
+            Layer("short", values=dict(x0="0")),
+            "values and adds take names with their gates at the start, as dict(x0=0.0)",
+        ),
+        (Layer("short", adds=dict(late=0.1)), f"'late' {NOT_KEPT}"),
+        (Layer("short", adds=EARLY), f"'early' {NOT_KEPT}"),  # the network is in the row that keeps it
+        (Layer("short", values=EARLY), f"'early' {NOT_KEPT}"),
+        (Layer("short", reads="late"), "reads='late' is kept by no earlier row"),
+        (Layer("short", keep="early"), "the name 'early' is taken"),
+        (Layer("short", keep="bigram"), "the name 'bigram' is taken"),
     ],
 )
-def test_a_row_of_layers_without_effect_is_refused(monkeypatch, row, words):
-    monkeypatch.setattr(train_gpt, "LAYERS", (Layer("short"), Layer("long"), row))
-    assert refused() == f"LAYERS, layer 2: {words}"
+def test_a_row_of_layers_that_fails_later_or_has_no_effect_is_refused(monkeypatch, row, words):
+    with pytest.raises(UserError) as error:
+        check_layers(monkeypatch, Layer("short", gates=True, keep="early"), Layer("long"), row)
+    assert str(error.value) == f"LAYERS, row 2: {words}"
 
 
-def test_only_layers_with_a_window_are_kept(monkeypatch):
-    monkeypatch.setattr(train_gpt, "KEPT_OUTPUTS", {len(train_gpt.LAYERS)})
-    assert f"layer {len(train_gpt.LAYERS)} is skipped from, or BACKOUT_LAYER" in refused()
+@pytest.mark.parametrize("gated", [dict(xsa=True), dict(head_gates=True), dict(values=EARLY), dict(adds=dict(x0=0.1))])
+def test_gates_take_a_network_in_their_row_or_before(monkeypatch, gated):
+    first, row = Layer("short", keep="early"), Layer("short", **gated)
+    with pytest.raises(UserError, match="row 1: its gates take a network: give this row or an earlier one gates=True"):
+        check_layers(monkeypatch, first, row)
+    check_layers(monkeypatch, first, row._replace(gates=True))
+    check_layers(monkeypatch, first, Layer(None, gates=True), row)
 
 
 ADAM, NORMUON = dict(algorithm="adam", betas=(0.9, 0.99), lr=(1.0,)), dict(algorithm="normuon", betas=None)
@@ -59,7 +84,7 @@ ADAM, NORMUON = dict(algorithm="adam", betas=(0.9, 0.99), lr=(1.0,)), dict(algor
         ("embed", {**ADAM, "betas": None}, "adam takes betas, as (0.9, 0.99)"),
         ("embed", {**ADAM, "betas": 0.9}, "adam takes betas, as (0.9, 0.99)"),
         ("embed", dict(lr=1.0), "lr=1.0 is no tuple, as (1.0,)"),
-        ("mlp_bank", {**ADAM, "lr": (1.0, 2.0)}, "adam takes one lr, (1.0, 2.0) are several"),
+        ("mlp_bank", {**ADAM, "lr": ()}, "lr=() is no tuple, as (1.0,)"),
         ("mlp_bank", {**NORMUON, "betas": (0.9, 0.99)}, "normuon takes no betas"),
         ("smear_gate", NORMUON, "normuon is for banks of matrices, this has the shape (1, 12)"),
         ("smear_gate", dict(sharded=True), "sharded, but its first dimension 1 does not divide by 8, the most ranks"),
@@ -109,12 +134,16 @@ def test_there_are_any_number_of_stages_and_the_extension(count, untie):
         ([ROW._replace(untie=True)] * 2 + [LAST], "STAGES: head and embedding untie in one row only"),
         ([ROW, LAST._replace(tokens=801)], "STAGES, row 2: tokens=801 must be a multiple of 8"),
         ([ROW._replace(tokens=0), LAST], "STAGES, row 1: tokens=0 must be a multiple of 8"),
+        ([ROW, LAST._replace(max_seq_len=0)], "STAGES, row 2: max_seq_len=0 must be positive"),
         ([ROW._replace(short_window=0), LAST], "STAGES, row 1: a window has at least 1 block"),
         (
             [ROW, LAST._replace(target_weights=(1.0,))],
             "STAGES, row 2: 1 multi-token weights at the start, 2 at the end",
         ),
-        ([ROW._replace(share=0.0001), ROW, LAST], "no step of 1515 falls to row 1 of STAGES"),
+        (
+            [ROW._replace(share=0.0001), ROW, LAST],
+            f"no step of {Hyperparameters.num_scheduled_iterations} falls to row 1 of STAGES",
+        ),
     ],
 )
 def test_a_row_of_stages_that_fails_later_is_refused(stages, words):

@@ -858,13 +858,16 @@ def test_what_a_preset_needs_fills_a_step_whatever_the_documents(tmp_path, prese
     needed = {"speedrun": tokenize_text.SPEEDRUN, "smoke": tokenize_text.SMOKE}[preset]
     options = [f"--preset={preset}", f"--train_max_seq_len={needed.max_seq_len}"]
     hp, _ = train_gpt.parse_arguments(options, has_gpu=True)
+    schedule = train_gpt.TrainingSchedule(hp)
     for length in (2, needed.max_seq_len - 1, 5 * needed.max_seq_len):
         documents = -(-needed.needs // min(length, needed.max_seq_len))
         text = np.full((documents, length), 7, dtype=np.uint16)
         text[:, 0] = BOS
         shards.write_shard(tmp_path / "a.bin", text.ravel())
-        loader = train_gpt.TrainLoader([tmp_path / "a.bin"], [needed.step_tokens // 8], hp, train_gpt.World())
-        assert len(list(loader)) == 1
+        sizes = {schedule.size(step) for step in schedule.starts}
+        assert (needed.step_tokens // 8, needed.max_seq_len) in sizes
+        for size in sizes:  # each stage's own
+            assert len(list(train_gpt.TrainLoader([tmp_path / "a.bin"], [size], hp, train_gpt.World()))) == 1
 
 
 def test_paths_below_the_data_root_are_printed_as_the_program_takes_them(tiny, tmp_path, capsys, monkeypatch):

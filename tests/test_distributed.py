@@ -11,7 +11,6 @@ import small_run
 import torch
 from conftest import relative_error, rows_in_use
 
-import train_gpt
 from train_gpt import Hyperparameters, Trainer, TrainLoader, World, find_files
 
 SMALL_RUN, STEPS = Path(small_run.__file__).resolve(), small_run.STEPS

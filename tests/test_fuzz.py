@@ -164,7 +164,7 @@ def documents(path, separator=""):
     """Texts of the documents that tokenize_text reads from the file, or None where it names the file and the reason."""
     texts = []
     try:
-        for piece in tokenize_text.read_pieces(path, "text", separator, lambda size: None):
+        for piece in tokenize_text.read_pieces(path, "text", separator, lambda size: None, lambda found: None):
             if piece.starts_document:
                 texts.append("")
             texts[-1] += piece.text

@@ -32,7 +32,7 @@ def documents_of(tokens):
 
 
 def with_cut(sizes, max_seq_len):
-    """What a loader takes for micro-batches of these sizes, in which documents are cut at the same length throughout."""
+    """What a loader takes for micro-batches of these sizes, with one cut of documents throughout."""
     return [(T, max_seq_len) for T in sizes]
 
 
@@ -426,7 +426,7 @@ def test_the_whole_index_is_swapped_in_as_soon_as_it_is_ready(tmp_path, blocked_
     blocked_scan.set()
     assert wait_until(lambda: shard.whole_index.done())
     assert shard.deal(40, 64) and shard.whole_index is None
-    for swapped, scanned, part in zip(shard.index, whole(shard, len(text)), (first_part,) * 3, strict=True):
+    for swapped, scanned, part in zip(shard.index, whole(shard, len(text)), (first_part,) * 2, strict=True):
         assert len(swapped) > part and np.array_equal(swapped, scanned)
 
 
