@@ -46,7 +46,8 @@ EDITS = {
     "a main stage fewer": [(r"^    TrainingStage\(.*\n", "")],
 }
 COLUMNS = {"no value embeddings", "one token predicted"}
-LOSS_TOLERANCE = 1e-4  # in nats, of one process and eight: see test_distributed.py; measured 1e-6
+# In nats: of one process and eight, measured 2e-8, and the least that an edit changes, measured 5e-7 to 3e-3
+LOSS_TOLERANCE, EFFECT = 1e-5, 1e-7
 
 
 def edited(name, edits):
@@ -87,7 +88,8 @@ def test_an_edited_program_takes_the_same_steps_on_one_process_and_on_eight(runs
 
 @pytest.mark.parametrize("name", [name for name in EDITS if name != "none"])
 def test_every_edit_has_an_effect(runs, name):
-    assert runs[name][0].digest != runs["none"][0].digest
+    losses = zip(runs[name][0].losses, runs["none"][0].losses, strict=True)
+    assert max(abs(loss - unedited) for loss, unedited in losses) > EFFECT
 
 
 def test_rows_more_and_fewer_are_layers_and_stages_more_and_fewer(runs):
