@@ -1,6 +1,7 @@
 """What all tests share. Without a GPU the Triton kernels run in Triton's interpreter, on the CPU."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 # Before anything imports triton: it reads the variable when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# A shell starts what runs in its background with SIGINT ignored, and programs under test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
