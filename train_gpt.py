@@ -117,13 +117,15 @@ class Layer(NamedTuple):
     paired: bool = False  # heads interleaved along time in pairs, so that a query sees both heads' keys
     key_offset: bool = False  # the stationary half of a key comes from the previous token
     value_embed: bool = False  # adds a gated embedding of the token to the values
-    xsa: bool = False  # takes the direction of a token's own value out of what attention gives it, by a gate a head
+    xsa: bool = False  # takes the token's own value out of what attention gives it, as far as tanh(gate) of a head says
     head_gates: bool = False  # multiplies what each head gives by a gate
     reads: str | None = None  # attention reads this kept output instead of the stream
     values: dict[str, float] = {}  # noqa: RUF012 - kept outputs that are added to the values: name, gate at the start
     adds: dict[str, float] = {}  # noqa: RUF012 - ... that are added to the stream
     mlp: bool = True
-    gates: bool = False  # here a network reads the stream for the gates of this row and those up to the next network
+    # Here a network reads the stream, not normed, for the gates of this row and those up to the next network. It can
+    # weigh what has been kept until here.
+    gates: bool = False
     keep: str | None = None  # the name under which the row's output is kept
 
 
