@@ -96,6 +96,20 @@ def test_a_row_of_parameters_that_fails_later_or_has_no_effect_is_refused(monkey
     assert refused() == f"PARAMETERS, {name}: {words}"
 
 
+@pytest.mark.parametrize("first", [1, 2, 4, 12])
+def test_what_is_sharded_is_shared_by_eight(monkeypatch, first):
+    row = train_gpt.Row("p", "adam", sharded=True, lr=(1.0,), wd=0.0, betas=(0.9, 0.99))
+    monkeypatch.setattr(train_gpt, "PARAMETERS", (row,))
+    train_gpt.check_parameters({"p": torch.empty(24, 3)})
+    with pytest.raises(UserError, match=f"p: sharded, but its first dimension {first} does not divide by 8"):
+        train_gpt.check_parameters({"p": torch.empty(first, 3)})
+
+
+@pytest.mark.parametrize("n, least", [(0, 0), (1, 8), (8, 8), (9, 16)])
+def test_padding_is_the_least_that_does(n, least):
+    assert train_gpt.round_up(n, 8) == least
+
+
 def test_every_parameter_has_one_row_and_every_row_a_parameter(monkeypatch):
     first, *rest = train_gpt.PARAMETERS
     monkeypatch.setattr(train_gpt, "PARAMETERS", (*rest, rest[0], first._replace(name="tail")))
@@ -233,6 +247,7 @@ def test_an_unknown_name_is_refused_with_the_list_of_names():
         ("--num_scheduled_iterations=", "a whole number"),
         ("--seed=0.5", "a whole number"),
         ("--adam_lr=fast", "a number"),
+        ("--adam_lr=inf", "a number"),
         ("--save_checkpoint=maybe", "true or false"),
         ("--val_steps=5;10", "numbers as 5,10,25"),
     ],
@@ -430,6 +445,13 @@ def test_a_number_of_processes_that_does_not_divide_8_is_refused(machine, size, 
         World.from_environment()
     assert str(error.value).startswith(f"{size} processes") and "start 1, 2, 4 or 8" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
+def test_ranks_count_from_0(machine, name):
+    machine(**{**dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2), name: 2})
+    with pytest.raises(UserError, match=f"{name}='2' in the environment: expected a whole number from 0 to 1"):
+        World.from_environment()
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"])

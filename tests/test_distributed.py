@@ -56,13 +56,23 @@ def start(folder, dtype, size, gpus=""):
     return [torch.load(folder / f"{size}_{rank}.pt", map_location="cpu") for rank in range(size)]
 
 
+class Runs(dict):
+    """By number of processes: what each rank found in the float32 run, which starts when it is first asked for."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+        small_run.write_text(folder)
+
+    def __missing__(self, size):
+        alone = size == 1 and [small_run.train(small_run.small_hyperparameters(self.folder), World())]
+        self[size] = alone or start(self.folder, "float32", size)
+        return self[size]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """By number of processes: what each rank found in the float32 run."""
-    folder = tmp_path_factory.mktemp("float32")
-    small_run.write_text(folder)
-    alone = small_run.train(small_run.small_hyperparameters(folder), World())
-    return {1: [alone], **{size: start(folder, "float32", size) for size in SIZES[1:]}}
+    return Runs(tmp_path_factory.mktemp("float32"))
 
 
 def whole(name, slices):

@@ -199,6 +199,14 @@ def test_the_newest_two_checkpoints_are_kept_and_nothing_half_written(killed):
     assert names == ["kept.txt", "kept_step000004.pt", "kept_step000006.pt"]
 
 
+def test_a_log_says_what_the_run_is_before_its_first_step(killed, data):
+    run, (before, *_) = read_run(killed / "logs" / "kept.txt"), log_of(killed).read_text().split("\nstep:")
+    assert run.hardware == "1 x CPU" and run.data[0] == len([*data.glob("train_*.bin")]) and run.step == 7
+    assert run.starts == [*train_gpt.TrainingSchedule(small_run.small_hyperparameters(killed)).starts]
+    for begin in ("world", "software", "data", "run", "stages", "warm-up"):
+        assert before.count(f"\n{begin}: ") == 1
+
+
 def flip_a_bit(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -243,6 +243,13 @@ def test_linear_relu2_kernel_reads_non_contiguous_inputs(device, dtype):
     assert relative_error(out, (x.double() @ weight.double().T).clamp(min=0) ** 2) < KERNEL_TOLERANCE[dtype]
 
 
+@on_each_device
+def test_linear_relu2_kernel_leaves_a_nan_in_its_row(device, dtype):
+    x, weight = normal(3, 8, device=device, dtype=dtype), normal(16, 8, device=device, dtype=dtype)
+    x[1, 2] = float("nan")
+    assert train_gpt.linear_relu2_triton(x, weight).isnan().all(1).tolist() == [False, True, False]
+
+
 # The shapes above, with rows of multiples of 16 bytes, as bulk copies need
 FP8_LINEAR_SHAPES = [(128, 256, 128), (135, 272, 144), (1, 16, 16), (1153, 272, 16)]
 
@@ -441,6 +448,16 @@ def test_cross_entropy_kernels_stay_finite_at_extreme_logits(device, dtype):
     grad = torch.ones(2, device=device)
     out, _ = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, grad, 1.0, torch.float32)
     assert out.isfinite().all()
+
+
+@on_each_device
+def test_cross_entropy_kernels_leave_a_nan_in_the_loss_and_the_gradient_of_its_row(device, dtype):
+    logits, targets, weights, grad = cross_entropy_inputs(3, 50, 1, device, dtype)
+    logits[1, 7] = float("nan")
+    losses, lse = train_gpt.cross_entropy_triton(logits, targets, weights)
+    assert losses.isnan().tolist() == lse.isnan().tolist() == [False, True, False]
+    out, _ = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, grad, 1.0, torch.float32)
+    assert out.isnan().all(1).tolist() == out.isnan().any(1).tolist() == [False, True, False]
 
 
 @numbers_of_targets

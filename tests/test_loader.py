@@ -206,6 +206,17 @@ def test_the_deal_is_that_of_the_plain_dealer_over_shards_and_epochs(two_texts):
         assert_dealt(step, hand)
 
 
+def test_from_any_steps_position_the_deal_goes_on_as_if_it_had_not_stopped(two_texts):
+    sizes = with_cut([60, 120] * 8, 64)
+    steps = list(TrainLoader(two_texts[1], sizes, Hyperparameters(), World()))
+    assert steps[-1].epoch > 1
+    for done in range(1, len(steps)):
+        loader = TrainLoader(two_texts[1], sizes[done:], Hyperparameters(), World(), steps[done - 1].position)
+        batch = next(iter(loader))
+        assert (batch.epoch, batch.position) == (steps[done].epoch, steps[done].position)
+        assert torch.equal(batch.micro_batches[0].inputs, steps[done].micro_batches[0].inputs)
+
+
 def test_a_deal_that_the_shard_cannot_fill_is_dropped_whole_and_the_next_shard_starts_afresh(tmp_path):
     # 20 documents of 11 tokens: one deal of 8 micro-batches of 10 + 1 tokens, then 12 documents are left: another
     # deal, 4 documents are left, and all of them are dropped.
@@ -610,3 +621,6 @@ def test_an_id_outside_the_vocabulary_is_an_error_that_says_where(tmp_path):
         train_gpt.read_tokens(path, VOCAB)
     assert str(error.value).startswith(f"{path}: token id 50257 at position 1, the vocabulary ends at 50256")
     assert train_gpt.read_tokens(path, VOCAB, limit=1).tolist() == [5]
+    path = write_shard(tmp_path / "b.bin", [50256, 50257])
+    with pytest.raises(UserError, match="token id 50257 at position 1"):
+        train_gpt.read_tokens(path, VOCAB)

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "records"))
 
 import race  # noqa: E402
-from answer import answer  # noqa: E402
+import rerun  # noqa: E402
+from answer import answer, judged  # noqa: E402
 from rerun import Refusal, logged_program  # noqa: E402
 from runlog import Run, read_run  # noqa: E402
 
@@ -214,6 +215,12 @@ def test_a_difference_within_the_noise_and_a_target_outside_are_called_so(toy, t
     assert found["contestants"]["new"]["answer"]["outside"] is True
     told, _ = run_race(tmp_path / "one", f"base={toy}", f"new={toy} --b=0.31", "--runs", 1, "--lengths", "0.1")
     assert "noise unknown: too few runs" in told and "a fit takes runs of two lengths or more" in told
+
+
+def test_what_is_not_beyond_half_of_its_interval_is_noise():
+    words = ("less", "more")
+    told = {(0.9, 1.0): "within the noise", (-0.9, 1.0): "within the noise", (1.1, 1.0): "more", (-1.1, 1.0): "less"}
+    assert {figures: judged(*figures, words) for figures in told} == told
 
 
 # ---- contestants and lengths
@@ -438,6 +445,21 @@ def test_rerun_starts_the_program_of_a_record_with_its_settings():
     )
     program = re.search(r"\S+/logs/sources/\S+", line)[0]
     assert next(RECORD.glob("*.txt")).read_text().startswith(Path(program).read_text())
+
+
+def test_rerun_uses_the_settings_again_that_all_logs_have_but_not_a_runs_own_nor_those_given_anew():
+    told = dict(muon_lr="0.02", val_steps="(5, 10)", seed="0", run_id="a", log_dir="logs")
+    runs = [Run(Path("x"), overrides=told), Run(Path("x"), overrides={**told, "seed": "1", "adam_lr": "0.01"})]
+    assert rerun.logged_settings(runs, set()) == dict(muon_lr="0.02", val_steps="5, 10")
+    assert rerun.logged_settings(runs, {"muon_lr"}) == dict(val_steps="5, 10")
+
+
+@pytest.mark.parametrize("given, folder", [("/their/data", "/their/data"), ("", str(ROOT)), (None, str(ROOT))])
+def test_rerun_looks_for_data_where_the_user_says_or_in_this_repository(monkeypatch, given, folder):
+    monkeypatch.delenv("DATA_PATH", raising=False)
+    if given is not None:
+        monkeypatch.setenv("DATA_PATH", given)
+    assert rerun.environment(on_gpu=False)["DATA_PATH"] == folder
 
 
 def test_rerun_refuses_what_has_no_source_or_several(toy, tmp_path):

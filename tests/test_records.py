@@ -482,6 +482,15 @@ def test_a_run_that_went_on_on_other_hardware_is_of_none(tmp_path):
     )
 
 
+def test_steps_beyond_the_checkpoint_from_which_a_run_went_on_do_not_count(tmp_path):
+    before, begin, after = own_log().partition("step:1001/")
+    lost = "".join(f"step:{step}/1555 train_time:{90_000 + step}ms step_avg:90.00ms\n" for step in range(1001, 1020))
+    ended = "train_gpt.py: error: no sign of life\nresumed at step 1000 from logs/first_step001000.pt\n"
+    run, whole = read(tmp_path, before + lost + ended + begin + after), read(tmp_path, own_log())
+    assert run.problems == [] and run.notes == ["resumed 1 times, the last time at step 1000"]
+    assert (run.times, run.losses) == (whole.times, whole.losses)
+
+
 def test_nothing_in_a_log_is_executed(tmp_path):
     source = f"open({str(tmp_path / 'pwned')!r}, 'w')\n" + SOURCE
     overrides = f"--val_steps=__import__('os').mkdir({str(tmp_path / 'pwned')!r})"
@@ -876,13 +885,17 @@ def test_validation_tokens_of_a_public_log_are_its_sources(tmp_path):
         assert judged([run])[0]["10,485,760 validation tokens"].holds is holds, text
 
 
-def test_how_many_runs_would_do():
-    losses = runlog.stats(LOSSES[:3])
-    needed = runlog.runs_needed(losses)
+@pytest.mark.parametrize("mean", [3.27, 3.275, 3.277, 3.278, 3.279, 3.2795])
+def test_how_many_runs_would_do(mean):
+    needed = runlog.runs_needed(runlog.Stats(3, mean, 0.0015))
     from scipy.stats import t
 
-    distance = (3.28 - losses.mean) / losses.std
-    assert t.sf(distance * needed**0.5, needed - 1) < 0.01 <= t.sf(distance * (needed - 1) ** 0.5, needed - 2)
+    distance = (3.28 - mean) / 0.0015
+    assert t.sf(distance * needed**0.5, needed - 1) < 0.01
+    assert needed == 2 or t.sf(distance * (needed - 1) ** 0.5, needed - 2) >= 0.01
+
+
+def test_no_number_of_runs_would_do_above_the_target():
     assert runlog.runs_needed(runlog.stats([3.29, 3.30])) is None
 
 
@@ -1278,6 +1291,7 @@ def test_watch_compares_with_the_newest_record_of_the_same_setting(running, caps
     quarter = dict(total=390, overrides="--num_scheduled_iterations=350", curve={0: 10.8, 200: 4.0})
     write(folder / "records/2026-02-01_Quarter", [own_log(3.33, 25.0, **quarter)])
     write(folder / "records/2026-02-02_OneGpu", [own_log(3.28, 700.0, gpus=1)])
+    write(folder / "records/2026-01-29_Older", [own_log(3.28, 120.0)])
     assert once(capsys, folder, up_to(text, "step:760/1555 ")) == line and " s ahead, loss " in line
     mine = own_log(3.34, 24.0, **{**quarter, "overrides": "--run_id=q --val_steps=7 --length=0.25"})
     assert "record: 0.35 s ahead, loss 0.0000 below at 200" in once(capsys, folder, up_to(mine, "step:200/390 val"))

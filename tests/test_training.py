@@ -29,6 +29,7 @@ from train_gpt import (
     Log,
     Trainer,
     World,
+    Yarn,
     find_files,
     validation_batches,
 )
@@ -110,16 +111,24 @@ def run_of(folder, name, warm, **overrides):
     return found
 
 
+class Runs:
+    """In a type of the parameters: the run after a warm-up, and the run without, each made when first asked for."""
+
+    def __init__(self, folder, dtype):
+        self.folder, self.dtype = folder, dtype
+
+    @cached_property
+    def warm(self):
+        return run_of(self.folder, f"warm_{self.dtype}", warm=True, dtype=self.dtype)
+
+    @cached_property
+    def cold(self):
+        return run_of(self.folder, f"cold_{self.dtype}", warm=False, dtype=self.dtype)
+
+
 @pytest.fixture(scope="module")
 def runs(folder):
-    """By type of the parameters: the run after a warm-up, and the run without."""
-    return {
-        dtype: SimpleNamespace(
-            warm=run_of(folder, f"warm_{dtype}", warm=True, dtype=dtype),
-            cold=run_of(folder, f"cold_{dtype}", warm=False, dtype=dtype),
-        )
-        for dtype in ("float32", "bfloat16")
-    }
+    return {dtype: Runs(folder, dtype) for dtype in ("float32", "bfloat16")}
 
 
 in_both_types = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -152,6 +161,28 @@ def test_warm_up_sees_every_stage_and_shape_of_the_run(runs):
     shapes = runs["float32"].warm.shapes
     assert shapes["run"] == shapes["warm-up"]
     assert {stage for _, stage, _, training in shapes["run"] if training} == {*range(len(STAGES))}
+
+
+def test_rotary_frequencies_follow_the_long_window_at_each_stages_first_step(folder):
+    trainer = Trainer(small_run.small_hyperparameters(folder), World())
+    yarn, windows = Yarn(trainer.hp.head_dim, 8, CPU), [stage.long_window for stage in trainer.hp.stages]
+    for i, start in enumerate(trainer.schedule.starts):
+        if i:
+            yarn.grow(*(window * trainer.hp.window_block for window in windows[i - 1 : i + 1]))
+        for step in (start, start + 1):
+            trainer.enter_step(min(step, trainer.hp.total_steps - 1))
+            assert trainer.model.yarn.scale == yarn.scale
+            assert torch.equal(trainer.model.yarn.frequencies, yarn.frequencies)
+
+
+def test_validation_sees_as_far_as_training_has_so_far_and_the_final_one_further(folder):
+    hp = small_run.small_hyperparameters(folder, run_id="windows", val_steps=tuple(range(STEPS)))
+    trainer, seen = Trainer(hp, World()), []
+    trainer.validate = lambda batches, windows: seen.append(windows) or 1.0
+    trainer.train_step = lambda step, batch: None
+    trainer.run(Log(hp, World()), find_files(hp.train_files), [])
+    so_far = [trainer.schedule.windows(step) for step in (0, *range(STEPS - 1))]
+    assert seen == [*so_far, trainer.schedule.window_tokens(*FINAL_WINDOWS)]
 
 
 def test_bfloat16_follows_float32(runs):
@@ -387,6 +418,9 @@ def test_the_clock_leaves_out_the_time_between_stop_and_start(time_of_day):
     clock.start()
     time_of_day.seconds += 1
     assert clock.text(4) == "train_time:3000ms step_avg:750.00ms"
+    clock.stop()
+    assert clock.text(4) == "train_time:3000ms step_avg:750.00ms"
+    assert Clock(CPU, clock.elapsed).text(4) == "train_time:3000ms step_avg:750.00ms"
 
 
 def test_the_clock_can_be_read_before_the_first_step(time_of_day):

@@ -1,0 +1,657 @@
+"""Plants faults in the program, one at a time, and tells which of them the tests let through.
+
+    python tests/mutants.py [-k WORD] [--jobs N] [--list]
+
+Every fault of FAULTS goes into a copy of the repository's files, and the tests that should see it run there. It is seen
+if one of them fails, or if Python dies or hangs. All these tests run once without a fault first: one that fails anyway
+sees nothing. Ends with a table by room; the exit status is 1 if a fault survived. It takes some twenty minutes on one
+core, so CI only checks that every fault can still be planted (test_mutants.py). A fault that survives asks for a test.
+"""
+
+import argparse
+import contextlib
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 300  # seconds that the tests of a fault may take; they take about ten
+
+
+class Fault(NamedTuple):
+    """One that a person could make."""
+
+    file: str
+    name: str
+    old: str  # occurs once in the file
+    new: str
+    tests: str  # a file of tests/, and words that all stand in the names of the tests that should see it
+
+
+# By file, and in its order.
+# fmt: off
+PLANTED = {
+    "train_gpt.py": [
+        # Hyperparameters
+        ("a count of steps becomes 0 in a short run", "return max(min(count, 1), round(self.length * count))",
+         "return round(self.length * count)", "test_schedule.py test_length_multiplies_every_count"),
+        ("rounds up a multiple, too", "return -(-n // multiple) * multiple", "return (n // multiple + 1) * multiple",
+         "test_command_line.py test_padding"),
+        ("the preset wins over what is given", '**{**PRESETS[preset], **overrides, "preset": preset}',
+         '**{**overrides, **PRESETS[preset], "preset": preset}',
+         "test_command_line.py test_a_value_that_is_given_wins"),
+        ("infinity is a number", "if kind is float and not math.isfinite(value):",
+         "if kind is float and math.isnan(value):", "test_command_line.py test_a_bad_value_is_refused"),
+        ("multi-token weights may differ in number", "require(len(weights[0]) == len(weights[1]) > 0, told)",
+         "require(len(weights[0]) > 0, told)", "test_command_line.py test_a_row_of_stages_that_fails_later"),
+        ("a sharded dimension need divide by 2 only", "require(not sharded or len(p) % MICRO_BATCHES == 0, told)",
+         "require(not sharded or len(p) % 2 == 0, told)", "test_command_line.py test_what_is_sharded"),
+        ("BOS may be one beyond the vocabulary", "require(0 <= hp.bos < hp.vocab_size <= 65536, told)",
+         "require(0 <= hp.bos <= hp.vocab_size <= 65536, told)",
+         "test_command_line.py test_values_that_could_only_fail_later"),
+        ("a run_id may be a path", 'require(Path(value).name == value, f"--{name}',
+         'require(Path(value).name, f"--{name}', "test_command_line.py test_a_run_id_with_a_path"),
+        # Distributed
+        ("a rank may be the number of ranks", "environment_number(name, 0, 0, size - 1)",
+         "environment_number(name, 0, 0, size)", "test_command_line.py test_ranks_count"),
+        ("only the rank without a GPU sees that it has none", "if max(local_rank + 1, local_size) > gpus:",
+         "if local_rank + 1 > gpus:", "test_command_line.py test_more_processes_than_gpus"),
+        ("takes the GPU of its rank over all hosts", 'torch.device("cuda", local_rank)', 'torch.device("cuda", rank)',
+         "test_command_line.py test_each_process_of_a_host"),
+        # Kernels
+        ("symmetric product: beta is lost in the reference", "else product + beta * addend", "else product + addend",
+         "test_kernels.py test_symmetric_product_reference"),
+        ("symmetric product: no tile on the diagonal", "if tile_row < tile_col:", "if tile_row <= tile_col:",
+         "test_kernels.py test_symmetric_product_kernel_is_alpha shape0-cpu-float32"),
+        ("symmetric product: a column too many", "in_depth = depth[None, :] < K - start",
+         "in_depth = depth[None, :] <= K - start",
+         "test_kernels.py test_symmetric_product_kernel_is_alpha shape1-cpu-float32"),
+        ("symmetric product: beta is lost", "acc += beta * tl.load(addend_ptr", "acc += tl.load(addend_ptr",
+         "test_kernels.py test_symmetric_product_kernel_adds_beta shape0-cpu-float32"),
+        ("transposed: two bytes of a word change places", "(c >> 8 * i & 255) << 16 | d >> 8 * i << 24",
+         "(d >> 8 * i & 255) << 16 | c >> 8 * i << 24", "test_kernels.py test_transposed_kernel"),
+        ("linear_relu2: the reference forgets the derivative's root", "product * hidden.to(wide).sqrt()",
+         "product * hidden.to(wide)", "test_kernels.py test_mlp_has_the_value cpu-float32"),
+        ("linear_relu2: the last group of tiles counts as full", "group = min(tiles_t - first_t, GROUP)",
+         "group = GROUP", "test_kernels.py test_linear_relu2_kernel_is_relu 135-264-72-cpu-float32"),
+        ("linear_relu2: the derivative's root is lost",
+         "half *= tl.sqrt(hidden_desc.load([row, start]).to(tl.float32))",
+         "half *= hidden_desc.load([row, start]).to(tl.float32)",
+         "test_kernels.py test_linear_relu2_kernel_with_hidden 128-256-64-cpu-float32"),
+        ("linear_relu2: a NaN becomes 0", "half = tl.maximum(half, 0.0, propagate_nan=tl.PropagateNan.ALL)",
+         "half = tl.where(half > 0.0, half, 0.0)", "test_kernels.py test_linear_relu2_kernel nan cpu-float32"),
+        ("linear_relu2: not squared", "                half *= half\n", "",
+         "test_kernels.py test_linear_relu2_kernel_is_relu 128-256-64-cpu-float32"),
+        ("MLP: the derivative of a square without its 2", "linear_relu2(grad_out, w_proj, hidden, 2.0)",
+         "linear_relu2(grad_out, w_proj, hidden, 1.0)", "test_kernels.py test_mlp_has_the_value cpu-float32"),
+        ("MLP in FP8: the step of hidden activations is not undone",
+         "fp8_product(hidden, fp8_t[1].T, FP8_HIDDEN, FP8_WEIGHT,", "fp8_product(hidden, fp8_t[1].T, 1.0, FP8_WEIGHT,",
+         "test_kernels.py test_mlp_in_fp8_is_the_plain"),
+        ("cross-entropy: the reference adds the targets' terms", "-weight.expand(T - k, 1)", "weight.expand(T - k, 1)",
+         "test_kernels.py test_cross_entropy_references 6-300"),
+        ("cross-entropy: the shift's sign", "- SHIFT * LOG2_E / TEMPERATURE", "+ SHIFT * LOG2_E / TEMPERATURE",
+         "test_kernels.py test_cross_entropy_kernel_is 6-5003-1-cpu-float32"),
+        ("cross-entropy: a NaN becomes finite", "tl.minimum(y, 64.0, propagate_nan=tl.PropagateNan.ALL)",
+         "tl.where(y < 64.0, y, 64.0)", "test_kernels.py test_cross_entropy_kernels nan cpu-float32"),
+        ("cross-entropy: targets beyond the end have weights",
+         "total += tl.where(rows + k < T, tl.load(weights_ptr + k), 0.0)", "total += tl.load(weights_ptr + k)",
+         "test_kernels.py test_cross_entropy_backward_kernel 2-300-3-cpu-float32"),
+        ("cross-entropy: equal targets do not add up", "for j in tl.static_range(N_TARGETS):  # equal",
+         "for j in tl.static_range(k, N_TARGETS):  # equal",
+         "test_kernels.py test_cross_entropy_backward_kernel 3-cpu-float32"),
+        ("head in FP8: the gradient's step forgets grad_scale", "scale = ctx.grad_scale * FP8_HEAD_GRAD",
+         "scale = FP8_HEAD_GRAD", "test_kernels.py test_fp8_gradient_does_not_depend"),
+        ("lookup: the last of several equal rows wins",
+         'tl.atomic_add(table_ptr + row * C + cols, grad, mask=cols < C, sem="relaxed")',
+         "tl.store(table_ptr + row * C + cols, grad, mask=cols < C)", "test_kernels.py test_add_rows_kernel"),
+        ("lookup: the last of several equal rows wins on the CPU", "table.index_add_(0, rows, grad.to(table.dtype))",
+         "table[rows.long()] += grad.to(table.dtype)", "test_kernels.py test_lookup_adds cpu-float32"),
+        ("lookup: sums of bf16 rows get stuck", "table.grad_dtype = torch.promote_types(table.dtype, torch.float32)",
+         "table.grad_dtype = table.dtype", "test_kernels.py test_lookup_adds cpu-float16"),
+        ("q, k, v: the reference's keys look ahead", "torch.cat((still[:1], still[:-1]))",
+         "torch.cat((still[1:], still[-1:]))", "test_model.py test_key_offset"),
+        ("q, k, v: a paired head at the other's position", "position = 2 * t + head // (H // 2) if PAIRED else t",
+         "position = 2 * t + head % 2 if PAIRED else t",
+         "test_kernels.py test_split_heads_kernels False-True-False-cpu-float32"),
+        ("q, k, v: the first key's second half is lost",
+         "tl.store(out_ptr + out, x, mask=mask & (~still | (position == 0)[:, None]))",
+         "tl.store(out_ptr + out, x, mask=mask & ~still)",
+         "test_kernels.py test_split_heads_kernels False-False-True-cpu-float32"),
+        ("q, k, v: the gradient turns the wrong way", "grad = turn(grad, cos, -sin)", "grad = turn(grad, cos, sin)",
+         "test_kernels.py test_split_heads_kernels False-False-False-cpu-float32"),
+        ("q, k, v: the norm's gradient keeps the part along x",
+         "grad_x = inverse_rms * (grad - x * (tl.sum(grad * x, 1) / D)[:, None])", "grad_x = inverse_rms * grad",
+         "test_kernels.py test_split_heads_kernels False-False-False-cpu-float32"),
+        ("attention: the reference's window is one short", "torch.maximum(documents.starts, position - window)",
+         "torch.maximum(documents.starts, position - window + 1)", "test_kernels.py test_attention_sees_the_window"),
+        ("attention: blocks at the window's end are not masked",
+         "mid = tl.cdiv(max(tl.load(starts_ptr + last), last - window), BLOCK_K) * BLOCK_K",
+         "mid = tl.cdiv(tl.load(starts_ptr + last), BLOCK_K) * BLOCK_K",
+         "test_kernels.py test_attention_kernels_are 31-cpu-float32"),
+        ("attention: the sum does not follow the largest score", "total = total * shrink + tl.sum(p, 1)",
+         "total = total + tl.sum(p, 1)", "test_kernels.py test_attention_kernels_are 127-cpu-float32"),
+        ("attention: delta is lost", "(p * (grad_p - delta[:, None])).to(k.dtype)", "(p * grad_p).to(k.dtype)",
+         "test_kernels.py test_attention_kernels_are 64-cpu-float32"),
+        ("attention: gradients cross into the next document",
+         "tl.load(ends_ptr + rows, mask=rows < N, other=0) - 1, rows + window)",
+         "tl.load(ends_ptr + rows, mask=rows < N, other=0), rows + window)",
+         "test_kernels.py test_attention_kernels_are 1000-cpu-float32"),
+        # Model
+        ("Yarn: fast frequencies are stretched, slow ones kept", "kept = ((rotations - 1) / (32 - 1)).clamp(0, 1)",
+         "kept = 1 - ((rotations - 1) / (32 - 1)).clamp(0, 1)", "test_model.py test_yarn_stretches"),
+        ("Yarn: attention flattens as the window grows", "float(np.log(new_window / old_window)) + 1",
+         "float(np.log(old_window / new_window)) + 1", "test_model.py test_yarn_stretches"),
+        ("bigram hash: the row for no predecessor is given out", "(27191 * tokens[:-1])) % (rows - 1)",
+         "(27191 * tokens[:-1])) % rows", "test_model.py test_bigram_hash"),
+        ("signs of bigrams know one token only", "(tokens[1:] ^ tokens[:-1]) % SIGN_ROWS", "tokens[1:] % SIGN_ROWS",
+         "test_model.py test_row_of_signs"),
+        ("the MLP's result is added without its scalar", "w.mlp_out * mlp_out).to(x.dtype)", "mlp_out).to(x.dtype)",
+         "test_model.py test_losses_and_gradients program's"),
+        ("gate: the sigmoid's gradient", "grad = grad_out * out * (1 - out)", "grad = grad_out * out",
+         "test_model.py test_losses_and_gradients program's"),
+        ("smear: a token's own embedding instead of the one before", "x[1:] + smear * x[:-1]", "x[1:] + smear * x[1:]",
+         "test_model.py test_losses_and_gradients program's"),
+        ("gates are not scaled", "gates = iter((GATE_SCALE * (F.linear(hidden", "gates = iter((1.0 * (F.linear(hidden",
+         "test_model.py test_losses_and_gradients program's"),
+        ("value embeddings: gates from 0 to 1", "None if w.value_gate is None else 2 * gate(normed, w.value_gate)",
+         "None if w.value_gate is None else gate(normed, w.value_gate)",
+         "test_model.py test_losses_and_gradients program's"),
+        ("XSA adds a token's own value", "(wide_y - torch.tanh(", "(wide_y + torch.tanh(",
+         "test_model.py test_losses_and_gradients program's"),
+        ("W_fc and attention start with a third of their variance", "bound = 3**0.5 * 0.5 * C**-0.5",
+         "bound = 0.5 * C**-0.5", "test_model.py test_matrices_start_uniform mlp_bank"),
+        ("biases of gates start without regard to the gates' scale", "= torch.tensor(values) / GATE_SCALE",
+         "= torch.tensor(values)", "test_model.py test_gates_start"),
+        ("late layers read the stream", "normed.get(layer.reads), w\n", "None, w\n",
+         "test_model.py test_losses_and_gradients program's"),
+        ("paired layers get the documents of single ones", "documents[layer.paired], windows",
+         "documents[False], windows", "test_model.py test_losses_and_gradients program's"),
+        ("every layer's window is short", "windows[layer.window], self.yarn.scale", 'windows["short"], self.yarn.scale',
+         "test_model.py test_losses_and_gradients program's"),
+        # Optimizer
+        ("Polar Express: b and c change places", "symmetric_product(gram, alpha=c, addend=gram, beta=b)",
+         "symmetric_product(gram, alpha=b, addend=gram, beta=c)", "test_optimizer.py test_polar_express_is_five"),
+        ("Adam: decay grows weights where the update grows them",
+         "torch.where(update * master > 0, lr * lr * wd * master, 0)",
+         "torch.where(update * master < 0, lr * lr * wd * master, 0)", "test_optimizer.py test_adam_decays"),
+        ("Adam: decay by the learning rate, not its square", "lr * lr * wd * master", "lr * wd * master",
+         "test_optimizer.py test_adam_decays"),
+        ("Adam: betas change places", "beta1, beta2 = self.row.betas", "beta2, beta1 = self.row.betas",
+         "test_optimizer.py test_each_parameter_follows smear_gate"),
+        ("Adam: bias correction counts from 0", "self.updates += 1", "self.updates += bool(self.updates)",
+         "test_optimizer.py test_the_first_adam_update"),
+        ("momentum: looks ahead from the gradient's side", "(grad + (m - grad) * momentum)",
+         "(m + (grad - m) * momentum)", "test_optimizer.py test_each_parameter_follows mlp_bank"),
+        ("momentum: moves after the look-ahead",
+         "m += (grad - m) * (1 - momentum)\n    return (grad + (m - grad) * momentum).to(out_dtype)",
+         "ahead = (grad + (m - grad) * momentum).to(out_dtype)\n    m += (grad - m) * (1 - momentum)\n    return ahead",
+         "test_optimizer.py test_each_parameter_follows mlp_bank"),
+        ("NorMuon: the norm is not kept", "u = u * (scale * (old_norm / new_norm.clamp_min(1e-10)))", "u = u * scale",
+         "test_optimizer.py test_variance_reduction_evens"),
+        ("NorMuon: decay only where it is against the update", "torch.where(u * master >= 0, decay * master, 0)",
+         "torch.where(u * master <= 0, decay * master, 0)", "test_optimizer.py test_normuon_decays"),
+        ("NorMuon: evens out the shorter side", "shape = (N, rows, 1) if rows >= columns else (N, 1, columns)",
+         "shape = (N, rows, 1) if rows <= columns else (N, 1, columns)",
+         "test_optimizer.py test_each_parameter_follows mlp_bank"),
+        ("the bits beyond bf16 are lost", "low_bits.copy_(low)", "low_bits.zero_()",
+         "test_optimizer.py test_a_bf16_bank_follows"),
+        ("a rank's first matrix takes the first multiplier", "row.lr[(first + i) % len(row.lr)]",
+         "row.lr[i % len(row.lr)]", "test_optimizer.py test_a_matrix_keeps_its_multiplier"),
+        ("reset leaves the bits beyond bf16", "for state in (self.m, self.second_moment, self.low_bits):",
+         "for state in (self.m, self.second_moment):", "test_optimizer.py test_reset_forgets"),
+        ("does not wait for the all-reduce", "    def reduced(self) -> Tensor:\n        self.work.wait()\n",
+         "    def reduced(self) -> Tensor:\n", "test_distributed.py test_the_gradient_is_that_of_one_process 2-"),
+        ("a shard's rows begin one late", "np.searchsorted(r, share * np.arange(1, size))",
+         "np.searchsorted(r, share * np.arange(1, size) + 1)",
+         "test_distributed.py test_the_gradient_is_that_of_one_process 2- _embed"),
+        ("a rank's own rows are added twice",
+         "        by_owner[rank][rank] = by_owner[rank][rank][:0]  # what this rank owns stays\n", "",
+         "test_distributed.py test_the_gradient_is_that_of_one_process 2- _embed"),
+        ("rows that were sent are sent again", "        grad[self.mine] = 0\n", "",
+         "test_distributed.py test_the_steps_taken 2- _embed"),
+        ("Adam steps on even steps", "adam_is_due = step % 2 == 1", "adam_is_due = step % 2 == 0",
+         "test_optimizer.py test_adams_parameters_rest"),
+        ("tied: the embedding's gradient is lost", "            head.grad += embed.grad.T\n", "",
+         "test_optimizer.py test_tied_weights_learn"),
+        ("unties a step late", "if step >= self.untie_step:", "if step > self.untie_step:",
+         "test_optimizer.py test_the_embedding_is_the_heads_transpose"),
+        ("untied: the second moment starts anew", '        for state in ("m", "v"):\n            full',
+         '        for state in ("m",):\n            full', "test_optimizer.py test_the_embedding_goes_on"),
+        # Data
+        ("a shard may be longer than its header says", "size != HEADER_BYTES + 2 * tokens",
+         "size < HEADER_BYTES + 2 * tokens", "test_loader.py test_a_file_that_is_not_a_whole_shard"),
+        ("the first id beyond the vocabulary is read", "if count and tokens.max() >= vocab_size:",
+         "if count and tokens.max() > vocab_size:", "test_loader.py test_an_id_outside"),
+        ("the document that goes on beyond the first scan is dealt short", "self.index = starts[:-1], lengths[:-1]",
+         "self.index = starts, lengths", "test_loader.py test_any_lengths"),
+        ("the first steps wait for the whole scan", "if self.whole_index and self.whole_index.done():",
+         "if self.whole_index:", "test_loader.py test_early_steps"),
+        ("a micro-batch lacks its last target", "np.searchsorted(ends, before + num_tokens + 1)",
+         "np.searchsorted(ends, before + num_tokens)", "test_loader.py test_any_lengths"),
+        ("a document that was cut is dealt again", "            first = last + 1\n", "            first = last\n",
+         "test_loader.py test_documents_are_dealt_in_order"),
+        ("documents are cut a token late", "lengths = np.minimum(lengths, max_seq_len)",
+         "lengths = np.minimum(lengths, max_seq_len + 1)", "test_loader.py test_documents_are_cut"),
+        ("the epoch counts up a file early", "1 + (self.files_begun - 1) // len(self.paths)",
+         "1 + self.files_begun // len(self.paths)", "test_loader.py test_when_the_files_run_out"),
+        ("a run that goes on begins the shard anew", "        self.shard.next_document = document\n", "",
+         "test_loader.py test_from_any_steps_position"),
+        ("every rank takes the first micro-batches", "for arrays in dealt[rank::ranks]", "for arrays in dealt[::ranks]",
+         "test_loader.py test_a_rank_takes_every_size_th"),
+        ("validation: a document ends a token early", "1 + np.flatnonzero(chunk[1:-1] == hp.bos)",
+         "np.flatnonzero(chunk[1:-1] == hp.bos)", "test_loader.py test_the_documents_of_a_validation_chunk"),
+        ("validation: ranks overlap", "range(T * world.rank, hp.val_tokens, T * world.size)",
+         "range(T * world.rank, hp.val_tokens, T)", "test_loader.py test_ranks_cover_every_validation_chunk"),
+        # Schedule
+        ("unties on an even step", "next(untie, hp.total_steps) | 1", "next(untie, hp.total_steps)",
+         "test_schedule.py untie"),
+        ("a stage begins a step late", "if step >= start)", "if step > start or not i)",
+         "test_schedule.py test_a_stages_row_says"),
+        ("documents are cut as in no stage", "min(self.stage(step).max_seq_len, self.hp.train_max_seq_len)",
+         "self.hp.train_max_seq_len", "test_loader.py test_a_stage_cuts"),
+        ("the learning rate of the first stage", "(1 - t) * self.stage(step).lr", "(1 - t) * self.hp.stages[0].lr",
+         "test_schedule.py test_the_learning_rate_is_the_stages"),
+        ("the cooldown takes the rest of the run", "start = int(end * (1 - self.hp.cooldown_frac))",
+         "start = int(end * self.hp.cooldown_frac)", "test_schedule.py test_in_the_cooldown"),
+        ("momentum cools down before the extension", "self.hp.total_steps - self.cooldown)",
+         "self.scheduled - self.cooldown)", "test_schedule.py test_momentum_rises"),
+        ("multi-token weights move from the run's start", "t = (step - self.starts[i]) / max", "t = step / max",
+         "test_schedule.py test_multi_token_weights"),
+        ("short and long window change places", '"short": short * self.hp.window_block, "long": long *',
+         '"short": long * self.hp.window_block, "long": short *', "test_schedule.py test_windows_are_counted"),
+        # Train
+        ("grad_scale is taken as 1", "self.grad_scale = hp.grad_scale / MICRO_BATCHES",
+         "self.grad_scale = 1.0 / MICRO_BATCHES", "test_distributed.py test_the_optimizer_sees_an_eighth 1-"),
+        ("grad_scale is not shared by the micro-batches", "self.grad_scale = hp.grad_scale / MICRO_BATCHES",
+         "self.grad_scale = hp.grad_scale / world.grad_accum_steps",
+         "test_distributed.py test_the_optimizer_sees_an_eighth 2-"),
+        ("frequencies follow the short window",
+         "self.model.yarn.grow(old.long_window * block, new.long_window * block)",
+         "self.model.yarn.grow(old.short_window * block, new.short_window * block)",
+         "test_training.py test_rotary_frequencies"),
+        ("validation: a rank's own tokens only",
+         "        if self.world.size > 1:\n            dist.all_reduce(total)\n", "",
+         "test_distributed.py test_two_processes_in_bfloat16"),
+        ("the warm-up trains the model", "        self.model.load_state_dict(saved)\n", "",
+         "test_training.py test_warm_up_puts_back float32"),
+        ("the warm-up leaves the rotary frequencies", "        self.model.yarn.reset()\n        self.stage_index = 0",
+         "        self.stage_index = 0", "test_training.py test_warm_up_puts_back float32"),
+        ("a validation sees as far as the stage to come", "schedule.windows(max(step - 1, 0))",
+         "schedule.windows(step)", "test_training.py test_validation_sees"),
+        ("the final validation has the windows of training", "schedule.window_tokens(*FINAL_WINDOWS) if last else",
+         "schedule.windows(step - 1) if last else", "test_training.py test_validation_sees"),
+        ("steps have no line in the log",
+         '            log.step(step + 1, f"step:{step + 1}/{hp.total_steps} {clock.text(step + 1)}")\n', "",
+         "test_faults.py test_a_log_says_what"),
+        ("a gradient that is infinite is none of its business", "if not math.isfinite(value)]", "if math.isnan(value)]",
+         "test_faults.py test_a_number_that_is_not_finite poison_gradient"),
+        ("the oldest checkpoints are kept", "for old in done[:-CHECKPOINTS_KEPT] + unfinished:",
+         "for old in done[CHECKPOINTS_KEPT:] + unfinished:", "test_faults.py test_the_newest_two_checkpoints"),
+        ("the clock forgets what it had", "self.elapsed += 1000 * (time.perf_counter() - self.since)",
+         "self.elapsed = 1000 * (time.perf_counter() - self.since)", "test_training.py test_the_clock_leaves_out"),
+        # Log
+        ("a letter that the terminal lacks ends the run", 'text.encode(self.stream.encoding, "backslashreplace")',
+         "text.encode(self.stream.encoding)", "test_faults.py test_a_terminal_shows_letters"),
+        ("the log's lock is not taken", "fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+         "test_faults.py test_a_second_process_that_goes_on"),
+        ("a line that a full disk does not take is dropped", 'self.unwritten += text.encode(errors="replace") + b"\\n"',
+         'self.unwritten = text.encode(errors="replace") + b"\\n"', "test_faults.py test_when_the_disk_has_room_again"),
+        ("a log that was removed comes back empty", "self.unwritten = old.read() + self.unwritten",
+         'self.unwritten = b"" + self.unwritten', "test_faults.py test_a_log_folder_that_is_removed"),
+        # Checkpoints
+        ("a checkpoint is written in place", 'temporary, digest = path.with_suffix(".part"), hashlib.sha256()',
+         "temporary, digest = path, hashlib.sha256()", "test_faults.py test_a_process_killed_at_any_moment"),
+        ("a checksum is as good as another", "sound = file.read() == digest.digest()",
+         "sound = len(file.read()) == len(digest.digest())", "test_fuzz.py test_a_checkpoint_with_any_bytes_changed"),
+        ("a checkpoint may execute code", "mmap=True, weights_only=True)", "mmap=True, weights_only=False)",
+         "test_faults.py test_nothing_in_a_checkpoint"),
+        ("a run goes on from its oldest checkpoint", "for path in reversed(checkpoints_of(run_id, folder)):",
+         "for path in checkpoints_of(run_id, folder):", "test_faults.py test_the_hyperparameters_are_the_checkpoints"),
+        ("a run goes on with another learning rate", "if saved.get(key) != getattr(hp, key):", "if key not in saved:",
+         "test_faults.py test_what_contradicts adam_lr"),
+        ("a run goes on with other files", 'require(shard in by_words, f"--{name}', 'require(by_words, f"--{name}',
+         "test_faults.py test_other_files_than gone-train"),
+        # Watch
+        ("a run that was stopped has ended well", 'self.end(143, f"train_gpt.py', 'self.end(0, f"train_gpt.py',
+         "test_faults.py test_sigterm_leaves [1]"),
+        ("a run that failed has ended well",
+         'end = 1, f"train_gpt.py: error: {self._where(self.rank)}{reason_of(error)}", details',
+         'end = 0, f"train_gpt.py: error: {self._where(self.rank)}{reason_of(error)}", details',
+         "test_errors.py test_three_processes_are_refused_by"),
+        ("the reason is not in the log", 'self.log.write((details if first else "") + message, console=False)', "pass",
+         "test_faults.py test_a_single_process_that_hangs"),
+        ("the end of the terminal ends what nohup started", "if signal.getsignal(number) is not signal.SIG_IGN:",
+         "if True:", "test_faults.py test_a_terminal_that_goes_away"),
+        ("a hang is none", "now - self.moved > self.hang_timeout:", "self.moved - now > self.hang_timeout:",
+         "test_faults.py test_a_single_process_that_hangs"),
+        # World check
+        ("the last validation token's target may be missing", "if val_tokens < hp.val_tokens + 1:",
+         "if val_tokens < hp.val_tokens:", "test_errors.py short validation set"),
+        ("the first line of stages says where they end", "' '.join(map(str, schedule.starts))",
+         "' '.join(map(str, schedule.ends))", "test_command_line.py test_the_summary_says"),
+        ("FP8 takes tokens in eights", "if fp8 and stage.tokens % (16 * MICRO_BATCHES):",
+         "if fp8 and stage.tokens % (8 * MICRO_BATCHES):", "test_command_line.py test_what_a_gpu_run_lacks"),
+        ("ranks may differ in grad_scale", 'if name not in ("log_dir", *FILES)}',
+         'if name not in ("log_dir", "grad_scale", *FILES)}', "test_faults.py test_what_differs_between_ranks"),
+        ("ranks may differ in the program",
+         '    facts["train_gpt.py"] = f"sha256 {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"\n', "",
+         "test_faults.py test_another_source_version"),
+        # Bench
+        ("bench: a time that overlaps counts twice", "total += max(0.0, end - max(start, reached))",
+         "total += end - start", "test_bench.py test_time_counts_once"),
+        ("bench: the median of even and odd steps together",
+         "kinds = [[ms for step, ms in times if step % 2 == odd] for odd in (0, 1)]",
+         "kinds = [[ms for _, ms in times]]", "test_bench.py test_even_and_odd"),
+        ("bench: W_o is in FP8", "(mlp + attention * 3 // 4)", "(mlp + attention)",
+         "test_bench.py test_a_product_takes"),
+        # main
+        ("the log does not say what it ran on", '        log.write("\\n".join(summary), console=False)\n', "",
+         "test_faults.py test_a_log_says_what"),
+    ],
+    "run.sh": [
+        ("three processes share a step", "1 | 2 | 4 | 8) ;;", "1 | 2 | 3 | 4 | 8) ;;",
+         "test_run_sh.py test_a_wrong_count NGPU-3"),
+        ("104 shards", "$shards -le 103 ]]", "$shards -le 104 ]]",
+         "test_run_sh.py test_a_wrong_count TRAIN_SHARDS-104"),
+        ("takes all of six GPUs", "for n in (1, 2, 4, 8) if n <= max(gpus, 1))",
+         "for n in (1, 2, 4, 6, 8) if n <= max(gpus, 1))", "test_run_sh.py test_on_gpus_it_fetches"),
+        ("fetches FineWeb for a validation file of one's own", '{"train_files", "val_files"} & overrides.keys()',
+         '{"train_files"} & overrides.keys()', "test_run_sh.py test_a_run_that_is_resumed"),
+        ("--resume=auto never fetches",
+         'resumes = hp.resume != "auto" or train_gpt.checkpoints_of(hp.run_id, Path(hp.log_dir))',
+         "resumes = bool(hp.resume)", "test_run_sh.py test_resume_auto"),
+        ("ranks meet at the host's name", "--rdzv_endpoint=127.0.0.1:0 --local-addr=127.0.0.1 ",
+         "--rdzv_endpoint=127.0.0.1:0 --local-addr=$(hostname) ", "test_run_sh.py test_processes_of_one_host"),
+    ],
+    "data/cached_fineweb10B.py": [
+        ("train shards count from 0", "for i in range(1, num_train + 1))", "for i in range(num_train))",
+         "test_data_scripts.py test_download_names_shards"),
+        ("an expired token is an error like others", "return status in (401, 403)", "return status in (403,)",
+         "test_data_scripts.py test_a_token_that_the_hub_refuses"),
+        ("a shard that came out wrong is kept", "            if problem is None:\n                os.replace",
+         "            if again or problem is None:\n                os.replace",
+         "test_data_scripts.py test_download_deletes"),
+        ("does not wait for another download",
+         '            tell(f"waiting for another download into {folder}")\n            lock.acquire()\n',
+         '            tell(f"waiting for another download into {folder}")\n',
+         "test_data_scripts.py test_of_two_downloads"),
+    ],
+    "data/sample.py": [
+        ("validation documents are trained on", "if i % VAL_EVERY != VAL_EVERY - 1]", "if i % VAL_EVERY]",
+         "test_data_scripts.py test_sample_decodes"),
+        ("a byte's id is another's", '*range(ord("¡"), ord("¬") + 1)', '*range(ord("¡"), ord("¬"))',
+         "test_data_scripts.py test_sample_ids"),
+    ],
+    "data/shards.py": [
+        ("a shard is written in place", 'temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")',
+         "temporary = path", "test_data_scripts.py test_a_failed_write"),
+        ("more bytes than promised are no problem", "if size > expected:", "if size > 2 * expected:",
+         "test_data_scripts.py test_shard_problem_says"),
+        ("the first id beyond the vocabulary is none", "if highest >= vocab_size:", "if highest > vocab_size:",
+         "test_data_scripts.py test_shard_problem_finds"),
+    ],
+    "data/tokenize_text.py": [
+        ("a separator across two pieces is not found", "end = len(buffer) - max(longest - 1, 1)",
+         "end = len(buffer) - 1", "test_data_scripts.py test_separators_are_found"),
+        ("<|endoftext|> in a text begins a document", "encoding.encode_ordinary(piece.text)",
+         'encoding.encode(piece.text, allowed_special="all")', "test_data_scripts.py test_a_literal_endoftext"),
+        ("workers' results come in another order", "starts, future = waiting.popleft()",
+         "starts, future = waiting.pop()", "test_data_scripts.py test_the_result_does_not_depend"),
+        ("validation has its share of the training tokens", "args.val_fraction * (val.total + train.total)",
+         "args.val_fraction * train.total", "test_data_scripts.py test_validation_gets"),
+        ("old shards stay beside new ones", "            path.unlink()\n        for path in existing_shards(staging",
+         "            pass\n        for path in existing_shards(staging",
+         "test_data_scripts.py test_existing_shards_are_kept"),
+    ],
+    "data/verify.py": [
+        ("what is wrong ends well", "return 1 if verify(args.folder", "return 0 if verify(args.folder",
+         "test_verify.py test_a_shard_that_is_wrong"),
+        ("a shard need have no document", "goes_on=set_of(path) == sound_set", "goes_on=True",
+         "test_verify.py test_a_shard_without_documents"),
+        ("a sum without its shard is no matter", 'wrong += 1\n        tell(f"{name!r}', 'tell(f"{name!r}',
+         "test_verify.py test_checksums_are_those"),
+    ],
+    "records/answer.py": [
+        ("height and slope of a line are taken as independent", "(x - self.x0) ** 2 / self.spread)",
+         "(x**2 + self.x0**2) / self.spread)", "test_race.py test_time_to_the_target_and_its_error"),
+        ("two parameters of a line cost one degree of freedom", "math.sqrt(rest / (n - 2))",
+         "math.sqrt(rest / (n - 1))", "test_race.py test_time_to_the_target_and_its_error"),
+        ("the ratio is the first contestant's to this one's", "ratio = self.seconds / first.seconds",
+         "ratio = first.seconds / self.seconds", "test_race.py test_a_race_of_known_laws"),
+        ("a run's time is one GPU's", "return run.seconds * max(len(run.gpus), 1)", "return run.seconds",
+         "test_race.py test_time_to_the_target_follows"),
+        ("the time's own error is left out", "math.hypot(time.slope * at * u_error, time.error_at(at))",
+         "time.slope * at * u_error", "test_race.py test_time_to_the_target_and_its_error"),
+        ("a target is never outside", "outside = not min(steps) <= at <= max(steps)", "outside = not 0 <= at",
+         "test_race.py test_time_to_the_target_and_its_error"),
+        ("t-interval with n degrees of freedom", "quantile(s.n - 1) * s.error", "quantile(s.n) * s.error",
+         "test_race.py test_a_race_of_known_laws"),
+        ("a one-sided interval", "t.ppf(0.975, degrees)", "t.ppf(0.95, degrees)",
+         "test_race.py test_a_race_of_known_laws"),
+        ("old minus new", "[of(new) - of(old) for new, old in pairs]", "[of(old) - of(new) for new, old in pairs]",
+         "test_race.py test_a_race_of_known_laws"),
+        ("noise is a difference", "if abs(value) <= half else", "if abs(value) <= half / 9 else",
+         "test_race.py test_a_difference_within"),
+    ],
+    "records/picture.py": [
+        ("a lower loss stands higher", "self.height * (self.losses[1] - loss)", "self.height * (loss - self.losses[0])",
+         "test_records.py test_the_readmes_picture"),
+        ("time of one GPU of several", "(max(gpus) * group.time_at(step), group.loss_at(step))",
+         "(group.time_at(step), group.loss_at(step))", "test_records.py test_programs_beside"),
+    ],
+    "records/race.py": [
+        ("counts of steps are cut off, not rounded", "max(round(value * length), min(value, 1))",
+         "max(int(value * length), min(value, 1))", "test_race.py test_a_length_is_a_share"),
+        ("every round has seed 0", '{"seed": str(job.round)}', '{"seed": "0"}', "test_race.py test_runs_are_dealt"),
+        ("pairs with the first round's run", "self.logs[job._replace(name=self.names[0])]",
+         "self.logs[job._replace(name=self.names[0], round=0)]", "test_race.py test_a_race_of_known_laws"),
+        ("a race that was killed forgets who had which card",
+         '                self.count(Job(*entry["job"]), entry["card"], entry["seconds"])\n',
+         '                Job(*entry["job"])\n', "test_race.py test_a_card_takes"),
+        ("two races at work in one folder", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+         "fcntl.flock(file, fcntl.LOCK_SH)", "test_race.py test_a_killed_race"),
+        ("a run that was cut short counts", "if new.complete and old.complete]", "]",
+         "test_race.py test_a_contestant_that_fails"),
+        ("a race with failures has ended well", "return int(bool(missing))", "return 0",
+         "test_race.py test_a_contestant_that_fails"),
+        ("one failure and a contestant is out", "LAST_FAILURE = 2", "LAST_FAILURE = 1",
+         "test_race.py test_a_contestant_that_fails"),
+    ],
+    "records/report.py": [
+        ("--check never fails", '        return 1\n    print(f"{len(found)} records',
+         '        return 0\n    print(f"{len(found)} records', "test_records.py test_history_check_fails"),
+        ("a slower run is faster", '"faster" if c.time < 0 else "slower"', '"faster" if c.time > 0 else "slower"',
+         "test_records.py test_the_seeds_figures"),
+        ("no complete run ends well", "return 0 if group.counted else 1", "return 0",
+         "test_records.py test_what_is_no_file"),
+    ],
+    "records/rerun.py": [
+        ("settings of one log are all logs'", "alike = set.intersection(", "alike = set.union(",
+         "test_race.py test_rerun_uses"),
+        ("this repository's data wins over the user's", "return {**settings, **given}", "return {**given, **settings}",
+         "test_race.py test_rerun_looks_for_data"),
+        ("the first of several sources runs", "if len(sources) > 1:", "if len(sources) > 2:",
+         "test_race.py test_rerun_refuses"),
+    ],
+    "records/runlog.py": [
+        ("seconds are read as milliseconds", '"s": 1e3,', '"s": 1.0,',
+         "test_records.py test_public_logs_in_other_forms"),
+        ("text of a log steers the terminal", 'c if c.isprintable() else "?" for c in text[', "c for c in text[",
+         "test_records.py test_text_of_a_log"),
+        ("the lost steps of a resumed run count", 'if int(m[1]) <= limit else "lost"', 'if int(m[1]) >= 0 else "lost"',
+         "test_records.py test_steps_beyond"),
+        ("a two-sided p-value", 'alternative="less"', 'alternative="two-sided"',
+         "test_records.py test_the_seeds_figures"),
+        ("the standard error is the deviation", "return self.std / self.n**0.5 if", "return self.std if",
+         "test_records.py test_the_steps_saved"),
+        ("n degrees of freedom", "t.sf(distance * n**0.5, n - 1)", "t.sf(distance * n**0.5, n)",
+         "test_records.py test_how_many_runs"),
+        ("a quarter run is compared with a whole one", "< 1.5 * min(*self.steps, *other.steps)",
+         "< 15 * min(*self.steps, *other.steps)", "test_records.py test_records_are_compared"),
+        ("a run on seven GPUs is a record", "len(run.gpus) == GPUS and all(", "run.gpus and all(",
+         "test_records.py test_gpus_of_the_right_kind"),
+        ("overrides are no matter", 'Rule("no overrides", not changed,', 'Rule("no overrides", True,',
+         "test_records.py test_each_rule_can_be_broken"),
+        ("the oldest record of the setting", "for record in reversed(records):", "for record in records:",
+         "test_records.py test_watch_compares"),
+    ],
+    "records/submit.py": [
+        ("logs of different sources are one record", "if run.source != runs[0].source:", "if run.source != run.source:",
+         "test_records.py test_refused_with_nothing_left"),
+        ("a name may be taken on another day", "if p.name[11:].lower() == name.lower()]",
+         'if p.name == f"{day}_{name}"]', "test_records.py test_refused_with_nothing_left"),
+        ("of a race the shortest length", "max(told['lengths'])", "min(told['lengths'])",
+         "test_race.py test_submit_makes"),
+    ],
+    "records/watch.py": [
+        ("behind is ahead", "'ahead' if ahead >= 0 else 'behind'", "'ahead' if ahead <= 0 else 'behind'",
+         "test_records.py test_watch_tells"),
+        ("the time left does not follow the pace against the record",
+         "return (old.time.mean - there) * run.times[run.step] / 1000 / there", "return old.time.mean - there",
+         "test_records.py test_watch_tells"),
+        ("giving up ends well", "            return 1\n        time.sleep(interval)",
+         "            return 0\n        time.sleep(interval)", "test_records.py test_watch_gives_up"),
+    ],
+}
+# fmt: on
+FAULTS = [Fault(file, *fault) for file, faults in PLANTED.items() for fault in faults]
+
+
+def room(fault: Fault) -> str:
+    """Where it stands: in train_gpt.py under which banner, else the file."""
+    banners = re.findall(r"^# ={20,}\n# (\w[^:\n]*)", (ROOT / fault.file).read_text().partition(fault.old)[0], re.M)
+    return banners[-1] if fault.file == "train_gpt.py" and banners else fault.file
+
+
+def misfits() -> list[str]:
+    """Faults that cannot be planted, and why."""
+    found = []
+    for fault in FAULTS:
+        count = (ROOT / fault.file).read_text().count(fault.old)
+        if count != 1 or fault.old == fault.new:
+            found.append(f"{fault.file}, {fault.name}: its text occurs {count} times instead of once: {fault.old!r}")
+    names = [fault.name for fault in FAULTS]
+    return found + [f"two faults are called {name!r}" for name in {*names} if names.count(name) > 1]
+
+
+def copy_repository(folder: Path) -> Path:
+    """The files that git knows, as they are now."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+    for name in filter(None, os.fsdecode(listed).split("\0")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def pytest(folder: Path, *arguments: str, seconds: float = 10 * PATIENCE) -> tuple[int | None, str]:
+    """Exit status, None if it took too long, and output; no process is left."""
+    basetemp = folder.parent / f"{folder.name}.tmp"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={basetemp}", *arguments]
+    # Compiled files are told by their source's second of change and length: a fault may share both.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.Popen(
+        command, cwd=folder / "tests", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True,
+    )  # fmt: skip
+    try:
+        output = process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        return None, ""
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        shutil.rmtree(basetemp, ignore_errors=True)
+    return process.returncode, output
+
+
+def verdict(status: int | None) -> str:
+    """What an exit status of pytest says about the fault."""
+    if status is None or status < 0:
+        return "seen (hangs)" if status is None else f"seen ({signal.Signals(-status).name})"
+    return {0: "SURVIVED", 1: "seen"}.get(status, f"ERROR: pytest's exit status is {status}")
+
+
+def select(folder: Path, faults: list[Fault]) -> dict[str, list[str]]:
+    """For what stands in the column `tests` the tests' names, as pytest lists them."""
+    files = sorted({fault.tests.split()[0] for fault in faults})
+    status, output = pytest(folder, "--collect-only", *files)
+    names = [line.removeprefix("tests/") for line in output.splitlines() if "::" in line]
+    cases = Counter(name.partition("[")[0] for name in names)
+    found = {}
+    for text in sorted({fault.tests for fault in faults}):
+        file, *words = text.split()
+        chosen = [name for name in names if name.startswith(f"{file}::") and all(word in name for word in words)]
+        # All cases of a test by its name alone: that of a case may hold anything, and change from time to time.
+        whole = {test for test, n in Counter(name.partition("[")[0] for name in chosen).items() if n == cases[test]}
+        found[text] = sorted(whole) + [name for name in chosen if name.partition("[")[0] not in whole]
+    if status:
+        sys.exit(output[-3000:])
+    if missing := [text for text, chosen in found.items() if not chosen]:
+        sys.exit(f"no tests are called {'; '.join(missing)}")
+    return found
+
+
+def main() -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-k", default="", metavar="WORD", help="faults with it in name, file or room only")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="faults at a time (default 1)")
+    parser.add_argument("--list", action="store_true", help="print the faults, plant none")
+    options = parser.parse_args()
+    if found := misfits():
+        sys.exit("\n".join(found))
+    faults = [fault for fault in FAULTS if options.k.lower() in f"{room(fault)} {fault.file} {fault.name}".lower()]
+    if options.list or not faults:
+        print(*(f"{room(fault)}: {fault.name}: {fault.tests}" for fault in faults), sep="\n")
+        return 0
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutants.") as temporary:
+        folders: queue.Queue[Path] = queue.Queue()
+        for job in range(options.jobs):
+            folders.put(copy_repository(Path(temporary, str(job))))
+        first = folders.queue[0]
+        tests = select(first, faults)
+        status, output = pytest(first, *sorted({name for names in tests.values() for name in names}))
+        if status:
+            sys.exit(f"{output[-6000:]}\nthese tests fail without a fault: nothing planted")
+        print(f"without a fault: {output.splitlines()[-1]}", flush=True)
+
+        def plant(fault: Fault) -> str:
+            folder, started = folders.get(), time.monotonic()
+            path = folder / fault.file
+            sound = path.read_text()
+            try:
+                path.write_text(sound.replace(fault.old, fault.new))
+                said = verdict(pytest(folder, "-x", *tests[fault.tests], seconds=PATIENCE)[0])
+            finally:
+                path.write_text(sound)
+                folders.put(folder)
+            print(f"{said:8} {room(fault)}: {fault.name} ({time.monotonic() - started:.0f} s)", flush=True)
+            return said
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            said = dict(zip(faults, pool.map(plant, faults), strict=True))
+    rooms = list(dict.fromkeys(map(room, faults)))
+    print("\n| room | planted | seen |\n| --- | --- | --- |")
+    for name in [*rooms, "all"]:
+        of = [said[fault] for fault in faults if name in (room(fault), "all")]
+        print(f"| {name} | {len(of)} | {sum(text.startswith('seen') for text in of)} |")
+    through = [fault.name for fault in faults if not said[fault].startswith("seen")]
+    print(f"\n{time.monotonic() - begin:.0f} s; survived: {', '.join(through) or 'none'}")
+    return 1 if through else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
