@@ -872,9 +872,9 @@ def test_what_a_preset_needs_fills_a_step_whatever_the_documents(tmp_path, prese
 
 def test_paths_below_the_data_root_are_printed_as_the_program_takes_them(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("DATA_PATH", "~/root")
+    monkeypatch.setenv("DATA_PATH", "~/base")
     jsonl(tmp_path / "a.jsonl", ["the day " * 900] * 30)
-    assert tokenize("~/a.jsonl", "--out", "~/root/mine") == 0
+    assert tokenize("~/a.jsonl", "--out", "~/base/mine") == 0
     assert "--train_files=mine/text_train_*.bin" in shlex.split(capsys.readouterr().out)
 
 
