@@ -233,7 +233,7 @@ PLANTED = {
         ("the first id beyond the vocabulary is read", "if count and tokens.max() >= vocab_size:",
          "if count and tokens.max() > vocab_size:", "test_loader.py test_an_id_outside"),
         ("the document that goes on beyond the first scan is dealt short", "self.index = starts[:-1], lengths[:-1]",
-         "self.index = starts, lengths", "test_loader.py test_any_lengths"),
+         "self.index = starts, lengths", "test_loader.py test_the_document_in_which"),
         ("the first steps wait for the whole scan", "if self.whole_index and self.whole_index.done():",
          "if self.whole_index:", "test_loader.py test_early_steps"),
         ("a micro-batch lacks its last target", "np.searchsorted(ends, before + num_tokens + 1)",

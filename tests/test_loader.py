@@ -412,6 +412,13 @@ def test_early_steps_do_not_wait_for_the_whole_index_of_the_first_shard(tmp_path
         assert_dealt((batch.epoch, batch.micro_batches), hand)
 
 
+def test_the_document_in_which_the_first_scan_ends_is_dealt_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt, "FIRST_SCAN", 230)  # 13 tokens into the last of 8 documents
+    (path,) = write_texts(tmp_path, [text_of([31] * 7 + [100])])
+    shard = train_gpt.Shard(path, Hyperparameters(), scan_all=False)
+    assert shard.deal(30, 2048) == [(i, i + 1) for i in range(8)]
+
+
 def test_the_cut_changes_while_the_whole_index_is_still_being_made(tmp_path, blocked_scan):
     texts = [text_of(ordinary_lengths(4, 400)), text_of(ordinary_lengths(5, 200))]
     paths, sizes = write_texts(tmp_path, texts), [*[(40, 30)] * 3, *[(40, 64)] * 3, *[(40, 20)] * 60]
