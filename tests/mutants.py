@@ -441,7 +441,7 @@ PLANTED = {
         ("old minus new", "[of(new) - of(old) for new, old in pairs]", "[of(old) - of(new) for new, old in pairs]",
          "test_race.py test_a_race_of_known_laws"),
         ("noise is a difference", "if abs(value) <= half else", "if abs(value) <= half / 9 else",
-         "test_race.py test_a_difference_within"),
+         "test_race.py test_what_is_not_beyond"),
     ],
     "records/picture.py": [
         ("a lower loss stands higher", "self.height * (self.losses[1] - loss)", "self.height * (loss - self.losses[0])",
