@@ -1718,6 +1718,7 @@ def gate_network(x, w_in, w_out, bias, kept: dict[str, Tensor], layers: tuple[La
     kept: what is weighed, by name. All layers' sums are made here at once: backward, one kernel then sums up the
     gradients of what is kept, instead of each layer writing and adding its own. Source: MUDD, arXiv 2502.12170.
     """
+    # No empty groups: PyTorch 2.11 can't compile a split that has them.
     sizes = [len(group) for layer in layers for group in gate_groups(layer, num_heads) if group]
     hidden = F.gelu(F.linear(x, w_in))
     gates = iter((GATE_SCALE * (F.linear(hidden, w_out[: sum(sizes)]) + bias[: sum(sizes)])).split(sizes, -1))
