@@ -33,8 +33,8 @@ SPEEDRUN = TrainingSchedule(Hyperparameters())
 # ---------------------------------------------------------------------------- stages
 
 
-def test_three_stages_of_450_steps_are_followed_by_an_extension_of_38():
-    assert SPEEDRUN.starts == (0, 450, 900, 1350) and SPEEDRUN.hp.total_steps == 1388
+def test_three_stages_that_share_2240_steps_are_followed_by_an_extension_of_64():
+    assert SPEEDRUN.starts == (0, 746, 1492, 2240) and SPEEDRUN.hp.total_steps == 2304
     assert [stage.share for stage in STAGES] == [1, 1, 1, None]
 
 
@@ -46,45 +46,45 @@ def test_stages_are_thirds_rounded_down_and_the_last_has_the_rest():
 
 
 def test_embedding_and_head_untie_at_the_first_odd_step_of_stage_3():
-    for scheduled, step in ((1350, 901), (380, 253), (1512, 1009), (1518, 1013), (3, 3), (6, 5)):
+    for scheduled, step in ((2240, 1493), (380, 253), (1512, 1009), (1518, 1013), (3, 3), (6, 5)):
         assert TrainingSchedule(Hyperparameters(num_scheduled_iterations=scheduled)).untie_step == step
 
 
-def test_the_batch_grows_from_131072_tokens_to_three_times_that():
-    assert [stage.tokens for stage in STAGES] == [131_072, 262_144, 393_216, 393_216]
-    tokens = sum(SPEEDRUN.stage(step).tokens for step in range(1388))
-    assert tokens == 450 * (131_072 + 262_144 + 393_216) + 38 * 393_216
+def test_the_batch_grows_from_65536_tokens_to_three_times_that():
+    assert [stage.tokens for stage in STAGES] == [65_536, 131_072, 196_608, 196_608]
+    tokens = sum(SPEEDRUN.stage(step).tokens for step in range(2304))
+    assert tokens == 746 * (65_536 + 131_072) + (748 + 64) * 196_608
 
 
 def test_documents_are_cut_at_896_tokens_in_the_first_stage_and_at_2048_then():
-    sizes = [SPEEDRUN.size(step) for step in (0, 449, 450, 900, 1350)]
-    assert sizes == [(16_384, 896), (16_384, 896), (32_768, 2048), (49_152, 2048), (49_152, 2048)]
+    sizes = [SPEEDRUN.size(step) for step in (0, 745, 746, 1492, 2240)]
+    assert sizes == [(8192, 896), (8192, 896), (16_384, 2048), (24_576, 2048), (24_576, 2048)]
 
 
 def test_windows_grow_from_stage_to_stage_and_once_more_for_the_final_validation():
-    windows = [SPEEDRUN.windows(step) for step in (0, 450, 900, 1350)]
+    windows = [SPEEDRUN.windows(step) for step in (0, 746, 1492, 2240)]
     assert [w["short"] for w in windows] == [128, 384, 640, 768]
     assert [w["long"] for w in windows] == [384, 896, 1408, 1664]
     assert SPEEDRUN.window_tokens(*FINAL_WINDOWS) == {"short": 768, "long": 2560}
 
 
-def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_540_to_15_hundredths():
-    assert [SPEEDRUN.lr(step) for step in (0, 449, 450, 539, 540)] == [1, 1, 1.52, 1.52, 1.52]
-    for step, multiplier in ((541, 1.52), (899, 1.52), (900, 1.73), (1349, 1.73)):
-        t = (step - 540) / (1350 - 540)
+def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_896_to_15_hundredths():
+    assert [SPEEDRUN.lr(step) for step in (0, 745, 746, 895, 896)] == [0.85, 0.85, 1.2, 1.2, 1.2]
+    for step, multiplier in ((897, 1.2), (1491, 1.2), (1492, 1.5), (2239, 1.5)):
+        t = (step - 896) / (2240 - 896)
         assert SPEEDRUN.lr(step) == pytest.approx((1 - t) * multiplier + 0.15 * t, rel=1e-12)
-    assert {SPEEDRUN.lr(step) for step in (1350, 1360, 1387)} == {0.15}
+    assert {SPEEDRUN.lr(step) for step in (2240, 2250, 2303)} == {0.15}
 
 
-def test_momentum_rises_over_300_steps_and_falls_back_over_the_last_200():
-    expected = {0: 0.85, 150: 0.90, 299: 0.85 + 0.1 * 299 / 300, 300: 0.95, 301: 0.95, 1000: 0.95}
-    expected |= {1187: 0.95, 1188: 0.95, 1189: 0.9495, 1288: 0.90, 1387: 0.8505}
+def test_momentum_rises_over_500_steps_and_falls_back_over_the_last_330():
+    expected = {0: 0.85, 250: 0.90, 499: 0.85 + 0.1 * 499 / 500, 500: 0.95, 501: 0.95, 1000: 0.95}
+    expected |= {1973: 0.95, 1974: 0.95, 1975: 0.95 - 0.1 / 330, 2139: 0.90, 2303: 0.85 + 0.1 / 330}
     assert {step: SPEEDRUN.momentum(step) for step in expected} == pytest.approx(expected, rel=1e-12)
 
 
 def test_three_next_tokens_are_predicted_at_first_and_one_at_last():
-    expected = {0: [1, 0.5, 0.25], 90: [1, 0.5, 0.2], 449: [1, 0.5, 0.25 / 450]}
-    expected |= {450: [1, 0.5], 540: [1, 0.4], 899: [1, 0.5 / 450], 900: [1], 1349: [1], 1350: [1], 1387: [1]}
+    expected = {0: [1, 0.5, 0.25], 373: [1, 0.5, 0.125], 745: [1, 0.5, 0.25 / 746]}
+    expected |= {746: [1, 0.5], 1119: [1, 0.25], 1491: [1, 0.5 / 746], 1492: [1], 2239: [1], 2240: [1], 2303: [1]}
     for step, weights in expected.items():
         assert SPEEDRUN.target_weights(step) == pytest.approx(weights, rel=1e-9)
 
@@ -184,8 +184,8 @@ def test_the_speedruns_hyperparameters():
         train_max_seq_len=2048,
         val_tokens=10_485_760,
         val_batch_size=2_097_152,
-        num_scheduled_iterations=1350,
-        num_extension_iterations=38,
+        num_scheduled_iterations=2240,
+        num_extension_iterations=64,
         length=1.0,
         cooldown_frac=0.6,
         lr_end=0.15,
@@ -201,8 +201,8 @@ def test_the_speedruns_hyperparameters():
         muon_lr=0.023,
         muon_wd=1.2,
         muon_beta2=0.95,
-        muon_momentum_warmup=300,
-        muon_momentum_cooldown=200,
+        muon_momentum_warmup=500,
+        muon_momentum_cooldown=330,
         grad_scale=2.0,
         val_loss_every=250,
         seed=0,
@@ -210,7 +210,7 @@ def test_the_speedruns_hyperparameters():
     assert {name: values[name] for name in expected} == expected
 
 
-def test_the_smoke_run_goes_through_the_same_stages_with_a_256th_of_the_tokens():
+def test_the_smoke_run_goes_through_the_same_stages_with_a_128th_of_the_tokens():
     schedule = TrainingSchedule(Hyperparameters(**PRESETS["smoke"]))
     assert schedule.starts == (0, 12, 24, 36) and schedule.hp.total_steps == 40
     assert [schedule.tokens(step) for step in schedule.starts] == [64, 128, 192, 192]
