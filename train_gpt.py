@@ -1498,20 +1498,16 @@ def attention_backward_q_kernel(
     tl.store(delta_ptr + by_head, delta, mask=rows < N)
     if XSA:
         own, square, t = own_values(own_desc, xsa_ptr, row, head, N, H, D, BLOCK_Q)
-        share = tl.load(share_ptr + by_head, mask=rows < N, other=0.0)
-        along = tl.sum(grad_y.to(tl.float32) * own, 1)
+        share, along = tl.load(share_ptr + by_head, mask=rows < N, other=0.0), tl.sum(grad_y.to(tl.float32) * own, 1)
         r = t * along / tl.maximum(square, 1e-8)
-        grad_y = (grad_y.to(tl.float32) - r[:, None] * own).to(grad_y.dtype)
         place = before_xsa_ptr + (rows.to(tl.int64) * H + head)[:, None] * D + tl.arange(0, D)[None, :]
-        tl.store(place, grad_y, mask=(rows < N)[:, None])
-        tl.debug_barrier()  # read back, the product takes it from shared memory; it would keep 32 registers of a result
+        tl.store(place, grad_y.to(tl.float32) - r[:, None] * own, mask=(rows < N)[:, None])
+        tl.debug_barrier()  # read back, the product takes it from shared memory; a result would keep 32 registers
         grad_y = tl.load(place, mask=(rows < N)[:, None], other=0.0)
-        grad_xsa = ((t * t - 1) * share * along).to(grad_xsa_ptr.dtype.element_ty)
-        tl.store(grad_xsa_ptr + rows * H + head, grad_xsa, mask=rows < N)
-        factors_ptr += by_head
-        tl.store(factors_ptr, -t * share, mask=rows < N)
-        tl.store(factors_ptr + H * N, -r, mask=rows < N)
-        tl.store(factors_ptr + 2 * H * N, 2 * (tl.where(square < 1e-8, 0, 1) - t) * r * share, mask=rows < N)
+        tl.store(grad_xsa_ptr + rows * H + head, (t * t - 1) * share * along, mask=rows < N)
+        tl.store(factors_ptr + by_head, -t * share, mask=rows < N)
+        tl.store(factors_ptr + H * N + by_head, -r, mask=rows < N)
+        tl.store(factors_ptr + 2 * H * N + by_head, 2 * (tl.where(square < 1e-8, 0, 1) - t) * r * share, mask=rows < N)
     lse = tl.load(lse_ptr + by_head, mask=rows < N, other=0.0)
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     for col in range(begin, end, BLOCK_K):
@@ -1556,11 +1552,9 @@ def attention_backward_kv_kernel(
     grad_k_desc.store([row, head * D], (grad_k * scale).to(grad_k_desc.dtype))
     if XSA:
         factors_ptr += head.to(tl.int64) * N + rows
-        of_grad_y = tl.load(factors_ptr, mask=rows < N, other=0.0)
-        of_y = tl.load(factors_ptr + H * N, mask=rows < N, other=0.0)
-        of_v = tl.load(factors_ptr + 2 * H * N, mask=rows < N, other=0.0)
-        grad_y, y = own_grad_y_desc.load([row, head * D]), own_y_desc.load([row, head * D])
-        grad_v += of_grad_y[:, None] * grad_y + of_y[:, None] * y + of_v[:, None] * v
+        grad_v += tl.load(factors_ptr, mask=rows < N, other=0.0)[:, None] * own_grad_y_desc.load([row, head * D])
+        grad_v += tl.load(factors_ptr + H * N, mask=rows < N, other=0.0)[:, None] * own_y_desc.load([row, head * D])
+        grad_v += tl.load(factors_ptr + 2 * H * N, mask=rows < N, other=0.0)[:, None] * v
     grad_v_desc.store([row, head * D], grad_v.to(grad_v_desc.dtype))
 
 
@@ -1603,8 +1597,7 @@ class CausalSelfAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = (torch.empty_like(q) for _ in range(3))
         delta, before_xsa, grad_xsa, factors = torch.empty_like(lse), grad_y, None, None
         if xsa is not None:
-            before_xsa, grad_xsa = torch.empty_like(q), torch.empty_like(xsa)
-            factors = lse.new_empty(3, H, N)
+            before_xsa, grad_xsa, factors = torch.empty_like(q), torch.empty_like(xsa), lse.new_empty(3, H, N)
         tiles = dict(XSA=xsa is not None, D=D, **ATTENTION_BACKWARD_Q_TILES)
         grad_y_desc, y_desc, q_desc, own_desc, out_desc = attention_tiles(tiles["BLOCK_Q"], grad_y, y, q, v, grad_q)
         k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
@@ -1622,11 +1615,8 @@ class CausalSelfAttention(torch.autograd.Function):
 
 
 def attend(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor | None = None) -> Tensor:
-    """Causal attention inside each document, to `window` tokens before each token: q, k, v (N, H, D) -> (N, H, D).
-
-    xsa: gates of exclude_own_value, before tanh, (N, H), or (T, H) of heads that are interleaved in pairs.
-    """
-    xsa = None if xsa is None else xsa.reshape(q.shape[:2])
+    """Causal attention inside each document, to `window` tokens before each token: q, k, v (N, H, D) -> (N, H, D)."""
+    xsa = None if xsa is None else xsa.reshape(q.shape[:2])  # exclude_own_value's gates, (T, H) also where N is 2T
     if q.is_cuda and q.size(2) >= 16:  # the least a tensor core multiplies
         return CausalSelfAttention.apply(q, k, v, *documents, window, scale, xsa)
     return attend_reference(q, k, v, documents, window, scale, xsa)
@@ -1770,12 +1760,13 @@ def embed_inputs(x, bigram, signs, rows, smear_lambda, smear_gate):
     return norm(torch.cat((x[:1], x[1:] + smear * x[:-1]))), bigram * F.embedding(rows, signs)
 
 
-def gate_network(x, w_in, w_out, bias, kept: dict[str, Tensor], layers: tuple[Layer, ...], num_heads: int):
-    """For each layer gates of XSA and of heads (T, H), sums for values and stream (T, C), None for what it lacks.
+def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias, layers: list[Layer], num_heads: int):
+    """The stream (T, C); by layer gates of XSA and heads (T, H), sums for values and stream (T, C), None for no such.
 
     kept: what is weighed, by name. All layers' sums are made here at once: backward, one kernel then sums up the
     gradients of what is kept, instead of each layer writing and adding its own. Source: MUDD, arXiv 2502.12170.
     """
+    x = join(x, mlp_out, before)
     # No empty groups: PyTorch 2.11 can't compile a split that has them.
     sizes = [len(group) for layer in layers for group in gate_groups(layer, num_heads) if group]
     hidden = F.gelu(F.linear(x, w_in))
@@ -1789,21 +1780,28 @@ def gate_network(x, w_in, w_out, bias, kept: dict[str, Tensor], layers: tuple[La
     def of_heads(layer_has_them):
         return next(gates) if layer_has_them else None
 
-    return [(of_heads(a.xsa), of_heads(a.head_gates), weighed(a.values), weighed(a.adds)) for a in layers]
+    return x, [(of_heads(a.xsa), of_heads(a.head_gates), weighed(a.values), weighed(a.adds)) for a in layers]
+
+
+def normed_input(x, fp8: bool):
+    """The norm of x (T, C); a copy of what value gates look at, so that their gradient is no wider; the norm in FP8."""
+    normed = norm(x)
+    return normed, normed[:, :GATE_DIMS].clone(), (normed.detach() / FP8_X).to(torch.float8_e4m3fn) if fp8 else None
 
 
 def attention_inputs(x, mlp_out, before, normed, w: LayerWeights):
     """The stream (x and mlp_out), what is projected to q, k, v (T, C) with its weight (3C, C), the value gate (T, H).
 
-    normed: what is projected; None: the stream's norm. At the end, for FP8, the input in FP8 and the step of the
-    weight, else nothing.
+    normed: normed_input of what is projected; None: of the stream. At the end, for FP8, the input in FP8 and the step
+    of the weight, else nothing.
     """
     if normed is None:
         x, mlp_out = join(x, mlp_out, before), None
-        normed = norm(x)
+        normed = normed_input(x, bool(w.qkv_fp8))
+    normed, for_gate, in_fp8 = normed
     weight = w.qkv_lambda * torch.cat((w.qk.flatten(0, 1), w.v))
-    value_gate = None if w.value_gate is None else 2 * gate(normed, w.value_gate)
-    fp8 = ((normed.detach() / FP8_X).to(torch.float8_e4m3fn), w.qkv_lambda.detach() * FP8_WEIGHT) if w.qkv_fp8 else ()
+    value_gate = None if w.value_gate is None else 2 * gate(for_gate, w.value_gate)
+    fp8 = (in_fp8, w.qkv_lambda.detach() * FP8_WEIGHT) if w.qkv_fp8 else ()
     return x, mlp_out, normed, weight, value_gate, fp8
 
 
@@ -1889,7 +1887,7 @@ class GPT(nn.Module):
         region = compiler(compile)
         self.embed_inputs = region(embed_inputs)
         self.join = region(join)
-        self.norm = region(norm)
+        self.normed_input = region(normed_input)
         self.gate_network = region(gate_network)
         self.attention_inputs = region(attention_inputs)
         self.layer_outputs = region(layer_outputs)
@@ -1954,19 +1952,18 @@ class GPT(nn.Module):
         )  # fmt: skip
         documents = {False: batch.documents, True: batch.documents.paired()}
         kept, normed, gates = {"x0": x0, "bigram": bigram}, {}, None
-        networks = zip(self.gate_in, self.gate_out, self.gate_bias, strict=True)
-        gated_layers = iter(NETWORK_LAYERS)
+        networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
         # The stream is x, to which the next kernel that reads it adds what the MLP of the layer before has made of it.
         x, mlp_out, before = x0, None, None
         for layer, w in zip(LAYERS, weights, strict=True):
             if layer.gates:
-                x, mlp_out = self.join(x, mlp_out, before), None
-                gates = iter(self.gate_network(x, *next(networks), kept, next(gated_layers), self.num_heads))
+                x, gates = self.gate_network(x, mlp_out, before, kept, *next(networks), self.num_heads)
+                mlp_out, gates = None, iter(gates)
             xsa, head_gates, added_values, added = next(gates) if gates else (None,) * 4
             y = None
             if layer.window:
                 if layer.reads and layer.reads not in normed:
-                    normed[layer.reads] = self.norm(kept[layer.reads])
+                    normed[layer.reads] = self.normed_input(kept[layer.reads], bool(w.qkv_fp8))
                 x, mlp_out, h, weight, value_gate, fp8 = self.attention_inputs(
                     x, mlp_out, before, normed.get(layer.reads), w
                 )
