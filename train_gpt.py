@@ -1386,14 +1386,20 @@ class Documents(NamedTuple):
         return Documents(*((2 * t).repeat_interleave(2) for t in self))
 
 
-def attend_reference(q, k, v, documents: Documents, window: int, scale: float) -> Tensor:
+def exclude_own_value(y, v, gates):
+    """XSA (arXiv 2603.09078): y (N, H, D) less its part along the token's own value v, as far as tanh(gate) says."""
+    share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-8)
+    return y - torch.tanh(gates).unsqueeze(-1) * share * v
+
+
+def attend_reference(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor | None = None) -> Tensor:
     """Masked attention over all pairs, for CPUs."""
     position = torch.arange(len(q), device=q.device)
     first = torch.maximum(documents.starts, position - window)
     mask = (position >= first[:, None]) & (position <= position[:, None])
     heads_first = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale)
-    return out.squeeze(0).transpose(0, 1)
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).squeeze(0).transpose(0, 1)
+    return out if xsa is None else exclude_own_value(out, v, xsa)
 
 
 # The kernels see q, k, v, y as (N, H D) matrices and take tiles of some positions of one head, through Hopper's bulk
@@ -1425,12 +1431,20 @@ def query_range(ends_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.con
     return row // BLOCK_Q * BLOCK_Q, mid, tail, min(tl.load(ends_ptr + last), last + window + 1)
 
 
+@triton.jit
+def own_values(own_desc, xsa_ptr, row, head, N, H, D: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """For XSA of BLOCK_Q queries: their own values, the sums of these' squares, and tanh of the gates."""
+    rows, v = row + tl.arange(0, BLOCK_Q), own_desc.load([row, head * D]).to(tl.float32)
+    gate = tl.load(xsa_ptr + rows * H + head, mask=rows < N, other=0.0).to(tl.float32)
+    return v, tl.sum(v * v, 1), 2 * tl.sigmoid(2 * gate) - 1
+
+
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_kernel(
-    q_desc, k_desc, v_desc, starts_ptr, y_desc, lse_ptr, N, H, window, scale,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    q_desc, k_desc, v_desc, own_desc, starts_ptr, xsa_ptr, y_desc, lse_ptr, share_ptr, N, H, window, scale,
+    XSA: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_Q queries of one head: y, and in base 2 the logarithm of the sum of exponentials."""
+    """BLOCK_Q queries of one head: y, in base 2 the logarithm of the sum of exponentials, and of y the share of v."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
     rows = row + tl.arange(0, BLOCK_Q)
     begin, mid, tail, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
@@ -1451,20 +1465,31 @@ def attention_kernel(
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
         top = new_top
-    y_desc.store([row, head * D], (acc / total[:, None]).to(y_desc.dtype))
-    tl.store(lse_ptr + head.to(tl.int64) * N + rows, top + tl.log2(total), mask=rows < N)
+    y, by_head = acc / total[:, None], head.to(tl.int64) * N + rows
+    if XSA:
+        own, square, t = own_values(own_desc, xsa_ptr, row, head, N, H, D, BLOCK_Q)
+        share = tl.sum(y * own, 1) / tl.maximum(square, 1e-8)
+        tl.store(share_ptr + by_head, share, mask=rows < N)
+        y -= (t * share)[:, None] * own
+    y_desc.store([row, head * D], y.to(y_desc.dtype))
+    tl.store(lse_ptr + by_head, top + tl.log2(total), mask=rows < N)
 
 
 # With p_ij what query i takes of value j, and delta_i = dy_i . y_i, the gradients are
 #     dv_j = sum_i p_ij dy_i,    ds_ij = p_ij (dy_i . v_j - delta_i),    dq_i = scale sum_j ds_ij k_j,    dk_j likewise.
+# XSA stores z = y - t s v, where t = tanh(gate), s = y.v / v.v, v the query's own value. With r = t dz.v / v.v,
+#     dy = dz - r v,    dt = -s dz.v,    dv += -t s dy - r z + 2 (1 - t) r s v,    delta = dy.y = dz.z.
+# The first kernel gives dv's three factors; the other one has registers left behind its loop to apply them. Where 1e-8
+# stands in for a smaller v.v, the last one is -2 t r s.
 
 
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_backward_q_kernel(
-    grad_y_desc, y_desc, q_desc, k_desc, v_desc, lse_ptr, starts_ptr, grad_q_desc, delta_ptr, N, H, window, scale,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad_y_desc, y_desc, q_desc, k_desc, v_desc, own_desc, lse_ptr, starts_ptr, xsa_ptr, share_ptr, grad_q_desc,
+    delta_ptr, before_xsa_ptr, grad_xsa_ptr, factors_ptr, N, H, window, scale,
+    XSA: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_Q queries of one head: the gradient of q, and delta for the keys' kernel."""
+    """BLOCK_Q queries of one head: the gradients of q and gates; for the keys' kernel delta and, before XSA, y's."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
     rows = row + tl.arange(0, BLOCK_Q)
     begin, mid, tail, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
@@ -1473,6 +1498,18 @@ def attention_backward_q_kernel(
     q, y, grad_y = q_desc.load([row, head * D]), y_desc.load([row, head * D]), grad_y_desc.load([row, head * D])
     delta = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1)
     tl.store(delta_ptr + by_head, delta, mask=rows < N)
+    if XSA:
+        own, square, t = own_values(own_desc, xsa_ptr, row, head, N, H, D, BLOCK_Q)
+        share, along = tl.load(share_ptr + by_head, mask=rows < N, other=0.0), tl.sum(grad_y.to(tl.float32) * own, 1)
+        r = t * along / tl.maximum(square, 1e-8)
+        place = before_xsa_ptr + (rows.to(tl.int64) * H + head)[:, None] * D + tl.arange(0, D)[None, :]
+        tl.store(place, grad_y.to(tl.float32) - r[:, None] * own, mask=(rows < N)[:, None])
+        tl.debug_barrier()  # read back, the product takes it from shared memory; a result would keep 32 registers
+        grad_y = tl.load(place, mask=(rows < N)[:, None], other=0.0)
+        tl.store(grad_xsa_ptr + rows * H + head, (t * t - 1) * share * along, mask=rows < N)
+        tl.store(factors_ptr + by_head, -t * share, mask=rows < N)
+        tl.store(factors_ptr + H * N + by_head, -r, mask=rows < N)
+        tl.store(factors_ptr + 2 * H * N + by_head, 2 * (tl.where(square < 1e-8, 0, 1) - t) * r * share, mask=rows < N)
     lse = tl.load(lse_ptr + by_head, mask=rows < N, other=0.0)
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     for col in range(begin, end, BLOCK_K):
@@ -1489,8 +1526,9 @@ def attention_backward_q_kernel(
 
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_backward_kv_kernel(
-    grad_y_desc, q_desc, k_desc, v_desc, lse_ptr, delta_ptr, ends_ptr, grad_k_desc, grad_v_desc, N, H, window, scale,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad_y_desc, q_desc, k_desc, v_desc, own_grad_y_desc, own_y_desc, lse_ptr, delta_ptr, factors_ptr, ends_ptr,
+    grad_k_desc, grad_v_desc, N, H, window, scale,
+    XSA: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_K keys of one head: the gradients of k and v. Scores are (keys, queries), as both products need them."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_K, tl.program_id(1), scale * LOG2_E
@@ -1514,6 +1552,11 @@ def attention_backward_kv_kernel(
         grad_p = tl.dot(v, grad_y.T)  # after grad_v's product: the two run back to back, with one wait
         grad_k = tl.dot((p * (grad_p - delta[None, :])).to(q.dtype), q, grad_k)
     grad_k_desc.store([row, head * D], (grad_k * scale).to(grad_k_desc.dtype))
+    if XSA:
+        factors_ptr += head.to(tl.int64) * N + rows
+        grad_v += tl.load(factors_ptr, mask=rows < N, other=0.0)[:, None] * own_grad_y_desc.load([row, head * D])
+        grad_v += tl.load(factors_ptr + H * N, mask=rows < N, other=0.0)[:, None] * own_y_desc.load([row, head * D])
+        grad_v += tl.load(factors_ptr + 2 * H * N, mask=rows < N, other=0.0)[:, None] * v
     grad_v_desc.store([row, head * D], grad_v.to(grad_v_desc.dtype))
 
 
@@ -1533,47 +1576,52 @@ class CausalSelfAttention(torch.autograd.Function):
     """attend() in kernels. D a power of two from 16 to 128."""
 
     @staticmethod
-    def forward(ctx, q, k, v, starts, ends, window, scale):
+    def forward(ctx, q, k, v, starts, ends, window, scale, xsa=None):
         N, H, D = q.shape
         y, lse = q.new_empty(N, H, D), q.new_empty(H, N, dtype=torch.float32)
-        tiles = ATTENTION_TILES
-        q_desc, y_desc = attention_tiles(tiles["BLOCK_Q"], q, y)
+        xsa, share = (None, None) if xsa is None else (xsa.contiguous(), torch.empty_like(lse))
+        tiles = dict(XSA=xsa is not None, D=D, **ATTENTION_TILES)
+        q_desc, own_desc, y_desc = attention_tiles(tiles["BLOCK_Q"], q, v, y)
         k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
         attention_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
-            q_desc, k_desc, v_desc, starts, y_desc, lse, N, H, window, scale, D=D, **tiles
+            q_desc, k_desc, v_desc, own_desc, starts, xsa, y_desc, lse, share, N, H, window, scale, **tiles
         )
-        ctx.save_for_backward(q, k, v, y, lse, starts, ends)
+        ctx.save_for_backward(q, k, v, y, lse, starts, ends, xsa, share)
         ctx.window, ctx.scale = window, scale
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        q, k, v, y, lse, starts, ends = ctx.saved_tensors
+        q, k, v, y, lse, starts, ends, xsa, share = ctx.saved_tensors
         grad_y = grad_y.contiguous()
         N, H, D = q.shape
         sizes = (N, H, ctx.window, ctx.scale)
         grad_q, grad_k, grad_v = (torch.empty_like(q) for _ in range(3))
-        delta = torch.empty_like(lse)
-        tiles = ATTENTION_BACKWARD_Q_TILES
-        grad_y_desc, y_desc, q_desc, out_desc = attention_tiles(tiles["BLOCK_Q"], grad_y, y, q, grad_q)
+        delta, before_xsa, grad_xsa, factors = torch.empty_like(lse), grad_y, None, None
+        if xsa is not None:
+            before_xsa, grad_xsa, factors = torch.empty_like(q), torch.empty_like(xsa), lse.new_empty(3, H, N)
+        tiles = dict(XSA=xsa is not None, D=D, **ATTENTION_BACKWARD_Q_TILES)
+        grad_y_desc, y_desc, q_desc, own_desc, out_desc = attention_tiles(tiles["BLOCK_Q"], grad_y, y, q, v, grad_q)
         k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
         attention_backward_q_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
-            grad_y_desc, y_desc, q_desc, k_desc, v_desc, lse, starts, out_desc, delta, *sizes, D=D, **tiles
-        )
-        tiles = ATTENTION_BACKWARD_KV_TILES
-        grad_y_desc, q_desc = attention_tiles(tiles["BLOCK_Q"], grad_y, q)
-        k_desc, v_desc, *out_descs = attention_tiles(tiles["BLOCK_K"], k, v, grad_k, grad_v)
+            grad_y_desc, y_desc, q_desc, k_desc, v_desc, own_desc, lse, starts, xsa, share, out_desc,
+            delta, before_xsa, grad_xsa, factors, *sizes, **tiles,
+        )  # fmt: skip
+        tiles = dict(XSA=xsa is not None, D=D, **ATTENTION_BACKWARD_KV_TILES)
+        grad_y_desc, q_desc = attention_tiles(tiles["BLOCK_Q"], before_xsa, q)
+        k_desc, v_desc, *descs = attention_tiles(tiles["BLOCK_K"], k, v, before_xsa, y, grad_k, grad_v)
         attention_backward_kv_kernel[(triton.cdiv(N, tiles["BLOCK_K"]), H)](
-            grad_y_desc, q_desc, k_desc, v_desc, lse, delta, ends, *out_descs, *sizes, D=D, **tiles
+            grad_y_desc, q_desc, k_desc, v_desc, *descs[:2], lse, delta, factors, ends, *descs[2:], *sizes, **tiles
         )
-        return grad_q, grad_k, grad_v, None, None, None, None
+        return grad_q, grad_k, grad_v, None, None, None, None, grad_xsa
 
 
-def attend(q, k, v, documents: Documents, window: int, scale: float) -> Tensor:
+def attend(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor | None = None) -> Tensor:
     """Causal attention inside each document, to `window` tokens before each token: q, k, v (N, H, D) -> (N, H, D)."""
+    xsa = None if xsa is None else xsa.reshape(q.shape[:2])  # exclude_own_value's gates, (T, H) also where N is 2T
     if q.is_cuda and q.size(2) >= 16:  # the least a tensor core multiplies
-        return CausalSelfAttention.apply(q, k, v, *documents, window, scale)
-    return attend_reference(q, k, v, documents, window, scale)
+        return CausalSelfAttention.apply(q, k, v, *documents, window, scale, xsa)
+    return attend_reference(q, k, v, documents, window, scale, xsa)
 
 
 # ======================================================================================================================
@@ -1714,12 +1762,13 @@ def embed_inputs(x, bigram, signs, rows, smear_lambda, smear_gate):
     return norm(torch.cat((x[:1], x[1:] + smear * x[:-1]))), bigram * F.embedding(rows, signs)
 
 
-def gate_network(x, w_in, w_out, bias, kept: dict[str, Tensor], layers: tuple[Layer, ...], num_heads: int):
-    """For each layer gates of XSA and of heads (T, H), sums for values and stream (T, C), None for what it lacks.
+def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias, layers: list[Layer], num_heads: int):
+    """The stream (T, C); by layer gates of XSA and heads (T, H), sums for values and stream (T, C), None for no such.
 
     kept: what is weighed, by name. All layers' sums are made here at once: backward, one kernel then sums up the
     gradients of what is kept, instead of each layer writing and adding its own. Source: MUDD, arXiv 2502.12170.
     """
+    x = join(x, mlp_out, before)
     # No empty groups: PyTorch 2.11 can't compile a split that has them.
     sizes = [len(group) for layer in layers for group in gate_groups(layer, num_heads) if group]
     hidden = F.gelu(F.linear(x, w_in))
@@ -1733,41 +1782,40 @@ def gate_network(x, w_in, w_out, bias, kept: dict[str, Tensor], layers: tuple[La
     def of_heads(layer_has_them):
         return next(gates) if layer_has_them else None
 
-    return [(of_heads(a.xsa), of_heads(a.head_gates), weighed(a.values), weighed(a.adds)) for a in layers]
+    return x, [(of_heads(a.xsa), of_heads(a.head_gates), weighed(a.values), weighed(a.adds)) for a in layers]
+
+
+def normed_input(x, fp8: bool):
+    """The norm of x (T, C); a copy of what value gates look at, so that their gradient is no wider; the norm in FP8."""
+    normed = norm(x)
+    return normed, normed[:, :GATE_DIMS].clone(), (normed.detach() / FP8_X).to(torch.float8_e4m3fn) if fp8 else None
 
 
 def attention_inputs(x, mlp_out, before, normed, w: LayerWeights):
     """The stream (x and mlp_out), what is projected to q, k, v (T, C) with its weight (3C, C), the value gate (T, H).
 
-    normed: what is projected; None: the stream's norm. At the end, for FP8, the input in FP8 and the step of the
-    weight, else nothing.
+    normed: normed_input of what is projected; None: of the stream. At the end, for FP8, the input in FP8 and the step
+    of the weight, else nothing.
     """
     if normed is None:
         x, mlp_out = join(x, mlp_out, before), None
-        normed = norm(x)
+        normed = normed_input(x, bool(w.qkv_fp8))
+    normed, for_gate, in_fp8 = normed
     weight = w.qkv_lambda * torch.cat((w.qk.flatten(0, 1), w.v))
-    value_gate = None if w.value_gate is None else 2 * gate(normed, w.value_gate)
-    fp8 = ((normed.detach() / FP8_X).to(torch.float8_e4m3fn), w.qkv_lambda.detach() * FP8_WEIGHT) if w.qkv_fp8 else ()
+    value_gate = None if w.value_gate is None else 2 * gate(for_gate, w.value_gate)
+    fp8 = (in_fp8, w.qkv_lambda.detach() * FP8_WEIGHT) if w.qkv_fp8 else ()
     return x, mlp_out, normed, weight, value_gate, fp8
 
 
-def exclude_own_value(y, v, gates):
-    """XSA (arXiv 2603.09078): y (N, H, D) less its part along the token's own value v, as far as tanh(gate) says."""
-    wide_y, wide_v = widened(y), widened(v)
-    share = (wide_y * wide_v).sum(-1, keepdim=True) / wide_v.square().sum(-1, keepdim=True).clamp_min(1e-8)
-    return (wide_y - torch.tanh(widened(gates)).reshape(y.shape[:2]).unsqueeze(-1) * share * wide_v).to(y.dtype)
-
-
-def layer_outputs(x, mlp_out, before, attended, v, xsa, head_gates, added, w: LayerWeights, keep: bool, fp8_grad_scale):
+def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeights, keep: bool, fp8_grad_scale):
     """The stream (T, C) behind attention and added outputs, and the MLP's result, yet to be added; with `keep` it is.
 
-    attended, v: attention's result and values, (N, H, D); None where a layer has none, as all of the following.
+    attended: attention's result (N, H, D); None where a layer has none, as head_gates and added.
     """
     x, mlp_out = join(x, mlp_out, before), None
     dtype = x.dtype
     if attended is not None:
-        y = attended if xsa is None else exclude_own_value(attended, v, xsa)
-        y = y if head_gates is None else y * head_gates.reshape(y.shape[:2]).unsqueeze(-1)
+        y = attended if head_gates is None else attended * head_gates.reshape(attended.shape[:2]).unsqueeze(-1)
         x = w.attn_resid * widened(x) + F.linear(y.reshape(x.shape), w.out_lambda * w.out)
     x = (x if added is None else x + added).to(dtype)
     if w.mlp is not None:
@@ -1841,7 +1889,7 @@ class GPT(nn.Module):
         region = compiler(compile)
         self.embed_inputs = region(embed_inputs)
         self.join = region(join)
-        self.norm = region(norm)
+        self.normed_input = region(normed_input)
         self.gate_network = region(gate_network)
         self.attention_inputs = region(attention_inputs)
         self.layer_outputs = region(layer_outputs)
@@ -1906,19 +1954,18 @@ class GPT(nn.Module):
         )  # fmt: skip
         documents = {False: batch.documents, True: batch.documents.paired()}
         kept, normed, gates = {"x0": x0, "bigram": bigram}, {}, None
-        networks = zip(self.gate_in, self.gate_out, self.gate_bias, strict=True)
-        gated_layers = iter(NETWORK_LAYERS)
+        networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
         # The stream is x, to which the next kernel that reads it adds what the MLP of the layer before has made of it.
         x, mlp_out, before = x0, None, None
         for layer, w in zip(LAYERS, weights, strict=True):
             if layer.gates:
-                x, mlp_out = self.join(x, mlp_out, before), None
-                gates = iter(self.gate_network(x, *next(networks), kept, next(gated_layers), self.num_heads))
+                x, gates = self.gate_network(x, mlp_out, before, kept, *next(networks), self.num_heads)
+                mlp_out, gates = None, iter(gates)
             xsa, head_gates, added_values, added = next(gates) if gates else (None,) * 4
-            y = v = None
+            y = None
             if layer.window:
                 if layer.reads and layer.reads not in normed:
-                    normed[layer.reads] = self.norm(kept[layer.reads])
+                    normed[layer.reads] = self.normed_input(kept[layer.reads], bool(w.qkv_fp8))
                 x, mlp_out, h, weight, value_gate, fp8 = self.attention_inputs(
                     x, mlp_out, before, normed.get(layer.reads), w
                 )
@@ -1928,9 +1975,9 @@ class GPT(nn.Module):
                     self.yarn.cos, self.yarn.sin, self.num_heads, layer.paired, layer.key_offset,
                 )  # fmt: skip
                 v = v if added_values is None else v + added_values.view_as(v)
-                y = attend(q, k, v, documents[layer.paired], windows[layer.window], self.yarn.scale)
-            keep, own = layer.keep is not None, v if layer.xsa else None
-            x, mlp_out = self.layer_outputs(x, mlp_out, before, y, own, xsa, head_gates, added, w, keep, fp8_grad_scale)
+                y = attend(q, k, v, documents[layer.paired], windows[layer.window], self.yarn.scale, xsa)
+            keep = layer.keep is not None
+            x, mlp_out = self.layer_outputs(x, mlp_out, before, y, head_gates, added, w, keep, fp8_grad_scale)
             before = w
             if keep:
                 kept[layer.keep] = x

@@ -668,26 +668,54 @@ ATTENTION_ENDS = [0, 50, 53, 144, 192, 193, 256, 437]
 ATTENTION_TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-@on_each_device
-@pytest.mark.parametrize("window", [1, 31, 64, 127, 1000])
-def test_attention_kernels_are_the_reference_and_its_gradients(window, device, dtype):
+def attention_inputs(device, dtype):
+    """q, k, v and the result's gradient."""
     N, H, D = ATTENTION_ENDS[-1], 2, 128 if device == "cuda" else 16
-    inputs = [F.rms_norm(torch.randn(N, H, D), (D,)) for _ in range(2)] + [torch.randn(N, H, D)]
-    inputs = [t.to(device, dtype) for t in inputs]
-    grad_out = normal(N, H, D, device=device, dtype=dtype)
-    documents = documents_of(ATTENTION_ENDS, device)
+    q, k = (F.rms_norm(torch.randn(N, H, D), (D,)).to(device, dtype) for _ in range(2))
+    return [q, k, normal(N, H, D, device=device, dtype=dtype)], normal(N, H, D, device=device, dtype=dtype)
 
-    def kernels(*inputs):
-        return CausalSelfAttention.apply(*inputs, *documents, window, 0.2)
 
-    def reference(*inputs):
-        return train_gpt.attend_reference(*inputs, documents, window, 0.2)
+def assert_attention_kernels_are_the_reference(inputs, grad_out, window):
+    """inputs: q, k, v, and XSA's gates or nothing."""
+    documents = documents_of(ATTENTION_ENDS, grad_out.device)
+
+    def kernels(q, k, v, *xsa):
+        return CausalSelfAttention.apply(q, k, v, *documents, window, 0.2, *xsa)
+
+    def reference(q, k, v, *xsa):
+        return train_gpt.attend_reference(q, k, v, documents, window, 0.2, *xsa)
 
     with poisoned_memory():
         outs = with_gradients(kernels, inputs, grad_out)
     refs = with_gradients(reference, [t.double() for t in inputs], grad_out.double())
-    for name, out, ref in zip(("y", "q", "k", "v"), outs, refs, strict=True):
-        assert relative_error(out, ref) < ATTENTION_TOLERANCE[dtype], name
+    for name, out, ref in zip(("y", "q", "k", "v", "xsa")[: len(outs)], outs, refs, strict=True):
+        assert relative_error(out, ref) < ATTENTION_TOLERANCE[grad_out.dtype], name
+
+
+@on_each_device
+@pytest.mark.parametrize("window", [1, 31, 64, 127, 1000])
+def test_attention_kernels_are_the_reference_and_its_gradients(window, device, dtype):
+    inputs, grad_out = attention_inputs(device, dtype)
+    assert_attention_kernels_are_the_reference(inputs, grad_out, window)
+
+
+@on_each_device
+@pytest.mark.parametrize("window", [1, 64, 1000])
+def test_attention_kernels_with_xsa_are_the_reference_and_its_gradients(window, device, dtype):
+    inputs, grad_out = attention_inputs(device, dtype)
+    gates = torch.randn(len(grad_out), 3)
+    gates[::5], gates[1::5], gates[2::5] = 0, 10, -10  # as at the start; as far as it goes, tanh = 1 in float32
+    inputs[2][::7] = 0  # no direction to take out
+    gates = gates.to(device, dtype)[:, 1:]  # of a network's results, not contiguous
+    assert_attention_kernels_are_the_reference([*inputs, gates], grad_out, window)
+
+
+@pytest.mark.parametrize("device, dtype", [ON[0], ON[2]])  # float16 does not reach that far
+def test_attention_kernels_with_xsa_of_values_shorter_than_its_least_are_the_reference(device, dtype):
+    inputs, grad_out = attention_inputs(device, dtype)
+    inputs[2] *= 5e-6
+    assert inputs[2].float().square().sum(-1).max() < 1e-8
+    assert_attention_kernels_are_the_reference([*inputs, normal(*grad_out.shape[:2]).to(grad_out)], grad_out, 64)
 
 
 # ---------------------------------------------------------------------------- q, k, v from projections
