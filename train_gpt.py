@@ -54,7 +54,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial
 from glob import escape, glob
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -657,30 +657,24 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, addend: Tensor | None = Non
 
 # ---------------------------------------------------------------------------- products in FP8
 
-# What one FP8 step stands for in the layers; e4m3 ends at 448. A normed row of C has no number beyond sqrt(C), so that
-# FP8_X is for widths up to 1024; in a quarter run weights stayed below 2 and hidden activations, which may grow with C,
-# below 1,700. Room to grow costs little, as FP8 is a floating point, down to 2^-10 of a step: what is less counts as
-# zero. Beyond the end compiled code clips; PyTorch 2.11's own conversion to e4m3 makes NaN. Gradients are in e5m2, in
-# steps that suit losses multiplied by `grad_scale`.
+# Scales of the layers' tensors in FP8: what a 1 stands for; e4m3 ends at 448. A normed row of C has no number beyond
+# sqrt(C), so that FP8_X is for widths up to 1024; in a quarter run weights stayed below 2 and hidden activations, which
+# may grow with C, below 1,700. Room to grow costs little, as FP8 is a floating point, down to 2^-10 of a scale: what is
+# less becomes 0. Beyond the end compiled code clips; PyTorch 2.11's own conversion to e4m3 makes NaN. Gradients are in
+# e5m2; FP8_GRAD is their scale where losses are not multiplied before backward.
 FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 8.0, 2.0**-6
+kept_full = cache(torch.full)
 
 
-def fp8_product(a: Tensor, b: Tensor, a_step, b_step, out_dtype: torch.dtype, fast: bool = True) -> Tensor:
-    """a_step a b_step b for FP8 a (M, K), row-major, and b (K, N), column-major, the layouts Hopper multiplies.
+def fp8_product(a: Tensor, b: Tensor, a_scale, b_scale, out_dtype: torch.dtype, fast: bool = True) -> Tensor:
+    """a_scale a b_scale b for FP8 a (M, K), row-major, and b (K, N), column-major, the layouts Hopper multiplies.
 
-    Steps are numbers or 0-d float32 tensors. fast: sums in the tensor core's own, shorter registers.
+    Scales are numbers or 0-d float32 tensors. fast: sums in the tensor core's own, shorter registers.
     """
-
-    def tensor(step):
-        return step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.float32, device=a.device)
-
-    return torch._scaled_mm(a, b, tensor(a_step), tensor(b_step), out_dtype=out_dtype, use_fast_accum=fast)
-
-
-@cache
-def kept_step(step: float, device: torch.device) -> Tensor:
-    """A step on the device, made once: fp8_product, unless compiled, would fill one at each call."""
-    return torch.full((), step, dtype=torch.float32, device=device)
+    full = torch.full if torch.compiler.is_compiling() else kept_full  # uncompiled, each call would fill new scales
+    number = dict(dtype=torch.float32, device=a.device)
+    scales = (scale if isinstance(scale, Tensor) else full((), scale, **number) for scale in (a_scale, b_scale))
+    return torch._scaled_mm(a, b, *scales, out_dtype=out_dtype, use_fast_accum=fast)
 
 
 @triton.jit
@@ -725,15 +719,30 @@ def _(x):
     return x.new_empty(x.mT.shape)
 
 
-def fp8_weights(matrices: Tensor, step: float = FP8_WEIGHT) -> tuple[Tensor, Tensor]:
+def fp8_weights(matrices: Tensor, scale: float = FP8_WEIGHT) -> tuple[Tensor, Tensor]:
     """Matrices (..., N, K) in FP8, as they are and transposed: a product and its gradient need rows of either."""
-    fp8 = (matrices / step).to(torch.float8_e4m3fn)
+    fp8 = (matrices / scale).to(torch.float8_e4m3fn)
     return fp8, transposed(fp8)
 
 
-def fp8_weight_gradient(a: Tensor, b: Tensor, a_step, b_step, out_dtype: torch.dtype) -> Tensor:
-    """(a_step a)^T b_step b for FP8 a (T, M), b (T, N), both transposed first. Not fast: sums are over all tokens."""
-    return fp8_product(transposed(a), transposed(b).T, a_step, b_step, out_dtype, fast=False)
+def fp8_weight_gradient(a: Tensor, b: Tensor, a_scale, b_scale, out_dtype: torch.dtype) -> Tensor:
+    """(a_scale a)^T b_scale b for FP8 a (T, M), b (T, N), both transposed first. Not fast: sums are over all tokens."""
+    return fp8_product(transposed(a), transposed(b).T, a_scale, b_scale, out_dtype, fast=False)
+
+
+class Projection(NamedTuple):
+    """What a product x W^T and its gradients take; where training runs in FP8, in FP8 as well, else None there.
+
+    Gradients are those of x and weight in either case. The layers' weights are projections without their x.
+    """
+
+    weight: Tensor | tuple[Tensor, ...]  # W (N, K); in the layers' weights as the banks have it
+    fp8: Tensor | None = None  # W and W^T, from fp8_weights
+    fp8_t: Tensor | None = None
+    grad_scale: float | None = None  # of the product's gradient
+    scale: Tensor | None = None  # of W, 0-d; None: FP8_WEIGHT
+    x: Tensor | None = None  # (T, K)
+    x_fp8: Tensor | None = None  # in the scale FP8_X
 
 
 # ---------------------------------------------------------------------------- the MLP: linear + relu^2, both directions
@@ -815,13 +824,12 @@ def _(x, weight, hidden=None, scale=1.0):
 class MLP(torch.autograd.Function):
     """relu(x W_fc^T)^2 W_proj for x (T, C) and W_fc, W_proj (4C, C).
 
-    With `fp8` and `fp8_t`, (W_fc, W_proj) from fp8_weights, all products run in FP8, and what is kept for the backward
-    pass is in FP8 as well. grad_scale: by which losses are multiplied.
+    With a Projection's fp8, fp8_t and grad_scale all products run in FP8; what is kept for the backward pass is, too.
     """
 
     @staticmethod
-    def forward(ctx, x, w_fc, w_proj, grad_scale=None, fp8=None, fp8_t=None):
-        ctx.step = None if fp8 is None else grad_scale * FP8_GRAD
+    def forward(ctx, x, w_fc, w_proj, fp8=None, fp8_t=None, grad_scale=None):
+        ctx.grad_scale = grad_scale
         if fp8 is None:
             hidden = linear_relu2(x, w_fc)  # (T, 4C)
             ctx.save_for_backward(x, hidden, w_fc, w_proj)
@@ -834,16 +842,16 @@ class MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         x, hidden, *weights = ctx.saved_tensors
-        if ctx.step is None:
+        if ctx.grad_scale is None:
             w_fc, w_proj = weights
             grad_pre = linear_relu2(grad_out, w_proj, hidden, 2.0)
             return grad_pre @ w_fc, grad_pre.T @ x, hidden.T @ grad_out, None, None, None
-        (fp8, fp8_t), step, dtype = weights, ctx.step, grad_out.dtype
-        grad = (grad_out / step).to(torch.float8_e5m2)
-        grad_pre = linear_relu2(grad, fp8[1], hidden, 2 * FP8_HIDDEN**0.5 * FP8_WEIGHT)  # both in the same step
-        grad_x = fp8_product(grad_pre, fp8_t[0].T, step, FP8_WEIGHT, dtype)
-        grad_fc = fp8_weight_gradient(grad_pre, x, step, FP8_X, dtype)
-        return grad_x, grad_fc, fp8_weight_gradient(hidden, grad, FP8_HIDDEN, step, dtype), None, None, None
+        (fp8, fp8_t), scale, dtype = weights, ctx.grad_scale, grad_out.dtype
+        grad = (grad_out / scale).to(torch.float8_e5m2)
+        grad_pre = linear_relu2(grad, fp8[1], hidden, 2 * FP8_HIDDEN**0.5 * FP8_WEIGHT)  # both in the same scale
+        grad_x = fp8_product(grad_pre, fp8_t[0].T, scale, FP8_WEIGHT, dtype)
+        grad_fc = fp8_weight_gradient(grad_pre, x, scale, FP8_X, dtype)
+        return grad_x, grad_fc, fp8_weight_gradient(hidden, grad, FP8_HIDDEN, scale, dtype), None, None, None
 
 
 # ---------------------------------------------------------------------------- softcapped multi-token cross-entropy
@@ -1091,15 +1099,15 @@ def _(logits, lse, targets, weights, grad, scale, dtype):
 
 # ---------------------------------------------------------------------------- the head, in FP8 and bf16, with its loss
 
-# What one FP8 step stands for: normed activations stay below 100, head weights below 1.6; 448 is e4m3's largest.
+# Scales, as above: normed activations stay below 100, head weights below 1.6.
 FP8_HEAD_X, FP8_HEAD, FP8_HEAD_GRAD = 100 / 448, 1.6 / 448, 0.75 / 448
 
 
 class HeadLoss(torch.autograd.Function):
     """Softcapped multi-token cross-entropy of the logits x @ head, per position: (T, C), (C, V) -> (T,) float32.
 
-    With `grad_scale` not None the products run in FP8: activations and weights in e4m3, the gradient in e5m2, in steps
-    that suit losses multiplied by `grad_scale`. The logits' gradient is written in the type its products read, only.
+    With `grad_scale`, by which losses are multiplied, the products run in FP8: activations and weights in e4m3, the
+    gradient in e5m2. The logits' gradient is written in the type its products read, only.
     """
 
     @staticmethod
@@ -1310,33 +1318,17 @@ def split_heads_backward_kernel(
         tl.atomic_add(grad_table_ptr + place, gate[:, None] * grad_v, mask=mask, sem="relaxed")
 
 
-class Fp8Projection(NamedTuple):
-    """What the products of a projection x W^T take in FP8."""
-
-    x: Tensor  # (T, K), in steps of FP8_X
-    weight: Tensor  # (N, K)
-    weight_t: Tensor  # (K, N)
-    weight_step: Tensor  # 0-d
-    grad_scale: float  # by which the losses are multiplied before backward
-
-
 class SplitHeads(torch.autograd.Function):
-    """split_heads_reference of the projections x W^T, in one kernel a direction, which reads and writes all once.
-
-    x (T, C), weight (3C, C). With `fp8` the products run in FP8.
-    """
+    """split_heads_reference of a Projection to (T, 3C), in one kernel a direction, which reads and writes all once."""
 
     @staticmethod
-    def forward(ctx, x, weight, fp8, value_gate, table, rows, cos, sin, num_heads, paired, key_offset):
-        if fp8:
-            qkv = fp8_product(fp8.x, fp8.weight.T, kept_step(FP8_X, x.device), fp8.weight_step, x.dtype)
-        else:
-            qkv = x @ weight.T
+    def forward(ctx, value_gate, table, rows, cos, sin, num_heads, paired, key_offset, *projection):
+        weight, fp8, fp8_t, ctx.grad_scale, scale, x, x_fp8 = projection
+        qkv = x @ weight.T if fp8 is None else fp8_product(x_fp8, fp8.T, FP8_X, scale, x.dtype)
         T, H, D = len(x), num_heads, x.shape[1] // num_heads
         q, k, v = (qkv.new_empty((2 * T, H // 2, D) if paired else (T, H, D)) for _ in range(3))
         inputs = (qkv, value_gate, *((table, rows) if value_gate is not None else (None, None)), cos, sin)
-        ctx.save_for_backward(*((fp8.x, fp8.weight_t) if fp8 else (x, weight)), *inputs)
-        ctx.fp8 = fp8 and fp8._replace(x=None, weight=None, weight_t=None)
+        ctx.save_for_backward(*((x, weight) if fp8 is None else (x_fp8, fp8_t)), scale, *inputs)
         ctx.options = dict(
             H=H, D=D, PAIRED=paired, KEY_OFFSET=key_offset, VALUE_EMBED=value_gate is not None, BLOCK_T=16, num_warps=4
         )
@@ -1345,31 +1337,29 @@ class SplitHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        (x, weight, *inputs), fp8 = ctx.saved_tensors, ctx.fp8  # in FP8 the weight transposed
+        x, weight, scale, *inputs = ctx.saved_tensors  # in FP8 the weight transposed
         qkv, value_gate, table = inputs[:3]
-        grad_qkv = torch.empty_like(qkv, dtype=torch.float8_e5m2 if fp8 else None)
+        grad_qkv = torch.empty_like(qkv, dtype=torch.float8_e5m2 if ctx.grad_scale else None)
         grad_gate = None if value_gate is None else torch.empty_like(value_gate)
         grad_table = None if value_gate is None else table_gradient(table)
-        step = FP8_GRAD * fp8.grad_scale if fp8 else 1.0
         split_heads_backward_kernel[(ctx.options["H"] * triton.cdiv(len(qkv), 16),)](
-            *inputs, *(g.contiguous() for g in grads), grad_qkv, grad_gate, grad_table, len(qkv), NORM_EPS, 1 / step,
-            **ctx.options,
+            *inputs, *(g.contiguous() for g in grads), grad_qkv, grad_gate, grad_table, len(qkv), NORM_EPS,
+            1 / (ctx.grad_scale or 1.0), **ctx.options,
         )  # fmt: skip
-        if fp8:
-            step, x_step = kept_step(step, qkv.device), kept_step(FP8_X, qkv.device)
-            grad_x = fp8_product(grad_qkv, weight.T, step, fp8.weight_step, qkv.dtype)
-            grad_weight = fp8_weight_gradient(grad_qkv, x, step, x_step, qkv.dtype)
-        else:
+        if ctx.grad_scale is None:
             grad_x, grad_weight = grad_qkv @ weight, grad_qkv.T @ x
-        return grad_x, grad_weight, None, grad_gate, *(None,) * 7
+        else:
+            grad_x = fp8_product(grad_qkv, weight.T, ctx.grad_scale, scale, qkv.dtype)
+            grad_weight = fp8_weight_gradient(grad_qkv, x, ctx.grad_scale, FP8_X, qkv.dtype)
+        return grad_gate, *(None,) * 7, *Projection(grad_weight, x=grad_x)
 
 
-def split_heads(x, weight, fp8: Fp8Projection | None, value_gate, table, rows, cos, sin, num_heads, paired, key_offset):
-    """q, k, v as attention takes them, from x (T, C), weight (3C, C); for the rest see split_heads_reference."""
-    if x.is_cuda:
-        return SplitHeads.apply(x, weight, fp8, value_gate, table, rows, cos, sin, num_heads, paired, key_offset)
-    qkv = F.linear(x, weight)
-    return split_heads_reference(qkv, value_gate, table, rows, cos, sin, num_heads, paired, key_offset)
+def split_heads(qkv: Projection, value_gate, table, rows, cos, sin, num_heads, paired, key_offset):
+    """q, k, v as attention takes them, from a projection to (T, 3C); for the rest see split_heads_reference."""
+    rest = value_gate, table, rows, cos, sin, num_heads, paired, key_offset
+    if qkv.x.is_cuda:
+        return SplitHeads.apply(*rest, *qkv)
+    return split_heads_reference(F.linear(qkv.x, qkv.weight), *rest)
 
 
 # ---------------------------------------------------------------------------- attention
@@ -1692,15 +1682,12 @@ class LayerWeights(NamedTuple):
     # layers with an MLP
     mlp_resid: Tensor | None = None
     mlp_out: Tensor | None = None
-    mlp: Tensor | None = None  # (2, 4C, C): W_fc, W_proj
-    mlp_fp8: tuple[Tensor, Tensor] | tuple[()] = ()  # the same in FP8, and transposed; or nothing
+    mlp: Projection | None = None  # W_fc, W_proj, (2, 4C, C)
     # layers with attention
     attn_resid: Tensor | None = None
     qkv_lambda: Tensor | None = None
     out_lambda: Tensor | None = None
-    qk: Tensor | None = None  # (H, 2D, C): pairs of heads of W_q, then of W_k
-    v: Tensor | None = None  # (C, C)
-    qkv_fp8: tuple[Tensor, Tensor] | tuple[()] = ()  # (3C, C), transposed (C, 3C); or nothing
+    qkv: Projection | None = None  # pairs of heads of W_q, then of W_k, (H, 2D, C); W_v (C, C)
     out: Tensor | None = None  # (C, C)
     value_gate: Tensor | None = None  # (H, 12)
 
@@ -1792,22 +1779,22 @@ def normed_input(x, fp8: bool):
 
 
 def attention_inputs(x, mlp_out, before, normed, w: LayerWeights):
-    """The stream (x and mlp_out), what is projected to q, k, v (T, C) with its weight (3C, C), the value gate (T, H).
+    """The stream (x, mlp_out), the projection of normed to q, k, v, the value gate (T, H).
 
-    normed: normed_input of what is projected; None: of the stream. At the end, for FP8, the input in FP8 and the step
-    of the weight, else nothing.
+    normed: normed_input of what is projected; None: of the stream.
     """
     if normed is None:
         x, mlp_out = join(x, mlp_out, before), None
-        normed = normed_input(x, bool(w.qkv_fp8))
-    normed, for_gate, in_fp8 = normed
-    weight = w.qkv_lambda * torch.cat((w.qk.flatten(0, 1), w.v))
+        normed = normed_input(x, w.qkv.fp8 is not None)
+    normed, for_gate, x_fp8 = normed
+    qkv = w.qkv._replace(weight=w.qkv_lambda * torch.cat([rows.flatten(0, -2) for rows in w.qkv.weight]), x=normed)
+    if qkv.fp8 is not None:  # it is not multiplied by the lambda: its scale is
+        qkv = qkv._replace(scale=w.qkv_lambda.detach() * FP8_WEIGHT, x_fp8=x_fp8)
     value_gate = None if w.value_gate is None else 2 * gate(for_gate, w.value_gate)
-    fp8 = (in_fp8, w.qkv_lambda.detach() * FP8_WEIGHT) if w.qkv_fp8 else ()
-    return x, mlp_out, normed, weight, value_gate, fp8
+    return x, mlp_out, qkv, value_gate
 
 
-def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeights, keep: bool, fp8_grad_scale):
+def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeights, keep: bool):
     """The stream (T, C) behind attention and added outputs, and the MLP's result, yet to be added; with `keep` it is.
 
     attended: attention's result (N, H, D); None where a layer has none, as head_gates and added.
@@ -1819,7 +1806,7 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
         x = w.attn_resid * widened(x) + F.linear(y.reshape(x.shape), w.out_lambda * w.out)
     x = (x if added is None else x + added).to(dtype)
     if w.mlp is not None:
-        mlp_out = MLP.apply(norm(x), *w.mlp, fp8_grad_scale, *w.mlp_fp8)
+        mlp_out = MLP.apply(norm(x), *w.mlp.weight, w.mlp.fp8, w.mlp.fp8_t, w.mlp.grad_scale)
     return (join(x, mlp_out, w), None) if keep else (x, mlp_out)
 
 
@@ -1900,32 +1887,30 @@ class GPT(nn.Module):
         """The rows that tokens (T,) look up, by the names in TABLES."""
         return dict(embed=tokens, bigram_embed=bigram_hash(tokens, len(self.bigram_embed)), value_embeds=tokens)
 
-    def layer_weights(self, fp8: bool = False) -> tuple[list[LayerWeights], dict[str, list[Tensor]]]:
-        """Each layer's weights, and the learned scalars by name.
+    def layer_weights(self, fp8_grad_scale: float | None = None) -> tuple[list[LayerWeights], dict[str, list[Tensor]]]:
+        """Each layer's weights, and the learned scalars by name; fp8_grad_scale as in forward.
 
         Banks are taken apart once, by split and unbind, whose backward joins the gradients in one pass; indexing
         layer by layer would write a bank of zeros for each.
         """
         values = iter(self.scalars.unbind())
         scalars = {name: [next(values) for _ in range(count)] for name, (count, _, _) in SCALARS.items()}
-        mlps, mlps_fp8, qkv_fp8 = iter(self.mlp_bank.unbind()), iter([()] * len(LAYERS)), iter([()] * len(LAYERS))
-        n, H = len(ATTENTION_LAYERS), self.num_heads
-        if fp8:
-            mlps_fp8 = zip(*self.fp8_weights(self.mlp_bank.detach()), strict=True)
+        n, H, mlp_fp8, qkv_fp8 = len(ATTENTION_LAYERS), self.num_heads, (), ()
+        if self.fp8_layers and fp8_grad_scale is not None:
             qk, v = self.qk_bank.detach()[: n * H].unflatten(0, (n, H)), self.vo_bank.detach()[: 2 * n : 2]
-            qkv_fp8 = zip(*self.fp8_weights(torch.cat((qk.flatten(1, 2), v), 1)), strict=True)
-        qk, vo, value_gates = iter(self.qk_bank.split(H)), iter(self.vo_bank.unbind()), iter(self.value_gates.unbind())
+            banks = self.mlp_bank.detach(), torch.cat((qk.flatten(1, 2), v), 1)
+            mlp_fp8, qkv_fp8 = ((*self.fp8_weights(bank), repeat(FP8_GRAD * fp8_grad_scale)) for bank in banks)
+        vo, value_gates = self.vo_bank.unbind(), iter(self.value_gates.unbind())
+        mlps, outs = map(Projection, self.mlp_bank.unbind(), *mlp_fp8), iter(vo[1::2])
+        qkvs = map(Projection, zip(self.qk_bank.split(H), vo[::2], strict=False), *qkv_fp8)
         weights = []
         for i, layer in enumerate(LAYERS):
             w = LayerWeights()
             if layer.mlp:
-                w = w._replace(mlp_resid=scalars["mlp_resid"][i], mlp_out=scalars["mlp_out"][i])
-                w = w._replace(mlp=next(mlps), mlp_fp8=next(mlps_fp8))
+                w = w._replace(mlp_resid=scalars["mlp_resid"][i], mlp_out=scalars["mlp_out"][i], mlp=next(mlps))
             if layer.window:
-                w = w._replace(
-                    attn_resid=scalars["attn_resid"][i], qkv_lambda=scalars["qkv"][i], qk=next(qk), v=next(vo)
-                )
-                w = w._replace(qkv_fp8=next(qkv_fp8), out_lambda=scalars["out"][i], out=next(vo))
+                w = w._replace(attn_resid=scalars["attn_resid"][i], qkv_lambda=scalars["qkv"][i], qkv=next(qkvs))
+                w = w._replace(out_lambda=scalars["out"][i], out=next(outs))
             if layer.value_embed:
                 w = w._replace(value_gate=next(value_gates))
             weights.append(w)
@@ -1944,7 +1929,7 @@ class GPT(nn.Module):
         windows: tokens, by the names in LAYERS. fp8_grad_scale: None for products in bf16, else the factor by which the
         losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
         """
-        weights, scalars = self.layer_weights(self.fp8_layers and fp8_grad_scale is not None)
+        weights, scalars = self.layer_weights(fp8_grad_scale)
         rows = self.table_rows(batch.inputs)
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
         value_rows = iter(rows["value_embeds"] + first_rows.int()[:, None])
@@ -1965,19 +1950,16 @@ class GPT(nn.Module):
             y = None
             if layer.window:
                 if layer.reads and layer.reads not in normed:
-                    normed[layer.reads] = self.normed_input(kept[layer.reads], bool(w.qkv_fp8))
-                x, mlp_out, h, weight, value_gate, fp8 = self.attention_inputs(
-                    x, mlp_out, before, normed.get(layer.reads), w
-                )
+                    normed[layer.reads] = self.normed_input(kept[layer.reads], w.qkv.fp8 is not None)
+                x, mlp_out, qkv, value_gate = self.attention_inputs(x, mlp_out, before, normed.get(layer.reads), w)
                 q, k, v = split_heads(
-                    h, weight, Fp8Projection(fp8[0], *w.qkv_fp8, fp8[1], fp8_grad_scale) if fp8 else None,
-                    value_gate, self.value_embeds, next(value_rows) if layer.value_embed else None,
+                    qkv, value_gate, self.value_embeds, next(value_rows) if layer.value_embed else None,
                     self.yarn.cos, self.yarn.sin, self.num_heads, layer.paired, layer.key_offset,
                 )  # fmt: skip
                 v = v if added_values is None else v + added_values.view_as(v)
                 y = attend(q, k, v, documents[layer.paired], windows[layer.window], self.yarn.scale, xsa)
             keep = layer.keep is not None
-            x, mlp_out = self.layer_outputs(x, mlp_out, before, y, head_gates, added, w, keep, fp8_grad_scale)
+            x, mlp_out = self.layer_outputs(x, mlp_out, before, y, head_gates, added, w, keep)
             before = w
             if keep:
                 kept[layer.keep] = x
@@ -3692,9 +3674,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, fp8: bool) -> tup
     a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
     products = [lambda: a @ b]
     if fp8:
-        one = torch.ones((), device=device)
         a_fp8, b_fp8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
-        products.append(partial(fp8_product, a_fp8, b_fp8, one, one, dtype))
+        products.append(partial(fp8_product, a_fp8, b_fp8, 1.0, 1.0, dtype))
     seconds = []
     for product in products:
         best = float("inf")

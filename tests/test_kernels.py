@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import relative_error
 
 import train_gpt
-from train_gpt import MLP, CausalSelfAttention, Documents, Fp8Projection, HeadLoss, SplitHeads, Yarn
+from train_gpt import MLP, CausalSelfAttention, Documents, HeadLoss, Projection, SplitHeads, Yarn
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -307,7 +307,7 @@ def fp8_mlp(grad_scale):
 
     def mlp(x, w_fc, w_proj):
         fp8, fp8_t = train_gpt.fp8_weights(torch.stack((w_fc, w_proj)).detach())
-        return MLP.apply(x, w_fc, w_proj, grad_scale, fp8, fp8_t)
+        return MLP.apply(x, w_fc, w_proj, fp8, fp8_t, grad_scale * train_gpt.FP8_GRAD)
 
     return mlp
 
@@ -744,8 +744,8 @@ def split_heads_and_gradients(function, x, weight, gate, table, rows, *rest):
     return [*(out.detach() for out in outs), *gradients]
 
 
-def split_heads_function(fp8=None):
-    return lambda x, weight, *rest: SplitHeads.apply(x, weight, fp8, *rest)
+def split_heads_function(**in_fp8):
+    return lambda x, weight, *rest: SplitHeads.apply(*rest, *Projection(weight, x=x, **in_fp8))
 
 
 def split_heads_plainly(x, weight, *rest):
@@ -786,10 +786,11 @@ FP8_SPLIT_HEADS_TOLERANCE = {"x": 8e-2, "weight": 8e-2}
 def test_split_heads_in_fp8_are_the_reference_within_the_quantisation(paired, key_offset, device):
     x, weight, *inputs = split_heads_inputs(device, torch.bfloat16, True, D=128 if device == "cuda" else 16, T=48)
     x_fp8 = (x / train_gpt.FP8_X).to(torch.float8_e4m3fn)
-    lambda_step = torch.tensor(0.5 * train_gpt.FP8_WEIGHT, device=device)  # the projections' weight is half the matrix
-    fp8 = Fp8Projection(x_fp8, *train_gpt.fp8_weights(weight), lambda_step, 0.25)
+    scale = torch.tensor(0.5 * train_gpt.FP8_WEIGHT, device=device)  # the projection's weight is half the matrix
+    fp8, fp8_t = train_gpt.fp8_weights(weight)
+    in_fp8 = dict(fp8=fp8, fp8_t=fp8_t, grad_scale=0.25 * train_gpt.FP8_GRAD, scale=scale, x_fp8=x_fp8)
     with poisoned_memory():
-        outs = split_heads_and_gradients(split_heads_function(fp8), x, 0.5 * weight, *inputs, paired, key_offset)
+        outs = split_heads_and_gradients(split_heads_function(**in_fp8), x, 0.5 * weight, *inputs, paired, key_offset)
     refs = split_heads_and_gradients(split_heads_plainly, *wide([x, 0.5 * weight, *inputs]), paired, key_offset)
     for name, out, ref in zip(SPLIT_HEADS_RESULTS, outs, refs, strict=True):
         assert relative_error(out, ref) < FP8_SPLIT_HEADS_TOLERANCE.get(name, 4e-2) * CUT_OFF[device], name

@@ -524,6 +524,26 @@ def test_scalars_start_at_their_values(wide_model):
     }
 
 
+# e4m3 rounds by 2.6 %, once or in both factors.
+@pytest.mark.parametrize("fp8_grad_scale", [None, 0.25])
+def test_layers_multiply_by_the_same_in_fp8_and_without(fp8_grad_scale):
+    weights = random_model().layer_weights(fp8_grad_scale)[0]
+    mlps = [w.mlp for w in weights if w.mlp is not None]
+    qkvs = [train_gpt.attention_inputs(torch.randn(T, 32).double(), None, None, None, w)[2] for w in weights if w.qkv]
+    assert len(mlps) == len(train_gpt.MLP_LAYERS) and len(qkvs) == len(train_gpt.ATTENTION_LAYERS)
+    if fp8_grad_scale is None:
+        assert {field for weight, *in_fp8 in mlps for field in in_fp8} == {None}
+        assert {field for qkv in qkvs for field in qkv._replace(weight=None, x=None)} == {None}
+        return
+    for p in mlps + qkvs:
+        assert torch.equal(p.fp8_t.float(), p.fp8.float().mT) and p.grad_scale == 0.25 * train_gpt.FP8_GRAD
+    for mlp in mlps:
+        assert relative_error(train_gpt.FP8_WEIGHT * mlp.fp8.double(), mlp.weight) < 3e-2
+    for qkv in qkvs:
+        product = train_gpt.FP8_X * qkv.x_fp8.double() @ (qkv.scale * qkv.fp8.double()).T
+        assert relative_error(product, qkv.x @ qkv.weight.T) < 5e-2
+
+
 def test_gates_bigrams_and_output_projections_start_at_zero(wide_model):
     p = dict(wide_model.named_parameters())
     for name in ("smear_gate", "value_gates", "gate_out", "bigram_embed"):
