@@ -14,8 +14,8 @@ Contents, in reading order (search for the banner):
     Kernels           Triton, each beside its reference in plain PyTorch and one switch point
     Model             Yarn, the compiled regions of a layer, GPT
     Optimizer         Adam, NorMuon, communication, the order of work
-    Data              shards, micro-batches, read-ahead
-    Schedule          learning rate, momentum, windows, multi-token weights by step
+    Data              shards, micro-batches, read-ahead, prefixes of tokens
+    Schedule          learning rate, momentum, windows, multi-token and prefix weights by step
     Train             warm-up, the loop, validation, the clock
 What never runs on the clock:
     Log               the run's log file and the terminal
@@ -32,6 +32,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy CPU, threads that spin while they wait stop each other
 
+import base64
 import ctypes
 import fcntl
 import hashlib
@@ -91,6 +92,7 @@ class TrainingStage(NamedTuple):
     lr: float  # learning-rate multiplier, about (batch growth) ** 0.5
     target_weights: tuple[float, ...]  # multi-token prediction: weight of the 1st, 2nd, 3rd next token at the start ...
     target_weights_end: tuple[float, ...]  # ... and at the end of the stage
+    prefix_weights: tuple[float, float] = (0.0, 0.0)  # at start and end: of the next token's prefix, see prefix_table
     max_seq_len: int = 1 << 30  # documents are cut here, and at train_max_seq_len
     untie: bool = False  # head and embedding are one until this stage; where no row says so, to the end
 
@@ -99,9 +101,9 @@ class TrainingStage(NamedTuple):
 # costs nearly the same in small batches as in large ones, and in small ones teaches more: half as large for the same
 # number of tokens, they were 0.06 ahead at the end of a quarter run. Smaller still won little.
 STAGES = (
-    # share, tokens, short and long window, lr, multi-token weights at the start and at the end
-    TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), max_seq_len=896),
-    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0)),
+    # share, tokens, short and long window, lr, multi-token weights at the start and at the end, prefix weights
+    TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), (0.25, 0.25), max_seq_len=896),
+    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0)),
     TrainingStage(1, 196_608, 5, 11, 1.5, (1.0,), (1.0,), untie=True),
     TrainingStage(None, 196_608, 6, 13, 1.5, (1.0,), (1.0,)),  # its learning rate is lr_end
 )
@@ -230,6 +232,7 @@ class Hyperparameters:
     # model
     vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
     bos: int = 50256  # every document begins with this token; GPT-2's <|endoftext|>
+    vocabulary: str = "data/gpt2.tiktoken"  # all other tokens, in tiktoken's form, for the prefix loss; "": without it
     bigram_vocab_size: int = 251_520  # 5 x 50304 hash rows, the last one for the first token of a micro-batch
     num_heads: int = 6
     head_dim: int = 128
@@ -366,7 +369,7 @@ def parse_value(name: str, kind: type, text: str) -> object:
     """The text of --name=text as the type of the field."""
     if kind not in (str, int, float, bool, tuple[int, ...]):
         raise UserError(f"--{name} is a table: edit it at the top of train_gpt.py")
-    if name in ("train_files", "val_files", "log_dir"):
+    if name in ("train_files", "val_files", "vocabulary", "log_dir"):
         return os.path.expanduser(text)
     try:
         if kind is bool:
@@ -403,6 +406,8 @@ def check_tables(hp: Hyperparameters) -> None:
         require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
         told = f"{row}: {len(weights[0])} multi-token weights at the start, {len(weights[1])} at the end: as many, > 0"
         require(len(weights[0]) == len(weights[1]) > 0, told)
+        told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
+        require(len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
     kept, weighed = {"x0", "bigram"}, set()
     for i, layer in enumerate(LAYERS):
@@ -860,20 +865,16 @@ SOFTCAP = (23.0, 5.0, 7.5)  # cap, shift, temperature: z = cap * sigmoid((logit 
 
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Per position t: sum over k of weights[k] (lse(z_t) - z_t[targets[t + k]]), targets past the end left out.
+    """Per position t: sum over k of weights[k] (lse(z_t) - z_t[targets[k, t]]), but for targets of -1, which are none.
 
-    logits (T, V), targets (T,) int, weights (n,) float32. Returns losses (T,) and lse (T,), float32 (or float64).
+    logits (T, V), targets (n, T) int, weights (n,) float32. Returns losses (T,) and lse (T,), float32 (or float64).
     """
     cap, shift, temperature = SOFTCAP
     wide = torch.promote_types(logits.dtype, torch.float32)
     z = torch.sigmoid((logits.to(wide) + shift).div_(temperature)).mul_(cap)
     lse = z.logsumexp(-1)
-    losses = torch.zeros_like(lse)
-    T = len(targets)
-    for k, weight in enumerate(weights[:T]):
-        picked = z[: T - k].gather(1, targets[k:, None].long()).squeeze(1)
-        losses[: T - k] += weight * (lse[: T - k] - picked)
-    return losses, lse
+    picked = z.gather(1, targets.T.clamp(min=0).long()).T
+    return (torch.where(targets >= 0, weights[:, None], 0) * (lse - picked)).sum(0), lse
 
 
 def cross_entropy_backward_reference(
@@ -882,13 +883,9 @@ def cross_entropy_backward_reference(
     """The gradient of sum(grad * losses) with respect to the logits, over `scale`, as `dtype` (T, V)."""
     cap, shift, temperature = SOFTCAP
     sigmoid = torch.sigmoid((logits.to(lse.dtype) + shift).div_(temperature))
-    weights, T = weights.to(lse.dtype), len(targets)
-    total_weight = torch.zeros_like(lse)
-    for k, weight in enumerate(weights[:T]):
-        total_weight[: T - k] += weight
-    grad_z = (sigmoid * cap).sub_(lse[:, None]).exp_().mul_(total_weight[:, None])
-    for k, weight in enumerate(weights[:T]):
-        grad_z[: T - k].scatter_add_(1, targets[k:, None].long(), -weight.expand(T - k, 1))
+    present = torch.where(targets >= 0, weights.to(lse.dtype)[:, None], 0)  # (n, T)
+    grad_z = (sigmoid * cap).sub_(lse[:, None]).exp_().mul_(present.sum(0)[:, None])
+    grad_z.scatter_add_(1, targets.T.clamp(min=0).long(), -present.T)
     grad_z *= (grad.to(lse.dtype) * cap / (temperature * scale))[:, None]
     return torch.ops.aten.sigmoid_backward(grad_z, sigmoid).to(dtype)
 
@@ -929,39 +926,29 @@ def cross_entropy_kernel(
     lse = tl.log(tl.sum(total))
     loss = 0.0
     for k in tl.static_range(N_TARGETS):
-        if row + k < T:
-            target = tl.load(targets_ptr + row + k)
+        target = tl.load(targets_ptr + k * T + row)
+        if target >= 0:
             loss += tl.load(weights_ptr + k) * (lse - cap_sigmoid(tl.load(logits_ptr + target)) * CAP)
     tl.store(losses_ptr + row, loss)
     tl.store(lse_ptr + row, lse)
 
 
 @triton.jit
-def total_weights(weights_ptr, rows, T, N_TARGETS: tl.constexpr):
-    """For each row the sum of its targets' weights: the last rows have fewer targets."""
-    total = tl.zeros(rows.shape, tl.float32)
-    for k in tl.static_range(N_TARGETS):
-        total += tl.where(rows + k < T, tl.load(weights_ptr + k), 0.0)
-    return total
-
-
-@triton.jit
 def cross_entropy_gradient(
-    logits_ptr, lse_ptr, weights_ptr, grad_ptr, out_ptr, factor, T, V, first_row, quad, first_col,
-    N_TARGETS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, factor, T, V, first_row, quad, first_col,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Every fourth row of a tile, from row `quad` on: the gradient without the targets' terms, written and returned."""
     in_tile = 4 * tl.arange(0, ROWS // 4) + quad
     rows, cols = first_row + in_tile, first_col + tl.arange(0, COLS)
-    total_weight = total_weights(weights_ptr, rows, T, N_TARGETS)
-    total_weight *= factor * tl.load(grad_ptr + rows, mask=rows < T, other=0.0)
+    factor *= tl.load(sums_ptr + rows, mask=rows < T, other=0.0) * tl.load(grad_ptr + rows, mask=rows < T, other=0.0)
     lse_2 = tl.load(lse_ptr + rows, mask=rows < T, other=0.0) * LOG2_E
     # 64 bits for the tile's corner, 32 inside the tile
     corner = first_row.to(tl.int64) * V + first_col
     offsets = in_tile[:, None] * V + tl.arange(0, COLS)[None, :]
     inside = (rows < T)[:, None] & (cols < V)[None, :]
     s = cap_sigmoid(tl.load(logits_ptr + corner + offsets, mask=inside, other=0.0))
-    grad = total_weight[:, None] * tl.exp2(s * (CAP * LOG2_E) - lse_2[:, None]) * (s - s * s)
+    grad = factor[:, None] * tl.exp2(s * (CAP * LOG2_E) - lse_2[:, None]) * (s - s * s)
     tl.store(out_ptr + corner + offsets, grad.to(out_ptr.dtype.element_ty), mask=inside)
     return grad
 
@@ -985,9 +972,8 @@ def word(a, b, c, d, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def cross_entropy_backward_kernel(
-    logits_ptr, lse_ptr, weights_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
-    N_TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
+    TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient without the targets' terms, written as it is and, if TRANSPOSED, transposed as well.
 
@@ -995,11 +981,11 @@ def cross_entropy_backward_kernel(
     then is a multiple of 4.
     """
     first_row, first_col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
-    args = (logits_ptr, lse_ptr, weights_ptr, grad_ptr, out_ptr, factor, T, V, first_row)
-    a = cross_entropy_gradient(*args, 0, first_col, N_TARGETS, ROWS, COLS)
-    b = cross_entropy_gradient(*args, 1, first_col, N_TARGETS, ROWS, COLS)
-    c = cross_entropy_gradient(*args, 2, first_col, N_TARGETS, ROWS, COLS)
-    d = cross_entropy_gradient(*args, 3, first_col, N_TARGETS, ROWS, COLS)
+    args = (logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, factor, T, V, first_row)
+    a = cross_entropy_gradient(*args, 0, first_col, ROWS, COLS)
+    b = cross_entropy_gradient(*args, 1, first_col, ROWS, COLS)
+    c = cross_entropy_gradient(*args, 2, first_col, ROWS, COLS)
+    d = cross_entropy_gradient(*args, 3, first_col, ROWS, COLS)
     if TRANSPOSED:
         words = word(a, b, c, d, INTERPRETED)
         corner = first_col.to(tl.int64) * (T // 4) + first_row // 4
@@ -1011,22 +997,22 @@ def cross_entropy_backward_kernel(
 
 @triton.jit
 def cross_entropy_targets_kernel(
-    logits_ptr, lse_ptr, targets_ptr, weights_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
+    logits_ptr, lse_ptr, sums_ptr, targets_ptr, weights_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
     N_TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradient at the targets, over what the other kernel wrote there: comparing all columns would cost more."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
     factor *= tl.load(grad_ptr + rows, mask=rows < T, other=0.0)
-    total_weight = total_weights(weights_ptr, rows, T, N_TARGETS)
+    sums = tl.load(sums_ptr + rows, mask=rows < T, other=0.0)
     rows_64 = rows.to(tl.int64)
     for k in tl.static_range(N_TARGETS):
-        inside = rows + k < T
-        target = tl.load(targets_ptr + rows + k, mask=inside, other=0).to(tl.int64)
+        target = tl.load(targets_ptr + k * T + rows, mask=rows < T, other=-1).to(tl.int64)
+        inside = target >= 0
         s = cap_sigmoid(tl.load(logits_ptr + rows_64 * V + target, mask=inside, other=0.0))
-        d_z = total_weight * tl.exp2((s * CAP - lse) * LOG2_E)
+        d_z = sums * tl.exp2((s * CAP - lse) * LOG2_E)
         for j in tl.static_range(N_TARGETS):  # equal targets add up
-            other = tl.load(targets_ptr + rows + j, mask=rows + j < T, other=-1)
+            other = tl.load(targets_ptr + j * T + rows, mask=rows < T, other=-1)
             d_z -= tl.where(other == target, tl.load(weights_ptr + j), 0.0)
         grad = (factor * d_z * (s - s * s)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + rows_64 * V + target, grad, mask=inside)
@@ -1050,15 +1036,17 @@ def cross_entropy_backward_triton(
     T, V = logits.shape
     out, out_t = empty_gradients(logits, dtype)
     factor = SOFTCAP[0] / (SOFTCAP[2] * scale)
-    sizes = dict(T=T, V=V, N_TARGETS=len(weights), TRANSPOSED=len(out_t) > 0)
+    sums = torch.where(targets >= 0, weights[:, None], 0).sum(0)  # by row, of the weights of the targets there are
+    sizes = dict(T=T, V=V, TRANSPOSED=len(out_t) > 0)
     ROWS, COLS = 128, 64  # with 4 warps among the best two of 11 on H100
     cross_entropy_backward_kernel[(triton.cdiv(T, ROWS), triton.cdiv(V, COLS))](
-        logits, lse, weights, grad, out, out_t, factor, **sizes, INTERPRETED=not logits.is_cuda, ROWS=ROWS, COLS=COLS,
+        logits, lse, sums, grad, out, out_t, factor, **sizes, INTERPRETED=not logits.is_cuda, ROWS=ROWS, COLS=COLS,
         num_warps=4,
     )  # fmt: skip
     cross_entropy_targets_kernel[(triton.cdiv(T, 128),)](
-        logits, lse, targets, weights, grad, out, out_t, factor, **sizes, ROWS=128, num_warps=4
-    )
+        logits, lse, sums, targets, weights, grad, out, out_t, factor, **sizes, N_TARGETS=len(weights), ROWS=128,
+        num_warps=4,
+    )  # fmt: skip
     return out, out_t
 
 
@@ -1104,7 +1092,7 @@ FP8_HEAD_X, FP8_HEAD, FP8_HEAD_GRAD = 100 / 448, 1.6 / 448, 0.75 / 448
 
 
 class HeadLoss(torch.autograd.Function):
-    """Softcapped multi-token cross-entropy of the logits x @ head, per position: (T, C), (C, V) -> (T,) float32.
+    """Softcapped multi-token cross-entropy of the logits x @ head, by position: (T, C), (C, V), (n, T) -> (T,) float32.
 
     With `grad_scale`, by which losses are multiplied, the products run in FP8: activations and weights in e4m3, the
     gradient in e5m2. The logits' gradient is written in the type its products read, only.
@@ -1810,8 +1798,15 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
     return (join(x, mlp_out, w), None) if keep else (x, mlp_out)
 
 
-def head_losses(x, head, targets, target_weights, fp8_grad_scale):
+def target_rows(targets: Tensor, n: int, prefixes: Tensor | None) -> Tensor:
+    """(n, T): the next tokens, the nearest first, then, if there is a table of prefixes, the nearest's; -1 for none."""
+    ahead = [F.pad(targets, (0, k), value=-1)[k:] for k in range(n - (prefixes is not None))]
+    return torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
+
+
+def head_losses(x, head, targets, target_weights, prefixes, fp8_grad_scale):
     """Loss of each position (T,), float32, from the last row's output (T, C)."""
+    targets = target_rows(targets, len(target_weights), prefixes)
     return HeadLoss.apply(norm(x), head, targets, target_weights, fp8_grad_scale)
 
 
@@ -1871,6 +1866,8 @@ class GPT(nn.Module):
             self.embed.copy_(self.head.T)
         drawn = torch.randint(2, (SIGN_ROWS, C), generator=torch.Generator().manual_seed(0))
         self.register_buffer("signs", (2 * drawn - 1).to(device, dtype), persistent=False)
+        # Filled by Trainer.run, on the clock
+        self.register_buffer("prefixes", torch.full((V,), -1, dtype=torch.int32, device=device), persistent=False)
         longest = max(max(stage.tokens for stage in hp.stages), hp.val_batch_size) // MICRO_BATCHES
         self.yarn = Yarn(hp.head_dim, 2 * longest, device)
         region = compiler(compile)
@@ -1923,9 +1920,11 @@ class GPT(nn.Module):
         target_weights: Tensor,
         fp8_grad_scale: float | None = None,
         head_chunk: int | None = None,
+        prefix: bool = False,
     ) -> Tensor:
         """Loss of each position, (T,) float32: sum over k of target_weights[k] times the k-th next token's.
 
+        prefix: the last of the weights is that of the next token's prefix.
         windows: tokens, by the names in LAYERS. fp8_grad_scale: None for products in bf16, else the factor by which the
         losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
         """
@@ -1965,9 +1964,8 @@ class GPT(nn.Module):
                 kept[layer.keep] = x
         x = self.join(x, mlp_out, before)
         chunks = zip(*(t.split(head_chunk or len(x)) for t in (x, batch.targets)), strict=True)
-        losses = [
-            self.head_losses(chunk, self.head, targets, target_weights, fp8_grad_scale) for chunk, targets in chunks
-        ]
+        args = target_weights, self.prefixes if prefix else None, fp8_grad_scale
+        losses = [self.head_losses(chunk, self.head, targets, *args) for chunk, targets in chunks]
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
 
@@ -2628,6 +2626,45 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
     return batches
 
 
+def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
+    """The ids of tokens by their bytes, from a file in tiktoken's form; none where no stage weighs prefixes.
+
+    A file that DATA_PATH lacks is looked for beside this program. Raises UserError for one that can't be used.
+    """
+    if not hp.vocabulary or not any(any(stage.prefix_weights) for stage in hp.stages):
+        return {}
+    paths = [folder / hp.vocabulary for folder in (ROOT, Path(__file__).resolve().parent)]
+    path, ids, number = next((path for path in paths if path.exists()), paths[0]), {}, 0
+    remedy = "--vocabulary= takes the file that the data was tokenized with, or nothing, for no prefix loss"
+    try:
+        with open(path, "rb") as file:
+            lines = file.read(1 << 24).splitlines()  # GPT-2's takes a twentieth
+        for line in lines:
+            number += 1
+            token, rank = line.split()
+            ids[base64.b64decode(token, validate=True)] = int(rank)
+    except (OSError, ValueError) as error:
+        told = error.strerror if isinstance(error, OSError) else f"line {number} is no token in base64 and its rank"
+        raise UserError(f"{path}: {told}; {remedy}") from None
+    told = f"its {len(ids):,} tokens have not the ranks 0 to {hp.vocab_size - 2}, for --vocab_size={hp.vocab_size}"
+    require(sorted(ids.values()) == [*range(hp.vocab_size - 1)], f"{path}: {told}; {remedy}")
+    return ids
+
+
+def prefix_table(hp: Hyperparameters) -> Tensor:
+    """(V,) int32: for each token its prefix, the longest other token with which its bytes begin; -1 for none.
+
+    As targets, prefixes teach a token's first letters, which other tokens share (the public speedrun's PR 337, 2026).
+    """
+    ids, prefixes = read_vocabulary(hp), [-1] * hp.padded_vocab
+    for token, i in ids.items():
+        prefix = token[:-1]
+        while prefix and prefix not in ids:
+            prefix = prefix[:-1]
+        prefixes[i] = ids.get(prefix, -1)
+    return torch.tensor(prefixes, dtype=torch.int32)
+
+
 # ======================================================================================================================
 # Schedule
 # ======================================================================================================================
@@ -2680,11 +2717,14 @@ class TrainingSchedule:
         return high - (high - low) * into_cooldown / self.cooldown if into_cooldown else high
 
     def target_weights(self, step: int) -> list[float]:
-        """Multi-token weights: linear inside a stage, from its first to its second row."""
+        """Multi-token weights, then the prefix's if the stage has one: linear inside a stage, from start to end."""
         i = self.stage_index(step)
         t = (step - self.starts[i]) / max(self.ends[i] - self.starts[i], 1)
         stage = self.hp.stages[i]
-        return [a + (b - a) * t for a, b in zip(stage.target_weights, stage.target_weights_end, strict=True)]
+        pairs = [*zip(stage.target_weights, stage.target_weights_end, strict=True)]
+        if self.hp.vocabulary and any(stage.prefix_weights):
+            pairs.append(stage.prefix_weights)
+        return [a + (b - a) * t for a, b in pairs]
 
     def windows(self, step: int) -> dict[str, int]:
         """Attention windows in tokens, by the names in LAYERS."""
@@ -2767,12 +2807,13 @@ class Trainer:
             self.model.yarn.grow(old.long_window * block, new.long_window * block)
 
     def target_weights_of(self, step: int) -> Tensor:
-        """Multi-token weights of a step, on the device."""
-        return self.target_weights[step, : len(self.schedule.stage(step).target_weights)]
+        """The schedule's weights of a step, on the device."""
+        return self.target_weights[step, : len(self.schedule.target_weights(step))]
 
     def micro_step(self, step: int, batch: MicroBatch, target_weights: Tensor) -> None:
         """Forward and backward of one micro-batch; adds to the gradients."""
-        losses = self.model(batch, self.schedule.windows(step), target_weights, self.fp8_grad_scale)
+        prefix = len(target_weights) > len(self.schedule.stage(step).target_weights)
+        losses = self.model(batch, self.schedule.windows(step), target_weights, self.fp8_grad_scale, prefix=prefix)
         (losses.sum() * self.grad_scale).backward()
 
     def train_step(self, step: int, batch: StepBatch) -> None:
@@ -2860,6 +2901,7 @@ class Trainer:
         if self.world.size > 1:
             dist.barrier()  # the clock does not run while the first rank waits for the last to compile
         clock = Clock(self.world.device, now.elapsed)
+        self.model.prefixes.copy_(prefix_table(hp))
         for step in range(now.step, hp.total_steps + 1):
             last = step == hp.total_steps
             watch.at(step)
@@ -3502,6 +3544,7 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
         )
     for path in (*train, *val):  # a taste; the loader checks every token of what it reads
         read_tokens(path, hp.vocab_size, limit=1_000_000)
+    read_vocabulary(hp)
     largest_step, largest_shard = max(stage.tokens for stage in hp.stages), max(shard_tokens)
     if largest_shard < largest_step + MICRO_BATCHES:  # a step never crosses shards
         raise UserError(

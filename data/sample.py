@@ -5,7 +5,7 @@
 turns pydoc's topics and the docstrings of the standard library into shards sample_val_000000.bin and
 sample_train_000001.bin, ..., by default in data/sample/, under DATA_PATH if that is set: over 1M training and over
 131,072 validation tokens, enough to try training and to run the tests, too little to learn from. One token is one byte:
-GPT-2's vocabulary, which would have to be downloaded, begins with the 256 single bytes. The same Python installation
+GPT-2's vocabulary begins with the 256 single bytes, and so no package has to encode. The same Python installation
 always gives the same shards.
 """
 

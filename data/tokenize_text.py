@@ -520,6 +520,7 @@ def train_command(made: Made, args: argparse.Namespace, encoding) -> Iterator[st
     if batch < SPEEDRUN.val_batch_size:
         options.append(f"--val_batch_size={batch}")
     if args.encoding:
+        options.append(f"--vocabulary={args.encoding.resolve()}")
         options += [f"--vocab_size={encoding.n_vocab}", f"--bos={encoding.eot_token}"]
     yield f"train on it with: ./run.sh {shlex.join(options)}"
 

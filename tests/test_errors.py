@@ -111,6 +111,11 @@ def file_instead_of_a_log_folder(folder):
     (folder / "occupied").write_text("")
 
 
+def malformed_vocabulary(folder):
+    (folder / "data").mkdir()
+    (folder / "data" / "gpt2.tiktoken").write_bytes(b"IQ== 0\nIg=== 1\n")
+
+
 FETCH = "data/cached_fineweb10B.py"
 # What is broken, further arguments, words of the line on the screen: the file or value, what is wrong, the remedy.
 BROKEN = [
@@ -137,6 +142,12 @@ BROKEN = [
         log_of_that_name,
         ["--log_dir=kept", "--run_id=first"],
         ["kept/first.txt", "cannot write the log", "File exists", "--run_id="],
+    ),
+    (nothing, ["--vocabulary=no.tiktoken"], ["{folder}/no.tiktoken: No such file", "--vocabulary= takes the file"]),
+    (
+        malformed_vocabulary,
+        [],
+        ["{folder}/data/gpt2.tiktoken: line 2 is no token in base64 and its rank", "--vocabulary= takes the file"],
     ),
     (nothing, ["--num_iterations=5"], ["unknown hyperparameter --num_iterations", "num_scheduled_iterations"]),
     (nothing, ["--seed=many"], ["--seed=many", "expected a whole number"]),

@@ -351,7 +351,7 @@ def test_gradients_of_the_fp8_mlp_do_not_depend_on_the_scale_of_the_loss(device)
 
 # ---------------------------------------------------------------------------- cross-entropy
 
-WEIGHTS = {1: (1.0,), 2: (1.0, 0.5), 3: (1.0, 0.5, 0.25)}
+WEIGHTS = {1: (1.0,), 2: (1.0, 0.5), 3: (1.0, 0.5, 0.25), 4: (1.0, 0.5, 0.25, 0.375)}  # the fourth is a prefix's
 # rows: more than a tile of the backward kernel; above, at and below the number of targets; columns: some blocks and a
 # part, less than a block, whole blocks
 CROSS_ENTROPY_SHAPES = [(134, 300), (6, 5003), (3, 4096), (2, 300), (1, 300)]
@@ -360,22 +360,33 @@ numbers_of_targets = pytest.mark.parametrize("n", WEIGHTS)
 
 
 def plain_loss(logits, targets, weights):
-    """Softcapped multi-token cross-entropy by position, as the task defines it."""
+    """Softcapped cross-entropy by position, of all the targets that a position has."""
     log_p = F.log_softmax(23 * torch.sigmoid((logits + 5) / 7.5), dim=-1)
-    T = len(targets)
     losses = []
-    for t in range(T):
-        terms = [-w * log_p[t, targets[t + k]] for k, w in enumerate(weights) if t + k < T]
-        losses.append(sum(terms))
+    for t, of_position in enumerate(targets.T.tolist()):
+        terms = [-w * log_p[t, target] for w, target in zip(weights, of_position, strict=True) if target >= 0]
+        losses.append(sum(terms, start=log_p.new_zeros(())))
     return torch.stack(losses)
+
+
+def some_targets(T, V, n, device="cpu"):
+    """(n, T): the 1st, 2nd, 3rd next token as far as there is one; then prefixes, of which some are none."""
+    tokens = integers(V, T)
+    tokens[T // 2] = tokens[T // 3]  # some are equal: at a distance of one, if T is 3 to 6
+    tokens[-1], tokens[0] = V - 1, 0  # the last column and the first are easiest to miss
+    rows = [(tokens.tolist()[k:] + [-1] * k)[:T] for k in range(min(n, 3))]
+    if n == 4:  # none; one of its own; the 1st, the 2nd next token, of which the latter may be none
+        own = integers(V, T).tolist()
+        rows.append([(-1, own[t], rows[0][t], rows[1][t])[t % 4] for t in range(T)])
+        if T > 2:
+            rows = [[*row[:2], -1, *row[3:]] for row in rows]  # a position without a target
+    return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
 def cross_entropy_inputs(T, V, n, device="cpu", dtype=torch.float32):
     logits = normal(T, V, device=device, dtype=dtype, std=6.0)
-    targets = integers(V, T, device=device)
-    targets[-1], targets[0] = V - 1, 0  # the last column and the first are easiest to miss
     grad = (torch.rand(T) + 0.5).to(device)
-    return logits, targets, torch.tensor(WEIGHTS[n], device=device), grad
+    return logits, some_targets(T, V, n, device), torch.tensor(WEIGHTS[n], device=device), grad
 
 
 def plain_cross_entropy_gradient(logits, targets, weights, grad):
@@ -384,11 +395,11 @@ def plain_cross_entropy_gradient(logits, targets, weights, grad):
     return torch.autograd.grad(losses, logits, grad.double())[0]
 
 
-def assert_gradient(out, ref, targets, n, tolerance):
+def assert_gradient(out, ref, targets, tolerance):
     """At the targets and elsewhere by itself: the few large elements at targets would hide errors in all others."""
     is_target = torch.zeros(ref.shape, dtype=torch.bool)
-    for t in range(len(targets)):
-        is_target[t, targets[t : t + n].long().cpu()] = True
+    for t, of_position in enumerate(targets.T.tolist()):
+        is_target[t, [target for target in of_position if target >= 0]] = True
     out, ref = out.cpu().double(), ref.cpu()
     assert relative_error(out[is_target], ref[is_target]) < tolerance, "at the targets"
     assert relative_error(out[~is_target], ref[~is_target]) < tolerance, "away from the targets"
@@ -436,13 +447,13 @@ def test_cross_entropy_backward_kernel_is_the_gradient_over_scale(T, V, n, devic
     tolerance = 2e-5 if dtype == torch.float32 else KERNEL_TOLERANCE[dtype]  # p - 1 cancels where p is near 1
     if device == "cpu" and dtype == torch.float8_e5m2:
         tolerance = 0.18  # Triton's interpreter cuts mantissas off instead of rounding; measured 0.153
-    assert_gradient(out, ref / scale, targets, n, tolerance)
+    assert_gradient(out, ref / scale, targets, tolerance)
 
 
 @on_each_device
 def test_cross_entropy_kernels_stay_finite_at_extreme_logits(device, dtype):
     logits = torch.tensor([[3e4, -3e4, 0.0] * 50, [-3e4] * 150]).to(device, dtype)
-    targets, weights = torch.tensor([1, 7], dtype=torch.int32, device=device), torch.ones(1, device=device)
+    targets, weights = torch.tensor([[1, 7]], dtype=torch.int32, device=device), torch.ones(1, device=device)
     losses, lse = train_gpt.cross_entropy_triton(logits, targets, weights)
     assert relative_error(losses, plain_loss(logits.double(), targets, [1.0])) < LOSS_TOLERANCE
     grad = torch.ones(2, device=device)
@@ -468,7 +479,7 @@ def test_cross_entropy_references_are_the_loss_and_its_gradient(T, V, n):
     assert relative_error(losses, plain_loss(logits, targets, WEIGHTS[n])) < EXACT_TOLERANCE
     out = train_gpt.cross_entropy_backward_reference(logits, lse, targets, weights, grad, 0.25, torch.float64)
     ref = plain_cross_entropy_gradient(logits, targets, weights, grad) / 0.25
-    assert_gradient(out, ref, targets, n, 1e-9)  # p - 1 cancels where p is near 1
+    assert_gradient(out, ref, targets, 1e-9)  # p - 1 cancels where p is near 1
 
 
 # ---------------------------------------------------------------------------- the head
@@ -486,17 +497,17 @@ HEAD_CASES = [
 ]
 
 
-def head_inputs(device, dtype, T=48, C=64, V=1024):
+def head_inputs(device, dtype, n, T=48, C=64, V=1024):
     x = F.rms_norm(torch.randn(T, C), (C,)).to(device, dtype)  # as the model's last norm leaves it
-    return [x, normal(C, V, device=device, dtype=dtype, std=0.1)], integers(V, T, device=device)
+    return [x, normal(C, V, device=device, dtype=dtype, std=0.1)], some_targets(T, V, n, device)
 
 
 @numbers_of_targets
 @pytest.mark.parametrize("device, dtype, tolerance", HEAD_CASES)
 def test_head_loss_has_the_value_and_gradients_of_the_plain_formula(n, device, dtype, tolerance):
-    inputs, targets = head_inputs(device, dtype)
+    inputs, targets = head_inputs(device, dtype, n)
     weights = torch.tensor(WEIGHTS[n], device=device)
-    grad_out = torch.rand(len(targets)).to(device) + 0.5
+    grad_out = torch.rand(targets.shape[1]).to(device) + 0.5
     if dtype == torch.float64:
         grad_out = grad_out.double()
     outs = with_gradients(lambda x, head: HeadLoss.apply(x, head, targets, weights, None), inputs, grad_out)
@@ -510,11 +521,11 @@ def test_head_loss_has_the_value_and_gradients_of_the_plain_formula(n, device, d
     "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_fp8_gpu], id="cuda-float8")]
 )
 def test_head_loss_in_fp8_is_the_plain_formula_within_the_quantisation(n, device):
-    inputs, targets = head_inputs(device, torch.bfloat16, T=512)  # enough for rounding errors to average out
+    inputs, targets = head_inputs(device, torch.bfloat16, n, T=512)  # enough for rounding errors to average out
     weights = torch.tensor(WEIGHTS[n], device=device)
     grad_scale = 0.25  # 2 over 8 micro-batches
     # Not all equal: e5m2 would round the targets' elements, all of nearly one size, in one direction
-    grad_out = grad_scale * (torch.rand(len(targets)).to(device) + 0.5)
+    grad_out = grad_scale * (torch.rand(targets.shape[1]).to(device) + 0.5)
     outs = with_gradients(lambda x, head: HeadLoss.apply(x, head, targets, weights, grad_scale), inputs, grad_out)
     refs = with_gradients(plain_head_loss(targets, WEIGHTS[n]), [t.double() for t in inputs], grad_out.double())
     assert [out.dtype for out in outs] == [torch.float32, torch.bfloat16, torch.bfloat16]
@@ -530,11 +541,11 @@ def test_head_loss_in_fp8_is_the_plain_formula_within_the_quantisation(n, device
     "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_fp8_gpu], id="cuda-float8")]
 )
 def test_fp8_gradient_does_not_depend_on_the_scale_of_the_loss(device):
-    inputs, targets = head_inputs(device, torch.bfloat16)
+    inputs, targets = head_inputs(device, torch.bfloat16, 3)
     weights = torch.tensor(WEIGHTS[3], device=device)
 
     def gradients(grad_scale):
-        grad_out = torch.full((len(targets),), grad_scale, device=device)
+        grad_out = torch.full(targets.shape[1:], grad_scale, device=device)
         return with_gradients(lambda x, head: HeadLoss.apply(x, head, targets, weights, grad_scale), inputs, grad_out)
 
     # Powers of two apart: equal but for the order of sums. Without the scale, e5m2 would overflow or lose all.
@@ -575,13 +586,14 @@ def test_compiled_mlp_in_fp8_equals_eager():
 
 @pytest.mark.parametrize("grad_scale", [None, pytest.param(0.25, marks=needs_fp8_gpu)])
 def test_compiled_head_loss_equals_eager(grad_scale):
-    inputs, targets = head_inputs(DEVICE, OPERATOR_DTYPE if grad_scale is None else torch.bfloat16)
-    weights = torch.tensor(WEIGHTS[2], device=DEVICE)
-    grad_out = torch.full((len(targets),), 0.25, device=DEVICE)
+    inputs, targets = head_inputs(DEVICE, OPERATOR_DTYPE if grad_scale is None else torch.bfloat16, 1)
+    weights = torch.tensor(WEIGHTS[3], device=DEVICE)
+    prefixes = integers(1025, 1024, device=DEVICE) - 1
+    grad_out = torch.full(targets.shape[1:], 0.25, device=DEVICE)
     tolerance = COMPILED_TOLERANCE if grad_scale is None else COMPILED_FP8_TOLERANCE
 
     def head_loss(x, head):
-        return HeadLoss.apply(x, head, targets, weights, grad_scale)
+        return train_gpt.head_losses(x, head, targets[0], weights, prefixes, grad_scale)
 
     assert_compiled_equals_eager(head_loss, inputs, grad_out, tolerance)
 
@@ -608,13 +620,13 @@ def test_transposed_operator_is_registered_right():
 
 
 def test_cross_entropy_operator_is_registered_right():
-    logits, targets, weights, _ = cross_entropy_inputs(6, 304, 3, DEVICE, OPERATOR_DTYPE)
+    logits, targets, weights, _ = cross_entropy_inputs(6, 304, 4, DEVICE, OPERATOR_DTYPE)
     torch.library.opcheck(torch.ops.speedrun.cross_entropy, (logits, targets, weights))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy_backward_operator_is_registered_right(dtype):
-    logits, targets, weights, grad = cross_entropy_inputs(6, 304, 3, DEVICE, OPERATOR_DTYPE)
+    logits, targets, weights, grad = cross_entropy_inputs(6, 304, 4, DEVICE, OPERATOR_DTYPE)
     lse = train_gpt.cross_entropy(logits, targets, weights)[1]
     arguments = (logits, lse, targets, weights, grad, 0.5, dtype)
     torch.library.opcheck(torch.ops.speedrun.cross_entropy_backward, arguments)

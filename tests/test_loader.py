@@ -1,5 +1,6 @@
 """The data loader on small shards, against a dealer in plain Python written from the description of the task."""
 
+import base64
 import random
 import tempfile
 import threading
@@ -16,7 +17,17 @@ from hypothesis import strategies as st
 from shard_files import BOS, text_of, write_shard
 
 import train_gpt
-from train_gpt import Hyperparameters, TrainLoader, UserError, World, make_micro_batch, validation_batches
+from train_gpt import (
+    STAGES,
+    Hyperparameters,
+    TrainLoader,
+    UserError,
+    World,
+    make_micro_batch,
+    prefix_table,
+    read_vocabulary,
+    validation_batches,
+)
 
 VOCAB = 50257
 
@@ -363,6 +374,7 @@ def test_a_run_says_in_its_log_at_which_step_the_files_start_over(tmp_path, caps
     trained = []
     trainer = object.__new__(train_gpt.Trainer)  # the run's loop alone: no model
     trainer.hp, trainer.world, trainer.schedule = hp, World(), schedule
+    trainer.model = SimpleNamespace(prefixes=torch.empty(hp.padded_vocab, dtype=torch.int32))
     trainer.enter_step = lambda step: None
     trainer.train_step = lambda step, batch: trained.append(batch)
     trainer.validate = lambda batches, windows: 1.0
@@ -634,3 +646,78 @@ def test_an_id_outside_the_vocabulary_is_an_error_that_says_where(tmp_path):
     path = write_shard(tmp_path / "b.bin", [50256, 50257])
     with pytest.raises(UserError, match="token id 50257 at position 1"):
         train_gpt.read_tokens(path, VOCAB)
+
+
+# ---------------------------------------------------------------------------- the vocabulary, and its tokens' prefixes
+
+
+def vocabulary(path, tokens, **values):
+    """Hyperparameters for tokens, which they find in a file that is written for them."""
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
+    return Hyperparameters(**{"vocabulary": str(path), "vocab_size": len(tokens) + 1, "bos": len(tokens), **values})
+
+
+def prefixes_by_hand(tokens):
+    """Of each token the longest of those that are shorter and that it begins with; -1 for none."""
+    found = []
+    for token in tokens:
+        shorter = [other for other in tokens if len(other) < len(token) and token.startswith(other)]
+        found.append(tokens.index(max(shorter, key=len)) if shorter else -1)
+    return found
+
+
+@given(st.lists(st.binary(min_size=1, max_size=5), min_size=1, unique=True) | st.sets(st.text("ab", min_size=1)))
+@settings(deadline=None)
+def test_a_tokens_prefix_is_the_longest_other_one_with_which_it_begins(tokens):
+    tokens = [token if isinstance(token, bytes) else token.encode() for token in tokens]
+    with tempfile.TemporaryDirectory() as folder:
+        table = prefix_table(vocabulary(Path(folder, "own.tiktoken"), tokens))
+    assert table.dtype == torch.int32 and len(table) % 128 == 0
+    assert table.tolist() == prefixes_by_hand(tokens) + [-1] * (len(table) - len(tokens))
+
+
+def test_prefixes_in_gpt2s_vocabulary_which_comes_with_the_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)  # a DATA_PATH with data only
+    hp = Hyperparameters()
+    ids, table = read_vocabulary(hp), prefix_table(hp)
+    for token, prefix in {b" the": b" th", b" th": b" t", b" t": b" ", b" theater": b" theat", b"\n\n": b"\n"}.items():
+        assert table[ids[token]] == ids[prefix]
+    assert all(table[ids[bytes([byte])]] == -1 for byte in range(256))
+    assert len(table) == 50304 and (table[50256:] == -1).all() and table.max() < 50256  # BOS, and the padding
+    tokens, rng = sorted(ids, key=ids.get), random.Random(0)
+    for i in rng.sample(range(50256), 50):
+        shorter = [token for token in tokens if len(token) < len(tokens[i]) and tokens[i].startswith(token)]
+        assert table[i] == (ids[max(shorter, key=len)] if shorter else -1)
+
+
+@pytest.mark.parametrize(
+    "values", [dict(vocabulary=""), dict(stages=tuple(s._replace(prefix_weights=(0, 0)) for s in STAGES))]
+)
+def test_without_prefix_loss_there_is_no_prefix_and_no_file_is_read(tmp_path, monkeypatch, values):
+    hp = Hyperparameters(**{"vocabulary": str(tmp_path / "none"), **values})
+    assert (prefix_table(hp) == -1).all() and len(prefix_table(hp)) == 50304
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, ": No such file or directory"),
+        (b"IQ== 0\nIg== x\n", ": line 2 is no token in base64 and its rank"),
+        (b"IQ== 0\nIg==\n", ": line 2 is no token in base64 and its rank"),
+        (b"IQ== 0\n\nIg== 1\n", ": line 2 is no token in base64 and its rank"),
+        (b"!!!! 0\n", ": line 1 is no token in base64 and its rank"),
+        (b"IQ== 0\nIg== 2\n", ": its 2 tokens have not the ranks 0 to 1, for --vocab_size=3"),
+        (b"IQ== 0\nIg== 0\n", ": its 2 tokens have not the ranks 0 to 1, for --vocab_size=3"),
+        (b"IQ== 0\nIQ== 1\n", ": its 1 tokens have not the ranks 0 to 1, for --vocab_size=3"),
+        (b"IQ== 0\nIg== 1\nIw== 2\n", ": its 3 tokens have not the ranks 0 to 1, for --vocab_size=3"),
+        (b"", ": its 0 tokens have not the ranks 0 to 1, for --vocab_size=3"),
+    ],
+)
+def test_a_file_that_is_no_vocabulary_is_named_with_what_would_be_right(tmp_path, content, words):
+    path = tmp_path / "own.tiktoken"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_vocabulary(Hyperparameters(vocabulary=str(path), vocab_size=3, bos=2))
+    remedy = "--vocabulary= takes the file that the data was tokenized with, or nothing, for no prefix loss"
+    assert str(error.value) == f"{path}{words}; {remedy}"

@@ -125,8 +125,11 @@ def gates_of_the_table(p, j, x, layers):
     return [(xsa * one if a.xsa else None, heads * one if a.head_gates else None, a.values, a.adds) for a in layers]
 
 
-def plain_losses(p, signs, inputs, targets, weights, gate_network=plain_gates):
-    """Loss by position of the model that train_gpt.LAYERS describes, from its parameters by name."""
+def plain_losses(p, signs, inputs, targets, weights, gate_network=plain_gates, prefixes=None):
+    """Loss by position of the model that train_gpt.LAYERS describes, from its parameters by name.
+
+    With prefixes, by token, the last weight is that of the next token's.
+    """
     C, H, D, layers = HP.model_dim, HP.num_heads, HP.head_dim, train_gpt.LAYERS
     counts = [count for count, *_ in train_gpt.SCALARS.values()]
     lambdas = dict(zip(train_gpt.SCALARS, p["scalars"].split(counts), strict=True))
@@ -190,9 +193,12 @@ def plain_losses(p, signs, inputs, targets, weights, gate_network=plain_gates):
             kept[layer.keep] = x
     log_p = F.log_softmax(23 * torch.sigmoid((plain_rms_norm(x) @ p["head"] + 5) / 7.5), dim=-1)
     losses = torch.zeros(T, dtype=torch.float64)
-    for k, weight in enumerate(weights):
+    for k, weight in enumerate(weights if prefixes is None else weights[:-1]):
         terms = log_p[torch.arange(T - k), targets[k:].long()]
         losses = losses - weight * torch.cat((terms, torch.zeros(k)))
+    for t, token in enumerate(targets.tolist() if prefixes else ()):
+        if token in prefixes:
+            losses = losses - weights[-1] * F.one_hot(torch.tensor(t), T).double() * log_p[t, prefixes[token]]
     return losses
 
 
@@ -248,6 +254,34 @@ def test_losses_and_gradients_are_those_of_the_plain_formulas(monkeypatch, layer
         else:  # of what this table does not use
             assert parameter.grad is None or not parameter.grad.any(), name
             assert layers != list(LAYERS), name
+
+
+def test_the_next_tokens_prefix_is_one_more_target_where_it_has_one():
+    model, tokens, weights = random_model(), random_tokens(), (1.0, 0.5, 0.3)
+    prefixes = {token: (7 * token + 1) % HP.vocab_size for token in range(0, HP.vocab_size, 2)}
+    prefixes[int(tokens[5])] = int(tokens[6])  # what is another target of that position, too
+    for token, prefix in prefixes.items():
+        model.prefixes[token] = prefix
+    losses = losses_of(model, tokens[:-1], tokens[1:], weights, prefix=True)
+    p = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    expected = plain_losses(p, model.signs, tokens[:-1], tokens[1:], weights, prefixes=prefixes)
+    assert relative_error(losses, expected) < EXACT_TOLERANCE
+    slopes = torch.randn(T, dtype=torch.float64)
+    (losses * slopes).sum().backward()
+    gradients = torch.autograd.grad((expected * slopes).sum(), [p["head"], p["embed"]])
+    assert relative_error(model.head.grad, gradients[0]) < EXACT_TOLERANCE
+    assert relative_error(model.embed.grad, gradients[1]) < EXACT_TOLERANCE
+
+
+def test_without_prefixes_their_weight_changes_nothing():
+    model, tokens = random_model(), random_tokens()
+    inputs, targets = tokens[:-1], tokens[1:]
+    with torch.no_grad():
+        plain, odd = (
+            losses_of(model, inputs, targets),
+            losses_of(model, inputs, targets, (*TARGET_WEIGHTS, 9.0), prefix=True),
+        )
+    assert relative_error(odd, plain) < EXACT_TOLERANCE
 
 
 @pytest.mark.parametrize("layers", EDITED_LAYERS.values(), ids=EDITED_LAYERS)

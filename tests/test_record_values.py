@@ -82,9 +82,10 @@ def test_momentum_rises_over_500_steps_and_falls_back_over_the_last_330():
     assert {step: SPEEDRUN.momentum(step) for step in expected} == pytest.approx(expected, rel=1e-12)
 
 
-def test_three_next_tokens_are_predicted_at_first_and_one_at_last():
-    expected = {0: [1, 0.5, 0.25], 373: [1, 0.5, 0.125], 745: [1, 0.5, 0.25 / 746]}
-    expected |= {746: [1, 0.5], 1119: [1, 0.25], 1491: [1, 0.5 / 746], 1492: [1], 2239: [1], 2240: [1], 2303: [1]}
+def test_three_next_tokens_and_a_prefix_are_predicted_at_first_and_one_token_at_last():
+    expected = {0: [1, 0.5, 0.25, 0.25], 373: [1, 0.5, 0.125, 0.25], 745: [1, 0.5, 0.25 / 746, 0.25]}
+    expected |= {746: [1, 0.5, 0.25], 1119: [1, 0.25, 0.125], 1491: [1, 0.5 / 746, 0.25 / 746]}
+    expected |= {1492: [1], 2239: [1], 2240: [1], 2303: [1]}
     for step, weights in expected.items():
         assert SPEEDRUN.target_weights(step) == pytest.approx(weights, rel=1e-9)
 
@@ -191,6 +192,7 @@ def test_the_speedruns_hyperparameters():
         lr_end=0.15,
         vocab_size=50257,
         bos=50256,
+        vocabulary="data/gpt2.tiktoken",
         bigram_vocab_size=251_520,
         num_heads=6,
         head_dim=128,
