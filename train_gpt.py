@@ -49,7 +49,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -2744,11 +2744,6 @@ class Trainer:
         losses = self.model(batch, self.schedule.windows(step), target_weights, self.fp8_grad_scale)
         (losses.sum() * self.grad_scale).backward()
 
-    def train_step(self, step: int, batch: StepBatch) -> None:
-        """One step: forward and backward on each micro-batch, then the optimizer."""
-        self.add_gradients(step, batch)
-        self.update(step)
-
     def add_gradients(self, step: int, batch: StepBatch) -> None:
         """Forward and backward on each micro-batch; the optimizer notes what all ranks looked up."""
         target_weights, graph = self.target_weights_of(step), self.graphs.get(self.stage_index)
@@ -2792,7 +2787,8 @@ class Trainer:
             if self.use_graphs:
                 self.micro_step(step, batch.micro_batches[0], self.target_weights_of(step))  # compiles
                 self.capture(step, batch.micro_batches[0])
-            self.train_step(step, batch)
+            self.add_gradients(step, batch)
+            self.update(step)
             if self.world.on_gpu:  # a replayed graph allocates nothing: this is where a stage's memory can be seen
                 self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
         untie = schedule.untie_step
@@ -2819,57 +2815,19 @@ class Trainer:
         watch: "Watch | None" = None,
     ) -> list[float]:
         """The run on the clock, from `progress` on; returns the validation losses, the final one last."""
-        hp, schedule, now, watch = self.hp, self.schedule, progress or Progress(), watch or Watch()
-        validate_at = {*hp.val_steps}
-        if hp.val_loss_every:
-            validate_at |= {*range(0, hp.total_steps, hp.val_loss_every)}
-        validate_at -= {now.step} if progress else set()  # done before the checkpoint was written
-        sizes = [schedule.size(step) for step in range(now.step, hp.total_steps)]
-        batches = iter(TrainLoader(train_paths, sizes, hp, self.world, now.position))
+        now = progress or Progress()
+        sizes = [self.schedule.size(step) for step in range(now.step, self.hp.total_steps)]
+        batches = TrainLoader(train_paths, sizes, self.hp, self.world, now.position)
         if self.world.size > 1:
             dist.barrier()  # the clock does not run while the first rank waits for the last to compile
-        clock = Clock(self.world.device, now.elapsed)
-        for step in range(now.step, hp.total_steps + 1):
-            last = step == hp.total_steps
-            watch.at(step)
-            if last or step in validate_at:
-                clock.stop()
-                watch.pause()
-                # The windows trained with so far: a new stage begins with its first training step.
-                windows = schedule.window_tokens(*FINAL_WINDOWS) if last else schedule.windows(max(step - 1, 0))
-                now.val_losses.append(self.validate(val_batches, windows))
-                log.write(f"step:{step}/{hp.total_steps} val_loss:{now.val_losses[-1]:.4f} {clock.text(step)}")
-                self.check_gradients(log, lag=0)
-                if not math.isfinite(now.val_losses[-1]):
-                    raise UserError(f"the validation loss is {now.val_losses[-1]}: a parameter has left finite numbers")
-                clock.start()
-            if last:
-                break
-            # After an even number of steps no gradient waits for the next.
-            if hp.checkpoint_every and step % 2 == 0:
-                stop = watch.agree_to_stop()
-                if step >= now.step + hp.checkpoint_every or (stop and step > now.step):
-                    clock.stop()
-                    watch.pause()
-                    self.check_gradients(log, lag=0)  # what is saved is sound
-                    now.step, now.elapsed = step, clock.elapsed
-                    self.save_checkpoint(log, now)
-                    if watch.side:
-                        dist.barrier(group=watch.side)  # while rank 0 writes, no other waits for it on the clock
-                    clock.start()
-                if stop:
-                    watch.stop_here(step)
-            watch.at(step)
-            batch = next(batches)
-            if batch.epoch > 1 + (now.position[0] - 1) // len(train_paths):  # the epoch of the step before
-                log.write(f"epoch {batch.epoch}: the train files ran out at step {step} and start over")
+        between = BetweenSteps(self, log, val_batches, now, watch or Watch())
+        between.at(now.step)
+        for step, batch in enumerate(batches, now.step):
             self.enter_step(step)
-            self.train_step(step, batch)
-            now.position = batch.position
-            clock.step_issued()
-            self.check_gradients(log, lag=1)  # of the step before, which the clock has waited for
-            log.step(step + 1, f"step:{step + 1}/{hp.total_steps} {clock.text(step + 1)}")
-        next(batches, None)  # lets the loader end its threads
+            self.add_gradients(step, batch)
+            self.update(step)
+            between.log_step(step, batch, len(train_paths))
+            between.at(step + 1)
         return now.val_losses
 
     def check_gradients(self, log: "Log", lag: int) -> None:
@@ -2922,6 +2880,73 @@ class Trainer:
             copy_saved(p, checkpoint["model"].get(name), name)
         self.optimizer.load(checkpoint["optimizer"])
         return Progress(**checkpoint["progress"])  # stage and rotary frequencies follow from its step: see enter_step
+
+
+class BetweenSteps:
+    """What happens between two steps of a run: validations, checkpoints and the end that a signal asks for.
+
+    Validations and checkpoints are off the clock, which this starts, and off the watch for hangs.
+    """
+
+    def __init__(self, trainer: Trainer, log: "Log", val_batches: list[MicroBatch], now: Progress, watch: "Watch"):
+        self.trainer, self.hp, self.log, self.val_batches, self.watch = trainer, trainer.hp, log, val_batches, watch
+        self.now, self.begin, self.clock = now, now.step, Clock(trainer.world.device, now.elapsed)
+
+    def at(self, step: int) -> None:
+        """All that is due when `step` steps are done."""
+        self.watch.at(step)
+        last = step == self.hp.total_steps
+        due = step in self.hp.val_steps or (self.hp.val_loss_every and step % self.hp.val_loss_every == 0)
+        if last or (due and not 0 < step == self.begin):  # a run that goes on has validated before its checkpoint
+            with self.off_the_clock():
+                self.validate(step)
+        if last:
+            return
+        # After an even number of steps no gradient waits for the next.
+        if self.hp.checkpoint_every and step % 2 == 0:
+            stop = self.watch.agree_to_stop()
+            if step >= self.now.step + self.hp.checkpoint_every or (stop and step > self.now.step):
+                with self.off_the_clock():
+                    self.save_checkpoint(step)
+            if stop:
+                self.watch.stop_here(step)
+        self.watch.at(step)
+
+    @contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """The clock stands still, and what is done may take as long as it likes."""
+        self.clock.stop()
+        self.watch.pause()
+        yield
+        self.clock.start()
+
+    def validate(self, step: int) -> None:
+        """Logs the validation loss. Raises UserError for one that is not finite."""
+        schedule, total = self.trainer.schedule, self.hp.total_steps
+        # The windows trained with so far: a new stage begins with its first training step.
+        windows = schedule.window_tokens(*FINAL_WINDOWS) if step == total else schedule.windows(max(step - 1, 0))
+        loss = self.trainer.validate(self.val_batches, windows)
+        self.now.val_losses.append(loss)
+        self.log.write(f"step:{step}/{total} val_loss:{loss:.4f} {self.clock.text(step)}")
+        self.trainer.check_gradients(self.log, lag=0)
+        require(math.isfinite(loss), f"the validation loss is {loss}: a parameter has left finite numbers")
+
+    def save_checkpoint(self, step: int) -> None:
+        """Saves what it takes to go on from here, once it is known to be sound."""
+        self.trainer.check_gradients(self.log, lag=0)
+        self.now.step, self.now.elapsed = step, self.clock.elapsed
+        self.trainer.save_checkpoint(self.log, self.now)
+        if self.watch.side:
+            dist.barrier(group=self.watch.side)  # while rank 0 writes, no other waits for it on the clock
+
+    def log_step(self, step: int, batch: StepBatch, files: int) -> None:
+        """The line of a step that has been issued, and before it that of an epoch; files: how many an epoch has."""
+        if batch.epoch > 1 + (self.now.position[0] - 1) // files:  # the epoch of the step before
+            self.log.write(f"epoch {batch.epoch}: the train files ran out at step {step} and start over")
+        self.now.position = batch.position
+        self.clock.step_issued()
+        self.trainer.check_gradients(self.log, lag=1)  # of the step before, which the clock has waited for
+        self.log.step(step + 1, f"step:{step + 1}/{self.hp.total_steps} {self.clock.text(step + 1)}")
 
 
 class Clock:
@@ -3704,7 +3729,8 @@ class Bench:
         times: dict[int, list[tuple[int, float]]] = {}
         before = time.perf_counter()
         for stage, i, step, batch in self.steps(self.hp.bench_steps):
-            self.trainer.train_step(step, batch)
+            self.trainer.add_gradients(step, batch)
+            self.trainer.update(step)
             synchronize(self.world.device)
             now = time.perf_counter()
             if i >= UNTIMED_STEPS:
