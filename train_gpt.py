@@ -3376,13 +3376,10 @@ class Watch:
         if self.hang_timeout and self.step is not None and now - self.moved > self.hang_timeout:
             places = {rank: "silent" if rank in silent else beat[2] for rank, (beat, _) in sorted(self.beats.items())}
             told = "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
-            # The first that is silent, or does not wait for another rank or, as it issues a step, for its own GPU.
-            last = min(places, key=lambda rank: (rank not in silent, places[rank].split()[0] in WAITING))
+            # A rank that does not wait for others. On GPUs no step is waited for: what stands is who reads its end.
+            waiting = "reduced gathered full agree_to_stop step_issued synchronize validate state check_gradients"
+            last = min(places, key=lambda rank: (rank not in silent, places[rank].split()[0] in waiting.split()))
             self.end(1, self._error(last, f"no step has ended for {self.hang_timeout:g} s (--hang_timeout), {told}"))
-
-
-# Functions in which a rank waits for others: on GPUs what stands still is whoever reads the end of a step.
-WAITING = "reduced gathered full agree_to_stop step_issued synchronize validate state check_gradients".split()  # noqa: SIM905
 
 
 def reason_of(error: BaseException) -> str:
