@@ -3004,8 +3004,7 @@ class Log:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open("a+b" if hp.resume else "x+b")
-            self.continues = self.file.tell() > 0
-            if self.continues and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
+            if self.file.tell() and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
                 self.file.write(b"\n")  # ends a line that was cut short
         except OSError as error:
             told = f"{self.path}: cannot write the log ({error.strerror})"
@@ -3064,7 +3063,7 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
     """The source that runs, the versions, the GPUs and the overrides: what it takes to repeat the run."""
     from subprocess import getoutput
 
-    if log.file is None or log.continues:
+    if log.file is None or log.file.tell():  # it has one
         return
     source, rule = Path(__file__).read_text(encoding="utf-8"), "=" * 100
     header = [source, rule, f"Running Python {sys.version}", f"Running {versions()}"]
@@ -3213,7 +3212,7 @@ class Watch:
         self.store = self.side = self.asked = None
         self.step: int | None = None  # steps done, on the clock
         self.stop = ""  # the signal that asked for an end at the next checkpoint
-        self.can_stop, self.hang_timeout, self.moved = False, 0.0, 0.0
+        self.can_stop, self.hang_timeout, self.moved = False, math.inf, math.inf
         self.doubt: float | None = None  # since when something is known to be wrong, perhaps another rank's fault
         self.verdict: tuple | None = None  # the end, if no rank turns out to be silent
         self.beats = {self.rank: (["", self.host, ""], 0.0)}  # by rank: its last beat, and when it came
@@ -3239,7 +3238,7 @@ class Watch:
 
     def follow(self, hp: Hyperparameters) -> None:
         """From now on as the hyperparameters say, which are the same on all ranks."""
-        self.can_stop, self.hang_timeout = hp.checkpoint_every > 0, hp.hang_timeout
+        self.can_stop, self.hang_timeout = hp.checkpoint_every > 0, hp.hang_timeout or math.inf
         if self.size > 1 and self.can_stop:
             # Whether to stop is agreed upon between CPUs, beside NCCL, and only where a stop leaves a checkpoint.
             self.side = dist.new_group(backend="gloo")
@@ -3332,15 +3331,16 @@ class Watch:
         return f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
     def _run(self) -> None:
-        reached = time.monotonic()  # when the store was last
+        lost = None  # since when the store is
         while not self.closed:
             try:
                 if select.select([self.signals], [], [], self.TICK)[0] and not self.closed:
                     self._signalled(signal.Signals(self.signals.recv(1)[0]))
                 self._tick(time.monotonic())
-                reached = time.monotonic()
-            except RuntimeError:  # the store: its process is gone, or the run ends at this moment
-                if time.monotonic() - reached > self.SILENT and not self.closed:
+                lost = None
+            except RuntimeError:  # its process is gone, or the run ends at this moment
+                lost = lost or time.monotonic()
+                if time.monotonic() - lost > self.SILENT and not self.closed:
                     self.end(1, self._error(self.rank, "the launcher or rank 0 is gone"))
 
     def _signalled(self, number: signal.Signals) -> None:
@@ -3351,8 +3351,8 @@ class Watch:
             end = None  # at the next checkpoint
         elif number == signal.SIGINT or self.size == 1:
             self.end(*end)
-        if self.size > 1:  # torchrun also signals the ranks that are left when one has died
-            self.doubt, self.verdict = self.doubt or time.monotonic(), self.verdict or end
+        # Perhaps for another rank's death: torchrun signals those that are left.
+        self.doubt, self.verdict = self.doubt or time.monotonic(), self.verdict or end
 
     def _tick(self, now: float) -> None:
         if self.launcher and os.getppid() != self.launcher:
@@ -3373,7 +3373,7 @@ class Watch:
             self.end(1, self._error(silent[0], reason))
         if self.doubt and self.verdict and now - self.doubt > self.PATIENCE:
             self.end(*self.verdict)
-        if self.hang_timeout and self.step is not None and now - self.moved > self.hang_timeout:
+        if now - self.moved > self.hang_timeout:
             places = {rank: "silent" if rank in silent else beat[2] for rank, (beat, _) in sorted(self.beats.items())}
             told = "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
             # A rank that does not wait for others. On GPUs no step is waited for: what stands is who reads its end.
