@@ -2714,7 +2714,7 @@ class Trainer:
         self.grad_scale = hp.grad_scale / MICRO_BATCHES
         self.fp8_grad_scale = self.grad_scale if use_fp8(hp, world)[0] else None
         weights = map(self.schedule.target_weights, range(hp.total_steps))
-        self.target_weights = [torch.tensor(row, device=world.device) for row in weights]  # so that no step copies its
+        self.target_weights = [torch.tensor(row, device=world.device) for row in weights]  # by step, copied once
         self.stage_index = 0
         self.graphs: dict[int, Callable[[MicroBatch, Tensor], None]] = {}  # by stage, on a GPU
         self.peak_memory: dict[int, int] = {}  # bytes by stage, on a GPU
@@ -2858,9 +2858,9 @@ class Trainer:
 
 
 class BetweenSteps:
-    """What happens between two steps of a run: validations, checkpoints, the end that a signal asks for, and lines.
+    """What happens between two steps of a run: lines in the log, validations, checkpoints, the end after a signal.
 
-    Validations and checkpoints are off the clock, which this starts, and off the watch for hangs.
+    Validations and checkpoints are off the clock, which starts here, and may take as long as they like.
     """
 
     def __init__(self, trainer: Trainer, log: "Log", val_batches: list[MicroBatch], now: Progress, watch: "Watch"):
@@ -2892,7 +2892,7 @@ class BetweenSteps:
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
-        """The clock stands still, and what is done may take as long as it likes. Nothing is done to what is unsound."""
+        """The clock stands still, nothing counts as a hang, and all steps so far are known to be sound."""
         self.clock.stop()
         self.watch.pause()
         self.trainer.check_gradients(self.log, lag=0)
@@ -3467,11 +3467,12 @@ def check_agreement(hp: Hyperparameters, overrides: dict, world: World, shards: 
     facts["checkpoint"] = checkpoint and f"step {checkpoint['step']}, {checkpoint['progress']['elapsed']:.3f} ms"
     facts.update({f"{name}, file {i + 1}": shard for name in FILES for i, shard in enumerate(shards[name])})
     everyone: list = [None] * world.size
-    dist.all_gather_object(everyone, (f"on rank {world.rank} ({socket.gethostname()})", hp.run_id, facts))
-    (here, run_id, first), told = everyone[0], {}
-    for there, _, others in everyone:
+    dist.all_gather_object(everyone, (socket.gethostname(), hp.run_id, facts))
+    (host, run_id, first), told = everyone[0], {}
+    for rank, (there, _, others) in enumerate(everyone):
         for name in (name for name in first | others if first.get(name) != others.get(name)):
-            told.setdefault(name, f"{name} is {first.get(name)} {here}, {others.get(name)} {there}")
+            differs = f"{first.get(name)} on rank 0 ({host}), {others.get(name)} on rank {rank} ({there})"
+            told.setdefault(name, f"{name} is {differs}")
     require(not told, f"the processes were not started alike: {'; '.join([*told.values()][:4])}")
     return run_id
 
