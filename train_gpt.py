@@ -3410,8 +3410,9 @@ class Watch:
                 try:
                     self.store.wait(["logged"], timedelta(seconds=3))
                 except RuntimeError:  # rank 0 is gone
-                    with open(self.log.path, "a", encoding="utf-8") as file:
-                        print(message, file=file)
+                    if self.log.path.exists():  # on another host it may not
+                        with open(self.log.path, "a", encoding="utf-8") as file:
+                            print(message, file=file)
             if self.rank == 0 and self.store and status == 1:
                 time.sleep(2 * self.TICK)  # the store may end with this process or its launcher: all shall have read it
         finally:

@@ -599,6 +599,24 @@ def test_without_their_launcher_no_process_is_left(data, tmp_path):
     assert wait_until(lambda: not processes_of(tmp_path), 20)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_where_rank_0_is_gone_its_reason_goes_into_its_log_but_makes_no_other(tmp_path, monkeypatch, there):
+    class Store:
+        def compare_set(self, key, before, word):
+            return word.encode()
+
+        def wait(self, keys, timeout):
+            raise RuntimeError("timed out")
+
+    watch, path = train_gpt.Watch(), tmp_path / "run.txt"
+    watch.rank, watch.store, watch.log = 1, Store(), train_gpt.SimpleNamespace(path=path)
+    if there:
+        path.write_text("step:1/10\n")
+    monkeypatch.setattr(train_gpt.os, "_exit", lambda status: None)
+    watch.end(1, "rank 0 is gone")
+    assert (path.read_text() if path.exists() else None) == ("step:1/10\nrank 0 is gone\n" if there else None)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_ends_all_within_a_second_with_one_line(data, tmp_path, processes):
     process = start(tmp_path, data, processes, fault=("wait", 0, 3))  # the other rank is inside a collective
