@@ -3083,7 +3083,7 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open("a+b" if hp.resume else "x+b")
             if self.file.tell() and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
-                self.file.write(b"\n")  # ends a line that was cut short
+                self.unwritten = b"\n"  # ends a line that was cut short, perhaps by a disk that still is full
         except OSError as error:
             told = f"{self.path}: cannot write the log ({error.strerror})"
             raise UserError(f"{told}; give another --run_id= or --log_dir=") from None
@@ -3106,7 +3106,7 @@ class Log:
         """One or more lines, at once on the disk's way; what a full disk does not take is kept for later."""
         if self.file is None:
             return
-        told = bool(self.unwritten)  # that the disk is full
+        told = len(self.unwritten) > 1  # that the disk is full
         self.unwritten += text.encode(errors="replace") + b"\n"
         try:
             if os.fstat(self.file.fileno()).st_nlink == 0:  # removed: what it held is still there to be copied

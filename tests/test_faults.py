@@ -795,6 +795,23 @@ def test_when_the_disk_has_room_again_the_log_has_every_line(data, tmp_path, mon
     assert capsys.readouterr().err.count("No space left on device") == 1
 
 
+def test_a_line_that_a_full_disk_cut_short_keeps_no_run_from_going_on_while_it_is_full(tmp_path, monkeypatch, capsys):
+    hp = small_run.small_hyperparameters(tmp_path, resume="small")
+    (tmp_path / "small.txt").write_bytes(b"first\nsec")
+    full, opened = [True, True], open
+    monkeypatch.setattr("builtins.open", lambda *a, **k: Full(opened(*a, **k), full))
+    log = train_gpt.Log(hp, train_gpt.World())
+    monkeypatch.undo()
+    log.write("third")
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    log.write("fourth")
+    full.clear()
+    log.write("fifth")
+    log.close()
+    assert log.path.read_text() == "first\nsec\nthird\nfourth\nfifth\n"
+    assert "No space" not in capsys.readouterr().err
+
+
 class Full:
     """A file that takes three bytes, then no more while the disk is full."""
 
