@@ -155,6 +155,7 @@ def test_there_are_any_number_of_stages_and_the_extension(count, untie):
             "STAGES, row 2: 1 multi-token weights at the start, 2 at the end",
         ),
         ([ROW, LAST._replace(prefix_weights=(0.5,))], "STAGES, row 2: prefix_weights=(0.5,): give two, at the start"),
+        ([ROW._replace(prefix_weights=0.5), LAST], "STAGES, row 1: prefix_weights=0.5: give two, at the start"),
         (
             [ROW._replace(share=0.0001), ROW, LAST],
             f"no step of {Hyperparameters.num_scheduled_iterations} falls to row 1 of STAGES",
