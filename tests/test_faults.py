@@ -251,6 +251,31 @@ def test_a_checkpoint_that_is_damaged_cut_short_or_lost_is_not_taken(resume, tmp
     assert resume()[1]["step"] == 4
 
 
+def test_a_checkpoint_that_is_cut_short_while_it_is_read_is_named(killed, tmp_path):
+    path, copied = killed / "logs" / "kept_step000006.pt", tmp_path / "cut_step000006.pt"
+    shutil.copy(path, copied)
+    program = """
+import hashlib, os, sys, types
+from pathlib import Path
+import train_gpt
+
+def sha256(*data):
+    os.truncate(sys.argv[1], 100)
+    return hashlib.sha256(*data)
+
+train_gpt.hashlib = types.SimpleNamespace(sha256=sha256)
+try:
+    train_gpt.read_checkpoint(Path(sys.argv[1]))
+except train_gpt.UserError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", program, str(copied)]  # by itself, as it may end by a signal
+    result = subprocess.run(
+        command, cwd=Path(train_gpt.__file__).parent, stdout=subprocess.PIPE, text=True, timeout=120
+    )
+    assert (result.returncode, result.stdout) == (0, f"{copied}: damaged or cut short, its checksum differs\n")
+
+
 def test_the_hyperparameters_are_the_checkpoints(resume, tmp_path):
     hp, content, lines = resume("--checkpoint_every=7")
     assert content["step"] == 6 and "resumed at step 6" in lines[-1]
