@@ -47,6 +47,7 @@ import threading
 import time
 import traceback
 import uuid
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -94,6 +95,8 @@ class TrainingStage(NamedTuple):
     target_weights_end: tuple[float, ...]  # ... and at the end of the stage
     prefix_weights: tuple[float, float] = (0.0, 0.0)  # at start and end: of the next token's prefix, see prefix_table
     max_seq_len: int = 1 << 30  # documents are cut here, and at train_max_seq_len
+    # The softmax runs over so many classes of the vocabulary, all targets of the micro-batch among them; 0: over all
+    classes: int = 0
     untie: bool = False  # head and embedding are one until this stage; where no row says so, to the end
 
 
@@ -102,9 +105,11 @@ class TrainingStage(NamedTuple):
 # number of tokens, they were 0.06 ahead at the end of a quarter run. Smaller still won little.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, prefix weights
-    TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), (0.25, 0.25), max_seq_len=896),
-    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0)),
-    TrainingStage(1, 196_608, 5, 11, 1.5, (1.0,), (1.0,), untie=True),
+    TrainingStage(
+        1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), (0.25, 0.25), max_seq_len=896, classes=8192
+    ),
+    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0), classes=16_384),
+    TrainingStage(1, 196_608, 5, 11, 1.5, (1.0,), (1.0,), classes=24_576, untie=True),
     TrainingStage(None, 196_608, 6, 13, 1.5, (1.0,), (1.0,)),  # its learning rate is lr_end
 )
 FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
@@ -406,6 +411,12 @@ def check_tables(hp: Hyperparameters) -> None:
         require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
         told = f"{row}: {len(weights[0])} multi-token weights at the start, {len(weights[1])} at the end: as many, > 0"
         require(len(weights[0]) == len(weights[1]) > 0, told)
+        told = (
+            f"{row}: classes={stage.classes}: 0, or a multiple of 16 from the {stage.tokens // MICRO_BATCHES} tokens "
+        )
+        told += f"of a micro-batch, whose targets must all have room, to {hp.padded_vocab}"
+        in_range = stage.tokens // MICRO_BATCHES <= stage.classes <= hp.padded_vocab and stage.classes % 16 == 0
+        require(stage.classes == 0 or in_range, told)
         told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
         require(len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
@@ -1165,6 +1176,23 @@ class Lookup(torch.autograd.Function):
         return None, None
 
 
+class HeadClasses(torch.autograd.Function):
+    """Columns of the head (C, V) by class (P,), none twice. The gradient is added to those of the head's .grad."""
+
+    @staticmethod
+    def forward(ctx, head, classes):
+        ctx.save_for_backward(head, classes)
+        return head[:, classes]
+
+    @staticmethod
+    def backward(ctx, grad):
+        head, classes = ctx.saved_tensors
+        if head.grad is None:
+            head.grad = torch.zeros_like(head)
+        head.grad[:, classes] += grad
+        return None, None
+
+
 def table_gradient(table: nn.Parameter) -> Tensor:
     """The table's .grad, float32: a frequent token adds up thousands of rows, in which bfloat16 would get stuck."""
     if table.grad is None:
@@ -1798,24 +1826,37 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
     return (join(x, mlp_out, w), None) if keep else (x, mlp_out)
 
 
-def target_rows(targets: Tensor, n: int, prefixes: Tensor | None) -> Tensor:
-    """(n, T): the next tokens, the nearest first, then, if there is a table of prefixes, the nearest's; -1 for none."""
+def target_rows(targets: Tensor, n: int, prefixes: Tensor | None, classes: Tensor | None, vocab_size: int) -> Tensor:
+    """(n, T): the next tokens, the nearest first, then, if there is a table of prefixes, the nearest's; -1 for none.
+
+    With `classes` (P,) their places in it instead; those that are not in it, which only prefixes can be, count as none.
+    """
     ahead = [F.pad(targets, (0, k), value=-1)[k:] for k in range(n - (prefixes is not None))]
-    return torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
+    rows = torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
+    if classes is None:
+        return rows
+    places = torch.full((vocab_size + 1,), -1, dtype=rows.dtype, device=rows.device)
+    places[classes] = torch.arange(len(classes), dtype=rows.dtype, device=rows.device)
+    return places[rows]  # of -1, the last one's: -1
 
 
-def head_losses(x, head, targets, target_weights, prefixes, fp8_grad_scale):
-    """Loss of each position (T,), float32, from the last row's output (T, C)."""
-    targets = target_rows(targets, len(target_weights), prefixes)
+def head_losses(x, head, targets, target_weights, prefixes, classes, vocab_size: int, fp8_grad_scale):
+    """Loss of each position (T,), float32, from the last row's output (T, C); head (C, V), or its `classes` (C, P)."""
+    targets = target_rows(targets, len(target_weights), prefixes, classes, vocab_size)
     return HeadLoss.apply(norm(x), head, targets, target_weights, fp8_grad_scale)
 
 
 class MicroBatch(NamedTuple):
-    """Inputs and targets (T,), int32, of whole documents laid end to end."""
+    """Inputs and targets (T,) of whole documents laid end to end; the classes (P,) of its softmax, None: all. int32."""
 
     inputs: Tensor
     targets: Tensor
     documents: Documents
+    classes: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [self.inputs, self.targets, *self.documents, *(() if self.classes is None else (self.classes,))]
 
 
 class GPT(nn.Module):
@@ -1964,8 +2005,9 @@ class GPT(nn.Module):
                 kept[layer.keep] = x
         x = self.join(x, mlp_out, before)
         chunks = zip(*(t.split(head_chunk or len(x)) for t in (x, batch.targets)), strict=True)
-        args = target_weights, self.prefixes if prefix else None, fp8_grad_scale
-        losses = [self.head_losses(chunk, self.head, targets, *args) for chunk, targets in chunks]
+        head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
+        args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
+        losses = [self.head_losses(chunk, head, targets, *args) for chunk, targets in chunks]
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
 
@@ -2511,15 +2553,35 @@ class Shard:
         return np.concatenate(pieces)[: num_tokens + 1], np.concatenate(([0], ends))
 
 
-def make_micro_batch(tokens: np.ndarray, ends: np.ndarray, device: torch.device) -> MicroBatch:
-    """Inputs, targets and documents on the device; tokens (T + 1,), ends cumulative from 0 to T."""
+def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndarray:
+    """`count` classes, rising: all targets, and of the others every so many-th, beginning where a checksum says.
+
+    So the text alone decides, on any number of ranks. Source: sampled softmax, arXiv 1412.2007; here evenly spread over
+    the vocabulary, which is sorted by frequency, and without correcting for what was left out.
+    """
+    taken = np.zeros(vocab_size, dtype=bool)
+    taken[targets] = True
+    others = np.flatnonzero(~taken)
+    more = count - (vocab_size - len(others))
+    if more:
+        first = zlib.crc32(targets.tobytes()) % len(others)
+        taken[others[(np.arange(more) * len(others) + first) // more]] = True
+    return np.flatnonzero(taken)
+
+
+def make_micro_batch(
+    tokens: np.ndarray, ends: np.ndarray, device: torch.device, classes: int = 0, vocab_size: int = 0
+) -> MicroBatch:
+    """Inputs, targets, documents, and classes if any, on the device; tokens (T + 1,), ends cumulative from 0 to T."""
     lengths = np.diff(ends)
-    arrays = (tokens[:-1], tokens[1:], np.repeat(ends[:-1], lengths), np.repeat(ends[1:], lengths))
+    arrays = [tokens[:-1], tokens[1:], np.repeat(ends[:-1], lengths), np.repeat(ends[1:], lengths)]
+    if classes:
+        arrays.append(softmax_classes(tokens[1:], classes, vocab_size))
     tensors = [torch.from_numpy(a.astype(np.int32)) for a in arrays]
     if device.type == "cuda":
         tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    inputs, targets, starts, ends = tensors
-    return MicroBatch(inputs, targets, Documents(starts, ends))
+    inputs, targets, starts, ends, *classes = tensors
+    return MicroBatch(inputs, targets, Documents(starts, ends), *classes)
 
 
 class StepBatch(NamedTuple):
@@ -2534,7 +2596,7 @@ class StepBatch(NamedTuple):
 class TrainLoader:
     """Iterates over steps; while one is computed, a thread assembles the next and copies it to the GPU.
 
-    sizes: for each step the tokens of a micro-batch, and at how many tokens documents are cut. Every rank deals all 8
+    sizes: for each step what TrainingSchedule.size gives. Every rank deals all 8
     micro-batches of a step and keeps its own, and of the others the inputs, so that any number of ranks sees the same.
     When the files run out, they start over, and the epoch counts up.
     position: of the last step's batch before these, in a run that goes on.
@@ -2542,7 +2604,7 @@ class TrainLoader:
     """
 
     def __init__(
-        self, paths: list[Path], sizes: list[tuple[int, int]], hp: Hyperparameters, world: World, position=(1, 0)
+        self, paths: list[Path], sizes: list[tuple[int, int, int]], hp: Hyperparameters, world: World, position=(1, 0)
     ):
         self.paths, self.sizes, self.hp, self.world = paths, sizes, hp, world
         self.found = {path: file_state(path) for path in paths}
@@ -2583,12 +2645,14 @@ class TrainLoader:
             f"to {max_seq_len} tokens each; get more data or lower the stages' tokens"
         )
 
-    def _prepare(self, size: tuple[int, int]) -> StepBatch:
+    def _prepare(self, size: tuple[int, int, int]) -> StepBatch:
         rank, ranks = self.world.rank, self.world.size
+        *size, classes = size
         dealt = [self.shard.assemble(span, *size) for span in self._deal(*size)]
         inputs = [torch.from_numpy(tokens[:-1].astype(np.int32)) for tokens, _ in dealt if ranks > 1]
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
-            batches = [make_micro_batch(*arrays, self.world.device) for arrays in dealt[rank::ranks]]
+            args = self.world.device, classes, self.hp.padded_vocab
+            batches = [make_micro_batch(*arrays, *args) for arrays in dealt[rank::ranks]]
             if self.stream:
                 self.stream.synchronize()  # in this thread; the main thread never waits for a copy
         position = self.files_begun, self.shard.next_document
@@ -2599,7 +2663,7 @@ class TrainLoader:
             for size in [*self.sizes[1:], None]:
                 batch = self._wait()
                 self.ahead = self.assembler.submit(self._prepare, size) if size else None
-                for tensor in (t for b in batch.micro_batches for t in (b.inputs, b.targets, *b.documents)):
+                for tensor in (t for b in batch.micro_batches for t in b.tensors()):
                     if self.stream:  # the memory was taken on the copying stream: keep it until this one is through
                         tensor.record_stream(torch.cuda.current_stream())
                 yield batch
@@ -2697,9 +2761,10 @@ class TrainingSchedule:
         """Tokens of a micro-batch."""
         return self.stage(step).tokens // MICRO_BATCHES
 
-    def size(self, step: int) -> tuple[int, int]:
-        """Tokens of a micro-batch, and at how many tokens documents are cut."""
-        return self.tokens(step), min(self.stage(step).max_seq_len, self.hp.train_max_seq_len)
+    def size(self, step: int) -> tuple[int, int, int]:
+        """Tokens of a micro-batch, at how many tokens documents are cut, and the classes of the softmax, 0 for all."""
+        stage = self.stage(step)
+        return self.tokens(step), min(stage.max_seq_len, self.hp.train_max_seq_len), stage.classes
 
     def lr(self, step: int) -> float:
         """Learning-rate factor: the stage's multiplier, from the cooldown on moving linearly to lr_end."""
@@ -2760,17 +2825,16 @@ class MicroBatchGraph:
     """
 
     def __init__(self, run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor, pool):
-        self.inputs = [t.clone() for t in (batch.inputs, batch.targets, *batch.documents, target_weights)]
-        inputs, targets, starts, ends, target_weights = self.inputs
+        self.inputs = [t.clone() for t in (target_weights, *batch.tensors())]
+        target_weights, inputs, targets, starts, ends, *classes = self.inputs
         self.graph = torch.cuda.CUDAGraph()
         # The loader's threads go on using the GPU meanwhile: only this thread's calls belong to the capture.
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            run(MicroBatch(inputs, targets, Documents(starts, ends)), target_weights)
+            run(MicroBatch(inputs, targets, Documents(starts, ends), *classes), target_weights)
 
     def replay(self, batch: MicroBatch, target_weights: Tensor) -> None:
         """Runs it on another micro-batch of the same shape."""
-        new = (batch.inputs, batch.targets, *batch.documents, target_weights)
-        for static, tensor in zip(self.inputs, new, strict=True):
+        for static, tensor in zip(self.inputs, (target_weights, *batch.tensors()), strict=True):
             static.copy_(tensor)
         self.graph.replay()
 
