@@ -48,10 +48,10 @@ import time
 import traceback
 import uuid
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -390,10 +390,7 @@ def parse_value(name: str, kind: type, text: str) -> object:
         raise UserError(f"--{name}={text}: expected {expected}") from None
 
 
-# What a layer without a window has
-NO_ATTENTION = dict(
-    paired=False, key_offset=False, value_embed=False, xsa=False, head_gates=False, reads=None, values={}
-)
+FOR_ATTENTION = ("paired", "key_offset", "value_embed", "xsa", "head_gates", "reads", "values")  # of a row of LAYERS
 
 
 def check_tables(hp: Hyperparameters) -> None:
@@ -403,29 +400,27 @@ def check_tables(hp: Hyperparameters) -> None:
     require(len(shares) > 1 and shares[-1] is None and None not in shares[:-1], told)
     require(sum(stage.untie for stage in hp.stages) <= 1, "STAGES: head and embedding untie in one row only")
     for number, stage in enumerate(hp.stages, 1):
-        row, weights = f"STAGES, row {number}", (stage.target_weights, stage.target_weights_end)
+        row, first, last = f"STAGES, row {number}", len(stage.target_weights), len(stage.target_weights_end)
         require(stage.share is None or 0 < stage.share < math.inf, f"{row}: share={stage.share} must be positive")
         told = f"{row}: tokens={stage.tokens} must be a multiple of {MICRO_BATCHES}, the micro-batches of a step"
         require(stage.tokens > 0 and stage.tokens % MICRO_BATCHES == 0, told)
         require(min(stage.short_window, stage.long_window) > 0, f"{row}: a window has at least 1 block")
         require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
-        told = f"{row}: {len(weights[0])} multi-token weights at the start, {len(weights[1])} at the end: as many, > 0"
-        require(len(weights[0]) == len(weights[1]) > 0, told)
+        require(first == last > 0, f"{row}: {first} multi-token weights at the start, {last} at the end: as many, > 0")
+        least = stage.tokens // MICRO_BATCHES
         told = (
-            f"{row}: classes={stage.classes}: 0, or a multiple of 16 from the {stage.tokens // MICRO_BATCHES} tokens "
+            f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16 from the {least} tokens of a micro-batch "
         )
-        told += f"of a micro-batch, whose targets must all have room, to {hp.padded_vocab}"
-        in_range = stage.tokens // MICRO_BATCHES <= stage.classes <= hp.padded_vocab and stage.classes % 16 == 0
-        require(stage.classes == 0 or in_range, told)
+        told += f"on, all of which may be different targets, up to {hp.padded_vocab}"
+        require(not stage.classes or least <= stage.classes <= hp.padded_vocab and stage.classes % 16 == 0, told)
         told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
         require(len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
     kept, weighed = {"x0", "bigram"}, set()
     for i, layer in enumerate(LAYERS):
-        row, window, attention = f"LAYERS, row {i}", layer.window, layer._replace(**NO_ATTENTION) != layer
-        require(window in ("short", "long", None), f"{row}: window is 'short', 'long' or None")
-        told = f"{row}: {', '.join(NO_ATTENTION)} are for layers with a window"
-        require(window or not attention, told)
+        row, attention = f"LAYERS, row {i}", any(getattr(layer, name) for name in FOR_ATTENTION)
+        require(layer.window in ("short", "long", None), f"{row}: window is 'short', 'long' or None")
+        require(layer.window or not attention, f"{row}: {', '.join(FOR_ATTENTION)} are for layers with a window")
         for gates in (layer.values, layer.adds):
             told = f"{row}: values and adds take names with their gates at the start, as dict(x0=0.0)"
             require(isinstance(gates, dict) and all(isinstance(gate, int | float) for gate in gates.values()), told)
@@ -482,10 +477,8 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     for number, (start, end) in enumerate(zip(schedule.starts[:-1], schedule.ends, strict=False), 1):
         told = f"no step of {schedule.scheduled} falls to row {number} of STAGES: raise its share"
         require(start < end, f"{told}, --num_scheduled_iterations or --length")
-    require(
-        hp.val_tokens % hp.val_batch_size == 0,
-        f"--val_tokens must be a multiple of --val_batch_size={hp.val_batch_size}",
-    )
+    told = f"--val_tokens must be a multiple of --val_batch_size={hp.val_batch_size}"
+    require(hp.val_tokens % hp.val_batch_size == 0, told)
     require(hp.val_batch_size % MICRO_BATCHES == 0, f"--val_batch_size must be a multiple of {MICRO_BATCHES}")
     require(hp.num_heads in range(2, 1025, 2), f"--num_heads={hp.num_heads} must be even, for pairs, at most 1024")
     require(hp.head_dim in (8, 16, 32, 64, 128), f"--head_dim={hp.head_dim} must be a power of two from 8 to 128")
@@ -506,6 +499,7 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
 # ======================================================================================================================
 # Distributed
 # ======================================================================================================================
+# One process a GPU. torchrun starts them and says in the environment who is who; they meet in its key-value store.
 
 INSTALL = "pip install -r requirements.txt"
 NVIDIA_DEVICE = Path("/dev/nvidiactl")  # there where a process may use a GPU
@@ -530,17 +524,17 @@ def launcher_address() -> tuple[str, int]:
 
 def check_no_gpu() -> None:
     """Raises UserError where there is a GPU that PyTorch can't use: a run on the CPU instead is not what was wanted."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
-    if visible and NVIDIA_DEVICE.exists():
-        why, remedy = "this PyTorch is built without CUDA", INSTALL
-        if torch.version.cuda:
-            try:
-                torch.cuda.init()
-                why = "no device is found"
-            except Exception as error:  # the driver's own words
-                why = " ".join(str(error).split())[:200]
-            remedy = f"install a driver for CUDA {torch.version.cuda} or newer (nvidia-smi shows the present one)"
-        raise UserError(f"PyTorch can't use this host's GPU ({why}): {remedy}; CUDA_VISIBLE_DEVICES= runs on the CPU")
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1") or not NVIDIA_DEVICE.exists():
+        return
+    why, remedy = "this PyTorch is built without CUDA", INSTALL
+    if torch.version.cuda:
+        remedy = f"install a driver for CUDA {torch.version.cuda} or newer (nvidia-smi shows the present one)"
+        try:
+            torch.cuda.init()
+            why = "no device is found"
+        except Exception as error:  # the driver's own words
+            why = " ".join(str(error).split())[:200]
+    raise UserError(f"PyTorch can't use this host's GPU ({why}): {remedy}; CUDA_VISIBLE_DEVICES= runs on the CPU")
 
 
 def keep_freed_memory() -> None:
@@ -573,8 +567,8 @@ class World(NamedTuple):
     def from_environment() -> "World":
         """Raises UserError for a number of processes that does not divide 8, or with more processes than GPUs."""
         size = environment_number("WORLD_SIZE", 1, 1, 1_000_000)
-        if MICRO_BATCHES % size:
-            raise UserError(f"{size} processes do not divide the 8 micro-batches of a step: start 1, 2, 4 or 8")
+        told = f"{size} processes do not divide the 8 micro-batches of a step: start 1, 2, 4 or 8"
+        require(MICRO_BATCHES % size == 0, told)
         rank, local_rank = (environment_number(name, 0, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
         local_size = environment_number("LOCAL_WORLD_SIZE", 1, 1, size)
         if not torch.cuda.is_available():
@@ -582,8 +576,8 @@ class World(NamedTuple):
             return World(rank, local_rank, size)
         gpus = torch.cuda.device_count()
         # Not by this process's own rank: every rank must see it, so that rank 0 can say it.
-        if max(local_rank + 1, local_size) > gpus:
-            raise UserError(f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})")
+        told = f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})"
+        require(max(local_rank + 1, local_size) <= gpus, told)
         return World(rank, local_rank, size, torch.device("cuda", local_rank))
 
     def start(self) -> None:
@@ -2804,6 +2798,8 @@ class TrainingSchedule:
 # ======================================================================================================================
 # Train
 # ======================================================================================================================
+# The loop is Trainer.run; what happens between two steps has a class of its own. As the public speedrun's rules have
+# it, the clock runs while training only: compiling, validations and checkpoints do not count.
 
 
 @dataclass
@@ -2816,27 +2812,25 @@ class Progress:
     val_losses: list[float] = field(default_factory=list)
 
 
-class MicroBatchGraph:
-    """Forward and backward of one micro-batch as a CUDA graph: captured once, launched as one.
+def capture(run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor, pool) -> Callable:
+    """Forward and backward of one micro-batch as a CUDA graph; returns what runs it on another of the same shape.
 
     Launching its 600 kernels one by one takes longer than they run (at first, in stage 1 on H100, 55 ms against 31).
     Windows and softmax scale are part of the capture, hence a graph a stage; gradients are added to the parameters'
     .grad.
     """
+    graph = torch.cuda.CUDAGraph()
+    inputs = [t.clone() for t in (target_weights, *batch.tensors())]
+    # The loader's threads go on using the GPU meanwhile: only this thread's calls belong to the capture.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        run(MicroBatch(*inputs[1:3], Documents(*inputs[3:5]), *inputs[5:]), inputs[0])
 
-    def __init__(self, run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor, pool):
-        self.inputs = [t.clone() for t in (target_weights, *batch.tensors())]
-        target_weights, inputs, targets, starts, ends, *classes = self.inputs
-        self.graph = torch.cuda.CUDAGraph()
-        # The loader's threads go on using the GPU meanwhile: only this thread's calls belong to the capture.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            run(MicroBatch(inputs, targets, Documents(starts, ends), *classes), target_weights)
-
-    def replay(self, batch: MicroBatch, target_weights: Tensor) -> None:
-        """Runs it on another micro-batch of the same shape."""
-        for static, tensor in zip(self.inputs, (target_weights, *batch.tensors()), strict=True):
+    def replay(batch: MicroBatch, target_weights: Tensor) -> None:
+        for static, tensor in zip(inputs, (target_weights, *batch.tensors()), strict=True):
             static.copy_(tensor)
-        self.graph.replay()
+        graph.replay()
+
+    return replay
 
 
 class Trainer:
@@ -2854,12 +2848,10 @@ class Trainer:
         self.optimizer = Optimizer(self.model, hp, world, self.schedule.untie_step, compile)
         self.grad_scale = hp.grad_scale / MICRO_BATCHES
         self.fp8_grad_scale = self.grad_scale if use_fp8(hp, world)[0] else None
-        weights = [torch.tensor(self.schedule.target_weights(step)) for step in range(hp.total_steps)]
-        # Every step's, so that no step copies its own.
-        self.target_weights = nn.utils.rnn.pad_sequence(weights, batch_first=True).to(world.device)
+        weights = map(self.schedule.target_weights, range(hp.total_steps))
+        self.target_weights = [torch.tensor(row, device=world.device) for row in weights]  # by step, copied once
         self.stage_index = 0
-        self.graphs: dict[int, MicroBatchGraph] = {}  # by stage
-        self.use_graphs = world.on_gpu and hp.cuda_graphs == "auto"
+        self.graphs: dict[int, Callable[[MicroBatch, Tensor], None]] = {}  # by stage, on a GPU
         self.peak_memory: dict[int, int] = {}  # bytes by stage, on a GPU
 
     def enter_step(self, step: int) -> None:
@@ -2870,41 +2862,22 @@ class Trainer:
             block = self.hp.window_block
             self.model.yarn.grow(old.long_window * block, new.long_window * block)
 
-    def target_weights_of(self, step: int) -> Tensor:
-        """The schedule's weights of a step, on the device."""
-        return self.target_weights[step, : len(self.schedule.target_weights(step))]
-
     def micro_step(self, step: int, batch: MicroBatch, target_weights: Tensor) -> None:
         """Forward and backward of one micro-batch; adds to the gradients."""
         prefix = len(target_weights) > len(self.schedule.stage(step).target_weights)
         losses = self.model(batch, self.schedule.windows(step), target_weights, self.fp8_grad_scale, prefix=prefix)
         (losses.sum() * self.grad_scale).backward()
 
-    def train_step(self, step: int, batch: StepBatch) -> None:
-        """One step: forward and backward on each micro-batch, then the optimizer."""
-        self.add_gradients(step, batch)
-        self.update(step)
-
     def add_gradients(self, step: int, batch: StepBatch) -> None:
         """Forward and backward on each micro-batch; the optimizer notes what all ranks looked up."""
-        target_weights, graph = self.target_weights_of(step), self.graphs.get(self.stage_index)
+        run = self.graphs.get(self.stage_index) or partial(self.micro_step, step)
         for micro_batch in batch.micro_batches:
-            if graph:
-                graph.replay(micro_batch, target_weights)
-            else:
-                self.micro_step(step, micro_batch, target_weights)
+            run(micro_batch, self.target_weights[step])
         self.optimizer.note(batch.inputs)
 
     def update(self, step: int) -> None:
         """The optimizer's part of a step."""
         self.optimizer.step(step, self.schedule.lr(step), self.schedule.momentum(step))
-
-    def capture(self, step: int, batch: MicroBatch) -> None:
-        """Captures the graph of the stage of `step` from a micro-batch of its shape, after that shape has run once."""
-        pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None  # stages never overlap
-        self.graphs[self.stage_index] = MicroBatchGraph(
-            partial(self.micro_step, step), batch, self.target_weights_of(step), pool
-        )
 
     @torch.no_grad()
     def validate(self, batches: list[MicroBatch], windows: dict[str, int]) -> float:
@@ -2920,15 +2893,18 @@ class Trainer:
     def warm_up(self, train_paths: list[Path], val_batches: list[MicroBatch]) -> None:
         """Compiles everything the run will use, on real shapes, and puts everything back as it was."""
         saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        schedule = self.schedule
+        schedule, use_graphs = self.schedule, self.world.on_gpu and self.hp.cuda_graphs == "auto"
+        pool = torch.cuda.graph_pool_handle() if use_graphs else None  # one for all: stages never overlap
         steps = [start for start, end in zip(schedule.starts, schedule.ends, strict=True) if start < end]
         batches = TrainLoader(train_paths, [schedule.size(step) for step in steps], self.hp, self.world)
         for step, batch in zip(steps, batches, strict=True):
             self.enter_step(step)
-            if self.use_graphs:
-                self.micro_step(step, batch.micro_batches[0], self.target_weights_of(step))  # compiles
-                self.capture(step, batch.micro_batches[0])
-            self.train_step(step, batch)
+            if use_graphs:
+                run, inputs = partial(self.micro_step, step), (batch.micro_batches[0], self.target_weights[step])
+                run(*inputs)  # compiles
+                self.graphs[self.stage_index] = capture(run, *inputs, pool)
+            self.add_gradients(step, batch)
+            self.update(step)
             if self.world.on_gpu:  # a replayed graph allocates nothing: this is where a stage's memory can be seen
                 self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
         untie = schedule.untie_step
@@ -2947,66 +2923,23 @@ class Trainer:
         self.stage_index = 0
 
     def run(
-        self,
-        log: "Log",
-        train_paths: list[Path],
-        val_batches: list[MicroBatch],
-        progress: Progress | None = None,
-        watch: "Watch | None" = None,
+        self, log: "Log", train_paths: list[Path], val_batches: list[MicroBatch], progress=None, watch=None
     ) -> list[float]:
         """The run on the clock, from `progress` on; returns the validation losses, the final one last."""
-        hp, schedule, now, watch = self.hp, self.schedule, progress or Progress(), watch or Watch()
-        validate_at = {*hp.val_steps}
-        if hp.val_loss_every:
-            validate_at |= {*range(0, hp.total_steps, hp.val_loss_every)}
-        validate_at -= {now.step} if progress else set()  # done before the checkpoint was written
-        sizes = [schedule.size(step) for step in range(now.step, hp.total_steps)]
-        batches = iter(TrainLoader(train_paths, sizes, hp, self.world, now.position))
+        now = progress or Progress()
+        sizes = [self.schedule.size(step) for step in range(now.step, self.hp.total_steps)]
+        batches = TrainLoader(train_paths, sizes, self.hp, self.world, now.position)
         if self.world.size > 1:
             dist.barrier()  # the clock does not run while the first rank waits for the last to compile
-        clock = Clock(self.world.device, now.elapsed)
-        self.model.prefixes.copy_(prefix_table(hp))
-        for step in range(now.step, hp.total_steps + 1):
-            last = step == hp.total_steps
-            watch.at(step)
-            if last or step in validate_at:
-                clock.stop()
-                watch.pause()
-                # The windows trained with so far: a new stage begins with its first training step.
-                windows = schedule.window_tokens(*FINAL_WINDOWS) if last else schedule.windows(max(step - 1, 0))
-                now.val_losses.append(self.validate(val_batches, windows))
-                log.write(f"step:{step}/{hp.total_steps} val_loss:{now.val_losses[-1]:.4f} {clock.text(step)}")
-                self.check_gradients(log, lag=0)
-                if not math.isfinite(now.val_losses[-1]):
-                    raise UserError(f"the validation loss is {now.val_losses[-1]}: a parameter has left finite numbers")
-                clock.start()
-            if last:
-                break
-            # After an even number of steps no gradient waits for the next.
-            if hp.checkpoint_every and step % 2 == 0:
-                stop = watch.agree_to_stop()
-                if step >= now.step + hp.checkpoint_every or (stop and step > now.step):
-                    clock.stop()
-                    watch.pause()
-                    self.check_gradients(log, lag=0)  # what is saved is sound
-                    now.step, now.elapsed = step, clock.elapsed
-                    self.save_checkpoint(log, now)
-                    if watch.side:
-                        dist.barrier(group=watch.side)  # while rank 0 writes, no other waits for it on the clock
-                    clock.start()
-                if stop:
-                    watch.stop_here(step)
-            watch.at(step)
-            batch = next(batches)
-            if batch.epoch > 1 + (now.position[0] - 1) // len(train_paths):  # the epoch of the step before
-                log.write(f"epoch {batch.epoch}: the train files ran out at step {step} and start over")
+        between = BetweenSteps(self, log, val_batches, now, watch or Watch())  # the clock runs
+        self.model.prefixes.copy_(prefix_table(self.hp))
+        between.at(now.step)
+        for step, batch in enumerate(batches, now.step):
             self.enter_step(step)
-            self.train_step(step, batch)
-            now.position = batch.position
-            clock.step_issued()
-            self.check_gradients(log, lag=1)  # of the step before, which the clock has waited for
-            log.step(step + 1, f"step:{step + 1}/{hp.total_steps} {clock.text(step + 1)}")
-        next(batches, None)  # lets the loader end its threads
+            self.add_gradients(step, batch)
+            self.update(step)
+            between.log_step(step, batch, len(train_paths))
+            between.at(step + 1)
         return now.val_losses
 
     def check_gradients(self, log: "Log", lag: int) -> None:
@@ -3014,18 +2947,18 @@ class Trainer:
         while len(self.optimizer.largest) > lag:
             step, names, values = self.optimizer.largest.popleft()
             bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
-            if bad:
-                path = log.path.with_name(f"{self.hp.run_id}_nonfinite_rank{self.world.rank}.pt")
-                algorithms = {name: slot.algorithm for name, slot in self.optimizer.slots.items()}
-                states = {f"{name}.{key}": getattr(a, key) for name, a in algorithms.items() for key in a.states}
-                try:
-                    content = dict(step=step + 1, bad=bad, model=dict(self.model.state_dict()), states=states)
-                    write_checkpoint(path, content)
-                except (OSError, RuntimeError) as error:
-                    path = f"{path} could not be written ({error})"
-                more = f" (nor those of {len(bad) - 1} more parameters: the forward pass is not)" if bad[1:] else ""
-                told = f"the gradient of {bad[0]} in step {step + 1} is not finite{more}"
-                raise UserError(f"{told}; parameters and this rank's states a step or two later: {path}")
+            if not bad:
+                continue
+            path = log.path.with_name(f"{self.hp.run_id}_nonfinite_rank{self.world.rank}.pt")
+            algorithms = {name: slot.algorithm for name, slot in self.optimizer.slots.items()}
+            states = {f"{name}.{key}": getattr(a, key) for name, a in algorithms.items() for key in a.states}
+            try:
+                write_checkpoint(path, dict(step=step + 1, bad=bad, model=dict(self.model.state_dict()), states=states))
+            except (OSError, RuntimeError) as error:
+                path = f"{path} could not be written ({error})"
+            more = f" (nor those of {len(bad) - 1} more parameters: the forward pass is not)" if bad[1:] else ""
+            told = f"the gradient of {bad[0]} in step {step + 1} is not finite{more}"
+            raise UserError(f"{told}; parameters and this rank's states a step or two later: {path}")
 
     def save_checkpoint(self, log: "Log", progress: Progress | None = None) -> None:
         """Writes the model, and with `progress` all it takes to go on, beside the log; every rank must call it.
@@ -3059,6 +2992,68 @@ class Trainer:
             copy_saved(p, checkpoint["model"].get(name), name)
         self.optimizer.load(checkpoint["optimizer"])
         return Progress(**checkpoint["progress"])  # stage and rotary frequencies follow from its step: see enter_step
+
+
+class BetweenSteps:
+    """What happens between two steps of a run: lines in the log, validations, checkpoints, the end after a signal.
+
+    Validations and checkpoints are off the clock, which starts here, and may take as long as they like.
+    """
+
+    def __init__(self, trainer: Trainer, log: "Log", val_batches: list[MicroBatch], now: Progress, watch: "Watch"):
+        self.trainer, self.hp, self.log, self.val_batches, self.watch = trainer, trainer.hp, log, val_batches, watch
+        self.now, self.begin, self.clock = now, now.step, Clock(trainer.world.device, now.elapsed)
+
+    def at(self, step: int) -> None:
+        """All that is due when `step` steps are done."""
+        hp, now, watch, last = self.hp, self.now, self.watch, step == self.hp.total_steps
+        watch.at(step)
+        due = step in hp.val_steps or (hp.val_loss_every and step % hp.val_loss_every == 0)
+        if last or (due and not 0 < step == self.begin):  # a run that goes on has validated before its checkpoint
+            with self.off_the_clock():
+                self.validate(step)
+        if last:
+            return
+        # After an even number of steps no gradient waits for the next.
+        if hp.checkpoint_every and step % 2 == 0:
+            stop = watch.agree_to_stop()
+            if step >= now.step + hp.checkpoint_every or (stop and step > now.step):
+                with self.off_the_clock():
+                    now.step, now.elapsed = step, self.clock.elapsed
+                    self.trainer.save_checkpoint(self.log, now)
+                    if watch.side:
+                        dist.barrier(group=watch.side)  # while rank 0 writes, no other waits for it on the clock
+            if stop:
+                watch.stop_here(step)
+        watch.at(step)
+
+    @contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """The clock stands still, nothing counts as a hang, and all steps so far are known to be sound."""
+        self.clock.stop()
+        self.watch.pause()
+        self.trainer.check_gradients(self.log, lag=0)
+        yield
+        self.clock.start()
+
+    def validate(self, step: int) -> None:
+        """Logs the validation loss. Raises UserError for one that is not finite."""
+        schedule, total = self.trainer.schedule, self.hp.total_steps
+        # The windows trained with so far: a new stage begins with its first training step.
+        windows = schedule.window_tokens(*FINAL_WINDOWS) if step == total else schedule.windows(max(step - 1, 0))
+        loss = self.trainer.validate(self.val_batches, windows)
+        self.now.val_losses.append(loss)
+        self.log.write(f"step:{step}/{total} val_loss:{loss:.4f} {self.clock.text(step)}")
+        require(math.isfinite(loss), f"the validation loss is {loss}: a parameter has left finite numbers")
+
+    def log_step(self, step: int, batch: StepBatch, files: int) -> None:
+        """The line of a step that has been issued, and before it that of an epoch; files: how many an epoch has."""
+        if batch.epoch > 1 + (self.now.position[0] - 1) // files:  # the epoch of the step before
+            self.log.write(f"epoch {batch.epoch}: the train files ran out at step {step} and start over")
+        self.now.position = batch.position
+        self.clock.step_issued()
+        self.trainer.check_gradients(self.log, lag=1)  # of the step before, which the clock has waited for
+        self.log.write(f"step:{step + 1}/{self.hp.total_steps} {self.clock.text(step + 1)}")
 
 
 class Clock:
@@ -3103,6 +3098,8 @@ def synchronize(device: torch.device) -> None:
 # ======================================================================================================================
 # Log
 # ======================================================================================================================
+# In the form of the public speedrun's logs: the source that runs, the machine, a line a step. The file is the record
+# and loses nothing; the terminal shows the same lines as far as it can.
 
 
 class Terminal:
@@ -3134,30 +3131,21 @@ class Terminal:
 
 
 class Log:
-    """The run's log file, and the same lines on the terminal; on rank 0, elsewhere silent.
-
-    On a terminal, steps move a progress bar and only the other lines are printed.
-    """
+    """The run's log file, and the same lines on the terminal; on rank 0, elsewhere silent."""
 
     def __init__(self, hp: Hyperparameters, world: World):
-        self.file, self.bar = None, None
         self.path = Path(hp.log_dir) / f"{hp.run_id}.txt"
-        self.unwritten, self.in_trouble = b"", False
+        self.file, self.unwritten = None, b""
         if world.rank:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open("a+b" if hp.resume else "x+b")
-            self.continues = self.file.tell() > 0
-            if self.continues and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
-                self.unwritten = b"\n"  # ends a line that was cut short
+            if self.file.tell() and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
+                self.file.write(b"\n")  # ends a line that was cut short
         except OSError as error:
             told = f"{self.path}: cannot write the log ({error.strerror})"
             raise UserError(f"{told}; give another --run_id= or --log_dir=") from None
-        if sys.stderr.isatty() and not (hp.bench or hp.profile):
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=hp.total_steps, unit="step", smoothing=0.05, dynamic_ncols=True)
 
     def _open(self, mode: str) -> None:
         self.file = open(self.path, mode, buffering=0)  # noqa: SIM115 - for the whole run
@@ -3173,19 +3161,8 @@ class Log:
         """One or more lines, at once on the disk's way; what a full disk does not take is kept for later."""
         if self.file is None:
             return
+        told = bool(self.unwritten)  # that the disk is full
         self.unwritten += text.encode(errors="replace") + b"\n"
-        self._flush()
-        if console:
-            self.show(text)
-
-    def show(self, text: str) -> None:
-        """On the terminal alone."""
-        if self.bar is not None:
-            self.bar.write(text)
-        elif self.file is not None:
-            print(text, flush=True)
-
-    def _flush(self) -> None:
         try:
             if os.fstat(self.file.fileno()).st_nlink == 0:  # removed: what it held is still there to be copied
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -3196,27 +3173,18 @@ class Log:
                 old.close()
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-            self.in_trouble = False
         except OSError as error:
-            if not self.in_trouble:
-                message = f"{self.path}: cannot write the log ({error.strerror}); training goes on, the lines are kept"
+            message = f"{self.path}: cannot write the log ({error.strerror}); training goes on, the lines are kept"
+            if not told:
                 print(message, file=sys.stderr, flush=True)
-            self.in_trouble = True
-
-    def step(self, step: int, text: str) -> None:
-        """A training step's line: in the file, and on the terminal as a line or the bar's progress."""
-        self.write(text, console=self.bar is None)
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
+        if console:
+            print(text, flush=True)
 
     def close(self) -> None:
-        """Ends bar and file; what could not be written comes on the terminal."""
-        if self.bar is not None:
-            self.bar.close()
-        if self.file is not None:
-            self._flush()
-            self.file, file = None, self.file
-            file.close()
+        """Ends the file; what could not be written comes on the terminal."""
+        if self.file:
+            self.file.close()
+            self.file = None
             if self.unwritten:
                 told = self.unwritten.decode(errors="replace")
                 print(f"the end of {self.path}, not written:\n{told}", file=sys.stderr, flush=True)
@@ -3230,40 +3198,31 @@ def versions() -> str:
 
 def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> None:
     """The source that runs, the versions, the GPUs and the overrides: what it takes to repeat the run."""
-    from subprocess import PIPE, STDOUT, SubprocessError, run
+    from subprocess import getoutput
 
-    rule = "=" * 100
-    source = Path(__file__).read_text(encoding="utf-8")
-    if log.file is None:
+    if log.file is None or log.file.tell():  # it has one
         return
-    if log.continues:
-        if os.pread(log.file.fileno(), len(source.encode()), 0) != source.encode():
-            log.write("note: train_gpt.py is not the one that this log begins with")
-        return
+    source, rule = Path(__file__).read_text(encoding="utf-8"), "=" * 100
     header = [source, rule, f"Running Python {sys.version}", f"Running {versions()}"]
     if torch.cuda.is_available():
-        try:
-            seen = run(["nvidia-smi"], stdout=PIPE, stderr=STDOUT, encoding="utf-8", errors="replace", timeout=30)
-            header.append(seen.stdout)
-        except (OSError, SubprocessError) as error:
-            header.append(f"nvidia-smi: {error}")
+        header.append(getoutput("timeout 30 nvidia-smi", encoding="utf-8", errors="replace"))
     overridden = " ".join(f"--{k}={v}" for k, v in overrides.items()) or "none"
     header.append(f"preset: {hp.preset}; overrides: {overridden}")
     log.write("\n".join([*header, rule]), console=False)  # at once: a log has all of it or nothing
-    log.show(header[-1])
+    print(header[-1], flush=True)
 
 
 # ======================================================================================================================
 # Checkpoints
 # ======================================================================================================================
+# A run that was killed goes on to the same bits as one that was not, on any number of GPUs. A file is written under
+# another name, forced to the disk, then renamed: under its own name it is whole, which its checksum proves.
 
 CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, model=dict, optimizer=dict, progress=dict)
 CHECKPOINTS_KEPT = 2
 # What may differ when a run goes on: where things are, and what leaves the mathematics alone.
-FREE_ON_RESUME = {
-    *("resume", "log_dir", "train_files", "val_files", "checkpoint_every", "save_checkpoint", "hang_timeout"),
-    *("cuda_graphs", "compile"),
-}
+FREE_ON_RESUME = {"resume", "log_dir", "train_files", "val_files", "checkpoint_every", "save_checkpoint"}
+FREE_ON_RESUME |= {"hang_timeout", "cuda_graphs", "compile"}
 
 
 def checkpoints_of(run_id: str, folder: Path, suffix: str = "pt") -> list[Path]:
@@ -3274,16 +3233,12 @@ def checkpoints_of(run_id: str, folder: Path, suffix: str = "pt") -> list[Path]:
 def write_checkpoint(path: Path, content: dict) -> None:
     """A file for torch.load, then 32 bytes of SHA-256; whole or not at all, also when the machine dies meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, digest = path.with_suffix(".part"), hashlib.sha256()
+    temporary = path.with_suffix(".part")
     try:
-        with open(temporary, "wb") as file:
-
-            def write(data) -> int:
-                digest.update(data)
-                return file.write(data)
-
-            torch.save(content, SimpleNamespace(write=write, flush=file.flush))
-            file.write(digest.digest())
+        with open(temporary, "w+b") as file:
+            torch.save(content, file)
+            file.seek(0)
+            file.write(hashlib.file_digest(file, "sha256").digest())  # reading has come to the end
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
@@ -3301,18 +3256,20 @@ def read_checkpoint(path: Path) -> dict:
     It may come from a stranger: nothing in it is executed, and it takes no memory beyond what its tensors hold.
     """
     try:
-        with open(path, "rb") as file:
-            end, digest = os.fstat(file.fileno()).st_size - 32, hashlib.sha256()
-            while block := file.read(max(0, min(end - file.tell(), 1 << 24))):
-                digest.update(block)
-            sound = file.read() == digest.digest()
+        data = np.memmap(path, np.uint8, "r")
+        sound = hashlib.sha256(data[:-32]).digest() == data[-32:].tobytes()
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True) if sound else None
     except Exception as error:  # whatever a stranger's bytes make of torch.load
         raise UserError(f"{path}: not a checkpoint ({' '.join(str(error).split())[:120]})") from None
     require(sound, f"{path}: damaged or cut short, its checksum differs")
-    if not isinstance(content, dict) or {k: type(v) for k, v in content.items()} != CHECKPOINT:
-        raise UserError(f"{path}: not a checkpoint of this program")
+    told = f"{path}: not a checkpoint of this program"
+    require(isinstance(content, dict) and types_of(content) == CHECKPOINT, told)
     return content
+
+
+def types_of(values: dict) -> dict:
+    """The type of each value, by name."""
+    return {name: type(value) for name, value in values.items()}
 
 
 def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperparameters, dict | None, list[str]]:
@@ -3335,25 +3292,20 @@ def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperpara
             lines.append("resumed at step 0 from the beginning: the run has left no usable checkpoint")
         return hp, None, lines
     require(content["optimizer"], f"--resume={hp.resume}: the run has ended, {path} is its result")
-    shards = content["shards"]  # it may come from a stranger
-    sound = [*shards] == FILES and all(isinstance(a, list) and a and {*map(type, a)} == {str} for a in shards.values())
-    require(sound, f"{path}: its shards are none of this program's")
-    kinds = {name: type(value) for name, value in vars(Progress()).items()}
-    told = {name: type(value) for name, value in content["progress"].items()}
-    require(told == kinds, f"{path}: its progress is none of this program's")
-    saved, defaults = content["hyperparameters"], {name: field.default for name, field in SETTINGS.items()}
-    for key, value in saved.items():
-        if type(value) is not type(defaults.get(key)):
-            raise UserError(f"{path}: its hyperparameter {str(key)[:40]} is none of this program's")
+    saved, shards, defaults = content["hyperparameters"], content["shards"], {n: f.default for n, f in SETTINGS.items()}
+    sound = types_of(saved).items() <= types_of(defaults).items()  # it may come from a stranger
+    sound &= types_of(content["progress"]) == types_of(vars(Progress())) and [*shards] == FILES
+    sound &= all(isinstance(a, list) and a and {*map(type, a)} == {str} for a in shards.values())
+    require(sound, f"{path}: its hyperparameters, progress or shards are none of this program's")
     for key in overrides.keys() - FREE_ON_RESUME:
-        if saved.get(key) != getattr(hp, key):
-            raise UserError(f"--{key}={getattr(hp, key)} contradicts the run's {key}={saved.get(key)}: leave it away")
+        told = f"--{key}={getattr(hp, key)} contradicts the run's {key}={saved.get(key)}: leave it away"
+        require(saved.get(key) == getattr(hp, key), told)
     given = {key: getattr(hp, key) for key in FREE_ON_RESUME if key in overrides or key not in saved}
     preset = PRESETS.get(saved.get("preset"), {})
     hp = Hyperparameters(**{**preset, **saved, **given, "run_id": run_id, "log_dir": hp.log_dir})
     check_hyperparameters(hp)
-    if list(hp.stages) != content["stages"]:
-        raise UserError(f"{path}: the run had other STAGES than the table in this train_gpt.py")
+    told = f"{path}: the run had other STAGES than the table in this train_gpt.py"
+    require(list(hp.stages) == content["stages"], told)
     return hp, content, [*lines, f"resumed at step {content['step']} from {path}"]
 
 
@@ -3375,6 +3327,8 @@ def files_of(hp: Hyperparameters, checkpoint: dict | None = None) -> dict[str, l
 # ======================================================================================================================
 # Watch
 # ======================================================================================================================
+# While the main thread is in a collective or waits for a GPU, it runs no Python, not even a signal's handler. So a
+# second thread looks after signals and the other ranks, and ends the process itself: one message, and nobody is left.
 
 
 class Watch:
@@ -3395,10 +3349,10 @@ class Watch:
         self.store = self.side = self.asked = None
         self.step: int | None = None  # steps done, on the clock
         self.stop = ""  # the signal that asked for an end at the next checkpoint
-        self.can_stop, self.hang_timeout, self.moved = False, 0.0, 0.0
+        self.can_stop, self.hang_timeout, self.moved = False, math.inf, math.inf
         self.doubt: float | None = None  # since when something is known to be wrong, perhaps another rank's fault
         self.verdict: tuple | None = None  # the end, if no rank turns out to be silent
-        self.beats = {}  # by rank: its last beat, and when it came
+        self.beats = {self.rank: (["", self.host, ""], 0.0)}  # by rank: its last beat, and when it came
         self.ending, self.closed = threading.Lock(), False
 
     def start(self) -> None:
@@ -3421,7 +3375,7 @@ class Watch:
 
     def follow(self, hp: Hyperparameters) -> None:
         """From now on as the hyperparameters say, which are the same on all ranks."""
-        self.can_stop, self.hang_timeout = hp.checkpoint_every > 0, hp.hang_timeout
+        self.can_stop, self.hang_timeout = hp.checkpoint_every > 0, hp.hang_timeout or math.inf
         if self.size > 1 and self.can_stop:
             # Whether to stop is agreed upon between CPUs, beside NCCL, and only where a stop leaves a checkpoint.
             self.side = dist.new_group(backend="gloo")
@@ -3438,25 +3392,22 @@ class Watch:
         """Whether a rank had been asked to stop when this was called before: the same answer on all, and none waits."""
         if self.size == 1:
             return bool(self.stop)
-        before, flag = self.asked, torch.tensor([bool(self.stop)], dtype=torch.uint8)
+        asked, flag = self.asked, torch.tensor([bool(self.stop)], dtype=torch.uint8)
         self.asked = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.side, async_op=True), flag
-        if before:
-            before[0].wait()
-        return bool(before and before[1])
+        return bool(asked and asked[0].wait() and asked[1])
 
     def stop_here(self, step: int) -> None:
         """Ends all processes, after the checkpoint of this step. It does not return."""
         if self.size > 1:
             dist.barrier(group=self.side)  # torchrun ends all when one has ended: rank 0 writes first
-        run_id = self.log.path.stem
-        found = checkpoints_of(run_id, self.log.path.parent)
-        then = f"go on with --resume={run_id}" if found else "there is no checkpoint to go on from"
+        run_id, folder = self.log.path.stem, self.log.path.parent
+        then = f"go on with --resume={run_id}" if checkpoints_of(run_id, folder) else "there is no checkpoint"
         self.end(143, f"train_gpt.py: {self.stop or 'a signal to another rank'}: stopped at step {step}; {then}")
 
     def fail(self, error: BaseException) -> None:
         """Ends all processes with the error's message. It does not return."""
         details = "" if isinstance(error, UserError) else traceback.format_exc()
-        end = 1, f"train_gpt.py: error: {self._where(self.rank)}{reason_of(error)}", details
+        end = 1, self._error(self.rank, reason_of(error)), details
         if self.store and isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             self.verdict, self.doubt = end, time.monotonic()  # perhaps another rank is gone: the thread finds out
             threading.Event().wait()
@@ -3470,25 +3421,29 @@ class Watch:
         """Ends all processes: the message comes once, and last in the log. It does not return."""
         self.ending.acquire()  # for good: one thread ends the process
         message = message.encode(errors="replace").decode()  # a file's name may hold bytes that are no text
-        word, first = f"{status} {self.rank} {message}", status == 1 or self.rank == 0
+        speaker = self.rank if status == 1 else 0  # where there is no store
         try:
             if self.store:
                 try:
-                    word = self.store.compare_set("end", "", word).decode()
+                    word = self.store.compare_set("end", "", f"{status} {self.rank} {message}").decode()
                     status, speaker, message = word.split(" ", 2)
-                    status, first = int(status), int(speaker) == self.rank
+                    status, speaker = int(status), int(speaker)
                 except RuntimeError:  # the store is gone
                     self.store = None
-            if self.rank == 0:
-                if self.log:
-                    self.log.write((details if first else "") + message, console=False)
-                    self.log.close()
+            message = message if speaker != self.rank else details + message
+            if self.rank == 0 and self.log:
+                self.log.write(message, console=False)
+                self.log.close()
                 if self.store:
                     self.store.set("logged", "")
-            if first:
-                print(details + message, file=sys.stderr, flush=True)
-                if self.rank and self.store:
-                    self._see_that_it_is_logged(message)
+            if speaker == self.rank:
+                print(message, file=sys.stderr, flush=True)
+            if 0 != self.rank == speaker and self.store:
+                try:
+                    self.store.wait(["logged"], timedelta(seconds=3))
+                except RuntimeError:  # rank 0 is gone
+                    with open(self.log.path, "a", encoding="utf-8") as file:
+                        print(message, file=file)
             if self.rank == 0 and self.store and status == 1:
                 time.sleep(2 * self.TICK)  # the store may end with this process or its launcher: all shall have read it
         finally:
@@ -3500,19 +3455,10 @@ class Watch:
         self.writer.send(b"\0")
         self.thread.join()
 
-    def _see_that_it_is_logged(self, message: str) -> None:
-        for _ in range(60):
-            if self.store.check(["logged"]):
-                return
-            time.sleep(0.05)
-        if self.log.path.exists():  # rank 0 is gone
-            with open(self.log.path, "a", encoding="utf-8") as file:
-                print(message, file=file)
-
-    def _where(self, rank: int) -> str:
-        host = self.host if rank == self.rank else self.beats[rank][0][1]
+    def _error(self, rank: int, reason: str) -> str:
         at = "" if self.step is None else f"at step {self.step}"  # others wait in the step in which a rank is gone
-        return f"rank {rank} on {host} {at}".rstrip() + ": " if self.size > 1 else f"{at}: " if at else ""
+        where = f"rank {rank} on {self.beats[rank][0][1]} {at}".rstrip() if self.size > 1 else at
+        return f"train_gpt.py: error: {where}{': ' if where else ''}{reason}"
 
     def _place(self) -> str:
         """Where the main thread is: the innermost function that is not a library's."""
@@ -3522,17 +3468,17 @@ class Watch:
         return f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
     def _run(self) -> None:
-        lost = None
+        lost = None  # since when the store is
         while not self.closed:
             try:
                 if select.select([self.signals], [], [], self.TICK)[0] and not self.closed:
                     self._signalled(signal.Signals(self.signals.recv(1)[0]))
                 self._tick(time.monotonic())
                 lost = None
-            except RuntimeError:  # the store: its process is gone, or the run ends at this moment
+            except RuntimeError:  # its process is gone, or the run ends at this moment
                 lost = lost or time.monotonic()
                 if time.monotonic() - lost > self.SILENT and not self.closed:
-                    self.end(1, f"train_gpt.py: error: {self._where(self.rank)}the launcher or rank 0 is gone")
+                    self.end(1, self._error(self.rank, "the launcher or rank 0 is gone"))
 
     def _signalled(self, number: signal.Signals) -> None:
         at = f" at step {self.step}" if self.step is not None else ""
@@ -3542,18 +3488,17 @@ class Watch:
             end = None  # at the next checkpoint
         elif number == signal.SIGINT or self.size == 1:
             self.end(*end)
-        if self.size > 1:  # torchrun also signals the ranks that are left when one has died
-            self.doubt, self.verdict = self.doubt or time.monotonic(), self.verdict or end
+        # Perhaps for another rank's death: torchrun signals those that are left.
+        self.doubt, self.verdict = self.doubt or time.monotonic(), self.verdict or end
 
     def _tick(self, now: float) -> None:
         if self.launcher and os.getppid() != self.launcher:
-            self.end(1, f"train_gpt.py: error: {self._where(self.rank)}the launcher is gone")
-        beat = [str(now), self.host, self._place()]
-        self.beats[self.rank] = beat, now
+            self.end(1, self._error(self.rank, "the launcher is gone"))
+        self.beats[self.rank] = [str(now), self.host, self._place()], now
         if self.store:
             if self.store.check(["end"]):
                 self.end(1, "")
-            self.store.set(f"beat{self.rank}", "\n".join(beat))
+            self.store.set(f"beat{self.rank}", "\n".join(self.beats[self.rank][0]))
             keys = [f"beat{rank}" for rank in range(self.size)]
             for rank, text in enumerate(self.store.multi_get(keys) if self.store.check(keys) else ()):
                 beat = text.decode().split("\n")
@@ -3562,18 +3507,16 @@ class Watch:
         silent = [rank for rank, (_, when) in self.beats.items() if now - when > self.SILENT]
         if self.doubt and silent:
             reason = f"the process is gone or stopped: no sign of life for {self.SILENT:.0f} s"
-            self.end(1, f"train_gpt.py: error: {self._where(silent[0])}{reason}")
+            self.end(1, self._error(silent[0], reason))
         if self.doubt and self.verdict and now - self.doubt > self.PATIENCE:
             self.end(*self.verdict)
-        if self.hang_timeout and self.step is not None and now - self.moved > self.hang_timeout:
+        if now - self.moved > self.hang_timeout:
             places = {rank: "silent" if rank in silent else beat[2] for rank, (beat, _) in sorted(self.beats.items())}
-            # For another rank. On GPUs a step is issued without waiting: what stands still is whoever reads its end.
-            waiting = "reduced gathered full agree_to_stop step_issued synchronize validate state check_gradients"
-            waiting = waiting.split()
-            last = min(places, key=lambda rank: (rank not in silent, places[rank].split()[0] in waiting))
             told = "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
-            reason = f"no step has ended for {self.hang_timeout:g} s (--hang_timeout), {told}"
-            self.end(1, f"train_gpt.py: error: {self._where(last)}{reason}")
+            # A rank that does not wait for others. On GPUs no step is waited for: what stands is who reads its end.
+            waiting = "reduced gathered full agree_to_stop step_issued synchronize validate state check_gradients"
+            last = min(places, key=lambda rank: (rank not in silent, places[rank].split()[0] in waiting.split()))
+            self.end(1, self._error(last, f"no step has ended for {self.hang_timeout:g} s (--hang_timeout), {told}"))
 
 
 def reason_of(error: BaseException) -> str:
@@ -3590,70 +3533,55 @@ def reason_of(error: BaseException) -> str:
 # ======================================================================================================================
 # World check
 # ======================================================================================================================
+# What would fail after minutes of compiling, or on one rank while others wait, is found here first and put in words.
 
 OLDEST_GPU = 8  # compute capability 8.0: bfloat16 in Triton
-KERNEL_SHARED_MEMORY = 213_032  # bytes, of linear_relu2 backward on Hopper; older GPUs' pipelines take less
 
 
 def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] | None = None) -> list[str]:
     """Everything that can be found wrong in two seconds; returns the lines that sum it up. Raises UserError."""
-    schedule = TrainingSchedule(hp)
-    train, val = (files or files_of(hp)).values()
+    require(torch.__version__ >= "2.11", f"PyTorch {torch.__version__}: 2.11 or newer is needed: {INSTALL}")
+    schedule, (train, val) = TrainingSchedule(hp), (files or files_of(hp)).values()
     shard_tokens = [read_header(path) for path in train]
     train_tokens, val_tokens = sum(shard_tokens), sum(map(read_header, val))
-    if val_tokens < hp.val_tokens + 1:
-        raise UserError(
-            f"{val[0]}{' ...' if val[1:] else ''}: {val_tokens} validation tokens, the run needs val_tokens + 1 = "
-            f"{hp.val_tokens + 1}; {FETCH}, or lower --val_tokens"
-        )
+    told = f"{val_tokens} validation tokens, the run needs val_tokens + 1 = {hp.val_tokens + 1}; {FETCH}"
+    require(val_tokens > hp.val_tokens, f"{val[0]} ...: {told}, or lower --val_tokens")
     for path in (*train, *val):  # a taste; the loader checks every token of what it reads
         read_tokens(path, hp.vocab_size, limit=1_000_000)
     read_vocabulary(hp)
     largest_step, largest_shard = max(stage.tokens for stage in hp.stages), max(shard_tokens)
-    if largest_shard < largest_step + MICRO_BATCHES:  # a step never crosses shards
-        raise UserError(
-            f"{train[0]}{' ...' if train[1:] else ''}: {largest_shard} train tokens in the largest shard, a step takes "
-            f"{largest_step}; {FETCH}"
-        )
-    require(torch.__version__ >= "2.11", f"PyTorch {torch.__version__}: 2.11 or newer is needed: {INSTALL}")
-    total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
-    length = f" (--length={hp.length:g}; momentum {schedule.warmup}, {schedule.cooldown})" if hp.length != 1 else ""
+    told = f"{largest_shard} train tokens in the largest shard, a step takes {largest_step}; {FETCH}"
+    require(largest_shard >= largest_step + MICRO_BATCHES, f"{train[0]} ...: {told}")  # a step never crosses shards
     fp8, why_not = use_fp8(hp, world)
     for number, stage in enumerate(hp.stages, 1):  # cuBLAS takes rows of 16 bytes and multiples, of tokens too
-        if fp8 and stage.tokens % (16 * MICRO_BATCHES):
-            raise UserError(
-                f"STAGES, row {number}: {stage.tokens} tokens a step; products in FP8 take multiples of "
-                f"{16 * MICRO_BATCHES}: change the table, or give --fp8=off"
-            )
+        told = f"{stage.tokens} tokens a step; products in FP8 take multiples of {16 * MICRO_BATCHES}"
+        fits = stage.tokens % (16 * MICRO_BATCHES) == 0
+        require(fits or not fp8, f"STAGES, row {number}: {told}: change the table, or give --fp8=off")
     widest = round((448 * (FP8_HEAD_X if hp.fp8 == "head" else FP8_X)) ** 2)  # no number of a normed row is larger
     told = f"width {hp.model_dim}: FP8 in the layers is made for widths up to {widest}: give --fp8=head, or --fp8=off"
     require(not fp8 or hp.model_dim <= widest, told)
     machine, notes = f"{world.size} x CPU", []
     if world.on_gpu:
         require(hasattr(triton, "__version__"), f"Triton is missing, the kernels need it: {INSTALL}")
-        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-            raise UserError("Triton needs a C compiler, there is none: apt install gcc python3-dev")
-        if world.size > 1 and not dist.is_nccl_available():
-            raise UserError(f"PyTorch has no NCCL, which several GPUs need: {INSTALL}, on Linux")
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        require(compiler, "Triton needs a C compiler, there is none: apt install gcc python3-dev")
+        nccl = world.size == 1 or dist.is_nccl_available()
+        require(nccl, f"PyTorch has no NCCL, which several GPUs need: {INSTALL}, on Linux")
         gpu = torch.cuda.get_device_properties(world.device)
-        capability = f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}"
-        require(gpu.major >= OLDEST_GPU, f"{capability}: the kernels take {OLDEST_GPU}.0 or newer")
-        shared = getattr(gpu, "shared_memory_per_block_optin", KERNEL_SHARED_MEMORY)
-        if gpu.major >= 9 and shared < KERNEL_SHARED_MEMORY:
-            raise UserError(
-                f"{gpu.name} has {shared} bytes of shared memory a multiprocessor, the kernels' tiles take up to "
-                f"{KERNEL_SHARED_MEMORY}: lower BLOCK_N in linear_relu2_triton and the tiles of attention"
-            )
-        free = torch.cuda.mem_get_info(world.device)[0] / 2**30
-        machine = f"{world.size} x {gpu.name}, {free:.0f} of {gpu.total_memory / 2**30:.0f} GiB free"
+        told = f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}: the kernels take {OLDEST_GPU}.0 or newer"
+        require(gpu.major >= OLDEST_GPU, told)
+        free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(world.device))
+        machine = f"{world.size} x {gpu.name}, {free:.0f} of {whole:.0f} GiB free"
         # Measured for the speedrun's model: 8.3 GiB whatever the batch, 28.3 with 49,152 tokens, 29.7 with bf16 layers.
         needed = 8.3 + 21.4 * largest_step / MICRO_BATCHES / 49_152 * hp.model_dim / 768
         if free < needed:
             notes = [f"note: about {needed:.0f} GiB are needed, {free:.0f} are free: lower the tokens in STAGES"]
+    total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
+    length = f" (--length={hp.length:g}; momentum {schedule.warmup}, {schedule.cooldown})" if hp.length != 1 else ""
+    dtype, products = str(choose_dtype(hp, world)).removeprefix("torch."), "head" if hp.fp8 == "head" else "products"
     return [
-        f"world: {machine}, {world.grad_accum_steps} micro-batches each a step; "
-        f"parameters in {str(choose_dtype(hp, world)).removeprefix('torch.')}, "
-        f"{'head' if hp.fp8 == 'head' else 'products'} in {'FP8' if fp8 else why_not}",
+        f"world: {machine}, {world.grad_accum_steps} micro-batches each a step; parameters in {dtype}, "
+        f"{products} in {'FP8' if fp8 else why_not}",
         f"software: Python {sys.version.split()[0]}, {versions()}",
         f"data: {len(train)} train shards, {train_tokens:,} tokens; "
         f"{hp.val_tokens:,} of {val_tokens:,} validation tokens",
@@ -3679,10 +3607,10 @@ def check_agreement(hp: Hyperparameters, overrides: dict, world: World, shards: 
     everyone: list = [None] * world.size
     dist.all_gather_object(everyone, (socket.gethostname(), hp.run_id, facts))
     (host, run_id, first), told = everyone[0], {}
-    for rank, (other_host, _, others) in enumerate(everyone):
-        for name in [name for name in {**first, **others} if first.get(name) != others.get(name)]:
-            there = f"{others.get(name)} on rank {rank} ({other_host})"
-            told.setdefault(name, f"{name} is {first.get(name)} on rank 0 ({host}), {there}")
+    for rank, (there, _, others) in enumerate(everyone):
+        for name in (name for name in first | others if first.get(name) != others.get(name)):
+            differs = f"{first.get(name)} on rank 0 ({host}), {others.get(name)} on rank {rank} ({there})"
+            told.setdefault(name, f"{name} is {differs}")
     require(not told, f"the processes were not started alike: {'; '.join([*told.values()][:4])}")
     return run_id
 
@@ -3700,15 +3628,15 @@ def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
         return False, "the parameters' type (--fp8=off)"
     if not world.on_gpu:
         return False, "the parameters' type (no GPU)"
-    capability = torch.cuda.get_device_capability(world.device)
-    if capability >= (8, 9):
-        return True, ""
-    return False, f"bf16 (compute capability {capability[0]}.{capability[1]} has no FP8, it takes 8.9)"
+    major, minor = torch.cuda.get_device_capability(world.device)
+    return (major, minor) >= (8, 9), f"bf16 (compute capability {major}.{minor} has no FP8, it takes 8.9)"
 
 
 # ======================================================================================================================
 # Bench
 # ======================================================================================================================
+# Times come from steps that are each waited for, kernels from PyTorch's profiler in a second pass, as it slows steps
+# down. Rates are set against what one large product reaches on the same machine, not against a data sheet.
 
 UNTIMED_STEPS, PROFILED_STEPS = 2, 2  # at a stage's start, among them the untying; an even and an odd one
 # Category of a kernel by its name, the first that matches; on a CPU, of an operator by the names of those it runs in.
@@ -3742,19 +3670,17 @@ def kernel_category(name: str, in_optimizer: bool = False) -> str:
 
 def kernels_of(profiler: torch.profiler.profile, on_gpu: bool) -> list[Kernel]:
     """What ran while the profiler did: on the GPU, or the operators on the CPU."""
-    events, kernels = profiler.events(), []
-    spans = [e.time_range for e in events if e.name == "optimizer" and e.device_type == torch.autograd.DeviceType.CPU]
+    kind, events = torch.autograd.DeviceType, profiler.events()
+    spans = [e.time_range for e in events if e.name == "optimizer" and e.device_type == kind.CPU]
 
     def path(event) -> str:
         return f"{path(event.cpu_parent)} {event.name}" if event.cpu_parent else event.name
 
-    for event in events:
-        if event.is_user_annotation or (event.device_type == torch.autograd.DeviceType.CUDA) != on_gpu:
-            continue
-        start = event.time_range.start
-        in_optimizer = any(span.start <= start <= span.end for span in spans)
-        duration = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
-        kernels.append(Kernel(event.name, kernel_category(path(event), in_optimizer), start, duration))
+    kernels = []
+    for event in (e for e in events if not e.is_user_annotation and (e.device_type == kind.CUDA) == on_gpu):
+        start, duration = event.time_range.start, event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+        category = kernel_category(path(event), any(span.start <= start <= span.end for span in spans))
+        kernels.append(Kernel(event.name, category, start, duration))
     return kernels
 
 
@@ -3777,23 +3703,16 @@ def flops_per_token(model: GPT, fp8: bool) -> tuple[int, int]:
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, fp8: bool) -> tuple[float, float]:
     """FLOP/s that this machine reaches in one large product: in the parameters' type and in FP8, if any."""
+    from torch.utils.benchmark import Timer
+
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
     products = [lambda: a @ b]
     if fp8:
         a_fp8, b_fp8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
         products.append(partial(fp8_product, a_fp8, b_fp8, 1.0, 1.0, dtype))
-    seconds = []
-    for product in products:
-        best = float("inf")
-        for _ in range(6):  # the first one warms up
-            synchronize(device)
-            begin = time.perf_counter()
-            for _ in range(5):
-                product()
-            synchronize(device)
-            best = min(best, (time.perf_counter() - begin) / 5)
-        seconds.append(best)
+    timers = [Timer("product()", globals={"product": p}, num_threads=torch.get_num_threads()) for p in products]
+    seconds = [min(timer.timeit(5).mean for _ in range(5)) for timer in timers]  # each after two that are not timed
     return 2 * n**3 / seconds[0], 2 * n**3 / seconds[-1]
 
 
@@ -3809,9 +3728,8 @@ def typical_ms(times: list[tuple[int, float]]) -> float:
 def aligned(rows: list[list[str]], texts: int = 0) -> str:
     """Lines of a table: numbers to the right of their columns, the last `texts` columns to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    justify = [str.rjust] * (len(widths) - texts) + [str.ljust] * texts
-    lines = ["  ".join(j(cell, w) for j, cell, w in zip(justify, row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+    form = "  ".join(f"{{:{'<' if len(widths) - i <= texts else '>'}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
 class Bench:
@@ -3839,24 +3757,23 @@ class Bench:
     def time_stages(self) -> dict[int, list[tuple[int, float]]]:
         """Per stage (step, milliseconds), the GPU waited for after each step."""
         times: dict[int, list[tuple[int, float]]] = {}
-        before = time.perf_counter()
+        end = time.perf_counter()
         for stage, i, step, batch in self.steps(self.hp.bench_steps):
-            self.trainer.train_step(step, batch)
+            self.trainer.add_gradients(step, batch)
+            self.trainer.update(step)
             synchronize(self.world.device)
-            now = time.perf_counter()
+            begin, end = end, time.perf_counter()
             if i >= UNTIMED_STEPS:
-                times.setdefault(stage, []).append((step, 1000 * (now - before)))
-            before = now
+                times.setdefault(stage, []).append((step, 1000 * (end - begin)))
         return times
 
     def profile_stages(self) -> dict[int, list[Kernel]]:
         """Per stage the kernels of PROFILED_STEPS on this rank; with --profile rank 0's trace goes to a file."""
         device, kernels = self.world.device, {}
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         for stage, i, step, batch in self.steps(UNTIMED_STEPS + PROFILED_STEPS):
             if i == UNTIMED_STEPS:
                 synchronize(device)
-                profiler = torch.profiler.profile(activities=activities[: 1 + self.world.on_gpu], acc_events=True)
+                profiler = torch.profiler.profile(acc_events=True)
                 profiler.start()
             self.trainer.add_gradients(step, batch)
             synchronize(device)  # what runs on the GPU from here on was launched by the optimizer
@@ -3921,28 +3838,26 @@ class Bench:
     def write_kernels(self, stage: int, kernels: list[Kernel], step_ms: float) -> None:
         """The stage's kernels by category, and the 15 largest, with their share of a step."""
 
-        def row(ms: float, count: int | str, *labels: str) -> list[str]:
-            return [f"{ms:.3f}", f"{ms / step_ms:.1%}", str(count), *(label[:90] for label in labels)]
-
-        def table(*columns: str) -> list[list[str]]:
-            groups: dict[tuple[str, ...], list[float]] = {}
+        def table(*columns: str, more: tuple = ()) -> str:
+            ms, launches = Counter(), Counter()
             for kernel in kernels:
-                key = tuple(getattr(kernel, column) for column in columns)
-                groups.setdefault(key, []).append(kernel.duration / 1000 / PROFILED_STEPS)
-            largest = sorted(groups.items(), key=lambda group: -sum(group[1]))[:15]
-            rows = [row(sum(ms), len(ms) // PROFILED_STEPS, *key) for key, ms in largest]
-            return [["ms/step", "share", "count", *columns], *rows]
+                key = tuple(getattr(kernel, column)[:90] for column in columns)
+                ms[key] += kernel.duration / 1000 / PROFILED_STEPS
+                launches[key] += 1
+            rows = [(total, f"{launches[key] // PROFILED_STEPS}", *key) for key, total in ms.most_common(15)]
+            rows = [[f"{total:.3f}", f"{total / step_ms:.1%}", *others] for total, *others in (*rows, *more)]
+            return aligned([["ms/step", "share", "count", *columns], *rows], len(columns))
 
-        categories = table("category")
-        if self.world.on_gpu:
-            categories.append(row(step_ms - busy_time(kernels) / 1000 / PROFILED_STEPS, "", "gaps"))
+        gaps = step_ms - busy_time(kernels) / 1000 / PROFILED_STEPS
         self.log.write(f"stage {stage + 1}, kernels of a step of {step_ms:.2f} ms; trace: {self.trace_path(stage)}")
-        self.log.write(f"{aligned(categories, 1)}\n{aligned(table('category', 'name'), 2)}")
+        self.log.write(table("category", more=[(gaps, "", "gaps")] if self.world.on_gpu else ()))
+        self.log.write(table("category", "name"))
 
 
 # ======================================================================================================================
 # main
 # ======================================================================================================================
+# Check, log, meet the other ranks, warm up, run. Whatever is raised on the way ends in Watch.fail, as one line.
 
 
 def main(arguments: list[str]) -> None:
@@ -3992,10 +3907,6 @@ def main(arguments: list[str]) -> None:
             if world.on_gpu:
                 allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
                 log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-                if world.size > 1:
-                    by_rank: list = [None] * world.size
-                    dist.all_gather_object(by_rank, allocated)
-                    log.write(f"peak memory allocated by rank: {' '.join(map(str, by_rank))} MiB")
             learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
             log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
         watch.close()

@@ -51,7 +51,8 @@ def two_steps(program, world, folder: Path) -> dict:
     loader = program.TrainLoader(program.find_files(hp.train_files), sizes, hp, world)
     for step, batch in zip(steps, loader, strict=True):
         trainer.enter_step(step)
-        trainer.train_step(step, batch)
+        trainer.add_gradients(step, batch)
+        trainer.update(step)
     losses.append(trainer.validate(val_batches, windows))
     moved = (trainer.model.scalars.detach() - begin).split([count for count, *_ in program.SCALARS.values()])
     return dict(

@@ -79,19 +79,19 @@ FAULTS = {
 def main(fault, rank, step, *arguments):
     train_gpt.PRESETS["smoke"].update(CHANGES)
     train_gpt.parse_arguments([], has_gpu=False)
-    train_step, run = train_gpt.Trainer.train_step, train_gpt.Trainer.run
+    add_gradients, run = train_gpt.Trainer.add_gradients, train_gpt.Trainer.run
     on_the_clock = []
 
     def faulty_step(self, at, batch):
         if on_the_clock and at == int(step) and self.world.rank == int(rank):
             FAULTS[fault](self)
-        train_step(self, at, batch)
+        add_gradients(self, at, batch)
 
     def noted_run(self, *arguments):
         on_the_clock.append(True)
         return run(self, *arguments)
 
-    train_gpt.Trainer.train_step, train_gpt.Trainer.run = faulty_step, noted_run
+    train_gpt.Trainer.add_gradients, train_gpt.Trainer.run = faulty_step, noted_run
     train_gpt.main([*arguments])
 
 

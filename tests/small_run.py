@@ -112,7 +112,8 @@ def train(hp: Hyperparameters, world: World) -> dict:
     for step, batch in enumerate(TrainLoader(find_files(hp.train_files), sizes, hp, world)):
         found["inputs"].append([micro_batch.inputs for micro_batch in batch.micro_batches])
         trainer.enter_step(step)
-        trainer.train_step(step, batch)
+        trainer.add_gradients(step, batch)
+        trainer.update(step)
     found["losses"].append(trainer.validate(val_batches, windows))
     found["end"] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     found["end_digest"] = digest(trainer.model)
