@@ -1789,19 +1789,20 @@ def normed_input(x, fp8: bool):
 
 
 def attention_inputs(x, mlp_out, before, normed, w: LayerWeights):
-    """The stream (x, mlp_out), the projection of normed to q, k, v, the value gate (T, H).
+    """The stream (x, mlp_out), what the projection of normed to q, k, v lacks, by name, the value gate (T, H).
 
-    normed: normed_input of what is projected; None: of the stream.
+    normed: normed_input of what is projected; None: of the stream. By name, for PyTorch 2.11 does not return the whole
+    projection from a compiled region: it loses fields.
     """
     if normed is None:
         x, mlp_out = join(x, mlp_out, before), None
         normed = normed_input(x, w.qkv.fp8 is not None)
     normed, for_gate, x_fp8 = normed
-    qkv = w.qkv._replace(weight=w.qkv_lambda * torch.cat([rows.flatten(0, -2) for rows in w.qkv.weight]), x=normed)
-    if qkv.fp8 is not None:  # it is not multiplied by the lambda: its scale is
-        qkv = qkv._replace(scale=w.qkv_lambda.detach() * FP8_WEIGHT, x_fp8=x_fp8)
+    weight = w.qkv_lambda * torch.cat([rows.flatten(0, -2) for rows in w.qkv.weight])
+    # The weight in FP8 is not multiplied by the lambda: its scale is.
+    scale = None if x_fp8 is None else w.qkv_lambda.detach() * FP8_WEIGHT
     value_gate = None if w.value_gate is None else 2 * gate(for_gate, w.value_gate)
-    return x, mlp_out, qkv, value_gate
+    return x, mlp_out, dict(weight=weight, scale=scale, x=normed, x_fp8=x_fp8), value_gate
 
 
 def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeights, keep: bool):
@@ -1985,9 +1986,9 @@ class GPT(nn.Module):
             if layer.window:
                 if layer.reads and layer.reads not in normed:
                     normed[layer.reads] = self.normed_input(kept[layer.reads], w.qkv.fp8 is not None)
-                x, mlp_out, qkv, value_gate = self.attention_inputs(x, mlp_out, before, normed.get(layer.reads), w)
+                x, mlp_out, made, value_gate = self.attention_inputs(x, mlp_out, before, normed.get(layer.reads), w)
                 q, k, v = split_heads(
-                    qkv, value_gate, self.value_embeds, next(value_rows) if layer.value_embed else None,
+                    w.qkv._replace(**made), value_gate, self.value_embeds, next(value_rows) if layer.value_embed else None,
                     self.yarn.cos, self.yarn.sin, self.num_heads, layer.paired, layer.key_offset,
                 )  # fmt: skip
                 v = v if added_values is None else v + added_values.view_as(v)

@@ -563,7 +563,8 @@ def test_scalars_start_at_their_values(wide_model):
 def test_layers_multiply_by_the_same_in_fp8_and_without(fp8_grad_scale):
     weights = random_model().layer_weights(fp8_grad_scale)[0]
     mlps = [w.mlp for w in weights if w.mlp is not None]
-    qkvs = [train_gpt.attention_inputs(torch.randn(T, 32).double(), None, None, None, w)[2] for w in weights if w.qkv]
+    x = torch.randn(T, 32).double()
+    qkvs = [w.qkv._replace(**train_gpt.attention_inputs(x, None, None, None, w)[2]) for w in weights if w.qkv]
     assert len(mlps) == len(train_gpt.MLP_LAYERS) and len(qkvs) == len(train_gpt.ATTENTION_LAYERS)
     if fp8_grad_scale is None:
         assert {field for weight, *in_fp8 in mlps for field in in_fp8} == {None}
