@@ -1987,9 +1987,10 @@ class GPT(nn.Module):
                 if layer.reads and layer.reads not in normed:
                     normed[layer.reads] = self.normed_input(kept[layer.reads], w.qkv.fp8 is not None)
                 x, mlp_out, made, value_gate = self.attention_inputs(x, mlp_out, before, normed.get(layer.reads), w)
+                embed_rows = next(value_rows) if layer.value_embed else None
                 q, k, v = split_heads(
-                    w.qkv._replace(**made), value_gate, self.value_embeds, next(value_rows) if layer.value_embed else None,
-                    self.yarn.cos, self.yarn.sin, self.num_heads, layer.paired, layer.key_offset,
+                    w.qkv._replace(**made), value_gate, self.value_embeds, embed_rows, self.yarn.cos, self.yarn.sin,
+                    self.num_heads, layer.paired, layer.key_offset,
                 )  # fmt: skip
                 v = v if added_values is None else v + added_values.view_as(v)
                 y = attend(q, k, v, documents[layer.paired], windows[layer.window], self.yarn.scale, xsa)
