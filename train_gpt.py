@@ -1176,7 +1176,7 @@ class HeadClasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, head, classes):
         ctx.save_for_backward(head, classes)
-        return head[:, classes]
+        return head.index_select(1, classes)
 
     @staticmethod
     def backward(ctx, grad):
