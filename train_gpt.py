@@ -3055,7 +3055,7 @@ class BetweenSteps:
         self.now.position = batch.position
         self.clock.step_issued()
         self.trainer.check_gradients(self.log, lag=1)  # of the step before, which the clock has waited for
-        self.log.write(f"step:{step + 1}/{self.hp.total_steps} {self.clock.text(step + 1)}")
+        self.log.step(step + 1, f"step:{step + 1}/{self.hp.total_steps} {self.clock.text(step + 1)}")
 
 
 class Clock:
@@ -3133,11 +3133,14 @@ class Terminal:
 
 
 class Log:
-    """The run's log file, and the same lines on the terminal; on rank 0, elsewhere silent."""
+    """The run's log file, and the same lines on the terminal; on rank 0, elsewhere silent.
+
+    On a terminal, steps move a progress bar and only the other lines are printed.
+    """
 
     def __init__(self, hp: Hyperparameters, world: World):
         self.path = Path(hp.log_dir) / f"{hp.run_id}.txt"
-        self.file, self.unwritten = None, b""
+        self.file, self.bar, self.unwritten = None, None, b""
         if world.rank:
             return
         try:
@@ -3148,6 +3151,10 @@ class Log:
         except OSError as error:
             told = f"{self.path}: cannot write the log ({error.strerror})"
             raise UserError(f"{told}; give another --run_id= or --log_dir=") from None
+        if sys.stderr.isatty() and not (hp.bench or hp.profile):
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=hp.total_steps, unit="step", smoothing=0.05, dynamic_ncols=True)
 
     def _open(self, mode: str) -> None:
         self.file = open(self.path, mode, buffering=0)  # noqa: SIM115 - for the whole run
@@ -3180,10 +3187,25 @@ class Log:
             if not told:
                 print(message, file=sys.stderr, flush=True)
         if console:
+            self.show(text)
+
+    def show(self, text: str) -> None:
+        """On the terminal alone."""
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
             print(text, flush=True)
 
+    def step(self, step: int, text: str) -> None:
+        """A training step's line: in the file, and on the terminal as a line or the bar's progress."""
+        self.write(text, console=self.bar is None)
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
     def close(self) -> None:
-        """Ends the file; what could not be written comes on the terminal."""
+        """Ends bar and file; what could not be written comes on the terminal."""
+        if self.bar is not None:
+            self.bar.close()
         if self.file:
             self.file.close()
             self.file = None
@@ -3202,16 +3224,20 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
     """The source that runs, the versions, the GPUs and the overrides: what it takes to repeat the run."""
     from subprocess import getoutput
 
-    if log.file is None or log.file.tell():  # it has one
+    if log.file is None:
         return
     source, rule = Path(__file__).read_text(encoding="utf-8"), "=" * 100
+    if log.file.tell():  # it has a header
+        if os.pread(log.file.fileno(), len(source.encode()), 0) != source.encode():
+            log.write("note: train_gpt.py is not the one that this log begins with")
+        return
     header = [source, rule, f"Running Python {sys.version}", f"Running {versions()}"]
     if torch.cuda.is_available():
         header.append(getoutput("timeout 30 nvidia-smi", encoding="utf-8", errors="replace"))
     overridden = " ".join(f"--{k}={v}" for k, v in overrides.items()) or "none"
     header.append(f"preset: {hp.preset}; overrides: {overridden}")
     log.write("\n".join([*header, rule]), console=False)  # at once: a log has all of it or nothing
-    print(header[-1], flush=True)
+    log.show(header[-1])
 
 
 # ======================================================================================================================
@@ -3235,12 +3261,16 @@ def checkpoints_of(run_id: str, folder: Path, suffix: str = "pt") -> list[Path]:
 def write_checkpoint(path: Path, content: dict) -> None:
     """A file for torch.load, then 32 bytes of SHA-256; whole or not at all, also when the machine dies meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
+    temporary, digest = path.with_suffix(".part"), hashlib.sha256()
     try:
-        with open(temporary, "w+b") as file:
-            torch.save(content, file)
-            file.seek(0)
-            file.write(hashlib.file_digest(file, "sha256").digest())  # reading has come to the end
+        with open(temporary, "wb") as file:
+
+            def write(data) -> int:  # the checksum is of what was to be written, not of what the disk made of it
+                digest.update(data)
+                return file.write(data)
+
+            torch.save(content, SimpleNamespace(write=write, flush=file.flush))
+            file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
@@ -3538,6 +3568,7 @@ def reason_of(error: BaseException) -> str:
 # What would fail after minutes of compiling, or on one rank while others wait, is found here first and put in words.
 
 OLDEST_GPU = 8  # compute capability 8.0: bfloat16 in Triton
+KERNEL_SHARED_MEMORY = 213_032  # bytes, of linear_relu2 backward on Hopper; older GPUs' pipelines take less
 
 
 def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] | None = None) -> list[str]:
@@ -3572,6 +3603,10 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
         gpu = torch.cuda.get_device_properties(world.device)
         told = f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}: the kernels take {OLDEST_GPU}.0 or newer"
         require(gpu.major >= OLDEST_GPU, told)
+        shared = getattr(gpu, "shared_memory_per_block_optin", KERNEL_SHARED_MEMORY)
+        told = f"{gpu.name} has {shared} bytes of shared memory a multiprocessor, the kernels' tiles take up to "
+        told += f"{KERNEL_SHARED_MEMORY}: lower BLOCK_N in linear_relu2_triton and the tiles of attention"
+        require(gpu.major < 9 or shared >= KERNEL_SHARED_MEMORY, told)
         free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(world.device))
         machine = f"{world.size} x {gpu.name}, {free:.0f} of {whole:.0f} GiB free"
         # Measured for the speedrun's model: 8.3 GiB whatever the batch, 28.3 with 49,152 tokens, 29.7 with bf16 layers.
@@ -3909,6 +3944,10 @@ def main(arguments: list[str]) -> None:
             if world.on_gpu:
                 allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
                 log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+                if world.size > 1:
+                    by_rank: list = [None] * world.size
+                    dist.all_gather_object(by_rank, allocated)
+                    log.write(f"peak memory allocated by rank: {' '.join(map(str, by_rank))} MiB")
             learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
             log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
         watch.close()
