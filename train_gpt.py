@@ -95,8 +95,7 @@ class TrainingStage(NamedTuple):
     target_weights_end: tuple[float, ...]  # ... and at the end of the stage
     prefix_weights: tuple[float, float] = (0.0, 0.0)  # at start and end: of the next token's prefix, see prefix_table
     max_seq_len: int = 1 << 30  # documents are cut here, and at train_max_seq_len
-    # The softmax runs over so many classes of the vocabulary, all targets of the micro-batch among them; 0: over all
-    classes: int = 0
+    classes: int = 0  # of the vocabulary, in a micro-batch's softmax, all its targets among them; 0: all there are
     untie: bool = False  # head and embedding are one until this stage; where no row says so, to the end
 
 
@@ -105,11 +104,9 @@ class TrainingStage(NamedTuple):
 # number of tokens, they were 0.06 ahead at the end of a quarter run. Smaller still won little.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, prefix weights
-    TrainingStage(
-        1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), (0.25, 0.25), max_seq_len=896, classes=8192
-    ),
-    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0), classes=16_384),
-    TrainingStage(1, 196_608, 5, 11, 1.5, (1.0,), (1.0,), classes=24_576, untie=True),
+    TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), (0.25, 0.25), max_seq_len=896),
+    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0)),
+    TrainingStage(1, 196_608, 5, 11, 1.5, (1.0,), (1.0,), untie=True),
     TrainingStage(None, 196_608, 6, 13, 1.5, (1.0,), (1.0,)),  # its learning rate is lr_end
 )
 FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
@@ -408,11 +405,10 @@ def check_tables(hp: Hyperparameters) -> None:
         require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
         require(first == last > 0, f"{row}: {first} multi-token weights at the start, {last} at the end: as many, > 0")
         least = stage.tokens // MICRO_BATCHES
-        told = (
-            f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16 from the {least} tokens of a micro-batch "
-        )
-        told += f"on, all of which may be different targets, up to {hp.padded_vocab}"
-        require(not stage.classes or least <= stage.classes <= hp.padded_vocab and stage.classes % 16 == 0, told)
+        told = f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16 from a micro-batch's {least} tokens on"
+        told += f", each of which may be a class of its own, to {hp.padded_vocab}"
+        fits = least <= stage.classes <= hp.padded_vocab and stage.classes % 16 == 0
+        require(fits or stage.classes == 0, told)
         told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
         require(len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
@@ -2566,13 +2562,12 @@ def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndar
 
 
 def make_micro_batch(
-    tokens: np.ndarray, ends: np.ndarray, device: torch.device, classes: int = 0, vocab_size: int = 0
+    tokens: np.ndarray, ends: np.ndarray, device: torch.device, vocab_size: int = 0, classes: int = 0
 ) -> MicroBatch:
     """Inputs, targets, documents, and classes if any, on the device; tokens (T + 1,), ends cumulative from 0 to T."""
     lengths = np.diff(ends)
     arrays = [tokens[:-1], tokens[1:], np.repeat(ends[:-1], lengths), np.repeat(ends[1:], lengths)]
-    if classes:
-        arrays.append(softmax_classes(tokens[1:], classes, vocab_size))
+    arrays += [softmax_classes(tokens[1:], classes, vocab_size)] if classes else []
     tensors = [torch.from_numpy(a.astype(np.int32)) for a in arrays]
     if device.type == "cuda":
         tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
@@ -2600,7 +2595,7 @@ class TrainLoader:
     """
 
     def __init__(
-        self, paths: list[Path], sizes: list[tuple[int, int, int]], hp: Hyperparameters, world: World, position=(1, 0)
+        self, paths: list[Path], sizes: list[tuple[int, ...]], hp: Hyperparameters, world: World, position=(1, 0)
     ):
         self.paths, self.sizes, self.hp, self.world = paths, sizes, hp, world
         self.found = {path: file_state(path) for path in paths}
@@ -2641,13 +2636,13 @@ class TrainLoader:
             f"to {max_seq_len} tokens each; get more data or lower the stages' tokens"
         )
 
-    def _prepare(self, size: tuple[int, int, int]) -> StepBatch:
+    def _prepare(self, size: tuple[int, ...]) -> StepBatch:
         rank, ranks = self.world.rank, self.world.size
-        *size, classes = size
+        size, classes = size[:2], size[2:]
         dealt = [self.shard.assemble(span, *size) for span in self._deal(*size)]
         inputs = [torch.from_numpy(tokens[:-1].astype(np.int32)) for tokens, _ in dealt if ranks > 1]
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
-            args = self.world.device, classes, self.hp.padded_vocab
+            args = self.world.device, self.hp.padded_vocab, *classes
             batches = [make_micro_batch(*arrays, *args) for arrays in dealt[rank::ranks]]
             if self.stream:
                 self.stream.synchronize()  # in this thread; the main thread never waits for a copy

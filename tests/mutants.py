@@ -190,6 +190,10 @@ PLANTED = {
          "documents[False], windows", "test_model.py test_losses_and_gradients program's"),
         ("every layer's window is short", "windows[layer.window], self.yarn.scale", 'windows["short"], self.yarn.scale',
          "test_model.py test_losses_and_gradients program's"),
+        ("a target left out of the softmax counts as the last class", "places[rows]  # of -1, the last one's: -1",
+         "places[rows] % len(classes)", "test_model.py test_a_softmax_over_some"),
+        ("the gradient of some classes takes the place of what is there", "head.grad[:, classes] += grad",
+         "head.grad[:, classes] = grad", "test_model.py test_a_softmax_over_some"),
         ("the prefix is that of the last target", "[*ahead, prefixes[targets]]", "[*ahead, prefixes[ahead[-1]]]",
          "test_model.py test_the_next_tokens_prefix"),
         # Optimizer
@@ -268,6 +272,8 @@ PLANTED = {
          "range(T * world.rank, hp.val_tokens, T)", "test_loader.py test_ranks_cover_every_validation_chunk"),
         ("ranks of a vocabulary may be left out", "require(sorted(ids.values()) == [*range(hp.vocab_size - 1)],",
          "require(len(ids) == hp.vocab_size - 1,", "test_loader.py test_a_file_that_is_no_vocabulary"),
+        ("classes of a softmax are the first", "(np.arange(more) * len(others) + first) // more", "np.arange(more)",
+         "test_loader.py test_classes_of_a_softmax"),
         ("a token is its own prefix", "prefix = token[:-1]", "prefix = token", "test_loader.py test_a_tokens_prefix"),
         # Schedule
         ("unties on an even step", "next(untie, hp.total_steps) | 1", "next(untie, hp.total_steps)",
