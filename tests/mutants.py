@@ -280,7 +280,7 @@ PLANTED = {
          "test_schedule.py untie"),
         ("a stage begins a step late", "if step >= start)", "if step > start or not i)",
          "test_schedule.py test_a_stages_row_says"),
-        ("documents are cut as in no stage", "min(self.stage(step).max_seq_len, self.hp.train_max_seq_len)",
+        ("documents are cut as in no stage", "min(stage.max_seq_len, self.hp.train_max_seq_len)",
          "self.hp.train_max_seq_len", "test_loader.py test_a_stage_cuts"),
         ("the learning rate of the first stage", "(1 - t) * self.stage(step).lr", "(1 - t) * self.hp.stages[0].lr",
          "test_schedule.py test_the_learning_rate_is_the_stages"),
