@@ -45,6 +45,7 @@ import threading
 import time
 import traceback
 import uuid
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,6 +93,7 @@ class TrainingStage(NamedTuple):
     target_weights_end: tuple[float, ...]  # ... and at the end of the stage
     prefix_weights: tuple[float, float] = (0.0, 0.0)  # at start and end: of the next token's prefix, see prefix_table
     max_seq_len: int = 1 << 30  # documents are cut here, and at train_max_seq_len
+    classes: int = 0  # of the vocabulary, in a micro-batch's softmax, all its targets among them; 0: all there are
     untie: bool = False  # head and embedding are one until this stage; where no row says so, to the end
 
 
@@ -400,6 +402,11 @@ def check_tables(hp: Hyperparameters) -> None:
         require(min(stage.short_window, stage.long_window) > 0, f"{row}: a window has at least 1 block")
         require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
         require(first == last > 0, f"{row}: {first} multi-token weights at the start, {last} at the end: as many, > 0")
+        least = stage.tokens // MICRO_BATCHES
+        told = f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16 from a micro-batch's {least} tokens on"
+        told += f", each of which may be a class of its own, to {hp.padded_vocab}"
+        fits = least <= stage.classes <= hp.padded_vocab and stage.classes % 16 == 0
+        require(fits or stage.classes == 0, told)
         told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
         require(len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
@@ -1157,6 +1164,23 @@ class Lookup(torch.autograd.Function):
         return None, None
 
 
+class HeadClasses(torch.autograd.Function):
+    """Columns of the head (C, V) by class (P,), none twice. The gradient is added to those of the head's .grad."""
+
+    @staticmethod
+    def forward(ctx, head, classes):
+        ctx.save_for_backward(head, classes)
+        return head.index_select(1, classes)
+
+    @staticmethod
+    def backward(ctx, grad):
+        head, classes = ctx.saved_tensors
+        if head.grad is None:
+            head.grad = torch.zeros_like(head)
+        head.grad[:, classes] += grad
+        return None, None
+
+
 def table_gradient(table: nn.Parameter) -> Tensor:
     """The table's .grad, float32: a frequent token adds up thousands of rows, in which bfloat16 would get stuck."""
     if table.grad is None:
@@ -1791,24 +1815,37 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
     return (join(x, mlp_out, w), None) if keep else (x, mlp_out)
 
 
-def target_rows(targets: Tensor, n: int, prefixes: Tensor | None) -> Tensor:
-    """(n, T): the next tokens, the nearest first, then, if there is a table of prefixes, the nearest's; -1 for none."""
+def target_rows(targets: Tensor, n: int, prefixes: Tensor | None, classes: Tensor | None, vocab_size: int) -> Tensor:
+    """(n, T): the next tokens, the nearest first, then, if there is a table of prefixes, the nearest's; -1 for none.
+
+    With `classes` (P,) their places in it instead; those that are not in it, which only prefixes can be, count as none.
+    """
     ahead = [F.pad(targets, (0, k), value=-1)[k:] for k in range(n - (prefixes is not None))]
-    return torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
+    rows = torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
+    if classes is None:
+        return rows
+    places = torch.full((vocab_size + 1,), -1, dtype=rows.dtype, device=rows.device)
+    places[classes] = torch.arange(len(classes), dtype=rows.dtype, device=rows.device)
+    return places[rows]  # of -1, the last one's: -1
 
 
-def head_losses(x, head, targets, target_weights, prefixes, fp8_grad_scale):
-    """Loss of each position (T,), float32, from the last row's output (T, C)."""
-    targets = target_rows(targets, len(target_weights), prefixes)
+def head_losses(x, head, targets, target_weights, prefixes, classes, vocab_size: int, fp8_grad_scale):
+    """Loss of each position (T,), float32, from the last row's output (T, C); head (C, V), or its `classes` (C, P)."""
+    targets = target_rows(targets, len(target_weights), prefixes, classes, vocab_size)
     return HeadLoss.apply(norm(x), head, targets, target_weights, fp8_grad_scale)
 
 
 class MicroBatch(NamedTuple):
-    """Inputs and targets (T,), int32, of whole documents laid end to end."""
+    """Inputs and targets (T,) of whole documents laid end to end; the classes (P,) of its softmax, None: all. int32."""
 
     inputs: Tensor
     targets: Tensor
     documents: Documents
+    classes: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [self.inputs, self.targets, *self.documents, *(() if self.classes is None else (self.classes,))]
 
 
 class GPT(nn.Module):
@@ -1958,8 +1995,9 @@ class GPT(nn.Module):
                 kept[layer.keep] = x
         x = self.join(x, mlp_out, before)
         chunks = zip(*(t.split(head_chunk or len(x)) for t in (x, batch.targets)), strict=True)
-        args = target_weights, self.prefixes if prefix else None, fp8_grad_scale
-        losses = [self.head_losses(chunk, self.head, targets, *args) for chunk, targets in chunks]
+        head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
+        args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
+        losses = [self.head_losses(chunk, head, targets, *args) for chunk, targets in chunks]
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
 
@@ -2505,15 +2543,34 @@ class Shard:
         return np.concatenate(pieces)[: num_tokens + 1], np.concatenate(([0], ends))
 
 
-def make_micro_batch(tokens: np.ndarray, ends: np.ndarray, device: torch.device) -> MicroBatch:
-    """Inputs, targets and documents on the device; tokens (T + 1,), ends cumulative from 0 to T."""
+def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndarray:
+    """`count` classes, rising: all targets, and of the others every so many-th, beginning where a checksum says.
+
+    So the text alone decides, on any number of ranks. Source: sampled softmax, arXiv 1412.2007; here evenly spread over
+    the vocabulary, which is sorted by frequency, and without correcting for what was left out.
+    """
+    taken = np.zeros(vocab_size, dtype=bool)
+    taken[targets] = True
+    others = np.flatnonzero(~taken)
+    more = count - (vocab_size - len(others))
+    if more:
+        first = zlib.crc32(targets.tobytes()) % len(others)
+        taken[others[(np.arange(more) * len(others) + first) // more]] = True
+    return np.flatnonzero(taken)
+
+
+def make_micro_batch(
+    tokens: np.ndarray, ends: np.ndarray, device: torch.device, vocab_size: int = 0, classes: int = 0
+) -> MicroBatch:
+    """Inputs, targets, documents, and classes if any, on the device; tokens (T + 1,), ends cumulative from 0 to T."""
     lengths = np.diff(ends)
-    arrays = (tokens[:-1], tokens[1:], np.repeat(ends[:-1], lengths), np.repeat(ends[1:], lengths))
+    arrays = [tokens[:-1], tokens[1:], np.repeat(ends[:-1], lengths), np.repeat(ends[1:], lengths)]
+    arrays += [softmax_classes(tokens[1:], classes, vocab_size)] if classes else []
     tensors = [torch.from_numpy(a.astype(np.int32)) for a in arrays]
     if device.type == "cuda":
         tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    inputs, targets, starts, ends = tensors
-    return MicroBatch(inputs, targets, Documents(starts, ends))
+    inputs, targets, starts, ends, *classes = tensors
+    return MicroBatch(inputs, targets, Documents(starts, ends), *classes)
 
 
 class StepBatch(NamedTuple):
@@ -2528,7 +2585,7 @@ class StepBatch(NamedTuple):
 class TrainLoader:
     """Iterates over steps; while one is computed, a thread assembles the next and copies it to the GPU.
 
-    sizes: for each step the tokens of a micro-batch, and at how many tokens documents are cut. Every rank deals all 8
+    sizes: for each step what TrainingSchedule.size gives. Every rank deals all 8
     micro-batches of a step and keeps its own, and of the others the inputs, so that any number of ranks sees the same.
     When the files run out, they start over, and the epoch counts up.
     position: of the last step's batch before these, in a run that goes on.
@@ -2536,7 +2593,7 @@ class TrainLoader:
     """
 
     def __init__(
-        self, paths: list[Path], sizes: list[tuple[int, int]], hp: Hyperparameters, world: World, position=(1, 0)
+        self, paths: list[Path], sizes: list[tuple[int, ...]], hp: Hyperparameters, world: World, position=(1, 0)
     ):
         self.paths, self.sizes, self.hp, self.world = paths, sizes, hp, world
         self.found = {path: file_state(path) for path in paths}
@@ -2577,12 +2634,14 @@ class TrainLoader:
             f"to {max_seq_len} tokens each; get more data or lower the stages' tokens"
         )
 
-    def _prepare(self, size: tuple[int, int]) -> StepBatch:
+    def _prepare(self, size: tuple[int, ...]) -> StepBatch:
         rank, ranks = self.world.rank, self.world.size
+        size, classes = size[:2], size[2:]
         dealt = [self.shard.assemble(span, *size) for span in self._deal(*size)]
         inputs = [torch.from_numpy(tokens[:-1].astype(np.int32)) for tokens, _ in dealt if ranks > 1]
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
-            batches = [make_micro_batch(*arrays, self.world.device) for arrays in dealt[rank::ranks]]
+            args = self.world.device, self.hp.padded_vocab, *classes
+            batches = [make_micro_batch(*arrays, *args) for arrays in dealt[rank::ranks]]
             if self.stream:
                 self.stream.synchronize()  # in this thread; the main thread never waits for a copy
         position = self.files_begun, self.shard.next_document
@@ -2593,7 +2652,7 @@ class TrainLoader:
             for size in [*self.sizes[1:], None]:
                 batch = self._wait()
                 self.ahead = self.assembler.submit(self._prepare, size) if size else None
-                for tensor in (t for b in batch.micro_batches for t in (b.inputs, b.targets, *b.documents)):
+                for tensor in (t for b in batch.micro_batches for t in b.tensors()):
                     if self.stream:  # the memory was taken on the copying stream: keep it until this one is through
                         tensor.record_stream(torch.cuda.current_stream())
                 yield batch
@@ -2691,9 +2750,10 @@ class TrainingSchedule:
         """Tokens of a micro-batch."""
         return self.stage(step).tokens // MICRO_BATCHES
 
-    def size(self, step: int) -> tuple[int, int]:
-        """Tokens of a micro-batch, and at how many tokens documents are cut."""
-        return self.tokens(step), min(self.stage(step).max_seq_len, self.hp.train_max_seq_len)
+    def size(self, step: int) -> tuple[int, int, int]:
+        """Tokens of a micro-batch, at how many tokens documents are cut, and the classes of the softmax, 0 for all."""
+        stage = self.stage(step)
+        return self.tokens(step), min(stage.max_seq_len, self.hp.train_max_seq_len), stage.classes
 
     def lr(self, step: int) -> float:
         """Learning-rate factor: the stage's multiplier, from the cooldown on moving linearly to lr_end."""
@@ -2755,14 +2815,13 @@ def capture(run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target
     .grad.
     """
     graph = torch.cuda.CUDAGraph()
-    inputs = [t.clone() for t in (batch.inputs, batch.targets, *batch.documents, target_weights)]
+    inputs = [t.clone() for t in (target_weights, *batch.tensors())]
     # The loader's threads go on using the GPU meanwhile: only this thread's calls belong to the capture.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        run(MicroBatch(*inputs[:2], Documents(*inputs[2:4])), inputs[4])
+        run(MicroBatch(*inputs[1:3], Documents(*inputs[3:5]), *inputs[5:]), inputs[0])
 
     def replay(batch: MicroBatch, target_weights: Tensor) -> None:
-        new = (batch.inputs, batch.targets, *batch.documents, target_weights)
-        for static, tensor in zip(inputs, new, strict=True):
+        for static, tensor in zip(inputs, (target_weights, *batch.tensors()), strict=True):
             static.copy_(tensor)
         graph.replay()
 
@@ -2989,7 +3048,7 @@ class BetweenSteps:
         self.now.position = batch.position
         self.clock.step_issued()
         self.trainer.check_gradients(self.log, lag=1)  # of the step before, which the clock has waited for
-        self.log.write(f"step:{step + 1}/{self.hp.total_steps} {self.clock.text(step + 1)}")
+        self.log.step(step + 1, f"step:{step + 1}/{self.hp.total_steps} {self.clock.text(step + 1)}")
 
 
 class Clock:
@@ -3067,11 +3126,14 @@ class Terminal:
 
 
 class Log:
-    """The run's log file, and the same lines on the terminal; on rank 0, elsewhere silent."""
+    """The run's log file, and the same lines on the terminal; on rank 0, elsewhere silent.
+
+    On a terminal, steps move a progress bar and only the other lines are printed.
+    """
 
     def __init__(self, hp: Hyperparameters, world: World):
         self.path = Path(hp.log_dir) / f"{hp.run_id}.txt"
-        self.file, self.unwritten = None, b""
+        self.file, self.bar, self.unwritten = None, None, b""
         if world.rank:
             return
         try:
@@ -3082,6 +3144,10 @@ class Log:
         except OSError as error:
             told = f"{self.path}: cannot write the log ({error.strerror})"
             raise UserError(f"{told}; give another --run_id= or --log_dir=") from None
+        if sys.stderr.isatty() and not (hp.bench or hp.profile):
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=hp.total_steps, unit="step", smoothing=0.05, dynamic_ncols=True)
 
     def _open(self, mode: str) -> None:
         self.file = open(self.path, mode, buffering=0)  # noqa: SIM115 - for the whole run
@@ -3114,10 +3180,25 @@ class Log:
             if not told:
                 print(message, file=sys.stderr, flush=True)
         if console:
+            self.show(text)
+
+    def show(self, text: str) -> None:
+        """On the terminal alone."""
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
             print(text, flush=True)
 
+    def step(self, step: int, text: str) -> None:
+        """A training step's line: in the file, and on the terminal as a line or the bar's progress."""
+        self.write(text, console=self.bar is None)
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
     def close(self) -> None:
-        """Ends the file; what could not be written comes on the terminal."""
+        """Ends bar and file; what could not be written comes on the terminal."""
+        if self.bar is not None:
+            self.bar.close()
         if self.file:
             self.file.close()
             self.file = None
@@ -3136,16 +3217,20 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
     """The source that runs, the versions, the GPUs and the overrides: what it takes to repeat the run."""
     from subprocess import getoutput
 
-    if log.file is None or log.file.tell():  # it has one
+    if log.file is None:
         return
     source, rule = Path(__file__).read_text(encoding="utf-8"), "=" * 100
+    if log.file.tell():  # it has a header
+        if os.pread(log.file.fileno(), len(source.encode()), 0) != source.encode():
+            log.write("note: train_gpt.py is not the one that this log begins with")
+        return
     header = [source, rule, f"Running Python {sys.version}", f"Running {versions()}"]
     if torch.cuda.is_available():
         header.append(getoutput("timeout 30 nvidia-smi", encoding="utf-8", errors="replace"))
     overridden = " ".join(f"--{k}={v}" for k, v in overrides.items()) or "none"
     header.append(f"preset: {hp.preset}; overrides: {overridden}")
     log.write("\n".join([*header, rule]), console=False)  # at once: a log has all of it or nothing
-    print(header[-1], flush=True)
+    log.show(header[-1])
 
 
 # ======================================================================================================================
@@ -3169,12 +3254,16 @@ def checkpoints_of(run_id: str, folder: Path, suffix: str = "pt") -> list[Path]:
 def write_checkpoint(path: Path, content: dict) -> None:
     """A file for torch.load, then 32 bytes of SHA-256; whole or not at all, also when the machine dies meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
+    temporary, digest = path.with_suffix(".part"), hashlib.sha256()
     try:
-        with open(temporary, "w+b") as file:
-            torch.save(content, file)
-            file.seek(0)
-            file.write(hashlib.file_digest(file, "sha256").digest())  # reading has come to the end
+        with open(temporary, "wb") as file:
+
+            def write(data) -> int:  # the checksum is of what was to be written, not of what the disk made of it
+                digest.update(data)
+                return file.write(data)
+
+            torch.save(content, SimpleNamespace(write=write, flush=file.flush))
+            file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
@@ -3472,6 +3561,7 @@ def reason_of(error: BaseException) -> str:
 # What would fail after minutes of compiling, or on one rank while others wait, is found here first and put in words.
 
 OLDEST_GPU = 8  # compute capability 8.0: bfloat16 in Triton
+KERNEL_SHARED_MEMORY = 213_032  # bytes, of linear_relu2 backward on Hopper; older GPUs' pipelines take less
 
 
 def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] | None = None) -> list[str]:
@@ -3506,6 +3596,10 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
         gpu = torch.cuda.get_device_properties(world.device)
         told = f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}: the kernels take {OLDEST_GPU}.0 or newer"
         require(gpu.major >= OLDEST_GPU, told)
+        shared = getattr(gpu, "shared_memory_per_block_optin", KERNEL_SHARED_MEMORY)
+        told = f"{gpu.name} has {shared} bytes of shared memory a multiprocessor, the kernels' tiles take up to "
+        told += f"{KERNEL_SHARED_MEMORY}: lower BLOCK_N in linear_relu2_triton and the tiles of attention"
+        require(gpu.major < 9 or shared >= KERNEL_SHARED_MEMORY, told)
         free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(world.device))
         machine = f"{world.size} x {gpu.name}, {free:.0f} of {whole:.0f} GiB free"
         # Measured for the speedrun's model: 8.3 GiB whatever the batch, 28.3 with 49,152 tokens, 29.7 with bf16 layers.
@@ -3635,6 +3729,10 @@ def main(arguments: list[str]) -> None:
             if world.on_gpu:
                 allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
                 log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+                if world.size > 1:
+                    by_rank: list = [None] * world.size
+                    dist.all_gather_object(by_rank, allocated)
+                    log.write(f"peak memory allocated by rank: {' '.join(map(str, by_rank))} MiB")
             learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
             log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
         watch.close()

@@ -61,15 +61,19 @@ def named(arguments: list[str]) -> dict[str, str]:
 
 
 def place(source: str, folder: Path) -> Path:
-    """Writes a source to folder/<digest>/train_gpt.py, whole or not at all, and returns that path."""
-    data = source.encode(errors="replace")
-    path = folder / hashlib.sha256(data).hexdigest()[:12] / "train_gpt.py"
-    if not path.is_file() or path.read_bytes() != data:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(data)
-        temporary.rename(path)
-    return path
+    """Writes a source to folder/<digest>/train_gpt.py, whole or not at all, and returns that path.
+
+    Beside it GPT-2's vocabulary, which a program looks for there if the data's folder lacks it.
+    """
+    data, vocabulary = source.encode(errors="replace"), "data/gpt2.tiktoken"
+    home = folder / hashlib.sha256(data).hexdigest()[:12]
+    for path, content in ((home / vocabulary, (ROOT / vocabulary).read_bytes()), (home / "train_gpt.py", data)):
+        if not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_bytes(content)
+            temporary.rename(path)
+    return home / "train_gpt.py"
 
 
 def command(program: Path, arguments: list[str], processes: int = 1) -> list[str]:

@@ -462,6 +462,18 @@ def test_rerun_looks_for_data_where_the_user_says_or_in_this_repository(monkeypa
     assert rerun.environment(on_gpu=False)["DATA_PATH"] == folder
 
 
+def test_a_placed_program_has_the_vocabulary_beside_it_wherever_the_data_is(tmp_path):
+    source = (ROOT / "train_gpt.py").read_text()
+    program = rerun.place(source, tmp_path)
+    check = "import train_gpt; print(len(train_gpt.read_vocabulary(train_gpt.Hyperparameters())))"
+    elsewhere = {**os.environ, "DATA_PATH": str(tmp_path / "elsewhere")}
+    told = subprocess.run(
+        [sys.executable, "-c", check], cwd=program.parent, env=elsewhere, capture_output=True, text=True
+    )
+    assert program.read_text() == source and told.stdout == "50256\n", told.stderr
+    assert rerun.place(source, tmp_path) == program
+
+
 def test_rerun_refuses_what_has_no_source_or_several(toy, tmp_path):
     (tmp_path / "note.txt").write_text("step:1/2 train_time:3ms\n")
     with pytest.raises(Refusal, match="no log with the source"):

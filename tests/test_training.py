@@ -1,9 +1,14 @@
 """Warm-up, the run and what it leaves behind: in this process, and end to end through the launcher."""
 
+import fcntl
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
+import threading
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -241,7 +246,7 @@ def sample(tmp_path_factory):
     return root
 
 
-def launch(folder, sample, processes, *arguments):
+def launch(folder, sample, processes, *arguments, stderr=subprocess.PIPE):
     """train_gpt.py under the launcher, started in the folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -251,7 +256,8 @@ def launch(folder, sample, processes, *arguments):
         [*command, str(REPOSITORY / "train_gpt.py"), *SMALLER, *arguments],
         cwd=folder,
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         timeout=240,
     )
@@ -293,7 +299,7 @@ class Run(SimpleNamespace):
 
 @pytest.fixture(scope="module")
 def one_process(sample, tmp_path_factory):
-    """A run of one process."""
+    """A run with output that is not a terminal's."""
     folder = tmp_path_factory.mktemp("one")
     result = launch(folder, sample, 1, "--run_id=one", "--val_loss_every=2", "--val_steps=3", "--save_checkpoint=true")
     assert result.returncode == 0, result.stderr
@@ -302,11 +308,30 @@ def one_process(sample, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_processes(sample, tmp_path_factory):
-    """The same on two, without validation on its way."""
+    """A run whose standard error is a terminal."""
     folder = tmp_path_factory.mktemp("two")
-    result = launch(folder, sample, 2, "--run_id=two", "--val_loss_every=0")
-    assert result.returncode == 0, result.stderr
-    return Run(folder=folder, result=result)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # a new one has no width, and no bar
+    screen = []
+
+    def read():
+        try:
+            while piece := os.read(ours, 4096):
+                screen.append(piece)
+        except OSError:  # the other end is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        result = launch(folder, sample, 2, "--run_id=two", "--val_loss_every=0", stderr=theirs)
+    finally:
+        os.close(theirs)
+        reader.join()
+        os.close(ours)
+    screen = b"".join(screen).decode()
+    assert result.returncode == 0, screen
+    return Run(folder=folder, result=result, screen=screen)
 
 
 def test_a_run_learns_more_than_a_nat_in_seven_steps(one_process, two_processes):
@@ -354,15 +379,24 @@ def test_the_log_ends_with_the_final_loss(one_process):
     assert f"{one_process.log[3][STEPS]:.4f}" in last and "logs/one.txt" in last
 
 
-def test_the_output_has_the_logs_lines(one_process):
+def test_without_a_terminal_the_output_has_the_logs_lines_and_no_bar(one_process):
     text = (one_process.folder / "logs" / "one.txt").read_text()
     lines = [line for line in text.splitlines() if line.startswith("step:")]
     assert [line for line in one_process.result.stdout.splitlines() if line.startswith("step:")] == lines
+    assert "\r" not in one_process.result.stderr and "%|" not in one_process.result.stderr
+
+
+def test_on_a_terminal_a_bar_stands_for_the_steps_lines(two_processes):
+    assert f"{STEPS}/{STEPS}" in two_processes.screen and "\r" in two_processes.screen
+    shown = [line for line in two_processes.result.stdout.splitlines() if line.startswith("step:")]
+    assert len(shown) == 1 and "val_loss:" in shown[0]  # validations are printed as ever, steps are not
+    assert "validation loss" in two_processes.result.stdout
 
 
 def test_only_the_first_process_writes(two_processes):
     assert [path.name for path in two_processes.folder.rglob("*") if path.is_file()] == ["two.txt"]
     assert two_processes.result.stdout.count("validation loss") == 1
+    assert len(re.findall(rf"{STEPS}/{STEPS} \[[^\r\n]*\r?\n", two_processes.screen)) == 1  # one bar's last state
 
 
 def test_a_checkpoint_gives_the_final_validation_loss_again(one_process, sample, monkeypatch):
