@@ -408,7 +408,7 @@ def check_tables(hp: Hyperparameters) -> None:
         fits = least <= stage.classes <= hp.padded_vocab and stage.classes % 16 == 0
         require(fits or stage.classes == 0, told)
         told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
-        require(len(stage.prefix_weights) == 2, told)
+        require(isinstance(stage.prefix_weights, tuple) and len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
     kept, weighed = {"x0", "bigram"}, set()
     for i, layer in enumerate(LAYERS):
@@ -3140,7 +3140,7 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open("a+b" if hp.resume else "x+b")
             if self.file.tell() and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
-                self.file.write(b"\n")  # ends a line that was cut short
+                self.unwritten = b"\n"  # ends a line that was cut short, perhaps by a disk that still is full
         except OSError as error:
             told = f"{self.path}: cannot write the log ({error.strerror})"
             raise UserError(f"{told}; give another --run_id= or --log_dir=") from None
@@ -3163,7 +3163,7 @@ class Log:
         """One or more lines, at once on the disk's way; what a full disk does not take is kept for later."""
         if self.file is None:
             return
-        told = bool(self.unwritten)  # that the disk is full
+        told = len(self.unwritten) > 1  # that the disk is full
         self.unwritten += text.encode(errors="replace") + b"\n"
         try:
             if os.fstat(self.file.fileno()).st_nlink == 0:  # removed: what it held is still there to be copied
@@ -3281,8 +3281,12 @@ def read_checkpoint(path: Path) -> dict:
     It may come from a stranger: nothing in it is executed, and it takes no memory beyond what its tensors hold.
     """
     try:
-        data = np.memmap(path, np.uint8, "r")
-        sound = hashlib.sha256(data[:-32]).digest() == data[-32:].tobytes()
+        # Not mapped until it is known to be sound: what a disk can't give of a mapped file kills the process.
+        with open(path, "rb") as file:
+            end, digest = os.fstat(file.fileno()).st_size - 32, hashlib.sha256()
+            while block := file.read(max(0, min(end - file.tell(), 1 << 24))):
+                digest.update(block)
+            sound = file.read(33) == digest.digest()
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True) if sound else None
     except Exception as error:  # whatever a stranger's bytes make of torch.load
         raise UserError(f"{path}: not a checkpoint ({' '.join(str(error).split())[:120]})") from None
@@ -3467,8 +3471,9 @@ class Watch:
                 try:
                     self.store.wait(["logged"], timedelta(seconds=3))
                 except RuntimeError:  # rank 0 is gone
-                    with open(self.log.path, "a", encoding="utf-8") as file:
-                        print(message, file=file)
+                    if self.log.path.exists():  # on another host it may not
+                        with open(self.log.path, "a", encoding="utf-8") as file:
+                            print(message, file=file)
             if self.rank == 0 and self.store and status == 1:
                 time.sleep(2 * self.TICK)  # the store may end with this process or its launcher: all shall have read it
         finally:

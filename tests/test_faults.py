@@ -251,6 +251,31 @@ def test_a_checkpoint_that_is_damaged_cut_short_or_lost_is_not_taken(resume, tmp
     assert resume()[1]["step"] == 4
 
 
+def test_a_checkpoint_that_is_cut_short_while_it_is_read_is_named(killed, tmp_path):
+    path, copied = killed / "logs" / "kept_step000006.pt", tmp_path / "cut_step000006.pt"
+    shutil.copy(path, copied)
+    program = """
+import hashlib, os, sys, types
+from pathlib import Path
+import train_gpt
+
+def sha256(*data):
+    os.truncate(sys.argv[1], 100)
+    return hashlib.sha256(*data)
+
+train_gpt.hashlib = types.SimpleNamespace(sha256=sha256)
+try:
+    train_gpt.read_checkpoint(Path(sys.argv[1]))
+except train_gpt.UserError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", program, str(copied)]  # by itself, as it may end by a signal
+    result = subprocess.run(
+        command, cwd=Path(train_gpt.__file__).parent, stdout=subprocess.PIPE, text=True, timeout=120
+    )
+    assert (result.returncode, result.stdout) == (0, f"{copied}: damaged or cut short, its checksum differs\n")
+
+
 def test_the_hyperparameters_are_the_checkpoints(resume, tmp_path):
     hp, content, lines = resume("--checkpoint_every=7")
     assert content["step"] == 6 and "resumed at step 6" in lines[-1]
@@ -599,6 +624,24 @@ def test_without_their_launcher_no_process_is_left(data, tmp_path):
     assert wait_until(lambda: not processes_of(tmp_path), 20)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_where_rank_0_is_gone_its_reason_goes_into_its_log_but_makes_no_other(tmp_path, monkeypatch, there):
+    class Store:
+        def compare_set(self, key, before, word):
+            return word.encode()
+
+        def wait(self, keys, timeout):
+            raise RuntimeError("timed out")
+
+    watch, path = train_gpt.Watch(), tmp_path / "run.txt"
+    watch.rank, watch.store, watch.log = 1, Store(), train_gpt.SimpleNamespace(path=path)
+    if there:
+        path.write_text("step:1/10\n")
+    monkeypatch.setattr(train_gpt.os, "_exit", lambda status: None)
+    watch.end(1, "rank 0 is gone")
+    assert (path.read_text() if path.exists() else None) == ("step:1/10\nrank 0 is gone\n" if there else None)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_ends_all_within_a_second_with_one_line(data, tmp_path, processes):
     process = start(tmp_path, data, processes, fault=("wait", 0, 3))  # the other rank is inside a collective
@@ -775,6 +818,23 @@ def test_when_the_disk_has_room_again_the_log_has_every_line(data, tmp_path, mon
     log.close()
     assert log.path.read_text() == "first\nsecond\nthird\nfourth\n"
     assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+def test_a_line_that_a_full_disk_cut_short_keeps_no_run_from_going_on_while_it_is_full(tmp_path, monkeypatch, capsys):
+    hp = small_run.small_hyperparameters(tmp_path, resume="small")
+    (tmp_path / "small.txt").write_bytes(b"first\nsec")
+    full, opened = [True, True], open
+    monkeypatch.setattr("builtins.open", lambda *a, **k: Full(opened(*a, **k), full))
+    log = train_gpt.Log(hp, train_gpt.World())
+    monkeypatch.undo()
+    log.write("third")
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    log.write("fourth")
+    full.clear()
+    log.write("fifth")
+    log.close()
+    assert log.path.read_text() == "first\nsec\nthird\nfourth\nfifth\n"
+    assert "No space" not in capsys.readouterr().err
 
 
 class Full:
