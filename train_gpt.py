@@ -22,8 +22,7 @@ What never runs on the clock:
     Checkpoints       what a killed run goes on from
     Watch             signals, hangs, the failures of other ranks: one message, and no process left
     World check       everything that can be wrong, found in two seconds
-    Bench             what a step of each stage takes, and which kernels take it
-    main              a run from its arguments to its end
+    main              a run from its arguments to its end; what --bench and --profile do instead is in records/bench.py
 
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
 """
@@ -37,7 +36,6 @@ import ctypes
 import fcntl
 import hashlib
 import math
-import re
 import select
 import shutil
 import signal
@@ -47,7 +45,8 @@ import threading
 import time
 import traceback
 import uuid
-from collections import Counter, deque
+import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -57,7 +56,7 @@ from functools import cache, partial
 from glob import escape, glob
 from itertools import accumulate, pairwise, repeat
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -94,6 +93,7 @@ class TrainingStage(NamedTuple):
     target_weights_end: tuple[float, ...]  # ... and at the end of the stage
     prefix_weights: tuple[float, float] = (0.0, 0.0)  # at start and end: of the next token's prefix, see prefix_table
     max_seq_len: int = 1 << 30  # documents are cut here, and at train_max_seq_len
+    classes: int = 0  # of the vocabulary, in a micro-batch's softmax, all its targets among them; 0: all there are
     untie: bool = False  # head and embedding are one until this stage; where no row says so, to the end
 
 
@@ -402,6 +402,11 @@ def check_tables(hp: Hyperparameters) -> None:
         require(min(stage.short_window, stage.long_window) > 0, f"{row}: a window has at least 1 block")
         require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
         require(first == last > 0, f"{row}: {first} multi-token weights at the start, {last} at the end: as many, > 0")
+        least = stage.tokens // MICRO_BATCHES
+        told = f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16 from a micro-batch's {least} tokens on"
+        told += f", each of which may be a class of its own, to {hp.padded_vocab}"
+        fits = least <= stage.classes <= hp.padded_vocab and stage.classes % 16 == 0
+        require(fits or stage.classes == 0, told)
         told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
         require(isinstance(stage.prefix_weights, tuple) and len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
@@ -1159,6 +1164,23 @@ class Lookup(torch.autograd.Function):
         return None, None
 
 
+class HeadClasses(torch.autograd.Function):
+    """Columns of the head (C, V) by class (P,), none twice. The gradient is added to those of the head's .grad."""
+
+    @staticmethod
+    def forward(ctx, head, classes):
+        ctx.save_for_backward(head, classes)
+        return head.index_select(1, classes)
+
+    @staticmethod
+    def backward(ctx, grad):
+        head, classes = ctx.saved_tensors
+        if head.grad is None:
+            head.grad = torch.zeros_like(head)
+        head.grad[:, classes] += grad
+        return None, None
+
+
 def table_gradient(table: nn.Parameter) -> Tensor:
     """The table's .grad, float32: a frequent token adds up thousands of rows, in which bfloat16 would get stuck."""
     if table.grad is None:
@@ -1793,24 +1815,37 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
     return (join(x, mlp_out, w), None) if keep else (x, mlp_out)
 
 
-def target_rows(targets: Tensor, n: int, prefixes: Tensor | None) -> Tensor:
-    """(n, T): the next tokens, the nearest first, then, if there is a table of prefixes, the nearest's; -1 for none."""
+def target_rows(targets: Tensor, n: int, prefixes: Tensor | None, classes: Tensor | None, vocab_size: int) -> Tensor:
+    """(n, T): the next tokens, the nearest first, then, if there is a table of prefixes, the nearest's; -1 for none.
+
+    With `classes` (P,) their places in it instead; those that are not in it, which only prefixes can be, count as none.
+    """
     ahead = [F.pad(targets, (0, k), value=-1)[k:] for k in range(n - (prefixes is not None))]
-    return torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
+    rows = torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
+    if classes is None:
+        return rows
+    places = torch.full((vocab_size + 1,), -1, dtype=rows.dtype, device=rows.device)
+    places[classes] = torch.arange(len(classes), dtype=rows.dtype, device=rows.device)
+    return places[rows]  # of -1, the last one's: -1
 
 
-def head_losses(x, head, targets, target_weights, prefixes, fp8_grad_scale):
-    """Loss of each position (T,), float32, from the last row's output (T, C)."""
-    targets = target_rows(targets, len(target_weights), prefixes)
+def head_losses(x, head, targets, target_weights, prefixes, classes, vocab_size: int, fp8_grad_scale):
+    """Loss of each position (T,), float32, from the last row's output (T, C); head (C, V), or its `classes` (C, P)."""
+    targets = target_rows(targets, len(target_weights), prefixes, classes, vocab_size)
     return HeadLoss.apply(norm(x), head, targets, target_weights, fp8_grad_scale)
 
 
 class MicroBatch(NamedTuple):
-    """Inputs and targets (T,), int32, of whole documents laid end to end."""
+    """Inputs and targets (T,) of whole documents laid end to end; the classes (P,) of its softmax, None: all. int32."""
 
     inputs: Tensor
     targets: Tensor
     documents: Documents
+    classes: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [self.inputs, self.targets, *self.documents, *(() if self.classes is None else (self.classes,))]
 
 
 class GPT(nn.Module):
@@ -1960,8 +1995,9 @@ class GPT(nn.Module):
                 kept[layer.keep] = x
         x = self.join(x, mlp_out, before)
         chunks = zip(*(t.split(head_chunk or len(x)) for t in (x, batch.targets)), strict=True)
-        args = target_weights, self.prefixes if prefix else None, fp8_grad_scale
-        losses = [self.head_losses(chunk, self.head, targets, *args) for chunk, targets in chunks]
+        head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
+        args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
+        losses = [self.head_losses(chunk, head, targets, *args) for chunk, targets in chunks]
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
 
@@ -2507,15 +2543,34 @@ class Shard:
         return np.concatenate(pieces)[: num_tokens + 1], np.concatenate(([0], ends))
 
 
-def make_micro_batch(tokens: np.ndarray, ends: np.ndarray, device: torch.device) -> MicroBatch:
-    """Inputs, targets and documents on the device; tokens (T + 1,), ends cumulative from 0 to T."""
+def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndarray:
+    """`count` classes, rising: all targets, and of the others every so many-th, beginning where a checksum says.
+
+    So the text alone decides, on any number of ranks. Source: sampled softmax, arXiv 1412.2007; here evenly spread over
+    the vocabulary, which is sorted by frequency, and without correcting for what was left out.
+    """
+    taken = np.zeros(vocab_size, dtype=bool)
+    taken[targets] = True
+    others = np.flatnonzero(~taken)
+    more = count - (vocab_size - len(others))
+    if more:
+        first = zlib.crc32(targets.tobytes()) % len(others)
+        taken[others[(np.arange(more) * len(others) + first) // more]] = True
+    return np.flatnonzero(taken)
+
+
+def make_micro_batch(
+    tokens: np.ndarray, ends: np.ndarray, device: torch.device, vocab_size: int = 0, classes: int = 0
+) -> MicroBatch:
+    """Inputs, targets, documents, and classes if any, on the device; tokens (T + 1,), ends cumulative from 0 to T."""
     lengths = np.diff(ends)
-    arrays = (tokens[:-1], tokens[1:], np.repeat(ends[:-1], lengths), np.repeat(ends[1:], lengths))
+    arrays = [tokens[:-1], tokens[1:], np.repeat(ends[:-1], lengths), np.repeat(ends[1:], lengths)]
+    arrays += [softmax_classes(tokens[1:], classes, vocab_size)] if classes else []
     tensors = [torch.from_numpy(a.astype(np.int32)) for a in arrays]
     if device.type == "cuda":
         tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    inputs, targets, starts, ends = tensors
-    return MicroBatch(inputs, targets, Documents(starts, ends))
+    inputs, targets, starts, ends, *classes = tensors
+    return MicroBatch(inputs, targets, Documents(starts, ends), *classes)
 
 
 class StepBatch(NamedTuple):
@@ -2530,7 +2585,7 @@ class StepBatch(NamedTuple):
 class TrainLoader:
     """Iterates over steps; while one is computed, a thread assembles the next and copies it to the GPU.
 
-    sizes: for each step the tokens of a micro-batch, and at how many tokens documents are cut. Every rank deals all 8
+    sizes: for each step what TrainingSchedule.size gives. Every rank deals all 8
     micro-batches of a step and keeps its own, and of the others the inputs, so that any number of ranks sees the same.
     When the files run out, they start over, and the epoch counts up.
     position: of the last step's batch before these, in a run that goes on.
@@ -2538,7 +2593,7 @@ class TrainLoader:
     """
 
     def __init__(
-        self, paths: list[Path], sizes: list[tuple[int, int]], hp: Hyperparameters, world: World, position=(1, 0)
+        self, paths: list[Path], sizes: list[tuple[int, ...]], hp: Hyperparameters, world: World, position=(1, 0)
     ):
         self.paths, self.sizes, self.hp, self.world = paths, sizes, hp, world
         self.found = {path: file_state(path) for path in paths}
@@ -2579,12 +2634,14 @@ class TrainLoader:
             f"to {max_seq_len} tokens each; get more data or lower the stages' tokens"
         )
 
-    def _prepare(self, size: tuple[int, int]) -> StepBatch:
+    def _prepare(self, size: tuple[int, ...]) -> StepBatch:
         rank, ranks = self.world.rank, self.world.size
+        size, classes = size[:2], size[2:]
         dealt = [self.shard.assemble(span, *size) for span in self._deal(*size)]
         inputs = [torch.from_numpy(tokens[:-1].astype(np.int32)) for tokens, _ in dealt if ranks > 1]
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
-            batches = [make_micro_batch(*arrays, self.world.device) for arrays in dealt[rank::ranks]]
+            args = self.world.device, self.hp.padded_vocab, *classes
+            batches = [make_micro_batch(*arrays, *args) for arrays in dealt[rank::ranks]]
             if self.stream:
                 self.stream.synchronize()  # in this thread; the main thread never waits for a copy
         position = self.files_begun, self.shard.next_document
@@ -2595,7 +2652,7 @@ class TrainLoader:
             for size in [*self.sizes[1:], None]:
                 batch = self._wait()
                 self.ahead = self.assembler.submit(self._prepare, size) if size else None
-                for tensor in (t for b in batch.micro_batches for t in (b.inputs, b.targets, *b.documents)):
+                for tensor in (t for b in batch.micro_batches for t in b.tensors()):
                     if self.stream:  # the memory was taken on the copying stream: keep it until this one is through
                         tensor.record_stream(torch.cuda.current_stream())
                 yield batch
@@ -2693,9 +2750,10 @@ class TrainingSchedule:
         """Tokens of a micro-batch."""
         return self.stage(step).tokens // MICRO_BATCHES
 
-    def size(self, step: int) -> tuple[int, int]:
-        """Tokens of a micro-batch, and at how many tokens documents are cut."""
-        return self.tokens(step), min(self.stage(step).max_seq_len, self.hp.train_max_seq_len)
+    def size(self, step: int) -> tuple[int, int, int]:
+        """Tokens of a micro-batch, at how many tokens documents are cut, and the classes of the softmax, 0 for all."""
+        stage = self.stage(step)
+        return self.tokens(step), min(stage.max_seq_len, self.hp.train_max_seq_len), stage.classes
 
     def lr(self, step: int) -> float:
         """Learning-rate factor: the stage's multiplier, from the cooldown on moving linearly to lr_end."""
@@ -2757,14 +2815,13 @@ def capture(run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target
     .grad.
     """
     graph = torch.cuda.CUDAGraph()
-    inputs = [t.clone() for t in (batch.inputs, batch.targets, *batch.documents, target_weights)]
+    inputs = [t.clone() for t in (target_weights, *batch.tensors())]
     # The loader's threads go on using the GPU meanwhile: only this thread's calls belong to the capture.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        run(MicroBatch(*inputs[:2], Documents(*inputs[2:4])), inputs[4])
+        run(MicroBatch(*inputs[1:3], Documents(*inputs[3:5]), *inputs[5:]), inputs[0])
 
     def replay(batch: MicroBatch, target_weights: Tensor) -> None:
-        new = (batch.inputs, batch.targets, *batch.documents, target_weights)
-        for static, tensor in zip(inputs, new, strict=True):
+        for static, tensor in zip(inputs, (target_weights, *batch.tensors()), strict=True):
             static.copy_(tensor)
         graph.replay()
 
@@ -3611,231 +3668,21 @@ def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
 
 
 # ======================================================================================================================
-# Bench
-# ======================================================================================================================
-# Times come from steps that are each waited for, kernels from PyTorch's profiler in a second pass, as it slows steps
-# down. Rates are set against what one large product reaches on the same machine, not against a data sheet.
-
-UNTIMED_STEPS, PROFILED_STEPS = 2, 2  # at a stage's start, among them the untying; an even and an odd one
-# Category of a kernel by its name, the first that matches; on a CPU, of an operator by the names of those it runs in.
-# What Optimizer.step launches is the optimizer's whatever its name, unless it communicates.
-KERNEL_CATEGORIES = {
-    "communication": r"(?i)nccl|gloo|c10d::",
-    "optimizer": r"symmetric_product",
-    "loss": r"cross_entropy",
-    "attention": r"flash|attention|split_heads",
-    "products": r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|linear_relu2|aten::\w*mm\b",
-    "memory": r"(?i)memcpy|memset|aten::(copy_|zero_|fill_)",
-    "elementwise": r"triton_|elementwise|transposed|reduce|add_rows|at::native|aten::",
-}
-
-
-class Kernel(NamedTuple):
-    """One launch of a kernel, or on a CPU one call of an operator without those it calls; in microseconds."""
-
-    name: str
-    category: str
-    start: float
-    duration: float
-
-
-@cache
-def kernel_category(name: str, in_optimizer: bool = False) -> str:
-    """One of KERNEL_CATEGORIES, or "other"."""
-    category = next((c for c, pattern in KERNEL_CATEGORIES.items() if re.search(pattern, name)), "other")
-    return "optimizer" if in_optimizer and category != "communication" else category
-
-
-def kernels_of(profiler: torch.profiler.profile, on_gpu: bool) -> list[Kernel]:
-    """What ran while the profiler did: on the GPU, or the operators on the CPU."""
-    kind, events = torch.autograd.DeviceType, profiler.events()
-    spans = [e.time_range for e in events if e.name == "optimizer" and e.device_type == kind.CPU]
-
-    def path(event) -> str:
-        return f"{path(event.cpu_parent)} {event.name}" if event.cpu_parent else event.name
-
-    kernels = []
-    for event in (e for e in events if not e.is_user_annotation and (e.device_type == kind.CUDA) == on_gpu):
-        start, duration = event.time_range.start, event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
-        category = kernel_category(path(event), any(span.start <= start <= span.end for span in spans))
-        kernels.append(Kernel(event.name, category, start, duration))
-    return kernels
-
-
-def busy_time(kernels: list[Kernel]) -> float:
-    """Microseconds in which at least one kernel ran: where several streams overlap, time counts once."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted((k.start, k.start + k.duration) for k in kernels):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
-
-
-def flops_per_token(model: GPT, fp8: bool) -> tuple[int, int]:
-    """Of the products with weights, 2 a weight forward and 4 backward: those in the parameters' type, those in FP8."""
-    attention, mlp = len(ATTENTION_LAYERS) * 4 * model.vo_bank[0].numel(), len(MLP_LAYERS) * model.mlp_bank[0].numel()
-    head = model.head.numel()
-    in_fp8 = fp8 * (head + model.fp8_layers * (mlp + attention * 3 // 4))  # in the layers all but W_o
-    return 6 * (attention + mlp + head - in_fp8), 6 * in_fp8
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype, fp8: bool) -> tuple[float, float]:
-    """FLOP/s that this machine reaches in one large product: in the parameters' type and in FP8, if any."""
-    from torch.utils.benchmark import Timer
-
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
-    products = [lambda: a @ b]
-    if fp8:
-        a_fp8, b_fp8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
-        products.append(partial(fp8_product, a_fp8, b_fp8, 1.0, 1.0, dtype))
-    timers = [Timer("product()", globals={"product": p}, num_threads=torch.get_num_threads()) for p in products]
-    seconds = [min(timer.timeit(5).mean for _ in range(5)) for timer in timers]  # each after two that are not timed
-    return 2 * n**3 / seconds[0], 2 * n**3 / seconds[-1]
-
-
-def typical_ms(times: list[tuple[int, float]]) -> float:
-    """Of (step, ms): the mean of the medians of even and odd steps.
-
-    Adam steps on odd steps only: the median of all would be the slowest of one kind or the fastest of the other.
-    """
-    kinds = [[ms for step, ms in times if step % 2 == odd] for odd in (0, 1)]
-    return float(np.mean([np.median(kind) for kind in kinds if kind]))
-
-
-def aligned(rows: list[list[str]], texts: int = 0) -> str:
-    """Lines of a table: numbers to the right of their columns, the last `texts` columns to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    form = "  ".join(f"{{:{'<' if len(widths) - i <= texts else '>'}{width}}}" for i, width in enumerate(widths))
-    return "\n".join(form.format(*row).rstrip() for row in rows)
-
-
-class Bench:
-    """Times and profiles the first steps of each stage, taken as in the run, after its warm-up. All ranks take part."""
-
-    def __init__(self, trainer: Trainer, train_paths: list[Path], log: Log):
-        self.trainer, self.train_paths, self.log = trainer, train_paths, log
-        self.hp, self.world, self.schedule = trainer.hp, trainer.world, trainer.schedule
-
-    def steps(self, count: int) -> Iterator[tuple[int, int, int, StepBatch]]:
-        """Stage, how many of its steps came before, step and its batch: `count` steps of each stage that has any.
-
-        In a shorter stage they repeat, and even and odd steps still take turns.
-        """
-        spans = enumerate(zip(self.schedule.starts, self.schedule.ends, strict=True))
-        lengths = [(stage, start, end - start) for stage, (start, end) in spans if start < end]
-        plan = [(k, i, start + i % max(n // 2 * 2, 1)) for k, start, n in lengths for i in range(count)]
-        sizes = [self.schedule.size(step) for _, _, step in plan]
-        self.trainer.reset()
-        loader = TrainLoader(self.train_paths, sizes, self.hp, self.world)
-        for (stage, i, step), batch in zip(plan, loader, strict=True):
-            self.trainer.enter_step(step)
-            yield stage, i, step, batch
-
-    def time_stages(self) -> dict[int, list[tuple[int, float]]]:
-        """Per stage (step, milliseconds), the GPU waited for after each step."""
-        times: dict[int, list[tuple[int, float]]] = {}
-        end = time.perf_counter()
-        for stage, i, step, batch in self.steps(self.hp.bench_steps):
-            self.trainer.add_gradients(step, batch)
-            self.trainer.update(step)
-            synchronize(self.world.device)
-            begin, end = end, time.perf_counter()
-            if i >= UNTIMED_STEPS:
-                times.setdefault(stage, []).append((step, 1000 * (end - begin)))
-        return times
-
-    def profile_stages(self) -> dict[int, list[Kernel]]:
-        """Per stage the kernels of PROFILED_STEPS on this rank; with --profile rank 0's trace goes to a file."""
-        device, kernels = self.world.device, {}
-        for stage, i, step, batch in self.steps(UNTIMED_STEPS + PROFILED_STEPS):
-            if i == UNTIMED_STEPS:
-                synchronize(device)
-                profiler = torch.profiler.profile(acc_events=True)
-                profiler.start()
-            self.trainer.add_gradients(step, batch)
-            synchronize(device)  # what runs on the GPU from here on was launched by the optimizer
-            with torch.profiler.record_function("optimizer"):
-                self.trainer.update(step)
-                synchronize(device)
-            if i == UNTIMED_STEPS + PROFILED_STEPS - 1:
-                profiler.stop()
-                kernels[stage] = kernels_of(profiler, self.world.on_gpu)
-                if self.hp.profile and self.world.rank == 0:
-                    profiler.export_chrome_trace(str(self.trace_path(stage)))
-        return kernels
-
-    def trace_path(self, stage: int) -> Path:
-        """Where the stage's trace goes, for chrome://tracing or ui.perfetto.dev."""
-        return self.log.path.with_name(f"{self.hp.run_id}_stage{stage + 1}.json.gz")
-
-    def run(self, start_seconds: float) -> None:
-        """What --bench and --profile ask for. start_seconds: from the start of the program to here."""
-        # Profiling comes after all timing: it can slow down what follows.
-        times = self.time_stages()
-        kernels = self.profile_stages() if self.hp.profile or self.world.on_gpu else {}
-        if self.hp.bench:
-            fp8 = use_fp8(self.hp, self.world)[0]
-            ceilings = measure_ceilings(self.world.device, choose_dtype(self.hp, self.world), fp8)
-            self.write_times(times, kernels, ceilings, fp8, start_seconds)
-        if self.hp.profile:
-            for stage in kernels:
-                # A CPU is slowed down by the profiler: there the whole is the operators' time.
-                on_cpu_ms = sum(kernel.duration for kernel in kernels[stage]) / 1000 / PROFILED_STEPS
-                self.write_kernels(stage, kernels[stage], typical_ms(times[stage]) if self.world.on_gpu else on_cpu_ms)
-
-    def write_times(self, times, kernels, ceilings: tuple[float, float], fp8: bool, start_seconds: float) -> None:
-        """The table of stages and the whole run's time."""
-        head = "stage steps tokens ms/step min ms/micro-batch min tokens/s TFLOP/s of_ceiling GPU_busy peak_GiB run_s"
-        rows, projected = [[name.replace("_", " ") for name in head.split()]], 0.0
-        micro_batches, size = self.world.grad_accum_steps, self.world.size
-        for stage, stage_times in times.items():
-            ms, least = typical_ms(stage_times), min(ms for _, ms in stage_times)
-            steps, tokens = self.schedule.ends[stage] - self.schedule.starts[stage], self.hp.stages[stage].tokens
-            flops = [tokens / size * per_token for per_token in flops_per_token(self.trainer.model, fp8)]
-            floor_ms = sum(1000 * work / ceiling for work, ceiling in zip(flops, ceilings, strict=True))
-            busy, peak = "n/a", "n/a"
-            if self.world.on_gpu:
-                busy = f"{busy_time(kernels[stage]) / 1000 / PROFILED_STEPS / ms:.1%}"
-                peak = f"{self.trainer.peak_memory[stage] / 2**30:.1f}"
-            seconds = steps * ms / 1000
-            projected += seconds
-            rows.append([
-                f"{stage + 1}", f"{steps}", f"{tokens:,}", f"{ms:.2f}", f"{least:.2f}",
-                f"{ms / micro_batches:.2f}", f"{least / micro_batches:.2f}", f"{1000 * tokens / ms:,.0f}",
-                f"{sum(flops) / ms / 1e9:.3g}", f"{floor_ms / ms:.1%}", busy, peak, f"{seconds:.2f}",
-            ])  # fmt: skip
-        kind, (plain, in_fp8) = "GPU" if self.world.on_gpu else "CPU", (f"{c / 1e12:.4g} TFLOP/s" for c in ceilings)
-        self.log.write(
-            f"{aligned(rows)}\nceilings: {plain} in the parameters' type{f', {in_fp8} in FP8' if fp8 else ''}; "
-            f"from start to first step {start_seconds:.1f} s\n"
-            f"projected: {projected:.2f} s for {self.hp.total_steps} steps on {size} x {kind}, "
-            f"{projected * size:.2f} {kind}-seconds"
-        )
-
-    def write_kernels(self, stage: int, kernels: list[Kernel], step_ms: float) -> None:
-        """The stage's kernels by category, and the 15 largest, with their share of a step."""
-
-        def table(*columns: str, more: tuple = ()) -> str:
-            ms, launches = Counter(), Counter()
-            for kernel in kernels:
-                key = tuple(getattr(kernel, column)[:90] for column in columns)
-                ms[key] += kernel.duration / 1000 / PROFILED_STEPS
-                launches[key] += 1
-            rows = [(total, f"{launches[key] // PROFILED_STEPS}", *key) for key, total in ms.most_common(15)]
-            rows = [[f"{total:.3f}", f"{total / step_ms:.1%}", *others] for total, *others in (*rows, *more)]
-            return aligned([["ms/step", "share", "count", *columns], *rows], len(columns))
-
-        gaps = step_ms - busy_time(kernels) / 1000 / PROFILED_STEPS
-        self.log.write(f"stage {stage + 1}, kernels of a step of {step_ms:.2f} ms; trace: {self.trace_path(stage)}")
-        self.log.write(table("category", more=[(gaps, "", "gaps")] if self.world.on_gpu else ()))
-        self.log.write(table("category", "name"))
-
-
-# ======================================================================================================================
 # main
 # ======================================================================================================================
 # Check, log, meet the other ranks, warm up, run. Whatever is raised on the way ends in Watch.fail, as one line.
+
+
+def import_bench(hp: Hyperparameters) -> ModuleType:
+    """The module records/bench.py. Raises UserError where this file is a copy without it."""
+    path = Path(__file__).resolve().parent / "records" / "bench.py"
+    name = "bench" if hp.bench else "profile"
+    told = f"--{name} takes {path}, which is not there: run the train_gpt.py of a whole checkout"
+    require(path.is_file(), told)
+    sys.path.insert(0, str(path.parent))
+    import bench
+
+    return bench
 
 
 def main(arguments: list[str]) -> None:
@@ -3855,6 +3702,7 @@ def main(arguments: list[str]) -> None:
             keep_freed_memory()
         hp, overrides = parse_arguments(arguments, has_gpu=world.on_gpu)
         hp, checkpoint, resumed = resume(hp, overrides) if hp.resume else (hp, None, [])
+        bench = import_bench(hp) if hp.bench or hp.profile else None
         files = files_of(hp, checkpoint)
         summary = check_world(hp, world, files) + resumed
         shards = {name: [shard_in_words(path) for path in paths] for name, paths in files.items()}
@@ -3875,8 +3723,9 @@ def main(arguments: list[str]) -> None:
         val_batches = validation_batches(val_paths, hp, world)
         trainer.warm_up(train_paths, val_batches)
         log.write(f"warm-up: {time.perf_counter() - begin:.1f} s from the start of main")
-        if hp.bench or hp.profile:
-            Bench(trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)
+        if bench:
+            program = sys.modules[__name__]  # as __main__, an import of train_gpt would load it a second time
+            bench.Bench(program, trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)
         else:
             progress = trainer.restore(checkpoint) if checkpoint else None
             val_losses = trainer.run(log, train_paths, val_batches, progress, watch)

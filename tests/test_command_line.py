@@ -154,6 +154,10 @@ def test_there_are_any_number_of_stages_and_the_extension(count, untie):
             [ROW, LAST._replace(target_weights=(1.0,))],
             "STAGES, row 2: 1 multi-token weights at the start, 2 at the end",
         ),
+        *[
+            ([ROW, LAST._replace(tokens=800, classes=classes)], f"STAGES, row 2: classes={classes}: 0 for all, or a")
+            for classes in (96, 104, -16, 50_320)  # too few for 100 tokens, no multiple of 16, less than none, too many
+        ],
         ([ROW, LAST._replace(prefix_weights=(0.5,))], "STAGES, row 2: prefix_weights=(0.5,): give two, at the start"),
         ([ROW._replace(prefix_weights=0.5), LAST], "STAGES, row 1: prefix_weights=0.5: give two, at the start"),
         (

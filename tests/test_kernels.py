@@ -877,10 +877,13 @@ FP8_MODEL_LOSS_TOLERANCE, FP8_MODEL_GRAD_TOLERANCE = 6e-2, {"head": 9e-2, "auto"
 COMPARED = ("value_gates", "qk_bank", "vo_bank", "mlp_bank", "head", "embed", "bigram_embed", "value_embeds")
 
 
-def losses_and_gradients(model, device, fp8_grad_scale=None):
+def losses_and_gradients(model, device, fp8_grad_scale=None, classes=0):
     torch.manual_seed(1)
-    weights = torch.tensor([1.0, 0.5], device=device)
-    losses = model(small_batch(device), {"short": 32, "long": 96}, weights, fp8_grad_scale)
+    weights, batch = torch.tensor([1.0, 0.5], device=device), small_batch(device)
+    if classes:
+        chosen = train_gpt.softmax_classes(batch.targets.cpu().numpy(), classes, 1024)
+        batch = batch._replace(classes=torch.from_numpy(chosen.astype(np.int32)).to(device))
+    losses = model(batch, {"short": 32, "long": 96}, weights, fp8_grad_scale)
     parameters = {name: p for name in COMPARED if (p := getattr(model, name)).numel()}
     for p in model.parameters():
         p.grad = None
@@ -891,10 +894,11 @@ def losses_and_gradients(model, device, fp8_grad_scale=None):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_compiled_model_in_bf16_on_a_gpu_equals_float32_on_a_cpu():
+@pytest.mark.parametrize("classes", [0, 768])
+def test_compiled_model_in_bf16_on_a_gpu_equals_float32_on_a_cpu(classes):
     on_cpu, on_gpu = small_models()
-    losses, gradients = losses_and_gradients(on_gpu, "cuda")
-    ref_losses, ref_gradients = losses_and_gradients(on_cpu, "cpu")
+    losses, gradients = losses_and_gradients(on_gpu, "cuda", classes=classes)
+    ref_losses, ref_gradients = losses_and_gradients(on_cpu, "cpu", classes=classes)
     assert relative_error(losses, ref_losses) < MODEL_TOLERANCE
     for name, gradient in gradients.items():
         assert relative_error(gradient, ref_gradients[name]) < MODEL_TOLERANCE, name
@@ -902,11 +906,11 @@ def test_compiled_model_in_bf16_on_a_gpu_equals_float32_on_a_cpu():
 
 @pytest.mark.gpu
 @needs_fp8_gpu
-@pytest.mark.parametrize("fp8", ["head", "auto"])
-def test_model_with_products_in_fp8_equals_the_model_in_bf16(fp8):
+@pytest.mark.parametrize("fp8, classes", [("head", 0), ("auto", 0), ("auto", 768)])
+def test_model_with_products_in_fp8_equals_the_model_in_bf16(fp8, classes):
     _, on_gpu = small_models(fp8)
-    losses, gradients = losses_and_gradients(on_gpu, "cuda", fp8_grad_scale=0.25)
-    ref_losses, ref_gradients = losses_and_gradients(on_gpu, "cuda")
+    losses, gradients = losses_and_gradients(on_gpu, "cuda", 0.25, classes)
+    ref_losses, ref_gradients = losses_and_gradients(on_gpu, "cuda", classes=classes)
     assert relative_error(losses, ref_losses) < FP8_MODEL_LOSS_TOLERANCE
     for name, gradient in gradients.items():
         assert relative_error(gradient, ref_gradients[name]) < FP8_MODEL_GRAD_TOLERANCE[fp8], name

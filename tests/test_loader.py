@@ -181,7 +181,36 @@ def test_a_stage_cuts_documents_at_its_own_length_where_that_of_the_run_is_not_l
     for of_run, cuts in ((64, [30, 64]), (20, [20, 20])):
         hp = Hyperparameters(stages=(*stages, train_gpt.STAGES[-1]), train_max_seq_len=of_run)
         schedule = train_gpt.TrainingSchedule(hp)
-        assert [schedule.size(step) for step in schedule.starts[:2]] == [(schedule.tokens(0), cut) for cut in cuts]
+        assert [schedule.size(step) for step in schedule.starts[:2]] == [(schedule.tokens(0), cut, 0) for cut in cuts]
+
+
+@pytest.mark.parametrize("count", [64, 160, 1000])
+def test_classes_of_a_softmax_are_all_targets_and_others_evenly_spread(count):
+    targets = np.random.default_rng(0).integers(200, 260, 60).astype(np.uint16)
+    classes = train_gpt.softmax_classes(targets, count, 1000)
+    assert len(classes) == count and (np.diff(classes) > 0).all() and {*targets.tolist()} <= {*classes.tolist()}
+    others = np.setdiff1d(np.arange(1000), targets)
+    chosen = np.searchsorted(others, np.setdiff1d(classes, targets))
+    steps = np.diff([*chosen, chosen[0] + len(others)])  # round the end to the first
+    assert steps.max() - steps.min() <= 1
+    assert np.array_equal(classes, train_gpt.softmax_classes(targets, count, 1000))  # the text alone decides
+    if count < 1000:
+        assert not np.array_equal(classes, train_gpt.softmax_classes(targets[::-1].copy(), count, 1000))
+
+
+def test_classes_of_a_softmax_are_the_targets_alone_when_all_differ():
+    targets = np.arange(64)[::-1] * 3
+    assert train_gpt.softmax_classes(targets, 64, 1000).tolist() == sorted(targets)
+
+
+def test_micro_batches_have_as_many_classes_as_their_stage_says(two_texts):
+    _, paths = two_texts
+    hp = Hyperparameters()
+    loader = TrainLoader(paths, [(40, 30, 0), (40, 30, 64), (100, 64, 112)], hp, World())
+    for batch, count in zip(loader, (0, 64, 112), strict=True):
+        for b in batch.micro_batches:
+            assert (0 if b.classes is None else len(b.classes)) == count and len(b.tensors()) == 4 + (count > 0)
+            assert not count or {*b.targets.tolist()} <= {*b.classes.tolist()}
 
 
 def test_from_one_cut_to_another_the_deal_goes_on_with_the_next_document(two_texts):
@@ -383,7 +412,7 @@ def test_a_run_says_in_its_log_at_which_step_the_files_start_over(tmp_path, caps
     trainer.run(log, [path], [])
     log.close()
 
-    sizes = [schedule.size(step) for step in range(hp.total_steps)]
+    sizes = [schedule.size(step)[:2] for step in range(hp.total_steps)]
     epochs = [epoch for epoch, _ in deal_by_hand([text], sizes)]
     assert len(trained) == hp.total_steps and epochs[-1] >= 3
     lines = [line for line in log.path.read_text().splitlines() if line.startswith("epoch")]

@@ -125,10 +125,10 @@ def gates_of_the_table(p, j, x, layers):
     return [(xsa * one if a.xsa else None, heads * one if a.head_gates else None, a.values, a.adds) for a in layers]
 
 
-def plain_losses(p, signs, inputs, targets, weights, gate_network=plain_gates, prefixes=None):
+def plain_losses(p, signs, inputs, targets, weights, gate_network=plain_gates, prefixes=None, classes=None):
     """Loss by position of the model that train_gpt.LAYERS describes, from its parameters by name.
 
-    With prefixes, by token, the last weight is that of the next token's.
+    With prefixes, by token, the last weight is that of the next token's. classes: of the softmax, None for all.
     """
     C, H, D, layers = HP.model_dim, HP.num_heads, HP.head_dim, train_gpt.LAYERS
     counts = [count for count, *_ in train_gpt.SCALARS.values()]
@@ -191,13 +191,15 @@ def plain_losses(p, signs, inputs, targets, weights, gate_network=plain_gates, p
             x = lambdas["mlp_resid"][i] * x + lambdas["mlp_out"][i] * hidden @ w_proj
         if layer.keep:
             kept[layer.keep] = x
-    log_p = F.log_softmax(23 * torch.sigmoid((plain_rms_norm(x) @ p["head"] + 5) / 7.5), dim=-1)
+    z = 23 * torch.sigmoid((plain_rms_norm(x) @ p["head"] + 5) / 7.5)
+    left_out = sorted(set(range(z.shape[1])) - set(range(z.shape[1]) if classes is None else classes))
+    log_p = F.log_softmax(z.index_fill(1, torch.tensor(left_out, dtype=torch.int64), -torch.inf), dim=-1)
     losses = torch.zeros(T, dtype=torch.float64)
     for k, weight in enumerate(weights if prefixes is None else weights[:-1]):
         terms = log_p[torch.arange(T - k), targets[k:].long()]
         losses = losses - weight * torch.cat((terms, torch.zeros(k)))
     for t, token in enumerate(targets.tolist() if prefixes else ()):
-        if token in prefixes:
+        if token in prefixes and prefixes[token] not in left_out:
             losses = losses - weights[-1] * F.one_hot(torch.tensor(t), T).double() * log_p[t, prefixes[token]]
     return losses
 
@@ -271,6 +273,42 @@ def test_the_next_tokens_prefix_is_one_more_target_where_it_has_one():
     gradients = torch.autograd.grad((expected * slopes).sum(), [p["head"], p["embed"]])
     assert relative_error(model.head.grad, gradients[0]) < EXACT_TOLERANCE
     assert relative_error(model.embed.grad, gradients[1]) < EXACT_TOLERANCE
+
+
+def with_classes(batch, count):
+    classes = train_gpt.softmax_classes(batch.targets.numpy(), count, train_gpt.round_up(HP.vocab_size, 128))
+    return batch._replace(classes=torch.from_numpy(classes.astype(np.int32)))
+
+
+@pytest.mark.parametrize("count", [48, 80])
+def test_a_softmax_over_some_classes_leaves_out_the_others_and_prefixes_among_them(count):
+    model, tokens, weights = random_model(), random_tokens(), (1.0, 0.5, 0.3)
+    tokens[20:23] = tokens[19]  # a target several times, also as a further token's
+    prefixes = {token: (7 * token + 1) % HP.vocab_size for token in range(HP.vocab_size)}
+    model.prefixes[: HP.vocab_size] = torch.tensor([*prefixes.values()])
+    batch = with_classes(MicroBatch(tokens[:-1], tokens[1:], documents()), count)
+    classes = batch.classes.tolist()
+    assert {*tokens[1:].tolist()} < {*classes} and len(classes) == count
+    assert 0 < len({prefixes[token] for token in tokens[1:].tolist()} & {*classes}) < T  # some of them, not all
+    losses = model(batch, WINDOWS, torch.tensor(weights, dtype=torch.float64), prefix=True)
+    p = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    expected = plain_losses(p, model.signs, tokens[:-1], tokens[1:], weights, prefixes=prefixes, classes=classes)
+    assert relative_error(losses, expected) < EXACT_TOLERANCE
+    slopes = torch.randn(T, dtype=torch.float64)
+    model.head.grad = torch.ones_like(model.head)  # to which the gradient is added
+    (losses * slopes).sum().backward()
+    gradients = torch.autograd.grad((expected * slopes).sum(), [p["head"], p["embed"]])
+    assert relative_error(model.head.grad - 1, gradients[0]) < EXACT_TOLERANCE
+    assert relative_error(model.embed.grad, gradients[1]) < EXACT_TOLERANCE
+    left_out = sorted({*range(model.head.shape[1])} - {*classes})
+    assert (model.head.grad[:, left_out] == 1).all()
+
+
+def test_a_softmax_over_as_many_classes_as_there_are_is_the_whole_one():
+    model, tokens = random_model(), random_tokens()
+    batch = MicroBatch(tokens[:-1], tokens[1:], documents())
+    weights = torch.tensor(TARGET_WEIGHTS, dtype=torch.float64)
+    assert torch.equal(model(with_classes(batch, 128), WINDOWS, weights), model(batch, WINDOWS, weights))
 
 
 def test_without_prefixes_their_weight_changes_nothing():
