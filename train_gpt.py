@@ -2718,6 +2718,11 @@ def prefix_table(hp: Hyperparameters) -> Tensor:
     return torch.tensor(prefixes, dtype=torch.int32)
 
 
+def prefixes_in_words(table: Tensor) -> str:
+    """What tells a vocabulary's table of prefixes from others', wherever its file lies."""
+    return f"sha256 {hashlib.sha256(table.cpu().numpy().data).hexdigest()[:16]}" if (table >= 0).any() else "none"
+
+
 # ======================================================================================================================
 # Schedule
 # ======================================================================================================================
@@ -2968,6 +2973,7 @@ class Trainer:
         settings = {name: getattr(self.hp, name) for name in SETTINGS}
         content = dict(step=step, hyperparameters=settings, stages=[tuple(stage) for stage in self.hp.stages])
         content.update(shards=self.shards, progress=vars(progress) if progress else {})
+        content.update(prefixes=prefixes_in_words(self.model.prefixes))
         content.update(model=dict(self.model.state_dict()), optimizer=optimizer)
         try:
             write_checkpoint(path, content)
@@ -3239,10 +3245,11 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
 # A run that was killed goes on to the same bits as one that was not, on any number of GPUs. A file is written under
 # another name, forced to the disk, then renamed: under its own name it is whole, which its checksum proves.
 
-CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, model=dict, optimizer=dict, progress=dict)
+CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, progress=dict, prefixes=str)
+CHECKPOINT |= dict(model=dict, optimizer=dict)
 CHECKPOINTS_KEPT = 2
 # What may differ when a run goes on: where things are, and what leaves the mathematics alone.
-FREE_ON_RESUME = {"resume", "log_dir", "train_files", "val_files", "checkpoint_every", "save_checkpoint"}
+FREE_ON_RESUME = {"resume", "log_dir", "train_files", "val_files", "vocabulary", "checkpoint_every", "save_checkpoint"}
 FREE_ON_RESUME |= {"hang_timeout", "cuda_graphs", "compile"}
 
 
@@ -3335,6 +3342,8 @@ def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperpara
     check_hyperparameters(hp)
     told = f"{path}: the run had other STAGES than the table in this train_gpt.py"
     require(list(hp.stages) == content["stages"], told)
+    told = f"--vocabulary={hp.vocabulary}: its prefixes are not those that the run began with"
+    require(prefixes_in_words(prefix_table(hp)) == content["prefixes"], f"{told}, of {saved.get('vocabulary')!r}")
     return hp, content, [*lines, f"resumed at step {content['step']} from {path}"]
 
 
@@ -3632,7 +3641,9 @@ def check_agreement(hp: Hyperparameters, overrides: dict, world: World, shards: 
 
     Raises UserError, the same on all ranks, that names what differs and where.
     """
-    facts = {f"--{name}": getattr(hp, name) for name in SETTINGS if name not in ("log_dir", *FILES)}  # a host's own
+    own = ("log_dir", "vocabulary", *FILES)  # a host's
+    facts = {f"--{name}": getattr(hp, name) for name in SETTINGS if name not in own}
+    facts["--vocabulary's table of prefixes"] = prefixes_in_words(prefix_table(hp))
     facts["--dtype"], facts["--fp8"] = str(choose_dtype(hp, world)), hp.fp8 if use_fp8(hp, world)[0] else "off"
     facts["--run_id"] = overrides.get("run_id", "drawn")
     facts["train_gpt.py"] = f"sha256 {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"

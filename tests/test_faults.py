@@ -332,6 +332,25 @@ def test_other_files_than_the_run_began_with_are_refused_by_name(resume, data, t
         train_gpt.files_of(hp, content)
 
 
+def vocabularies(folder):
+    """GPT-2's vocabulary at another place, and another one of its size: the last two tokens have changed places."""
+    tokens = (Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken").read_bytes()
+    (folder / "same.tiktoken").write_bytes(tokens)
+    *lines, a, b = tokens.splitlines()
+    swapped = b.split()[0] + b" " + a.split()[1], a.split()[0] + b" " + b.split()[1]
+    (folder / "other.tiktoken").write_bytes(b"\n".join([*lines, *swapped]))
+    return folder / "same.tiktoken", folder / "other.tiktoken"
+
+
+def test_a_run_goes_on_with_its_vocabulary_wherever_it_lies_and_with_no_other(resume, tmp_path):
+    same, other = vocabularies(tmp_path)
+    assert resume()[0].vocabulary == "data/gpt2.tiktoken"
+    assert resume(f"--vocabulary={same}")[0].vocabulary == str(same)
+    for path in (other, ""):
+        with pytest.raises(train_gpt.UserError, match=f"--vocabulary={path}: its prefixes are not those that the run"):
+            resume(f"--vocabulary={path}")
+
+
 def test_shards_of_another_program_in_a_checkpoint_are_refused(resume, tmp_path):
     path = tmp_path / "logs" / "kept_step000006.pt"
     content = train_gpt.read_checkpoint(path)
@@ -518,10 +537,11 @@ def test_ranks_agree_on_rank_0s_run_id_whatever_their_folders_are(agree, data, t
     assert agree(start_of(hp, data), start_of(other, tmp_path / "copy")) == "drawn by 0"
 
 
-def test_what_differs_between_ranks_is_named_with_both_values_and_hosts(agree, data):
+def test_what_differs_between_ranks_is_named_with_both_values_and_hosts(agree, data, monkeypatch):
+    monkeypatch.setattr(train_gpt, "prefix_table", lambda hp: torch.zeros(1))  # it takes no "other"
     hp = small_run.small_hyperparameters(data)
     for name in train_gpt.SETTINGS:
-        if name in ("preset", "dtype", "fp8", "log_dir", "run_id", *train_gpt.FILES):
+        if name in ("preset", "dtype", "fp8", "log_dir", "run_id", "vocabulary", *train_gpt.FILES):
             continue
         other = train_gpt.replace(hp, **{name: "other"})
         told = f"error: the processes were not started alike: --{name} is {getattr(hp, name)} on rank 0 ({HOST}), "
@@ -548,6 +568,15 @@ def test_another_source_version_or_data_file_on_a_rank_is_named(agree, data, tmp
     sources = iter([b"a", b"b"] * 2)
     monkeypatch.setattr(Path, "read_bytes", lambda path: next(sources))
     assert "alike: train_gpt.py is sha256 ca97" in agree(start_of(hp, data), start_of(hp, data))
+
+
+def test_ranks_may_have_the_vocabulary_at_different_places_but_no_other_one(agree, data, tmp_path):
+    same, other = vocabularies(tmp_path)
+    hp = small_run.small_hyperparameters(data)
+    starts = [start_of(train_gpt.replace(hp, vocabulary=str(path)), data) for path in (same, other, "")]
+    assert agree(start_of(hp, data), starts[0]) == hp.run_id
+    assert "alike: --vocabulary's table of prefixes is sha256 " in agree(start_of(hp, data), starts[1])
+    assert f", none on rank 1 ({HOST})" in agree(start_of(hp, data), starts[2])
 
 
 def test_two_processes_with_different_arguments_end_before_the_warm_up(data, tmp_path):
