@@ -2932,8 +2932,8 @@ class Trainer:
         if self.world.size > 1:
             dist.barrier()  # the clock does not run while the first rank waits for the last to compile
         between = BetweenSteps(self, log, val_batches, now, watch or Watch())  # the clock runs
-        self.model.prefixes.copy_(prefix_table(self.hp))
         between.at(now.step)
+        self.model.prefixes.copy_(prefix_table(self.hp))
         for step, batch in enumerate(batches, now.step):
             self.enter_step(step)
             self.add_gradients(step, batch)

@@ -628,6 +628,25 @@ def test_a_rank_that_hangs_is_named_with_its_place_and_all_others_end(data, tmp_
     assert_said_once_and_last(tmp_path, said, f"error: rank 1 on {HOST} at step 3: ", reason, words)
 
 
+def test_the_vocabulary_is_read_on_the_clock_where_a_file_system_that_stalls_counts_as_a_hang(tmp_path, monkeypatch):
+    class Read(Exception):
+        pass
+
+    def read(hp):
+        assert watch.moved < train_gpt.math.inf and "step:0/10 val_loss:" in log.path.read_text()
+        raise Read
+
+    small_run.write_text(tmp_path)
+    hp = small_run.small_hyperparameters(tmp_path, val_steps=(0,))
+    trainer, log = train_gpt.Trainer(hp, train_gpt.World()), train_gpt.Log(hp, train_gpt.World())
+    watch = train_gpt.Watch()
+    train, val = (train_gpt.find_files(getattr(hp, name)) for name in train_gpt.FILES)
+    monkeypatch.setattr(train_gpt, "prefix_table", read)
+    with pytest.raises(Read):
+        trainer.run(log, train, train_gpt.validation_batches(val, hp, trainer.world), watch=watch)
+    log.close()
+
+
 def test_a_single_process_that_hangs_is_ended_with_its_place(data, tmp_path):
     status, said = run(tmp_path, data, fault=("wait", 0, 3), arguments=["--hang_timeout=2"])
     assert status == 1
