@@ -781,8 +781,11 @@ def test_a_terminal_that_goes_away_ends_a_run_with_its_reason_in_the_log_unless_
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     ours, theirs = pty.openpty()
+    # Long enough not to come to its end before the signal does
+    steps = ["--num_scheduled_iterations=200"] if not nohup else []
     process = start(
-        *(tmp_path, data, 1, ("freeze", 0, 5)), stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=with_a_terminal
+        *(tmp_path, data, 1, ("freeze", 0, 5), steps),
+        **{"stdin": theirs, "stdout": theirs, "stderr": theirs, "preexec_fn": with_a_terminal},
     )
     os.close(theirs)
     wait_for_step(tmp_path, 5)

@@ -595,7 +595,7 @@ def test_compiled_head_loss_equals_eager(grad_scale):
     tolerance = COMPILED_TOLERANCE if grad_scale is None else COMPILED_FP8_TOLERANCE
 
     def head_loss(x, head):
-        return train_gpt.head_losses(x, head, targets[0], weights, prefixes, grad_scale)
+        return train_gpt.head_losses(x, head, targets[0], weights, prefixes, None, len(prefixes), grad_scale)
 
     assert_compiled_equals_eager(head_loss, inputs, grad_out, tolerance)
 
