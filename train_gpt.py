@@ -56,7 +56,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial
 from glob import escape, glob
-from itertools import accumulate, pairwise, repeat
+from itertools import accumulate, islice, pairwise, repeat, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -3985,6 +3985,11 @@ def main(arguments: list[str]) -> None:
                     log.write(f"peak memory allocated by rank: {' '.join(map(str, by_rank))} MiB")
             learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
             log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
+            if hp.preset == "smoke" and world.rank == 0 and (ids := read_vocabulary(hp)):
+                torch.set_num_threads(1)  # for tensors so small: more threads wait for each other
+                made = generate(trainer.model, hp, trainer.schedule.val_windows(hp.total_steps), [hp.bos], 0.5)
+                text = b"".join(takewhile(bool, map({i: word for word, i in ids.items()}.get, islice(made, 60))))
+                log.write(f"sample: {text.decode(errors='replace')!r}")  # as Python writes it: no control characters
         watch.close()
         world.stop()
         log.close()
