@@ -22,8 +22,7 @@ What never runs on the clock:
     Checkpoints       what a killed run goes on from; a trained model, and what it writes
     Watch             signals, hangs, the failures of other ranks: one message, and no process left
     World check       everything that can be wrong, found in two seconds
-    Bench             what a step of each stage takes, and which kernels take it
-    main              a run from its arguments to its end
+    main              a run from its arguments to its end; what --bench and --profile do instead is in records/bench.py
 
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
 """
@@ -37,7 +36,6 @@ import ctypes
 import fcntl
 import hashlib
 import math
-import re
 import select
 import shutil
 import signal
@@ -48,7 +46,7 @@ import time
 import traceback
 import uuid
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -58,7 +56,7 @@ from functools import cache, partial
 from glob import escape, glob
 from itertools import accumulate, islice, pairwise, repeat, takewhile
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -410,7 +408,7 @@ def check_tables(hp: Hyperparameters) -> None:
         fits = least <= stage.classes <= hp.padded_vocab and stage.classes % 16 == 0
         require(fits or stage.classes == 0, told)
         told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
-        require(len(stage.prefix_weights) == 2, told)
+        require(isinstance(stage.prefix_weights, tuple) and len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
     kept, weighed = {"x0", "bigram"}, set()
     for i, layer in enumerate(LAYERS):
@@ -2726,6 +2724,11 @@ def prefix_table(hp: Hyperparameters) -> Tensor:
     return torch.tensor(prefixes, dtype=torch.int32)
 
 
+def prefixes_in_words(table: Tensor) -> str:
+    """What tells a vocabulary's table of prefixes from others', wherever its file lies."""
+    return f"sha256 {hashlib.sha256(table.cpu().numpy().data).hexdigest()[:16]}" if (table >= 0).any() else "none"
+
+
 # ======================================================================================================================
 # Schedule
 # ======================================================================================================================
@@ -2938,8 +2941,8 @@ class Trainer:
         if self.world.size > 1:
             dist.barrier()  # the clock does not run while the first rank waits for the last to compile
         between = BetweenSteps(self, log, val_batches, now, watch or Watch())  # the clock runs
-        self.model.prefixes.copy_(prefix_table(self.hp))
         between.at(now.step)
+        self.model.prefixes.copy_(prefix_table(self.hp))
         for step, batch in enumerate(batches, now.step):
             self.enter_step(step)
             self.add_gradients(step, batch)
@@ -2979,6 +2982,7 @@ class Trainer:
         settings = {name: getattr(self.hp, name) for name in SETTINGS}
         content = dict(step=step, hyperparameters=settings, stages=[tuple(stage) for stage in self.hp.stages])
         content.update(shards=self.shards, progress=vars(progress) if progress else {})
+        content.update(prefixes=prefixes_in_words(self.model.prefixes))
         content.update(model=dict(self.model.state_dict()), optimizer=optimizer)
         try:
             write_checkpoint(path, content)
@@ -3148,7 +3152,7 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open("a+b" if hp.resume else "x+b")
             if self.file.tell() and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
-                self.file.write(b"\n")  # ends a line that was cut short
+                self.unwritten = b"\n"  # ends a line that was cut short, perhaps by a disk that still is full
         except OSError as error:
             told = f"{self.path}: cannot write the log ({error.strerror})"
             raise UserError(f"{told}; give another --run_id= or --log_dir=") from None
@@ -3171,7 +3175,7 @@ class Log:
         """One or more lines, at once on the disk's way; what a full disk does not take is kept for later."""
         if self.file is None:
             return
-        told = bool(self.unwritten)  # that the disk is full
+        told = len(self.unwritten) > 1  # that the disk is full
         self.unwritten += text.encode(errors="replace") + b"\n"
         try:
             if os.fstat(self.file.fileno()).st_nlink == 0:  # removed: what it held is still there to be copied
@@ -3247,10 +3251,11 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
 # A run that was killed goes on to the same bits as one that was not, on any number of GPUs. A file is written under
 # another name, forced to the disk, then renamed: under its own name it is whole, which its checksum proves.
 
-CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, model=dict, optimizer=dict, progress=dict)
+CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, progress=dict, prefixes=str)
+CHECKPOINT |= dict(model=dict, optimizer=dict)
 CHECKPOINTS_KEPT = 2
 # What may differ when a run goes on: where things are, and what leaves the mathematics alone.
-FREE_ON_RESUME = {"resume", "log_dir", "train_files", "val_files", "checkpoint_every", "save_checkpoint"}
+FREE_ON_RESUME = {"resume", "log_dir", "train_files", "val_files", "vocabulary", "checkpoint_every", "save_checkpoint"}
 FREE_ON_RESUME |= {"hang_timeout", "cuda_graphs", "compile"}
 
 
@@ -3289,8 +3294,12 @@ def read_checkpoint(path: Path) -> dict:
     It may come from a stranger: nothing in it is executed, and it takes no memory beyond what its tensors hold.
     """
     try:
-        data = np.memmap(path, np.uint8, "r")
-        sound = hashlib.sha256(data[:-32]).digest() == data[-32:].tobytes()
+        # Not mapped until it is known to be sound: what a disk can't give of a mapped file kills the process.
+        with open(path, "rb") as file:
+            end, digest = os.fstat(file.fileno()).st_size - 32, hashlib.sha256()
+            while block := file.read(max(0, min(end - file.tell(), 1 << 24))):
+                digest.update(block)
+            sound = file.read(33) == digest.digest()
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True) if sound else None
     except Exception as error:  # whatever a stranger's bytes make of torch.load
         raise UserError(f"{path}: not a checkpoint ({' '.join(str(error).split())[:120]})") from None
@@ -3332,8 +3341,10 @@ def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperpara
     for key in overrides.keys() - FREE_ON_RESUME:
         told = f"--{key}={getattr(hp, key)} contradicts the run's {key}={getattr(saved, key)}: leave it away"
         require(getattr(saved, key) == getattr(hp, key), told)
-    given = {key: getattr(hp, key) for key in {"log_dir", *overrides} & FREE_ON_RESUME}
-    return replace(saved, **given, run_id=run_id), content, [*lines, f"resumed at step {content['step']} from {path}"]
+    hp = replace(saved, run_id=run_id, **{key: getattr(hp, key) for key in {"log_dir", *overrides} & FREE_ON_RESUME})
+    told = f"--vocabulary={hp.vocabulary}: its prefixes are not those that the run began with"
+    require(prefixes_in_words(prefix_table(hp)) == content["prefixes"], f"{told}, of {saved.vocabulary!r}")
+    return hp, content, [*lines, f"resumed at step {content['step']} from {path}"]
 
 
 def settings_of(path: Path, content: dict) -> Hyperparameters:
@@ -3365,15 +3376,14 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Hyp
 @torch.no_grad()
 def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, top_k=0, seed=0) -> Iterator[int]:
     """What follows a document's tokens, one by one, with BOS at the end. Temperature 0: the likeliest; top_k 0: all."""
-    generator, count = torch.Generator().manual_seed(seed), min(top_k or hp.vocab_size, hp.vocab_size)
+    draws, count = torch.Generator().manual_seed(seed), min(top_k or hp.vocab_size, hp.vocab_size)
     while True:  # each from the whole text, or its end, as far as the rotary tables reach: slow, but one forward pass
         seen = tokens[15 - len(model.yarn.position) // 2 :]
         n, fill = len(seen), -len(seen) % 16 * [hp.bos]  # a document behind it, which it does not see: whole tiles
         batch = make_micro_batch(np.array([*seen, *fill, 0]), np.array([0, n, n + len(fill)]), model.head.device)
         z, ids = model.logits(batch, windows, n - 1)[: hp.vocab_size].double().cpu().topk(count if temperature else 1)
-        drawn = torch.multinomial(((z - z[0]) / (temperature or 1)).softmax(-1), 1, generator=generator)
-        tokens = [*tokens, int(ids[drawn])]
-        yield tokens[-1]
+        drawn = torch.multinomial((z - z[0]).div(temperature or 1).softmax(-1), 1, generator=draws)
+        yield (tokens := [*tokens, ids[drawn].item()])[-1]
 
 
 def files_of(hp: Hyperparameters, checkpoint: dict | None = None) -> dict[str, list[Path]]:
@@ -3509,8 +3519,9 @@ class Watch:
                 try:
                     self.store.wait(["logged"], timedelta(seconds=3))
                 except RuntimeError:  # rank 0 is gone
-                    with open(self.log.path, "a", encoding="utf-8") as file:
-                        print(message, file=file)
+                    if self.log.path.exists():  # on another host it may not
+                        with open(self.log.path, "a", encoding="utf-8") as file:
+                            print(message, file=file)
             if self.rank == 0 and self.store and status == 1:
                 time.sleep(2 * self.TICK)  # the store may end with this process or its launcher: all shall have read it
         finally:
@@ -3669,7 +3680,9 @@ def check_agreement(hp: Hyperparameters, overrides: dict, world: World, shards: 
 
     Raises UserError, the same on all ranks, that names what differs and where.
     """
-    facts = {f"--{name}": getattr(hp, name) for name in SETTINGS if name not in ("log_dir", *FILES)}  # a host's own
+    own = ("log_dir", "vocabulary", *FILES)  # a host's
+    facts = {f"--{name}": getattr(hp, name) for name in SETTINGS if name not in own}
+    facts["--vocabulary's table of prefixes"] = prefixes_in_words(prefix_table(hp))
     facts["--dtype"], facts["--fp8"] = str(choose_dtype(hp, world)), hp.fp8 if use_fp8(hp, world)[0] else "off"
     facts["--run_id"] = overrides.get("run_id", "drawn")
     facts["train_gpt.py"] = f"sha256 {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"
@@ -3705,231 +3718,21 @@ def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
 
 
 # ======================================================================================================================
-# Bench
-# ======================================================================================================================
-# Times come from steps that are each waited for, kernels from PyTorch's profiler in a second pass, as it slows steps
-# down. Rates are set against what one large product reaches on the same machine, not against a data sheet.
-
-UNTIMED_STEPS, PROFILED_STEPS = 2, 2  # at a stage's start, among them the untying; an even and an odd one
-# Category of a kernel by its name, the first that matches; on a CPU, of an operator by the names of those it runs in.
-# What Optimizer.step launches is the optimizer's whatever its name, unless it communicates.
-KERNEL_CATEGORIES = {
-    "communication": r"(?i)nccl|gloo|c10d::",
-    "optimizer": r"symmetric_product",
-    "loss": r"cross_entropy",
-    "attention": r"flash|attention|split_heads",
-    "products": r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|linear_relu2|aten::\w*mm\b",
-    "memory": r"(?i)memcpy|memset|aten::(copy_|zero_|fill_)",
-    "elementwise": r"triton_|elementwise|transposed|reduce|add_rows|at::native|aten::",
-}
-
-
-class Kernel(NamedTuple):
-    """One launch of a kernel, or on a CPU one call of an operator without those it calls; in microseconds."""
-
-    name: str
-    category: str
-    start: float
-    duration: float
-
-
-@cache
-def kernel_category(name: str, in_optimizer: bool = False) -> str:
-    """One of KERNEL_CATEGORIES, or "other"."""
-    category = next((c for c, pattern in KERNEL_CATEGORIES.items() if re.search(pattern, name)), "other")
-    return "optimizer" if in_optimizer and category != "communication" else category
-
-
-def kernels_of(profiler: torch.profiler.profile, on_gpu: bool) -> list[Kernel]:
-    """What ran while the profiler did: on the GPU, or the operators on the CPU."""
-    kind, events = torch.autograd.DeviceType, profiler.events()
-    spans = [e.time_range for e in events if e.name == "optimizer" and e.device_type == kind.CPU]
-
-    def path(event) -> str:
-        return f"{path(event.cpu_parent)} {event.name}" if event.cpu_parent else event.name
-
-    kernels = []
-    for event in (e for e in events if not e.is_user_annotation and (e.device_type == kind.CUDA) == on_gpu):
-        start, duration = event.time_range.start, event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
-        category = kernel_category(path(event), any(span.start <= start <= span.end for span in spans))
-        kernels.append(Kernel(event.name, category, start, duration))
-    return kernels
-
-
-def busy_time(kernels: list[Kernel]) -> float:
-    """Microseconds in which at least one kernel ran: where several streams overlap, time counts once."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted((k.start, k.start + k.duration) for k in kernels):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
-
-
-def flops_per_token(model: GPT, fp8: bool) -> tuple[int, int]:
-    """Of the products with weights, 2 a weight forward and 4 backward: those in the parameters' type, those in FP8."""
-    attention, mlp = len(ATTENTION_LAYERS) * 4 * model.vo_bank[0].numel(), len(MLP_LAYERS) * model.mlp_bank[0].numel()
-    head = model.head.numel()
-    in_fp8 = fp8 * (head + model.fp8_layers * (mlp + attention * 3 // 4))  # in the layers all but W_o
-    return 6 * (attention + mlp + head - in_fp8), 6 * in_fp8
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype, fp8: bool) -> tuple[float, float]:
-    """FLOP/s that this machine reaches in one large product: in the parameters' type and in FP8, if any."""
-    from torch.utils.benchmark import Timer
-
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
-    products = [lambda: a @ b]
-    if fp8:
-        a_fp8, b_fp8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
-        products.append(partial(fp8_product, a_fp8, b_fp8, 1.0, 1.0, dtype))
-    timers = [Timer("product()", globals={"product": p}, num_threads=torch.get_num_threads()) for p in products]
-    seconds = [min(timer.timeit(5).mean for _ in range(5)) for timer in timers]  # each after two that are not timed
-    return 2 * n**3 / seconds[0], 2 * n**3 / seconds[-1]
-
-
-def typical_ms(times: list[tuple[int, float]]) -> float:
-    """Of (step, ms): the mean of the medians of even and odd steps.
-
-    Adam steps on odd steps only: the median of all would be the slowest of one kind or the fastest of the other.
-    """
-    kinds = [[ms for step, ms in times if step % 2 == odd] for odd in (0, 1)]
-    return float(np.mean([np.median(kind) for kind in kinds if kind]))
-
-
-def aligned(rows: list[list[str]], texts: int = 0) -> str:
-    """Lines of a table: numbers to the right of their columns, the last `texts` columns to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    form = "  ".join(f"{{:{'<' if len(widths) - i <= texts else '>'}{width}}}" for i, width in enumerate(widths))
-    return "\n".join(form.format(*row).rstrip() for row in rows)
-
-
-class Bench:
-    """Times and profiles the first steps of each stage, taken as in the run, after its warm-up. All ranks take part."""
-
-    def __init__(self, trainer: Trainer, train_paths: list[Path], log: Log):
-        self.trainer, self.train_paths, self.log = trainer, train_paths, log
-        self.hp, self.world, self.schedule = trainer.hp, trainer.world, trainer.schedule
-
-    def steps(self, count: int) -> Iterator[tuple[int, int, int, StepBatch]]:
-        """Stage, how many of its steps came before, step and its batch: `count` steps of each stage that has any.
-
-        In a shorter stage they repeat, and even and odd steps still take turns.
-        """
-        spans = enumerate(zip(self.schedule.starts, self.schedule.ends, strict=True))
-        lengths = [(stage, start, end - start) for stage, (start, end) in spans if start < end]
-        plan = [(k, i, start + i % max(n // 2 * 2, 1)) for k, start, n in lengths for i in range(count)]
-        sizes = [self.schedule.size(step) for _, _, step in plan]
-        self.trainer.reset()
-        loader = TrainLoader(self.train_paths, sizes, self.hp, self.world)
-        for (stage, i, step), batch in zip(plan, loader, strict=True):
-            self.trainer.enter_step(step)
-            yield stage, i, step, batch
-
-    def time_stages(self) -> dict[int, list[tuple[int, float]]]:
-        """Per stage (step, milliseconds), the GPU waited for after each step."""
-        times: dict[int, list[tuple[int, float]]] = {}
-        end = time.perf_counter()
-        for stage, i, step, batch in self.steps(self.hp.bench_steps):
-            self.trainer.add_gradients(step, batch)
-            self.trainer.update(step)
-            synchronize(self.world.device)
-            begin, end = end, time.perf_counter()
-            if i >= UNTIMED_STEPS:
-                times.setdefault(stage, []).append((step, 1000 * (end - begin)))
-        return times
-
-    def profile_stages(self) -> dict[int, list[Kernel]]:
-        """Per stage the kernels of PROFILED_STEPS on this rank; with --profile rank 0's trace goes to a file."""
-        device, kernels = self.world.device, {}
-        for stage, i, step, batch in self.steps(UNTIMED_STEPS + PROFILED_STEPS):
-            if i == UNTIMED_STEPS:
-                synchronize(device)
-                profiler = torch.profiler.profile(acc_events=True)
-                profiler.start()
-            self.trainer.add_gradients(step, batch)
-            synchronize(device)  # what runs on the GPU from here on was launched by the optimizer
-            with torch.profiler.record_function("optimizer"):
-                self.trainer.update(step)
-                synchronize(device)
-            if i == UNTIMED_STEPS + PROFILED_STEPS - 1:
-                profiler.stop()
-                kernels[stage] = kernels_of(profiler, self.world.on_gpu)
-                if self.hp.profile and self.world.rank == 0:
-                    profiler.export_chrome_trace(str(self.trace_path(stage)))
-        return kernels
-
-    def trace_path(self, stage: int) -> Path:
-        """Where the stage's trace goes, for chrome://tracing or ui.perfetto.dev."""
-        return self.log.path.with_name(f"{self.hp.run_id}_stage{stage + 1}.json.gz")
-
-    def run(self, start_seconds: float) -> None:
-        """What --bench and --profile ask for. start_seconds: from the start of the program to here."""
-        # Profiling comes after all timing: it can slow down what follows.
-        times = self.time_stages()
-        kernels = self.profile_stages() if self.hp.profile or self.world.on_gpu else {}
-        if self.hp.bench:
-            fp8 = use_fp8(self.hp, self.world)[0]
-            ceilings = measure_ceilings(self.world.device, choose_dtype(self.hp, self.world), fp8)
-            self.write_times(times, kernels, ceilings, fp8, start_seconds)
-        if self.hp.profile:
-            for stage in kernels:
-                # A CPU is slowed down by the profiler: there the whole is the operators' time.
-                on_cpu_ms = sum(kernel.duration for kernel in kernels[stage]) / 1000 / PROFILED_STEPS
-                self.write_kernels(stage, kernels[stage], typical_ms(times[stage]) if self.world.on_gpu else on_cpu_ms)
-
-    def write_times(self, times, kernels, ceilings: tuple[float, float], fp8: bool, start_seconds: float) -> None:
-        """The table of stages and the whole run's time."""
-        head = "stage steps tokens ms/step min ms/micro-batch min tokens/s TFLOP/s of_ceiling GPU_busy peak_GiB run_s"
-        rows, projected = [[name.replace("_", " ") for name in head.split()]], 0.0
-        micro_batches, size = self.world.grad_accum_steps, self.world.size
-        for stage, stage_times in times.items():
-            ms, least = typical_ms(stage_times), min(ms for _, ms in stage_times)
-            steps, tokens = self.schedule.ends[stage] - self.schedule.starts[stage], self.hp.stages[stage].tokens
-            flops = [tokens / size * per_token for per_token in flops_per_token(self.trainer.model, fp8)]
-            floor_ms = sum(1000 * work / ceiling for work, ceiling in zip(flops, ceilings, strict=True))
-            busy, peak = "n/a", "n/a"
-            if self.world.on_gpu:
-                busy = f"{busy_time(kernels[stage]) / 1000 / PROFILED_STEPS / ms:.1%}"
-                peak = f"{self.trainer.peak_memory[stage] / 2**30:.1f}"
-            seconds = steps * ms / 1000
-            projected += seconds
-            rows.append([
-                f"{stage + 1}", f"{steps}", f"{tokens:,}", f"{ms:.2f}", f"{least:.2f}",
-                f"{ms / micro_batches:.2f}", f"{least / micro_batches:.2f}", f"{1000 * tokens / ms:,.0f}",
-                f"{sum(flops) / ms / 1e9:.3g}", f"{floor_ms / ms:.1%}", busy, peak, f"{seconds:.2f}",
-            ])  # fmt: skip
-        kind, (plain, in_fp8) = "GPU" if self.world.on_gpu else "CPU", (f"{c / 1e12:.4g} TFLOP/s" for c in ceilings)
-        self.log.write(
-            f"{aligned(rows)}\nceilings: {plain} in the parameters' type{f', {in_fp8} in FP8' if fp8 else ''}; "
-            f"from start to first step {start_seconds:.1f} s\n"
-            f"projected: {projected:.2f} s for {self.hp.total_steps} steps on {size} x {kind}, "
-            f"{projected * size:.2f} {kind}-seconds"
-        )
-
-    def write_kernels(self, stage: int, kernels: list[Kernel], step_ms: float) -> None:
-        """The stage's kernels by category, and the 15 largest, with their share of a step."""
-
-        def table(*columns: str, more: tuple = ()) -> str:
-            ms, launches = Counter(), Counter()
-            for kernel in kernels:
-                key = tuple(getattr(kernel, column)[:90] for column in columns)
-                ms[key] += kernel.duration / 1000 / PROFILED_STEPS
-                launches[key] += 1
-            rows = [(total, f"{launches[key] // PROFILED_STEPS}", *key) for key, total in ms.most_common(15)]
-            rows = [[f"{total:.3f}", f"{total / step_ms:.1%}", *others] for total, *others in (*rows, *more)]
-            return aligned([["ms/step", "share", "count", *columns], *rows], len(columns))
-
-        gaps = step_ms - busy_time(kernels) / 1000 / PROFILED_STEPS
-        self.log.write(f"stage {stage + 1}, kernels of a step of {step_ms:.2f} ms; trace: {self.trace_path(stage)}")
-        self.log.write(table("category", more=[(gaps, "", "gaps")] if self.world.on_gpu else ()))
-        self.log.write(table("category", "name"))
-
-
-# ======================================================================================================================
 # main
 # ======================================================================================================================
 # Check, log, meet the other ranks, warm up, run. Whatever is raised on the way ends in Watch.fail, as one line.
+
+
+def import_bench(hp: Hyperparameters) -> ModuleType:
+    """The module records/bench.py. Raises UserError where this file is a copy without it."""
+    path = Path(__file__).resolve().parent / "records" / "bench.py"
+    name = "bench" if hp.bench else "profile"
+    told = f"--{name} takes {path}, which is not there: run the train_gpt.py of a whole checkout"
+    require(path.is_file(), told)
+    sys.path.insert(0, str(path.parent))
+    import bench
+
+    return bench
 
 
 def main(arguments: list[str]) -> None:
@@ -3949,6 +3752,7 @@ def main(arguments: list[str]) -> None:
             keep_freed_memory()
         hp, overrides = parse_arguments(arguments, has_gpu=world.on_gpu)
         hp, checkpoint, resumed = resume(hp, overrides) if hp.resume else (hp, None, [])
+        bench = import_bench(hp) if hp.bench or hp.profile else None
         files = files_of(hp, checkpoint)
         summary = check_world(hp, world, files) + resumed
         shards = {name: [shard_in_words(path) for path in paths] for name, paths in files.items()}
@@ -3969,8 +3773,9 @@ def main(arguments: list[str]) -> None:
         val_batches = validation_batches(val_paths, hp, world)
         trainer.warm_up(train_paths, val_batches)
         log.write(f"warm-up: {time.perf_counter() - begin:.1f} s from the start of main")
-        if hp.bench or hp.profile:
-            Bench(trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)
+        if bench:
+            program = sys.modules[__name__]  # as __main__, an import of train_gpt would load it a second time
+            bench.Bench(program, trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)
         else:
             progress = trainer.restore(checkpoint) if checkpoint else None
             val_losses = trainer.run(log, train_paths, val_batches, progress, watch)
@@ -3985,11 +3790,12 @@ def main(arguments: list[str]) -> None:
                     log.write(f"peak memory allocated by rank: {' '.join(map(str, by_rank))} MiB")
             learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
             log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
-            if hp.preset == "smoke" and world.rank == 0 and (ids := read_vocabulary(hp)):
-                torch.set_num_threads(1)  # for tensors so small: more threads wait for each other
-                made = generate(trainer.model, hp, trainer.schedule.val_windows(hp.total_steps), [hp.bos], 0.5)
-                text = b"".join(takewhile(bool, map({i: word for word, i in ids.items()}.get, islice(made, 60))))
-                log.write(f"sample: {text.decode(errors='replace')!r}")  # as Python writes it: no control characters
+            with suppress(UserError):  # the run has ended well, though the vocabulary's file may be gone by now
+                if hp.preset == "smoke" and world.rank == 0 and (ids := read_vocabulary(hp)):
+                    torch.set_num_threads(1)  # for tensors so small: more threads wait for each other
+                    made = generate(trainer.model, hp, trainer.schedule.val_windows(hp.total_steps), [hp.bos], 0.5)
+                    text = b"".join(takewhile(bool, map({i: word for word, i in ids.items()}.get, islice(made, 60))))
+                    log.write(f"sample: {text.decode(errors='replace')!r}")  # escaped as Python does
         watch.close()
         world.stop()
         log.close()

@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from shards import MAX_TOKENS, DataError, data_root, home_path, reason, root_cause, tell, write_shard
+from shards import MAX_TOKENS, DataError, data_root, home_path, reason, tell, write_shard
 from tqdm import tqdm
 
 EXTENSIONS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
@@ -273,20 +273,12 @@ def need(module: str, what: str):
 
 
 def gpt2_encoding():
-    """tiktoken's GPT-2 encoding. Raises DataError if its files are neither cached nor to be had.
+    """GPT-2's encoding, from the vocabulary beside this script.
 
     Called once a run, in the main process; the workers get the encoding from there. A test can put a smaller
     `tiktoken.Encoding` in its place.
     """
-    tiktoken = need("tiktoken", "the program")
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:
-        raise DataError(
-            f"GPT-2's vocabulary is not on this machine and tiktoken could not download it "
-            f"({reason(root_cause(error))}); run once with a network, or set TIKTOKEN_CACHE_DIR to a copy of the "
-            "cache folder of a machine where it has run"
-        ) from None
+    return encoding_from(Path(__file__).resolve().parent / "gpt2.tiktoken")
 
 
 def encoding_from(path: Path):

@@ -295,7 +295,8 @@ def without_lost_steps(run: Run, body: str) -> str:
     parts, limit = [rest[-1]], math.inf
     for text, step in zip([first, *rest[1:-1:2]][::-1], rest[::2][::-1], strict=True):
         limit = min(limit, int(step))
-        text = STEP_LINE.sub(lambda m, limit=limit: m[0] if int(m[1]) <= limit else "lost", text)
+        # From step 0 a run begins anew, with a validation of its own there.
+        text = STEP_LINE.sub(lambda m, limit=limit: m[0] if limit and int(m[1]) <= limit else "lost", text)
         parts.append(ERROR.sub("", text))
     run.notes.append(f"resumed {len(rest) // 2} times, the last time at step {rest[-2]}")
     return "".join(parts[::-1])

@@ -2,7 +2,11 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise, takewhile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,22 +14,17 @@ import small_run
 import torch
 
 import train_gpt
-from train_gpt import (
-    GPT,
-    LAYERS,
+from train_gpt import GPT, LAYERS, Hyperparameters, Log, Trainer, TrainingSchedule, World, find_files, parse_arguments
+
+sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
+from bench import (
+    KERNEL_CATEGORIES,
     Bench,
-    Hyperparameters,
     Kernel,
-    Log,
-    Trainer,
-    TrainingSchedule,
-    World,
     busy_time,
-    find_files,
     flops_per_token,
     kernel_category,
     kernels_of,
-    parse_arguments,
     typical_ms,
 )
 
@@ -53,7 +52,7 @@ def products_of(hp):
 def test_a_product_takes_six_flop_a_token_and_weight(speedrun):
     def flops(fp8, in_layers=True):
         parts = {name: getattr(speedrun.model, name) for name in ("vo_bank", "mlp_bank", "head")}
-        return flops_per_token(SimpleNamespace(**parts, fp8_layers=in_layers), fp8)
+        return flops_per_token(train_gpt, SimpleNamespace(**parts, fp8_layers=in_layers), fp8)
 
     layers, in_fp8, head = products_of(speedrun.hp)
     assert flops(fp8=False) == (layers + head, 0)
@@ -170,7 +169,7 @@ def test_rates_follow_from_the_time_of_a_step_and_the_ceilings(speedrun):
     written, stages, schedule = [], range(len(speedrun.hp.stages)), speedrun.schedule
     times = {stage: [(2, 100.0), (3, 120.0), (4, 100.0), (5, 90.0)] for stage in stages}  # an odd step's median: 105
     kernels = {stage: [Kernel("", "", 0, 123_000)] for stage in stages}  # of two steps
-    bench = Bench(speedrun, [], SimpleNamespace(write=written.append))
+    bench = Bench(train_gpt, speedrun, [], SimpleNamespace(write=written.append))
     bench.write_times(times, kernels, ceilings=(800e12, 1400e12), fp8=True, start_seconds=1.5)
     header, *rows = rows_of("\n".join(written), "stage")
     layers, in_fp8, head = products_of(speedrun.hp)
@@ -213,7 +212,7 @@ def bench(tmp_path_factory):
         update(step)
 
     trainer.update = note
-    bench = Bench(trainer, find_files(hp.train_files), log)
+    bench = Bench(train_gpt, trainer, find_files(hp.train_files), log)
     bench.run(start_seconds=1.5)
     log.close()
     monkeypatch.undo()
@@ -265,7 +264,7 @@ def test_the_largest_kernels_are_listed_with_their_category(bench):
         lines = table.splitlines()
         begin = next(i for i, line in enumerate(lines) if line.endswith("name"))
         rows = [line.split() for line in lines[begin + 1 : begin + 16]]
-        assert len(rows) == 15 and {row[3] for row in rows} <= {*train_gpt.KERNEL_CATEGORIES, "other"}
+        assert len(rows) == 15 and {row[3] for row in rows} <= {*KERNEL_CATEGORIES, "other"}
         assert sum("::" in row[4] for row in rows) > 8  # the others are autograd's own functions
         assert [float(row[0]) for row in rows] == sorted((float(row[0]) for row in rows), reverse=True)
 
@@ -276,6 +275,36 @@ def test_every_stage_leaves_a_trace_that_can_be_read(bench):
             names = [event.get("name") for event in json.load(file)["traceEvents"]]
         assert names.count("optimizer") == 2
         assert "speedrun::cross_entropy" in names
+
+
+# -------------------------------------------------------------------------------------------------------- the program
+
+
+def test_the_bench_is_given_the_program_that_runs_and_writes_to_its_log(tmp_path):
+    program, records = Path(train_gpt.__file__), tmp_path / "records"
+    small_run.write_text(tmp_path)
+    records.mkdir()
+    # A sixteenth of the smoke run's tokens, in less time. The whole of both files runs, as a process of its own.
+    (tmp_path / "train_gpt.py").write_text(program.read_text().replace("tokens // 128", "tokens // 2048"))
+    look = """
+class Bench(Bench):
+    def run(self, start_seconds):
+        print("itself:", self.train_gpt is sys.modules["__main__"], "train_gpt" not in sys.modules)
+        super().run(start_seconds)
+"""
+    (records / "bench.py").write_text((program.parent / "records" / "bench.py").read_text() + look)
+    small = "train_files=train_*.bin val_files=val_*.bin num_heads=2 bigram_vocab_size=64 val_tokens=512"
+    fast = "val_batch_size=512 window_block=4 num_scheduled_iterations=3 num_extension_iterations=1 vocabulary="
+    arguments = [f"--{setting}" for setting in f"{small} {fast} preset=smoke run_id=b bench bench_steps=4".split()]
+    environment = {**os.environ, "DATA_PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train_gpt.py", *arguments]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "itself: True True\n" in run.stdout
+    logged = (tmp_path / "logs" / "b.txt").read_text()
+    table = logged[logged.index("\nstage  steps") :]
+    assert table in run.stdout and table.count("\n") == len(train_gpt.STAGES) + 4
+    assert "\nprojected: " in table and "step:" not in run.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments

@@ -159,6 +159,7 @@ def test_there_are_any_number_of_stages_and_the_extension(count, untie):
             for classes in (96, 104, -16, 50_320)  # too few for 100 tokens, no multiple of 16, less than none, too many
         ],
         ([ROW, LAST._replace(prefix_weights=(0.5,))], "STAGES, row 2: prefix_weights=(0.5,): give two, at the start"),
+        ([ROW._replace(prefix_weights=0.5), LAST], "STAGES, row 1: prefix_weights=0.5: give two, at the start"),
         (
             [ROW._replace(share=0.0001), ROW, LAST],
             f"no step of {Hyperparameters.num_scheduled_iterations} falls to row 1 of STAGES",

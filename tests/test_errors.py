@@ -196,6 +196,19 @@ def test_several_processes_without_a_launcher_are_told_to_take_one(folder):
     assert not (folder / "logs").exists()
 
 
+@pytest.mark.parametrize("argument", ["--bench", "--profile"])
+def test_a_copy_without_its_bench_says_so_at_once_if_it_is_asked_for(folder, argument):
+    copy = folder / "train_gpt.py"
+    copy.write_text(TRAIN_GPT.read_text())
+    words = [f"{argument} takes {folder}/records/bench.py", "not there", "whole checkout"]
+    result = run(folder, [*DATA, argument], [sys.executable, str(copy)])
+    assert result.returncode == 1 and result.stdout == "" and result.seconds < 30
+    assert_one_line(result.stderr, words)
+    assert not (folder / "logs").exists()
+    no_validation_files(folder)  # without the argument that is what is wrong
+    assert_one_line(run(folder, DATA, [sys.executable, str(copy)]).stderr, ["no data files match"])
+
+
 def test_help_is_there_without_docstrings_and_on_a_terminal_that_takes_nothing(folder):
     result = run(folder, ["--help"], [sys.executable, "-OO", str(TRAIN_GPT)])
     assert result.returncode == 0 and "  --num_heads=6\n" in result.stdout and result.stderr == ""
@@ -262,6 +275,13 @@ def test_what_only_the_first_of_two_processes_finds_is_said_once(folder, tmp_pat
     file_instead_of_a_log_folder(folder)
     result = run(folder, [*DATA, "--log_dir=occupied/logs"], torchrun(2, outputs))
     assert_said_once(result, outputs, ["occupied/logs/", "cannot write the log"])
+
+
+def test_two_processes_of_a_copy_without_its_bench_say_so_once(folder, tmp_path_factory):
+    outputs, copy = tmp_path_factory.mktemp("outputs"), folder / "train_gpt.py"
+    copy.write_text(TRAIN_GPT.read_text())
+    result = run(folder, [*DATA, "--bench"], [*torchrun(2, outputs)[:-1], str(copy)])
+    assert_said_once(result, outputs, ["--bench takes", "not there"])
 
 
 def test_a_good_world_is_summed_up_in_the_first_lines_on_the_screen(folder):

@@ -251,6 +251,31 @@ def test_a_checkpoint_that_is_damaged_cut_short_or_lost_is_not_taken(resume, tmp
     assert resume()[1]["step"] == 4
 
 
+def test_a_checkpoint_that_is_cut_short_while_it_is_read_is_named(killed, tmp_path):
+    path, copied = killed / "logs" / "kept_step000006.pt", tmp_path / "cut_step000006.pt"
+    shutil.copy(path, copied)
+    program = """
+import hashlib, os, sys, types
+from pathlib import Path
+import train_gpt
+
+def sha256(*data):
+    os.truncate(sys.argv[1], 100)
+    return hashlib.sha256(*data)
+
+train_gpt.hashlib = types.SimpleNamespace(sha256=sha256)
+try:
+    train_gpt.read_checkpoint(Path(sys.argv[1]))
+except train_gpt.UserError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", program, str(copied)]  # by itself, as it may end by a signal
+    result = subprocess.run(
+        command, cwd=Path(train_gpt.__file__).parent, stdout=subprocess.PIPE, text=True, timeout=120
+    )
+    assert (result.returncode, result.stdout) == (0, f"{copied}: damaged or cut short, its checksum differs\n")
+
+
 def test_the_hyperparameters_are_the_checkpoints(resume, tmp_path):
     hp, content, lines = resume("--checkpoint_every=7")
     assert content["step"] == 6 and "resumed at step 6" in lines[-1]
@@ -305,6 +330,25 @@ def test_other_files_than_the_run_began_with_are_refused_by_name(resume, data, t
     hp, content, _ = resume(f"--{setting}={tmp_path}/other/{setting[:-6]}_*.bin")
     with pytest.raises(train_gpt.UserError, match=f"--{setting}=.*began with another file, {name}, {len(tokens)} tok"):
         train_gpt.files_of(hp, content)
+
+
+def vocabularies(folder):
+    """GPT-2's vocabulary at another place, and another one of its size: the last two tokens have changed places."""
+    tokens = (Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken").read_bytes()
+    (folder / "same.tiktoken").write_bytes(tokens)
+    *lines, a, b = tokens.splitlines()
+    swapped = b.split()[0] + b" " + a.split()[1], a.split()[0] + b" " + b.split()[1]
+    (folder / "other.tiktoken").write_bytes(b"\n".join([*lines, *swapped]))
+    return folder / "same.tiktoken", folder / "other.tiktoken"
+
+
+def test_a_run_goes_on_with_its_vocabulary_wherever_it_lies_and_with_no_other(resume, tmp_path):
+    same, other = vocabularies(tmp_path)
+    assert resume()[0].vocabulary == "data/gpt2.tiktoken"
+    assert resume(f"--vocabulary={same}")[0].vocabulary == str(same)
+    for path in (other, ""):
+        with pytest.raises(train_gpt.UserError, match=f"--vocabulary={path}: its prefixes are not those that the run"):
+            resume(f"--vocabulary={path}")
 
 
 def test_shards_of_another_program_in_a_checkpoint_are_refused(resume, tmp_path):
@@ -493,10 +537,11 @@ def test_ranks_agree_on_rank_0s_run_id_whatever_their_folders_are(agree, data, t
     assert agree(start_of(hp, data), start_of(other, tmp_path / "copy")) == "drawn by 0"
 
 
-def test_what_differs_between_ranks_is_named_with_both_values_and_hosts(agree, data):
+def test_what_differs_between_ranks_is_named_with_both_values_and_hosts(agree, data, monkeypatch):
+    monkeypatch.setattr(train_gpt, "prefix_table", lambda hp: torch.zeros(1))  # it takes no "other"
     hp = small_run.small_hyperparameters(data)
     for name in train_gpt.SETTINGS:
-        if name in ("preset", "dtype", "fp8", "log_dir", "run_id", *train_gpt.FILES):
+        if name in ("preset", "dtype", "fp8", "log_dir", "run_id", "vocabulary", *train_gpt.FILES):
             continue
         other = train_gpt.replace(hp, **{name: "other"})
         told = f"error: the processes were not started alike: --{name} is {getattr(hp, name)} on rank 0 ({HOST}), "
@@ -523,6 +568,15 @@ def test_another_source_version_or_data_file_on_a_rank_is_named(agree, data, tmp
     sources = iter([b"a", b"b"] * 2)
     monkeypatch.setattr(Path, "read_bytes", lambda path: next(sources))
     assert "alike: train_gpt.py is sha256 ca97" in agree(start_of(hp, data), start_of(hp, data))
+
+
+def test_ranks_may_have_the_vocabulary_at_different_places_but_no_other_one(agree, data, tmp_path):
+    same, other = vocabularies(tmp_path)
+    hp = small_run.small_hyperparameters(data)
+    starts = [start_of(train_gpt.replace(hp, vocabulary=str(path)), data) for path in (same, other, "")]
+    assert agree(start_of(hp, data), starts[0]) == hp.run_id
+    assert "alike: --vocabulary's table of prefixes is sha256 " in agree(start_of(hp, data), starts[1])
+    assert f", none on rank 1 ({HOST})" in agree(start_of(hp, data), starts[2])
 
 
 def test_two_processes_with_different_arguments_end_before_the_warm_up(data, tmp_path):
@@ -574,6 +628,25 @@ def test_a_rank_that_hangs_is_named_with_its_place_and_all_others_end(data, tmp_
     assert_said_once_and_last(tmp_path, said, f"error: rank 1 on {HOST} at step 3: ", reason, words)
 
 
+def test_the_vocabulary_is_read_on_the_clock_where_a_file_system_that_stalls_counts_as_a_hang(tmp_path, monkeypatch):
+    class Read(Exception):
+        pass
+
+    def read(hp):
+        assert watch.moved < train_gpt.math.inf and "step:0/10 val_loss:" in log.path.read_text()
+        raise Read
+
+    small_run.write_text(tmp_path)
+    hp = small_run.small_hyperparameters(tmp_path, val_steps=(0,))
+    trainer, log = train_gpt.Trainer(hp, train_gpt.World()), train_gpt.Log(hp, train_gpt.World())
+    watch = train_gpt.Watch()
+    train, val = (train_gpt.find_files(getattr(hp, name)) for name in train_gpt.FILES)
+    monkeypatch.setattr(train_gpt, "prefix_table", read)
+    with pytest.raises(Read):
+        trainer.run(log, train, train_gpt.validation_batches(val, hp, trainer.world), watch=watch)
+    log.close()
+
+
 def test_a_single_process_that_hangs_is_ended_with_its_place(data, tmp_path):
     status, said = run(tmp_path, data, fault=("wait", 0, 3), arguments=["--hang_timeout=2"])
     assert status == 1
@@ -597,6 +670,24 @@ def test_without_their_launcher_no_process_is_left(data, tmp_path):
     process.wait()
     assert len(processes_of(tmp_path)) == 2
     assert wait_until(lambda: not processes_of(tmp_path), 20)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_where_rank_0_is_gone_its_reason_goes_into_its_log_but_makes_no_other(tmp_path, monkeypatch, there):
+    class Store:
+        def compare_set(self, key, before, word):
+            return word.encode()
+
+        def wait(self, keys, timeout):
+            raise RuntimeError("timed out")
+
+    watch, path = train_gpt.Watch(), tmp_path / "run.txt"
+    watch.rank, watch.store, watch.log = 1, Store(), train_gpt.SimpleNamespace(path=path)
+    if there:
+        path.write_text("step:1/10\n")
+    monkeypatch.setattr(train_gpt.os, "_exit", lambda status: None)
+    watch.end(1, "rank 0 is gone")
+    assert (path.read_text() if path.exists() else None) == ("step:1/10\nrank 0 is gone\n" if there else None)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -777,6 +868,23 @@ def test_when_the_disk_has_room_again_the_log_has_every_line(data, tmp_path, mon
     assert capsys.readouterr().err.count("No space left on device") == 1
 
 
+def test_a_line_that_a_full_disk_cut_short_keeps_no_run_from_going_on_while_it_is_full(tmp_path, monkeypatch, capsys):
+    hp = small_run.small_hyperparameters(tmp_path, resume="small")
+    (tmp_path / "small.txt").write_bytes(b"first\nsec")
+    full, opened = [True, True], open
+    monkeypatch.setattr("builtins.open", lambda *a, **k: Full(opened(*a, **k), full))
+    log = train_gpt.Log(hp, train_gpt.World())
+    monkeypatch.undo()
+    log.write("third")
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    log.write("fourth")
+    full.clear()
+    log.write("fifth")
+    log.close()
+    assert log.path.read_text() == "first\nsec\nthird\nfourth\nfifth\n"
+    assert "No space" not in capsys.readouterr().err
+
+
 class Full:
     """A file that takes three bytes, then no more while the disk is full."""
 
@@ -793,6 +901,13 @@ class Full:
 
     def __getattr__(self, name):
         return getattr(self.file, name)
+
+
+def test_a_run_whose_vocabulary_is_gone_by_its_end_ends_well_without_a_sample(data, tmp_path):
+    vocabulary = shutil.copy(Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken", tmp_path / "own.tiktoken")
+    status, said = run(tmp_path, data, fault=("lose_the_vocabulary", 0, 8), arguments=[f"--vocabulary={vocabulary}"])
+    assert status == 0 and not vocabulary.exists(), said
+    assert log_of(tmp_path).read_text().splitlines()[-1].startswith("validation loss ")
 
 
 def test_a_log_folder_that_is_removed_comes_back_with_the_whole_log(data, tmp_path):

@@ -491,6 +491,16 @@ def test_steps_beyond_the_checkpoint_from_which_a_run_went_on_do_not_count(tmp_p
     assert (run.times, run.losses) == (whole.times, whole.losses)
 
 
+def test_a_run_that_begins_anew_in_its_log_has_one_validation_at_step_0(tmp_path):
+    first, rest = own_log().split("step:1/")[0], own_log().partition("step:0/")
+    assert "val_loss" in first and "train_time:0ms" in first
+    again = "resumed at step 0 from the beginning: the run has left no usable checkpoint\n"
+    lost = first.replace("train_time:0ms", "train_time:131ms")  # it is on the clock what a run reads ahead of it
+    run, whole = read(tmp_path, lost + again + "".join(rest[1:])), read(tmp_path, own_log())
+    assert run.problems == [] and run.notes == ["resumed 1 times, the last time at step 0"]
+    assert (run.times, run.losses) == (whole.times, whole.losses)
+
+
 def test_nothing_in_a_log_is_executed(tmp_path):
     source = f"open({str(tmp_path / 'pwned')!r}, 'w')\n" + SOURCE
     overrides = f"--val_steps=__import__('os').mkdir({str(tmp_path / 'pwned')!r})"

@@ -325,7 +325,7 @@ def test_what_cannot_be_is_refused_in_one_line(last, capsys, arguments, words):
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(last, tmp_path, capsys):
-    (tmp_path / "text.pt").write_bytes(b"")
+    train_gpt.write_checkpoint(tmp_path / "text.pt", dict(a="text"))
     shutil.copy(last, tmp_path / "cut.pt")
     os.truncate(tmp_path / "cut.pt", 5000)
     for name, words in (("gone.pt", "no such file"), ("text.pt", "not a checkpoint"), ("cut.pt", "damaged or cut")):

@@ -1,0 +1,250 @@
+"""
+What a step of each stage takes, and which kernels take it: what train_gpt.py does for --bench and --profile.
+
+    python train_gpt.py --bench              # times, and the whole run's time projected from them
+    python train_gpt.py --profile            # kernels by category, and traces; --bench --profile does both
+
+It is started through train_gpt.py only, which hands itself over as the module `train_gpt`: the one that runs is called
+__main__, and an import here would load a second one, with classes and caches of its own.
+
+Times come from steps that are each waited for, kernels from PyTorch's profiler in a second pass, as it slows steps
+down. Rates are set against what one large product reaches on the same machine, not against a data sheet. What the
+columns mean stands in README.md, "Is it faster?".
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.benchmark import Timer
+
+if TYPE_CHECKING:  # for hints alone
+    from train_gpt import GPT, Log, StepBatch, Trainer
+
+UNTIMED_STEPS, PROFILED_STEPS = 2, 2  # at a stage's start, among them the untying; an even and an odd one
+# Category of a kernel by its name, the first that matches; on a CPU, of an operator by the names of those it runs in.
+# What Optimizer.step launches is the optimizer's whatever its name, unless it communicates.
+KERNEL_CATEGORIES = {
+    "communication": r"(?i)nccl|gloo|c10d::",
+    "optimizer": r"symmetric_product",
+    "loss": r"cross_entropy",
+    "attention": r"flash|attention|split_heads",
+    "products": r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|linear_relu2|aten::\w*mm\b",
+    "memory": r"(?i)memcpy|memset|aten::(copy_|zero_|fill_)",
+    "elementwise": r"triton_|elementwise|transposed|reduce|add_rows|at::native|aten::",
+}
+
+
+class Kernel(NamedTuple):
+    """One launch of a kernel, or on a CPU one call of an operator without those it calls; in microseconds."""
+
+    name: str
+    category: str
+    start: float
+    duration: float
+
+
+@cache
+def kernel_category(name: str, in_optimizer: bool = False) -> str:
+    """One of KERNEL_CATEGORIES, or "other"."""
+    category = next((c for c, pattern in KERNEL_CATEGORIES.items() if re.search(pattern, name)), "other")
+    return "optimizer" if in_optimizer and category != "communication" else category
+
+
+def kernels_of(profiler: torch.profiler.profile, on_gpu: bool) -> list[Kernel]:
+    """What ran while the profiler did: on the GPU, or the operators on the CPU."""
+    kind, events = torch.autograd.DeviceType, profiler.events()
+    spans = [e.time_range for e in events if e.name == "optimizer" and e.device_type == kind.CPU]
+
+    def path(event) -> str:
+        return f"{path(event.cpu_parent)} {event.name}" if event.cpu_parent else event.name
+
+    kernels = []
+    for event in (e for e in events if not e.is_user_annotation and (e.device_type == kind.CUDA) == on_gpu):
+        start, duration = event.time_range.start, event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+        category = kernel_category(path(event), any(span.start <= start <= span.end for span in spans))
+        kernels.append(Kernel(event.name, category, start, duration))
+    return kernels
+
+
+def busy_time(kernels: list[Kernel]) -> float:
+    """Microseconds in which at least one kernel ran: where several streams overlap, time counts once."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted((k.start, k.start + k.duration) for k in kernels):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def flops_per_token(train_gpt: ModuleType, model: GPT, fp8: bool) -> tuple[int, int]:
+    """Of the products with weights, 2 a weight forward and 4 backward: those in the parameters' type, those in FP8."""
+    attention = len(train_gpt.ATTENTION_LAYERS) * 4 * model.vo_bank[0].numel()
+    mlp, head = len(train_gpt.MLP_LAYERS) * model.mlp_bank[0].numel(), model.head.numel()
+    in_fp8 = fp8 * (head + model.fp8_layers * (mlp + attention * 3 // 4))  # in the layers all but W_o
+    return 6 * (attention + mlp + head - in_fp8), 6 * in_fp8
+
+
+def measure_ceilings(train_gpt: ModuleType, device: torch.device, dtype: torch.dtype, fp8: bool) -> tuple[float, float]:
+    """FLOP/s that this machine reaches in one large product: in the parameters' type and in FP8, if any."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
+    products = [lambda: a @ b]
+    if fp8:
+        a_fp8, b_fp8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
+        products.append(partial(train_gpt.fp8_product, a_fp8, b_fp8, 1.0, 1.0, dtype))
+    timers = [Timer("product()", globals={"product": p}, num_threads=torch.get_num_threads()) for p in products]
+    seconds = [min(timer.timeit(5).mean for _ in range(5)) for timer in timers]  # each after two that are not timed
+    return 2 * n**3 / seconds[0], 2 * n**3 / seconds[-1]
+
+
+def typical_ms(times: list[tuple[int, float]]) -> float:
+    """Of (step, ms): the mean of the medians of even and odd steps.
+
+    Adam steps on odd steps only: the median of all would be the slowest of one kind or the fastest of the other.
+    """
+    kinds = [[ms for step, ms in times if step % 2 == odd] for odd in (0, 1)]
+    return float(np.mean([np.median(kind) for kind in kinds if kind]))
+
+
+def aligned(rows: list[list[str]], texts: int = 0) -> str:
+    """Lines of a table: numbers to the right of their columns, the last `texts` columns to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join(f"{{:{'<' if len(widths) - i <= texts else '>'}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(form.format(*row).rstrip() for row in rows)
+
+
+class Bench:
+    """Times and profiles the first steps of each stage, taken as in the run, after its warm-up. All ranks take part."""
+
+    def __init__(self, train_gpt: ModuleType, trainer: Trainer, train_paths: list[Path], log: Log):
+        self.train_gpt, self.trainer, self.train_paths, self.log = train_gpt, trainer, train_paths, log
+        self.hp, self.world, self.schedule = trainer.hp, trainer.world, trainer.schedule
+
+    def steps(self, count: int) -> Iterator[tuple[int, int, int, StepBatch]]:
+        """Stage, how many of its steps came before, step and its batch: `count` steps of each stage that has any.
+
+        In a shorter stage they repeat, and even and odd steps still take turns.
+        """
+        spans = enumerate(zip(self.schedule.starts, self.schedule.ends, strict=True))
+        lengths = [(stage, start, end - start) for stage, (start, end) in spans if start < end]
+        plan = [(k, i, start + i % max(n // 2 * 2, 1)) for k, start, n in lengths for i in range(count)]
+        sizes = [self.schedule.size(step) for _, _, step in plan]
+        self.trainer.reset()
+        loader = self.train_gpt.TrainLoader(self.train_paths, sizes, self.hp, self.world)
+        for (stage, i, step), batch in zip(plan, loader, strict=True):
+            self.trainer.enter_step(step)
+            yield stage, i, step, batch
+
+    def time_stages(self) -> dict[int, list[tuple[int, float]]]:
+        """Per stage (step, milliseconds), the GPU waited for after each step."""
+        times: dict[int, list[tuple[int, float]]] = {}
+        end = time.perf_counter()
+        for stage, i, step, batch in self.steps(self.hp.bench_steps):
+            self.trainer.add_gradients(step, batch)
+            self.trainer.update(step)
+            self.train_gpt.synchronize(self.world.device)
+            begin, end = end, time.perf_counter()
+            if i >= UNTIMED_STEPS:
+                times.setdefault(stage, []).append((step, 1000 * (end - begin)))
+        return times
+
+    def profile_stages(self) -> dict[int, list[Kernel]]:
+        """Per stage the kernels of PROFILED_STEPS on this rank; with --profile rank 0's trace goes to a file."""
+        device, kernels = self.world.device, {}
+        for stage, i, step, batch in self.steps(UNTIMED_STEPS + PROFILED_STEPS):
+            if i == UNTIMED_STEPS:
+                self.train_gpt.synchronize(device)
+                profiler = torch.profiler.profile(acc_events=True)
+                profiler.start()
+            self.trainer.add_gradients(step, batch)
+            self.train_gpt.synchronize(device)  # what runs on the GPU from here on was launched by the optimizer
+            with torch.profiler.record_function("optimizer"):
+                self.trainer.update(step)
+                self.train_gpt.synchronize(device)
+            if i == UNTIMED_STEPS + PROFILED_STEPS - 1:
+                profiler.stop()
+                kernels[stage] = kernels_of(profiler, self.world.on_gpu)
+                if self.hp.profile and self.world.rank == 0:
+                    profiler.export_chrome_trace(str(self.trace_path(stage)))
+        return kernels
+
+    def trace_path(self, stage: int) -> Path:
+        """Where the stage's trace goes, for chrome://tracing or ui.perfetto.dev."""
+        return self.log.path.with_name(f"{self.hp.run_id}_stage{stage + 1}.json.gz")
+
+    def run(self, start_seconds: float) -> None:
+        """What --bench and --profile ask for. start_seconds: from the start of the program to here."""
+        # Profiling comes after all timing: it can slow down what follows.
+        times = self.time_stages()
+        kernels = self.profile_stages() if self.hp.profile or self.world.on_gpu else {}
+        if self.hp.bench:
+            fp8, _ = self.train_gpt.use_fp8(self.hp, self.world)
+            dtype = self.train_gpt.choose_dtype(self.hp, self.world)
+            ceilings = measure_ceilings(self.train_gpt, self.world.device, dtype, fp8)
+            self.write_times(times, kernels, ceilings, fp8, start_seconds)
+        if self.hp.profile:
+            for stage in kernels:
+                # A CPU is slowed down by the profiler: there the whole is the operators' time.
+                on_cpu_ms = sum(kernel.duration for kernel in kernels[stage]) / 1000 / PROFILED_STEPS
+                self.write_kernels(stage, kernels[stage], typical_ms(times[stage]) if self.world.on_gpu else on_cpu_ms)
+
+    def write_times(self, times, kernels, ceilings: tuple[float, float], fp8: bool, start_seconds: float) -> None:
+        """The table of stages and the whole run's time."""
+        head = "stage steps tokens ms/step min ms/micro-batch min tokens/s TFLOP/s of_ceiling GPU_busy peak_GiB run_s"
+        rows, projected = [[name.replace("_", " ") for name in head.split()]], 0.0
+        micro_batches, size = self.world.grad_accum_steps, self.world.size
+        for stage, stage_times in times.items():
+            ms, least = typical_ms(stage_times), min(ms for _, ms in stage_times)
+            steps, tokens = self.schedule.ends[stage] - self.schedule.starts[stage], self.hp.stages[stage].tokens
+            flops = [tokens / size * flop for flop in flops_per_token(self.train_gpt, self.trainer.model, fp8)]
+            floor_ms = sum(1000 * work / ceiling for work, ceiling in zip(flops, ceilings, strict=True))
+            busy, peak = "n/a", "n/a"
+            if self.world.on_gpu:
+                busy = f"{busy_time(kernels[stage]) / 1000 / PROFILED_STEPS / ms:.1%}"
+                peak = f"{self.trainer.peak_memory[stage] / 2**30:.1f}"
+            seconds = steps * ms / 1000
+            projected += seconds
+            rows.append([
+                f"{stage + 1}", f"{steps}", f"{tokens:,}", f"{ms:.2f}", f"{least:.2f}",
+                f"{ms / micro_batches:.2f}", f"{least / micro_batches:.2f}", f"{1000 * tokens / ms:,.0f}",
+                f"{sum(flops) / ms / 1e9:.3g}", f"{floor_ms / ms:.1%}", busy, peak, f"{seconds:.2f}",
+            ])  # fmt: skip
+        kind, (plain, in_fp8) = "GPU" if self.world.on_gpu else "CPU", (f"{c / 1e12:.4g} TFLOP/s" for c in ceilings)
+        self.log.write(
+            f"{aligned(rows)}\nceilings: {plain} in the parameters' type{f', {in_fp8} in FP8' if fp8 else ''}; "
+            f"from start to first step {start_seconds:.1f} s\n"
+            f"projected: {projected:.2f} s for {self.hp.total_steps} steps on {size} x {kind}, "
+            f"{projected * size:.2f} {kind}-seconds"
+        )
+
+    def write_kernels(self, stage: int, kernels: list[Kernel], step_ms: float) -> None:
+        """The stage's kernels by category, and the 15 largest, with their share of a step."""
+
+        def table(*columns: str, more: tuple = ()) -> str:
+            ms, launches = Counter(), Counter()
+            for kernel in kernels:
+                key = tuple(getattr(kernel, column)[:90] for column in columns)
+                ms[key] += kernel.duration / 1000 / PROFILED_STEPS
+                launches[key] += 1
+            rows = [(total, f"{launches[key] // PROFILED_STEPS}", *key) for key, total in ms.most_common(15)]
+            rows = [[f"{total:.3f}", f"{total / step_ms:.1%}", *others] for total, *others in (*rows, *more)]
+            return aligned([["ms/step", "share", "count", *columns], *rows], len(columns))
+
+        gaps = step_ms - busy_time(kernels) / 1000 / PROFILED_STEPS
+        self.log.write(f"stage {stage + 1}, kernels of a step of {step_ms:.2f} ms; trace: {self.trace_path(stage)}")
+        self.log.write(table("category", more=[(gaps, "", "gaps")] if self.world.on_gpu else ()))
+        self.log.write(table("category", "name"))
+
+
+if __name__ == "__main__":
+    sys.exit("bench.py is started through train_gpt.py: ./run.sh --bench, or --profile")
