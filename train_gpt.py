@@ -19,7 +19,7 @@ Contents, in reading order (search for the banner):
     Train             warm-up, the loop, validation, the clock
 What never runs on the clock:
     Log               the run's log file and the terminal
-    Checkpoints       what a killed run goes on from
+    Checkpoints       what a killed run goes on from; a trained model, and what it writes
     Watch             signals, hangs, the failures of other ranks: one message, and no process left
     World check       everything that can be wrong, found in two seconds
     main              a run from its arguments to its end; what --bench and --profile do instead is in records/bench.py
@@ -54,7 +54,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial
 from glob import escape, glob
-from itertools import accumulate, pairwise, repeat
+from itertools import accumulate, islice, pairwise, repeat, takewhile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -863,16 +863,19 @@ class MLP(torch.autograd.Function):
 SOFTCAP = (23.0, 5.0, 7.5)  # cap, shift, temperature: z = cap * sigmoid((logit + shift) / temperature)
 
 
+def softcapped(logits: Tensor) -> Tensor:
+    """The loss's z, float32 (or float64)."""
+    cap, shift, temperature = SOFTCAP
+    return torch.sigmoid((widened(logits) + shift).div_(temperature)).mul_(cap)
+
+
 def cross_entropy_reference(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Per position t: sum over k of weights[k] (lse(z_t) - z_t[targets[k, t]]), but for targets of -1, which are none.
 
     logits (T, V), targets (n, T) int, weights (n,) float32. Returns losses (T,) and lse (T,), float32 (or float64).
     """
-    cap, shift, temperature = SOFTCAP
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    z = torch.sigmoid((logits.to(wide) + shift).div_(temperature)).mul_(cap)
-    lse = z.logsumexp(-1)
-    picked = z.gather(1, targets.T.clamp(min=0).long()).T
+    z = softcapped(logits)
+    lse, picked = z.logsumexp(-1), z.gather(1, targets.T.clamp(min=0).long()).T
     return (torch.where(targets >= 0, weights[:, None], 0) * (lse - picked)).sum(0), lse
 
 
@@ -1849,7 +1852,7 @@ class MicroBatch(NamedTuple):
 
 
 class GPT(nn.Module):
-    """The model: parameters by name, as in the table PARAMETERS, and one forward pass over a micro-batch.
+    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits.
 
     Initial values: head normal, std 0.005; embed its transpose; attention banks and W_fc uniform with std 0.5 C^-0.5;
     value embeddings normal, std 0.01; the first matrices of gate networks uniform in +-C^-0.5, their biases so that
@@ -1944,20 +1947,24 @@ class GPT(nn.Module):
         return weights, scalars
 
     def forward(
-        self,
-        batch: MicroBatch,
-        windows: dict[str, int],
-        target_weights: Tensor,
-        fp8_grad_scale: float | None = None,
-        head_chunk: int | None = None,
-        prefix: bool = False,
-    ) -> Tensor:
+        self, batch: MicroBatch, windows: dict[str, int], target_weights: Tensor, fp8_grad_scale: float | None = None,
+        head_chunk: int | None = None, prefix: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Loss of each position, (T,) float32: sum over k of target_weights[k] times the k-th next token's.
 
         prefix: the last of the weights is that of the next token's prefix.
         windows: tokens, by the names in LAYERS. fp8_grad_scale: None for products in bf16, else the factor by which the
         losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
         """
+        x = self.output(batch, windows, fp8_grad_scale)
+        chunks = zip(*(t.split(head_chunk or len(x)) for t in (x, batch.targets)), strict=True)
+        head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
+        args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
+        losses = [self.head_losses(chunk, head, targets, *args) for chunk, targets in chunks]
+        return losses[0] if len(losses) == 1 else torch.cat(losses)
+
+    def output(self, batch: MicroBatch, windows: dict[str, int], fp8_grad_scale: float | None = None) -> Tensor:
+        """The stream (T, C) behind the last row, not normed; arguments as in forward."""
         weights, scalars = self.layer_weights(fp8_grad_scale)
         rows = self.table_rows(batch.inputs)
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
@@ -1993,12 +2000,11 @@ class GPT(nn.Module):
             before = w
             if keep:
                 kept[layer.keep] = x
-        x = self.join(x, mlp_out, before)
-        chunks = zip(*(t.split(head_chunk or len(x)) for t in (x, batch.targets)), strict=True)
-        head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
-        args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
-        losses = [self.head_losses(chunk, head, targets, *args) for chunk, targets in chunks]
-        return losses[0] if len(losses) == 1 else torch.cat(losses)
+        return self.join(x, mlp_out, before)
+
+    def logits(self, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
+        """Softcapped as in the loss, (T, V) float32; of these positions only. Beyond vocab_size they mean nothing."""
+        return softcapped(norm(self.output(batch, windows)[positions]) @ self.head)
 
 
 # ======================================================================================================================
@@ -2739,6 +2745,7 @@ class TrainingSchedule:
         lengths = [int(self.scheduled * share / sum(shares) + 1e-9) for share in shares[:-1]]
         self.starts = (0, *accumulate(lengths), self.scheduled)
         self.ends = (*self.starts[1:], hp.total_steps)
+        self.long_windows = [stage.long_window * hp.window_block for stage in hp.stages]
         untie = (start for start, stage in zip(self.starts, hp.stages, strict=True) if stage.untie)
         # The first step at or after its start on which Adam steps; see Optimizer.
         self.untie_step = next(untie, hp.total_steps) | 1
@@ -2789,6 +2796,10 @@ class TrainingSchedule:
         """Attention windows in tokens, by the names in LAYERS."""
         stage = self.stage(step)
         return self.window_tokens(stage.short_window, stage.long_window)
+
+    def val_windows(self, step: int) -> dict[str, int]:
+        """After `step` steps, those trained with so far: a new stage begins with its first step. The last are wider."""
+        return self.window_tokens(*FINAL_WINDOWS) if step == self.hp.total_steps else self.windows(max(step - 1, 0))
 
     def window_tokens(self, short: int, long: int) -> dict[str, int]:
         """Windows given in blocks, in tokens."""
@@ -2857,10 +2868,8 @@ class Trainer:
     def enter_step(self, step: int) -> None:
         """Follows the schedule to the stage of `step`; at a stage's first step the rotary frequencies follow."""
         while self.stage_index < self.schedule.stage_index(step):
-            old, new = self.hp.stages[self.stage_index : self.stage_index + 2]
+            self.model.yarn.grow(*self.schedule.long_windows[self.stage_index : self.stage_index + 2])
             self.stage_index += 1
-            block = self.hp.window_block
-            self.model.yarn.grow(old.long_window * block, new.long_window * block)
 
     def micro_step(self, step: int, batch: MicroBatch, target_weights: Tensor) -> None:
         """Forward and backward of one micro-batch; adds to the gradients."""
@@ -3039,12 +3048,9 @@ class BetweenSteps:
 
     def validate(self, step: int) -> None:
         """Logs the validation loss. Raises UserError for one that is not finite."""
-        schedule, total = self.trainer.schedule, self.hp.total_steps
-        # The windows trained with so far: a new stage begins with its first training step.
-        windows = schedule.window_tokens(*FINAL_WINDOWS) if step == total else schedule.windows(max(step - 1, 0))
-        loss = self.trainer.validate(self.val_batches, windows)
+        loss = self.trainer.validate(self.val_batches, self.trainer.schedule.val_windows(step))
         self.now.val_losses.append(loss)
-        self.log.write(f"step:{step}/{total} val_loss:{loss:.4f} {self.clock.text(step)}")
+        self.log.write(f"step:{step}/{self.hp.total_steps} val_loss:{loss:.4f} {self.clock.text(step)}")
         require(math.isfinite(loss), f"the validation loss is {loss}: a parameter has left finite numbers")
 
     def log_step(self, step: int, batch: StepBatch, files: int) -> None:
@@ -3328,23 +3334,56 @@ def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperpara
             lines.append("resumed at step 0 from the beginning: the run has left no usable checkpoint")
         return hp, None, lines
     require(content["optimizer"], f"--resume={hp.resume}: the run has ended, {path} is its result")
-    saved, shards, defaults = content["hyperparameters"], content["shards"], {n: f.default for n, f in SETTINGS.items()}
-    sound = types_of(saved).items() <= types_of(defaults).items()  # it may come from a stranger
-    sound &= types_of(content["progress"]) == types_of(vars(Progress())) and [*shards] == FILES
+    saved, shards = settings_of(path, content), content["shards"]
+    sound = types_of(content["progress"]) == types_of(vars(Progress())) and [*shards] == FILES
     sound &= all(isinstance(a, list) and a and {*map(type, a)} == {str} for a in shards.values())
-    require(sound, f"{path}: its hyperparameters, progress or shards are none of this program's")
+    require(sound, f"{path}: its progress or shards are none of this program's")
     for key in overrides.keys() - FREE_ON_RESUME:
-        told = f"--{key}={getattr(hp, key)} contradicts the run's {key}={saved.get(key)}: leave it away"
-        require(saved.get(key) == getattr(hp, key), told)
-    given = {key: getattr(hp, key) for key in FREE_ON_RESUME if key in overrides or key not in saved}
-    preset = PRESETS.get(saved.get("preset"), {})
-    hp = Hyperparameters(**{**preset, **saved, **given, "run_id": run_id, "log_dir": hp.log_dir})
-    check_hyperparameters(hp)
-    told = f"{path}: the run had other STAGES than the table in this train_gpt.py"
-    require(list(hp.stages) == content["stages"], told)
+        told = f"--{key}={getattr(hp, key)} contradicts the run's {key}={getattr(saved, key)}: leave it away"
+        require(getattr(saved, key) == getattr(hp, key), told)
+    hp = replace(saved, run_id=run_id, **{key: getattr(hp, key) for key in {"log_dir", *overrides} & FREE_ON_RESUME})
     told = f"--vocabulary={hp.vocabulary}: its prefixes are not those that the run began with"
-    require(prefixes_in_words(prefix_table(hp)) == content["prefixes"], f"{told}, of {saved.get('vocabulary')!r}")
+    require(prefixes_in_words(prefix_table(hp)) == content["prefixes"], f"{told}, of {saved.vocabulary!r}")
     return hp, content, [*lines, f"resumed at step {content['step']} from {path}"]
+
+
+def settings_of(path: Path, content: dict) -> Hyperparameters:
+    """A checkpoint's, which may come from a stranger. Raises UserError for those of another program."""
+    saved, defaults = content["hyperparameters"], {name: field.default for name, field in SETTINGS.items()}
+    sound = types_of(saved).items() <= types_of(defaults).items() and {*map(type, saved.get("val_steps", ()))} <= {int}
+    require(sound, f"{path}: its hyperparameters are none of this program's")
+    hp = Hyperparameters(**{**PRESETS.get(saved.get("preset"), {}), **saved})
+    check_hyperparameters(hp)
+    require(list(hp.stages) == content["stages"], f"{path}: the run had other STAGES than the table in train_gpt.py")
+    return hp
+
+
+@torch.no_grad()
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Hyperparameters, dict[str, int]]:
+    """A checkpoint's model, hyperparameters, and windows, as its run's validation there has them. Raises UserError."""
+    content, device = read_checkpoint(path), torch.device(device)
+    schedule, step = TrainingSchedule(settings_of(path, content)), content["step"]
+    for place in (torch.device("meta"), device):  # first the shapes alone: a stranger's may take any memory
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is drawn is of no use
+            model = GPT(schedule.hp, place, choose_dtype(schedule.hp, World(device=device)))
+        for name, p in model.named_parameters():
+            copy_saved(p, content["model"].get(name), f"{path}: {name}", partial(Tensor.to, dtype=p.dtype))
+    for windows in pairwise(schedule.long_windows[: schedule.stage_index(max(step - 1, 0)) + 1]):
+        model.yarn.grow(*windows)
+    return model, schedule.hp, schedule.val_windows(step)
+
+
+@torch.no_grad()
+def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, top_k=0, seed=0) -> Iterator[int]:
+    """What follows a document's tokens, one by one, with BOS at the end. Temperature 0: the likeliest; top_k 0: all."""
+    draws, count = torch.Generator().manual_seed(seed), min(top_k or hp.vocab_size, hp.vocab_size)
+    while True:  # each from the whole text, or its end, as far as the rotary tables reach: slow, but one forward pass
+        seen = tokens[15 - len(model.yarn.position) // 2 :]
+        n, fill = len(seen), -len(seen) % 16 * [hp.bos]  # a document behind it, which it does not see: whole tiles
+        batch = make_micro_batch(np.array([*seen, *fill, 0]), np.array([0, n, n + len(fill)]), model.head.device)
+        z, ids = model.logits(batch, windows, n - 1)[: hp.vocab_size].double().cpu().topk(count if temperature else 1)
+        drawn = torch.multinomial((z - z[0]).div(temperature or 1).softmax(-1), 1, generator=draws)
+        yield (tokens := [*tokens, ids[drawn].item()])[-1]
 
 
 def files_of(hp: Hyperparameters, checkpoint: dict | None = None) -> dict[str, list[Path]]:
@@ -3751,6 +3790,12 @@ def main(arguments: list[str]) -> None:
                     log.write(f"peak memory allocated by rank: {' '.join(map(str, by_rank))} MiB")
             learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
             log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
+            with suppress(UserError):  # the run has ended well, though the vocabulary's file may be gone by now
+                if hp.preset == "smoke" and world.rank == 0 and (ids := read_vocabulary(hp)):
+                    torch.set_num_threads(1)  # for tensors so small: more threads wait for each other
+                    made = generate(trainer.model, hp, trainer.schedule.val_windows(hp.total_steps), [hp.bos], 0.5)
+                    text = b"".join(takewhile(bool, map({i: word for word, i in ids.items()}.get, islice(made, 60))))
+                    log.write(f"sample: {text.decode(errors='replace')!r}")  # escaped as Python does
         watch.close()
         world.stop()
         log.close()

@@ -56,6 +56,10 @@ def change_the_next_shard(trainer):
         path.touch()
 
 
+def lose_the_vocabulary(trainer):
+    Path(trainer.hp.vocabulary).unlink()
+
+
 def stall_file_system(trainer):
     train_gpt.read_tokens = lambda *arguments: time.sleep(1e6)
 
@@ -70,7 +74,7 @@ FAULTS = {
         f.__name__: f
         for f in (
             *(raise_bug, run_out_of_gpu_memory, run_out_of_memory, poison, poison_gradient),
-            *(lose_the_next_shard, change_the_next_shard, stall_file_system),
+            *(lose_the_next_shard, change_the_next_shard, lose_the_vocabulary, stall_file_system),
         )
     },
 }

@@ -794,7 +794,7 @@ def test_a_terminal_that_goes_away_ends_a_run_with_its_reason_in_the_log_unless_
     process.send_signal(signal.SIGCONT)
     status, _ = finish(process, tmp_path)
     last = log_of(tmp_path).read_text().splitlines()[-1]
-    assert (status, last[:16]) == (0, "validation loss ") if nohup else (129, "train_gpt.py: SI"), last
+    assert (status, last[:8]) == (0, "sample: ") if nohup else (129, "train_gp"), last
     assert nohup or last.startswith("train_gpt.py: SIGHUP: ended at step ")
 
 
@@ -904,6 +904,13 @@ class Full:
 
     def __getattr__(self, name):
         return getattr(self.file, name)
+
+
+def test_a_run_whose_vocabulary_is_gone_by_its_end_ends_well_without_a_sample(data, tmp_path):
+    vocabulary = shutil.copy(Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken", tmp_path / "own.tiktoken")
+    status, said = run(tmp_path, data, fault=("lose_the_vocabulary", 0, 8), arguments=[f"--vocabulary={vocabulary}"])
+    assert status == 0 and not vocabulary.exists(), said
+    assert log_of(tmp_path).read_text().splitlines()[-1].startswith("validation loss ")
 
 
 def test_a_log_folder_that_is_removed_comes_back_with_the_whole_log(data, tmp_path):

@@ -125,11 +125,8 @@ def gates_of_the_table(p, j, x, layers):
     return [(xsa * one if a.xsa else None, heads * one if a.head_gates else None, a.values, a.adds) for a in layers]
 
 
-def plain_losses(p, signs, inputs, targets, weights, gate_network=plain_gates, prefixes=None, classes=None):
-    """Loss by position of the model that train_gpt.LAYERS describes, from its parameters by name.
-
-    With prefixes, by token, the last weight is that of the next token's. classes: of the softmax, None for all.
-    """
+def plain_logits(p, signs, inputs, gate_network=plain_gates):
+    """(T, V) of the model that train_gpt.LAYERS describes, from its parameters by name."""
     C, H, D, layers = HP.model_dim, HP.num_heads, HP.head_dim, train_gpt.LAYERS
     counts = [count for count, *_ in train_gpt.SCALARS.values()]
     lambdas = dict(zip(train_gpt.SCALARS, p["scalars"].split(counts), strict=True))
@@ -191,7 +188,15 @@ def plain_losses(p, signs, inputs, targets, weights, gate_network=plain_gates, p
             x = lambdas["mlp_resid"][i] * x + lambdas["mlp_out"][i] * hidden @ w_proj
         if layer.keep:
             kept[layer.keep] = x
-    z = 23 * torch.sigmoid((plain_rms_norm(x) @ p["head"] + 5) / 7.5)
+    return 23 * torch.sigmoid((plain_rms_norm(x) @ p["head"] + 5) / 7.5)
+
+
+def plain_losses(p, signs, inputs, targets, weights, gate_network=plain_gates, prefixes=None, classes=None):
+    """Loss by position. With prefixes, by token, the last weight is that of the next token's.
+
+    classes: of the softmax, None for all.
+    """
+    z = plain_logits(p, signs, inputs, gate_network)
     left_out = sorted(set(range(z.shape[1])) - set(range(z.shape[1]) if classes is None else classes))
     log_p = F.log_softmax(z.index_fill(1, torch.tensor(left_out, dtype=torch.int64), -torch.inf), dim=-1)
     losses = torch.zeros(T, dtype=torch.float64)
@@ -256,6 +261,26 @@ def test_losses_and_gradients_are_those_of_the_plain_formulas(monkeypatch, layer
         else:  # of what this table does not use
             assert parameter.grad is None or not parameter.grad.any(), name
             assert layers != list(LAYERS), name
+
+
+def test_logits_are_those_of_the_plain_formulas_and_of_the_losses():
+    model, tokens = random_model(), random_tokens()
+    batch = MicroBatch(tokens[:-1], tokens[1:], documents())
+    with torch.no_grad():
+        logits = model.logits(batch, WINDOWS)
+        expected = plain_logits(dict(model.named_parameters()), model.signs, tokens[:-1])
+        losses = losses_of(model, tokens[:-1], tokens[1:], weights=(1.0,))
+    assert logits.shape == (T, 128) and relative_error(logits, expected) < EXACT_TOLERANCE
+    assert relative_error(F.cross_entropy(logits, tokens[1:].long(), reduction="none"), losses) < EXACT_TOLERANCE
+    for position in (0, 20, T - 1):
+        assert relative_error(model.logits(batch, WINDOWS, position), logits[position]) < EXACT_TOLERANCE
+    assert relative_error(model.logits(batch, WINDOWS, slice(3, 9)), logits[3:9]) < EXACT_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_logits_are_float32_whatever_the_type_of_the_parameters(dtype):
+    model, tokens = GPT(HP, CPU, dtype), random_tokens()
+    assert model.logits(MicroBatch(tokens[:-1], tokens[1:], documents()), WINDOWS).dtype == torch.float32
 
 
 def test_the_next_tokens_prefix_is_one_more_target_where_it_has_one():

@@ -374,9 +374,13 @@ def test_without_a_period_validation_comes_only_at_the_end(two_processes):
     assert list(two_processes.log[3]) == [STEPS]
 
 
-def test_the_log_ends_with_the_final_loss(one_process):
-    last = one_process.log[4][-1]
+def test_the_log_ends_with_the_final_loss_and_a_sample_of_what_was_learned(one_process, two_processes):
+    *_, last, sample = one_process.log[4]
     assert f"{one_process.log[3][STEPS]:.4f}" in last and "logs/one.txt" in last
+    assert re.fullmatch(r"""sample: ['"].{20,}['"]""", sample) and sample.isprintable()
+    assert one_process.result.stdout.splitlines()[-1] == sample
+    assert two_processes.result.stdout.count("sample: ") == 1
+    assert two_processes.log[4][-1].startswith("sample: ")
 
 
 def test_without_a_terminal_the_output_has_the_logs_lines_and_no_bar(one_process):

@@ -1,0 +1,138 @@
+"""
+Continues a text with a trained model: what has a run learned to write?
+
+    python records/sample.py logs/ID_step002304.pt --prompt "The sea was"
+    python records/sample.py CHECKPOINT --tokens 200 --temperature 0.7 --top_k 40 --seed 3
+
+CHECKPOINT is a file of --save_checkpoint or --checkpoint_every. The text is one document: it starts with the token that
+documents begin with, then the prompt, and ends with the next such token or after --tokens tokens. The same seed gives
+the same text on the same machine; temperature 0 takes the likeliest token each time. Every token takes a forward pass
+over the whole text, so a long one is slow.
+
+Tokens are those that the run's --vocabulary names, GPT-2's unless it was told otherwise; text of data/sample.py, on
+which the smoke preset trains, is in single bytes.
+"""
+
+import argparse
+import codecs
+import math
+import os
+import sys
+from itertools import islice, takewhile
+from pathlib import Path
+
+from rerun import ROOT, Refusal
+
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "data"))
+import torch
+from shards import DataError, home_path
+from tokenize_text import encoding_from, utf8
+
+import train_gpt
+from train_gpt import Hyperparameters, UserError
+
+SMALL = 256  # a model of this width or less has so little to do that threads only wait for each other
+
+
+class Vocabulary:
+    """Text to tokens and back, as the data of a run has them. Raises Refusal and DataError."""
+
+    def __init__(self, hp: Hyperparameters, path: Path | None = None):
+        remedy = "--vocabulary takes the .tiktoken file that the data was tokenized with"
+        if not (path or hp.vocabulary):
+            raise Refusal(f"the run had no --vocabulary: {remedy}, for GPT-2's {ROOT / 'data' / 'gpt2.tiktoken'}")
+        paths = [path] if path else [folder / hp.vocabulary for folder in (train_gpt.ROOT, ROOT)]
+        path = next((path for path in paths if path.exists()), paths[0])
+        try:
+            self.encoding = encoding_from(path)
+        except DataError as error:
+            raise Refusal(f"{error}; {remedy}") from None
+        ours, theirs = (self.encoding.n_vocab, self.encoding.eot_token), (hp.vocab_size, hp.bos)
+        if ours != theirs:
+            told = "{} tokens, of which documents begin with {}"
+            raise Refusal(f"{path}: {told.format(*ours)}; the model has {told.format(*theirs)}; {remedy}")
+        self.bytewise = hp.train_files == train_gpt.PRESETS["smoke"]["train_files"]
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without the one that a document begins with."""
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:  # bytes that are no text, as the command line hands them over
+            raise Refusal("--prompt: not valid UTF-8") from None
+        if self.bytewise:
+            return [self.encoding.encode_single_token(bytes([byte])) for byte in data]
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, token: int) -> bytes:
+        """Of a character's bytes perhaps only some."""
+        return self.encoding.decode_single_token_bytes(token)
+
+
+def printable(text: str) -> str:
+    """Without what could move a terminal's cursor, or more."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Prints the prompt and, token by token, what follows. Raises Refusal, UserError and DataError."""
+    model, hp, windows = train_gpt.load_model(options.checkpoint, options.device)
+    vocabulary = Vocabulary(hp, options.vocabulary)
+    tokens = [hp.bos, *vocabulary.encode(options.prompt)]
+    if hp.model_dim <= SMALL:
+        torch.set_num_threads(1)
+    print(printable(options.prompt), end="", flush=True)
+    made = train_gpt.generate(model, hp, windows, tokens, options.temperature, options.top_k, options.seed)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in islice(takewhile(lambda token: token != hp.bos, made), options.tokens):
+        print(printable(decoder.decode(vocabulary.decode(token))), end="", flush=True)
+    print(printable(decoder.decode(b"", final=True)))
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises Refusal for what can be known to be wrong before anything is read."""
+    if not options.checkpoint.is_file():
+        raise Refusal(f"{options.checkpoint}: no such file")
+    for name in ("tokens", "top_k"):
+        if getattr(options, name) < 0:
+            raise Refusal(f"--{name} {getattr(options, name)}: must not be negative")
+    if not 0 <= options.temperature < math.inf:
+        raise Refusal(f"--temperature {options.temperature:g}: 0, for the likeliest token, or more")
+    if not -(2**63) <= options.seed < 2**64:
+        raise Refusal(f"--seed {options.seed}: from -2**63 to 2**64 - 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise Refusal("--device cuda: PyTorch finds no GPU here")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", type=home_path, metavar="CHECKPOINT")
+    add("--prompt", type=utf8, default="", metavar="TEXT", help="what the text begins with (default: nothing)")
+    add("--tokens", type=int, default=100, metavar="N", help="at most so many more (default %(default)s)")
+    add("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token (default %(default)s)")
+    add("--top_k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0: from all (default)")
+    add("--seed", type=int, default=0, metavar="S", help="default %(default)s")
+    add("--vocabulary", type=home_path, metavar="FILE", help="tokens as in a .tiktoken file (default: the run's)")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "cuda"), default=here, help="default: cuda where there is a GPU")
+    options = parser.parse_args(arguments)
+    try:
+        check(options)
+        sample(options)
+    except (Refusal, UserError, DataError) as problem:
+        print(f"sample.py: refused: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal need not know every letter of a text
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # as in "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
