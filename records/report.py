@@ -11,7 +11,6 @@ From a handful of logs to a claim: statistics, the rules one by one, and a verdi
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from runlog import (
     Stats,
     clean,
     compare,
+    exit_with,
     judge,
     md,
     newest_alike,
@@ -312,9 +312,4 @@ def plot(options: argparse.Namespace, group: Group, old: Group | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal need not know every letter of a log
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # as in "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    exit_with(main)

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -194,6 +195,16 @@ def clean(text: str, limit: int = 120) -> str:
     """One printable line: what comes from a log must not steer a terminal or break a table."""
     text = "".join(c if c.isprintable() else "?" for c in text[: limit + 1])
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def exit_with(main: Callable[[], int | None]) -> None:
+    """Ends the program with what `main` returns; whoever reads its output may go away."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal need not know every letter of a log or a text
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # as in "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def assignments(source: str, name: str) -> list[str]:

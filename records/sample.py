@@ -16,12 +16,12 @@ which the smoke preset trains, is in single bytes.
 import argparse
 import codecs
 import math
-import os
 import sys
 from itertools import islice, takewhile
 from pathlib import Path
 
 from rerun import ROOT, Refusal
+from runlog import exit_with
 
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "data"))
@@ -130,9 +130,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal need not know every letter of a text
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # as in "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    exit_with(main)
