@@ -93,7 +93,7 @@ class TrainingStage(NamedTuple):
     target_weights_end: tuple[float, ...]  # ... and at the end of the stage
     prefix_weights: tuple[float, float] = (0.0, 0.0)  # at start and end: of the next token's prefix, see prefix_table
     max_seq_len: int = 1 << 30  # documents are cut here, and at train_max_seq_len
-    classes: int = 0  # of the vocabulary, in a micro-batch's softmax, all its targets among them; 0: all there are
+    classes: int = 0  # of the vocabulary, in the softmax of a step, all its targets among them; 0: all there are
     untie: bool = False  # head and embedding are one until this stage; where no row says so, to the end
 
 
@@ -220,6 +220,7 @@ class Hyperparameters:
     train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # glob, relative to DATA_PATH or this file's folder
     val_files: str = "data/fineweb10B/fineweb_val_*.bin"
     train_max_seq_len: int = 2048  # documents are cut here: attention beyond it costs more than it teaches
+    micro_batch_tokens: int = 32_768  # a rank's micro-batches are joined up to this: less time, more memory
     val_tokens: int = 10_485_760  # fixed by the rules
     val_batch_size: int = 2_097_152  # a validation step; each of its 8 chunks is a micro-batch
     # length of the run
@@ -300,6 +301,7 @@ PRESETS = {
         num_scheduled_iterations=36,
         num_extension_iterations=4,
         stages=tuple(stage._replace(tokens=stage.tokens // 128) for stage in STAGES),
+        micro_batch_tokens=1024,
         bigram_vocab_size=5 * 1024,
         head_dim=8,
         window_block=16,
@@ -402,11 +404,8 @@ def check_tables(hp: Hyperparameters) -> None:
         require(min(stage.short_window, stage.long_window) > 0, f"{row}: a window has at least 1 block")
         require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
         require(first == last > 0, f"{row}: {first} multi-token weights at the start, {last} at the end: as many, > 0")
-        least = stage.tokens // MICRO_BATCHES
-        told = f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16 from a micro-batch's {least} tokens on"
-        told += f", each of which may be a class of its own, to {hp.padded_vocab}"
-        fits = least <= stage.classes <= hp.padded_vocab and stage.classes % 16 == 0
-        require(fits or stage.classes == 0, told)
+        told = f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16 up to {hp.padded_vocab}"
+        require(0 <= stage.classes <= hp.padded_vocab and stage.classes % 16 == 0, told)
         told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
         require(isinstance(stage.prefix_weights, tuple) and len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
@@ -453,6 +452,8 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     """Raises UserError for values that could only fail later."""
     check_tables(hp)
     positive = "num_scheduled_iterations train_max_seq_len val_tokens val_batch_size num_heads window_block adam_eps"
+    told = f"--micro_batch_tokens={hp.micro_batch_tokens} must be from 1 to 2 ** 20"
+    require(0 < hp.micro_batch_tokens <= 2**20, told)
     for name in (*positive.split(), "grad_scale"):
         require(getattr(hp, name) > 0, f"--{name}={getattr(hp, name)} must be positive")
     not_negative = "num_extension_iterations val_loss_every checkpoint_every hang_timeout adam_lr adam_wd muon_lr"
@@ -869,24 +870,30 @@ def softcapped(logits: Tensor) -> Tensor:
     return torch.sigmoid((widened(logits) + shift).div_(temperature)).mul_(cap)
 
 
-def cross_entropy_reference(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_reference(
+    logits: Tensor, targets: Tensor, weights: Tensor, log_shares: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Per position t: sum over k of weights[k] (lse(z_t) - z_t[targets[k, t]]), but for targets of -1, which are none.
 
     logits (T, V), targets (n, T) int, weights (n,) float32. Returns losses (T,) and lse (T,), float32 (or float64).
+    log_shares (V,): a column stands for one class or for several, of which it is this share; exp(lse) is over all.
     """
     z = softcapped(logits)
-    lse, picked = z.logsumexp(-1), z.gather(1, targets.T.clamp(min=0).long()).T
+    lse = (z if log_shares is None else z - log_shares).logsumexp(-1)
+    picked = z.gather(1, targets.T.clamp(min=0).long()).T
     return (torch.where(targets >= 0, weights[:, None], 0) * (lse - picked)).sum(0), lse
 
 
 def cross_entropy_backward_reference(
-    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
-) -> Tensor:
+    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, log_shares: Tensor | None, grad: Tensor,
+    scale: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """The gradient of sum(grad * losses) with respect to the logits, over `scale`, as `dtype` (T, V)."""
     cap, shift, temperature = SOFTCAP
     sigmoid = torch.sigmoid((logits.to(lse.dtype) + shift).div_(temperature))
     present = torch.where(targets >= 0, weights.to(lse.dtype)[:, None], 0)  # (n, T)
-    grad_z = (sigmoid * cap).sub_(lse[:, None]).exp_().mul_(present.sum(0)[:, None])
+    grad_z = (sigmoid * cap).sub_(lse[:, None])
+    grad_z = (grad_z if log_shares is None else grad_z - log_shares).exp_().mul_(present.sum(0)[:, None])
     grad_z.scatter_add_(1, targets.T.clamp(min=0).long(), -present.T)
     grad_z *= (grad.to(lse.dtype) * cap / (temperature * scale))[:, None]
     return torch.ops.aten.sigmoid_backward(grad_z, sigmoid).to(dtype)
@@ -913,9 +920,16 @@ def cap_sigmoid(logits):
 
 
 @triton.jit
+def log2_shares(shares_ptr, cols, inside, SHARES: tl.constexpr):
+    """Of these columns, where there are any."""
+    return tl.load(shares_ptr + cols, mask=inside, other=0.0) * LOG2_E if SHARES else 0.0
+
+
+@triton.jit
 def cross_entropy_kernel(
-    logits_ptr, targets_ptr, weights_ptr, losses_ptr, lse_ptr, T, V, N_TARGETS: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits_ptr, targets_ptr, weights_ptr, shares_ptr, losses_ptr, lse_ptr, T, V,
+    N_TARGETS: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row. The cap bounds z, and exp(23) times the vocabulary is far inside float32: no running maximum."""
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * V
@@ -924,7 +938,8 @@ def cross_entropy_kernel(
     for start in range(0, V, BLOCK):
         inside = start + cols < V
         s = cap_sigmoid(tl.load(logits_ptr + start + cols, mask=inside, other=0.0))
-        total += tl.where(inside, tl.exp2(s * (CAP * LOG2_E)), 0.0)
+        z = s * (CAP * LOG2_E) - log2_shares(shares_ptr, start + cols, inside, SHARES)
+        total += tl.where(inside, tl.exp2(z), 0.0)
     lse = tl.log(tl.sum(total))
     loss = 0.0
     for k in tl.static_range(N_TARGETS):
@@ -937,8 +952,8 @@ def cross_entropy_kernel(
 
 @triton.jit
 def cross_entropy_gradient(
-    logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, factor, T, V, first_row, quad, first_col,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    logits_ptr, lse_ptr, sums_ptr, shares_ptr, grad_ptr, out_ptr, factor, T, V, SHARES: tl.constexpr, first_row, quad,
+    first_col, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Every fourth row of a tile, from row `quad` on: the gradient without the targets' terms, written and returned."""
     in_tile = 4 * tl.arange(0, ROWS // 4) + quad
@@ -950,7 +965,8 @@ def cross_entropy_gradient(
     offsets = in_tile[:, None] * V + tl.arange(0, COLS)[None, :]
     inside = (rows < T)[:, None] & (cols < V)[None, :]
     s = cap_sigmoid(tl.load(logits_ptr + corner + offsets, mask=inside, other=0.0))
-    grad = factor[:, None] * tl.exp2(s * (CAP * LOG2_E) - lse_2[:, None]) * (s - s * s)
+    z = s * (CAP * LOG2_E) - lse_2[:, None] - log2_shares(shares_ptr, cols, cols < V, SHARES)
+    grad = factor[:, None] * tl.exp2(z) * (s - s * s)
     tl.store(out_ptr + corner + offsets, grad.to(out_ptr.dtype.element_ty), mask=inside)
     return grad
 
@@ -974,7 +990,7 @@ def word(a, b, c, d, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def cross_entropy_backward_kernel(
-    logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
+    logits_ptr, lse_ptr, sums_ptr, shares_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V, SHARES: tl.constexpr,
     TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient without the targets' terms, written as it is and, if TRANSPOSED, transposed as well.
@@ -983,7 +999,7 @@ def cross_entropy_backward_kernel(
     then is a multiple of 4.
     """
     first_row, first_col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
-    args = (logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, factor, T, V, first_row)
+    args = (logits_ptr, lse_ptr, sums_ptr, shares_ptr, grad_ptr, out_ptr, factor, T, V, SHARES, first_row)
     a = cross_entropy_gradient(*args, 0, first_col, ROWS, COLS)
     b = cross_entropy_gradient(*args, 1, first_col, ROWS, COLS)
     c = cross_entropy_gradient(*args, 2, first_col, ROWS, COLS)
@@ -999,8 +1015,8 @@ def cross_entropy_backward_kernel(
 
 @triton.jit
 def cross_entropy_targets_kernel(
-    logits_ptr, lse_ptr, sums_ptr, targets_ptr, weights_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
-    N_TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
+    logits_ptr, lse_ptr, sums_ptr, shares_ptr, targets_ptr, weights_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
+    SHARES: tl.constexpr, N_TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradient at the targets, over what the other kernel wrote there: comparing all columns would cost more."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -1012,7 +1028,7 @@ def cross_entropy_targets_kernel(
         target = tl.load(targets_ptr + k * T + rows, mask=rows < T, other=-1).to(tl.int64)
         inside = target >= 0
         s = cap_sigmoid(tl.load(logits_ptr + rows_64 * V + target, mask=inside, other=0.0))
-        d_z = sums * tl.exp2((s * CAP - lse) * LOG2_E)
+        d_z = sums * tl.exp2((s * CAP - lse) * LOG2_E - log2_shares(shares_ptr, target, inside, SHARES))
         for j in tl.static_range(N_TARGETS):  # equal targets add up
             other = tl.load(targets_ptr + j * T + rows, mask=rows < T, other=-1)
             d_z -= tl.where(other == target, tl.load(weights_ptr + j), 0.0)
@@ -1022,32 +1038,37 @@ def cross_entropy_targets_kernel(
             tl.store(out_t_ptr + target * T + rows, grad, mask=inside)
 
 
-def cross_entropy_triton(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_triton(
+    logits: Tensor, targets: Tensor, weights: Tensor, log_shares: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """cross_entropy_reference, one pass over contiguous logits."""
     T, V = logits.shape
     losses, lse = (logits.new_empty(T, dtype=torch.float32) for _ in range(2))
-    BLOCK = 1024  # with 4 warps the best of 4 on H100
-    cross_entropy_kernel[(T,)](logits, targets, weights, losses, lse, T, V, len(weights), BLOCK=BLOCK, num_warps=4)
+    cross_entropy_kernel[(T,)](
+        logits, targets, weights, log_shares, losses, lse, T, V, len(weights), log_shares is not None,
+        BLOCK=1024, num_warps=4,  # the best of 4 on H100
+    )  # fmt: skip
     return losses, lse
 
 
 def cross_entropy_backward_triton(
-    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, log_shares: Tensor | None, grad: Tensor,
+    scale: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """cross_entropy_backward_reference, one pass over contiguous logits."""
     T, V = logits.shape
     out, out_t = empty_gradients(logits, dtype)
     factor = SOFTCAP[0] / (SOFTCAP[2] * scale)
     sums = torch.where(targets >= 0, weights[:, None], 0).sum(0)  # by row, of the weights of the targets there are
-    sizes = dict(T=T, V=V, TRANSPOSED=len(out_t) > 0)
+    sizes = dict(T=T, V=V, SHARES=log_shares is not None, TRANSPOSED=len(out_t) > 0)
     ROWS, COLS = 128, 64  # with 4 warps among the best two of 11 on H100
     cross_entropy_backward_kernel[(triton.cdiv(T, ROWS), triton.cdiv(V, COLS))](
-        logits, lse, sums, grad, out, out_t, factor, **sizes, INTERPRETED=not logits.is_cuda, ROWS=ROWS, COLS=COLS,
-        num_warps=4,
+        logits, lse, sums, log_shares, grad, out, out_t, factor, **sizes, INTERPRETED=not logits.is_cuda,
+        ROWS=ROWS, COLS=COLS, num_warps=4,
     )  # fmt: skip
     cross_entropy_targets_kernel[(triton.cdiv(T, 128),)](
-        logits, lse, sums, targets, weights, grad, out, out_t, factor, **sizes, N_TARGETS=len(weights), ROWS=128,
-        num_warps=4,
+        logits, lse, sums, log_shares, targets, weights, grad, out, out_t, factor, **sizes, N_TARGETS=len(weights),
+        ROWS=128, num_warps=4,
     )  # fmt: skip
     return out, out_t
 
@@ -1059,31 +1080,35 @@ def empty_gradients(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 @torch.library.custom_op("speedrun::cross_entropy", mutates_args=())
-def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor, log_shares: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Losses (T,) and lse (T,); see cross_entropy_reference."""
-    return (cross_entropy_triton if logits.is_cuda else cross_entropy_reference)(logits, targets, weights)
+    return (cross_entropy_triton if logits.is_cuda else cross_entropy_reference)(logits, targets, weights, log_shares)
 
 
 @cross_entropy.register_fake
-def _(logits, targets, weights):
+def _(logits, targets, weights, log_shares=None):
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(2))
 
 
 @torch.library.custom_op("speedrun::cross_entropy_backward", mutates_args=())
 def cross_entropy_backward(
-    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, log_shares: Tensor | None, grad: Tensor,
+    scale: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The logits' gradient over `scale` as `dtype`, see cross_entropy_backward_reference, and in FP8 its transpose."""
+    args = logits, lse, targets, weights, log_shares, grad, scale, dtype
     if logits.is_cuda:
-        return cross_entropy_backward_triton(logits, lse, targets, weights, grad, scale, dtype)
+        return cross_entropy_backward_triton(*args)
     out, out_t = empty_gradients(logits, dtype)
-    out.copy_(cross_entropy_backward_reference(logits, lse, targets, weights, grad, scale, dtype))
+    out.copy_(cross_entropy_backward_reference(*args))
     return out, out.T.contiguous() if len(out_t) else out_t
 
 
 @cross_entropy_backward.register_fake
-def _(logits, lse, targets, weights, grad, scale, dtype):
+def _(logits, lse, targets, weights, log_shares, grad, scale, dtype):
     return empty_gradients(logits, dtype)
 
 
@@ -1101,31 +1126,31 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, grad_scale):
+    def forward(ctx, x, head, targets, weights, log_shares, grad_scale):
         if grad_scale is None:
             logits = x @ head
         else:
             x_fp8 = (x / FP8_HEAD_X).to(torch.float8_e4m3fn)
             head_fp8, head_fp8_t = fp8_weights(head, FP8_HEAD)
             logits = fp8_product(x_fp8, head_fp8_t.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
-        losses, lse = cross_entropy(logits, targets, weights)
-        ctx.save_for_backward(logits, lse, targets, weights, *((x, head) if grad_scale is None else (x_fp8, head_fp8)))
+        losses, lse = cross_entropy(logits, targets, weights, log_shares)
+        operands = (x, head) if grad_scale is None else (x_fp8, head_fp8)
+        ctx.save_for_backward(*operands, logits, lse, targets, weights, log_shares)
         ctx.grad_scale, ctx.dtype = grad_scale, head.dtype
         return losses
 
     @staticmethod
     def backward(ctx, grad_losses):
-        logits, lse, targets, weights, x, head = ctx.saved_tensors
-        grad_losses = grad_losses.contiguous()
+        x, head, *args = *ctx.saved_tensors, grad_losses.contiguous()
         if ctx.grad_scale is None:
-            grad, _ = cross_entropy_backward(logits, lse, targets, weights, grad_losses, 1.0, logits.dtype)
-            return grad @ head.T, x.T @ grad, None, None, None
+            grad, _ = cross_entropy_backward(*args, 1.0, ctx.dtype)
+            return grad @ head.T, x.T @ grad, None, None, None, None
         scale = ctx.grad_scale * FP8_HEAD_GRAD
-        grad, grad_t = cross_entropy_backward(logits, lse, targets, weights, grad_losses, scale, torch.float8_e5m2)
+        grad, grad_t = cross_entropy_backward(*args, scale, torch.float8_e5m2)
         # Not fast: these sums are over the vocabulary, and over all tokens.
         grad_x = fp8_product(grad, head.T, scale, FP8_HEAD, ctx.dtype, fast=False)
         grad_head = fp8_product(transposed(x), grad_t.T, FP8_HEAD_X, scale, ctx.dtype, fast=False)
-        return grad_x, grad_head, None, None, None
+        return grad_x, grad_head, None, None, None, None
 
 
 # ---------------------------------------------------------------------------- lookups in the embedding tables
@@ -1211,11 +1236,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((a * cos + b * sin, b * cos - a * sin), -1).flatten(-2)
 
 
-def split_heads_reference(qkv, value_gate, table, rows, cos, sin, num_heads: int, paired: bool, key_offset: bool):
+def split_heads_reference(qkv, value_gate, table, rows, cos, sin, documents, num_heads: int, paired: bool):
     """q, k, v as attention takes them, from projections (T, 3C): normed, rotated, the values with their embeddings.
 
     value_gate (T, H), table and rows (T,): what to add to the values, or value_gate None. Results are (T, H, D), in
-    paired layers (2T, H/2, D): heads 0.. at even, the other half at odd positions.
+    paired layers (2T, H/2, D): heads 0.. at even, the other half at odd positions. documents, of these positions, where
+    the second half of a key comes from the position before, but for a document's first; else None.
     """
     T = len(qkv)
     q, k, v = qkv.view(T, 3, num_heads, -1).unbind(1)
@@ -1225,9 +1251,10 @@ def split_heads_reference(qkv, value_gate, table, rows, cos, sin, num_heads: int
     if paired:
         q, k, v = (t.reshape(2 * T, num_heads // 2, -1) for t in (q, k, v))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    if key_offset:
+    if documents is not None:
         moving, still = k.chunk(2, dim=-1)
-        k = torch.cat((moving, torch.cat((still[:1], still[:-1]))), dim=-1)
+        position = torch.arange(len(k), device=k.device)
+        k = torch.cat((moving, still[torch.maximum(position - 1, documents.starts)]), dim=-1)
     return q, k, v
 
 
@@ -1258,7 +1285,7 @@ def head_places(cos_ptr, sin_ptr, T, H: tl.constexpr, D: tl.constexpr, PAIRED: t
 
 @triton.jit
 def split_heads_kernel(
-    qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, T, eps,
+    qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, starts_ptr, ends_ptr, q_ptr, k_ptr, v_ptr, T, eps,
     H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_EMBED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -1269,10 +1296,11 @@ def split_heads_kernel(
         out_ptr = q_ptr if i == 0 else k_ptr
         x = tl.load(qkv_ptr + projected + i * H * D, mask=mask, other=0.0).to(tl.float32)
         x = turn(x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None], cos, sin).to(out_ptr.dtype.element_ty)
-        if KEY_OFFSET and i == 1:  # the second half goes to the next position; the very first keeps its own, too
+        if KEY_OFFSET and i == 1:  # the second half goes to a document's next position; its first keeps its own, too
             still, step = (tl.arange(0, D) >= D // 2)[None, :], H // 2 if PAIRED else H
-            tl.store(out_ptr + out, x, mask=mask & (~still | (position == 0)[:, None]))
-            has_next = position + 1 < (2 * T if PAIRED else T)
+            is_first = position == tl.load(starts_ptr + position, mask=inside, other=0)
+            has_next = position + 1 < tl.load(ends_ptr + position, mask=inside, other=0)
+            tl.store(out_ptr + out, x, mask=mask & (~still | is_first[:, None]))
             tl.store(out_ptr + out + step * D, x, mask=has_next[:, None] & still)
         else:
             tl.store(out_ptr + out, x, mask=mask)
@@ -1288,7 +1316,7 @@ def split_heads_kernel(
 
 @triton.jit
 def split_heads_backward_kernel(
-    qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
+    qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, starts_ptr, ends_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
     grad_qkv_ptr, grad_gate_ptr, grad_table_ptr, T, eps, factor,
     H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_EMBED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -1300,8 +1328,9 @@ def split_heads_backward_kernel(
         grad_ptr = grad_q_ptr if i == 0 else grad_k_ptr
         if KEY_OFFSET and i == 1:  # from where the second half went
             still, step = (tl.arange(0, D) >= D // 2)[None, :], H // 2 if PAIRED else H
-            has_next = position + 1 < (2 * T if PAIRED else T)
-            grad = tl.load(grad_ptr + out, mask=mask & (~still | (position == 0)[:, None]), other=0.0).to(tl.float32)
+            is_first = position == tl.load(starts_ptr + position, mask=inside, other=0)
+            has_next = position + 1 < tl.load(ends_ptr + position, mask=inside, other=0)
+            grad = tl.load(grad_ptr + out, mask=mask & (~still | is_first[:, None]), other=0.0).to(tl.float32)
             grad += tl.load(grad_ptr + out + step * D, mask=has_next[:, None] & still, other=0.0).to(tl.float32)
         else:
             grad = tl.load(grad_ptr + out, mask=mask, other=0.0).to(tl.float32)
@@ -1329,16 +1358,16 @@ class SplitHeads(torch.autograd.Function):
     """split_heads_reference of a Projection to (T, 3C), in one kernel a direction, which reads and writes all once."""
 
     @staticmethod
-    def forward(ctx, value_gate, table, rows, cos, sin, num_heads, paired, key_offset, *projection):
+    def forward(ctx, value_gate, table, rows, cos, sin, documents, num_heads, paired, *projection):
         weight, fp8, fp8_t, ctx.grad_scale, scale, x, x_fp8 = projection
         qkv = x @ weight.T if fp8 is None else fp8_product(x_fp8, fp8.T, FP8_X, scale, x.dtype)
         T, H, D = len(x), num_heads, x.shape[1] // num_heads
         q, k, v = (qkv.new_empty((2 * T, H // 2, D) if paired else (T, H, D)) for _ in range(3))
         inputs = (qkv, value_gate, *((table, rows) if value_gate is not None else (None, None)), cos, sin)
+        inputs += (None, None) if documents is None else tuple(documents)
         ctx.save_for_backward(*((x, weight) if fp8 is None else (x_fp8, fp8_t)), scale, *inputs)
-        ctx.options = dict(
-            H=H, D=D, PAIRED=paired, KEY_OFFSET=key_offset, VALUE_EMBED=value_gate is not None, BLOCK_T=16, num_warps=4
-        )
+        has = dict(KEY_OFFSET=documents is not None, VALUE_EMBED=value_gate is not None)
+        ctx.options = dict(H=H, D=D, PAIRED=paired, **has, BLOCK_T=16, num_warps=4)
         split_heads_kernel[(H * triton.cdiv(T, 16),)](*inputs, q, k, v, T, NORM_EPS, **ctx.options)
         return q, k, v
 
@@ -1361,9 +1390,9 @@ class SplitHeads(torch.autograd.Function):
         return grad_gate, *(None,) * 7, *Projection(grad_weight, x=grad_x)
 
 
-def split_heads(qkv: Projection, value_gate, table, rows, cos, sin, num_heads, paired, key_offset):
+def split_heads(qkv: Projection, value_gate, table, rows, cos, sin, documents, num_heads, paired):
     """q, k, v as attention takes them, from a projection to (T, 3C); for the rest see split_heads_reference."""
-    rest = value_gate, table, rows, cos, sin, num_heads, paired, key_offset
+    rest = value_gate, table, rows, cos, sin, documents, num_heads, paired
     if qkv.x.is_cuda:
         return SplitHeads.apply(*rest, *qkv)
     return split_heads_reference(F.linear(qkv.x, qkv.weight), *rest)
@@ -1381,6 +1410,10 @@ class Documents(NamedTuple):
     def paired(self) -> "Documents":
         """The same documents where every token stands for two positions."""
         return Documents(*((2 * t).repeat_interleave(2) for t in self))
+
+    def first(self) -> Tensor:
+        """Whether a position is its document's first, (T,): nothing looks back from there."""
+        return self.starts == torch.arange(len(self.starts), device=self.starts.device)
 
 
 def exclude_own_value(y, v, gates):
@@ -1663,18 +1696,18 @@ class Yarn:
         self.sin[..., : self.num_frequencies] = angle.sin().to(self.sin.dtype)
 
 
-def bigram_hash(tokens: Tensor, rows: int) -> Tensor:
-    """Row of the bigram table for each token and its predecessor; the last row stands for "no predecessor".
+def bigram_hash(tokens: Tensor, first: Tensor, rows: int) -> Tensor:
+    """Row of the bigram table for each token and its predecessor; the last row is for a document's first token.
 
-    tokens (T,) int32; products wrap around as int32 does.
+    tokens (T,) int32, first (T,) bool; products wrap around as int32 does.
     """
-    hashed = ((36313 * tokens[1:]) ^ (27191 * tokens[:-1])) % (rows - 1)
-    return torch.cat((torch.full_like(tokens[:1], rows - 1), hashed))
+    hashed = ((36313 * tokens) ^ (27191 * tokens.roll(1))) % (rows - 1)
+    return hashed.masked_fill(first, rows - 1)
 
 
-def sign_rows(tokens: Tensor) -> Tensor:
-    """Row of the table of signs for each token and its predecessor; tokens (T,) int32."""
-    return torch.cat((torch.zeros_like(tokens[:1]), (tokens[1:] ^ tokens[:-1]) % SIGN_ROWS))
+def sign_rows(tokens: Tensor, first: Tensor) -> Tensor:
+    """Row of the table of signs for each token and its predecessor; tokens (T,) int32, first (T,) bool."""
+    return ((tokens ^ tokens.roll(1)) % SIGN_ROWS).masked_fill(first, 0)
 
 
 def gate_groups(layer: Layer, num_heads: int) -> list[list[float]]:
@@ -1750,9 +1783,10 @@ def gate(x, weight):
     return Gate.apply(x[:, :GATE_DIMS], weight)
 
 
-def embed_inputs(x, bigram, signs, rows, smear_lambda, smear_gate):
+def embed_inputs(x, bigram, signs, rows, first, smear_lambda, smear_gate):
     """x0 (T, C) from the tokens' embeddings x, smeared and normed, and the bigram embeddings times their signs."""
     smear = smear_lambda * gate(x[1:], smear_gate)
+    smear = smear.masked_fill(first[1:, None], 0)
     return norm(torch.cat((x[:1], x[1:] + smear * x[:-1]))), bigram * F.embedding(rows, signs)
 
 
@@ -1818,12 +1852,15 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
     return (join(x, mlp_out, w), None) if keep else (x, mlp_out)
 
 
-def target_rows(targets: Tensor, n: int, prefixes: Tensor | None, classes: Tensor | None, vocab_size: int) -> Tensor:
+def target_rows(
+    targets: Tensor, left: Tensor, n: int, prefixes: Tensor | None, classes: Tensor | None, vocab_size: int
+) -> Tensor:
     """(n, T): the next tokens, the nearest first, then, if there is a table of prefixes, the nearest's; -1 for none.
 
+    left (T,): how many positions of its document follow a position; targets end with the first token behind a document.
     With `classes` (P,) their places in it instead; those that are not in it, which only prefixes can be, count as none.
     """
-    ahead = [F.pad(targets, (0, k), value=-1)[k:] for k in range(n - (prefixes is not None))]
+    ahead = [torch.where(left >= k, targets.roll(-k), -1) for k in range(n - (prefixes is not None))]
     rows = torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
     if classes is None:
         return rows
@@ -1832,23 +1869,37 @@ def target_rows(targets: Tensor, n: int, prefixes: Tensor | None, classes: Tenso
     return places[rows]  # of -1, the last one's: -1
 
 
-def head_losses(x, head, targets, target_weights, prefixes, classes, vocab_size: int, fp8_grad_scale):
+def head_losses(x, head, targets, left, target_weights, prefixes, classes, vocab_size: int, fp8_grad_scale):
     """Loss of each position (T,), float32, from the last row's output (T, C); head (C, V), or its `classes` (C, P)."""
-    targets = target_rows(targets, len(target_weights), prefixes, classes, vocab_size)
-    return HeadLoss.apply(norm(x), head, targets, target_weights, fp8_grad_scale)
+    ids, log_shares = classes or (None, None)
+    targets = target_rows(targets, left, len(target_weights), prefixes, ids, vocab_size)
+    return HeadLoss.apply(norm(x), head, targets, target_weights, log_shares, fp8_grad_scale)
+
+
+class Classes(NamedTuple):
+    """Classes of a softmax, (P,) int32: their ids, none twice, and of each the logarithm of the chance to be in it."""
+
+    ids: Tensor
+    log_shares: Tensor  # float32; 0 for targets, which always are
 
 
 class MicroBatch(NamedTuple):
-    """Inputs and targets (T,) of whole documents laid end to end; the classes (P,) of its softmax, None: all. int32."""
+    """Inputs and targets (T,), int32, of whole documents laid end to end; the classes of its softmax, None: all."""
 
     inputs: Tensor
     targets: Tensor
     documents: Documents
-    classes: Tensor | None = None
+    classes: Classes | None = None
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        return [self.inputs, self.targets, *self.documents, *(() if self.classes is None else (self.classes,))]
+        return [self.inputs, self.targets, *self.documents, *(self.classes or ())]
+
+    @staticmethod
+    def of(tensors: list[Tensor]) -> "MicroBatch":
+        """The inverse of tensors()."""
+        inputs, targets, starts, ends, *classes = tensors
+        return MicroBatch(inputs, targets, Documents(starts, ends), Classes(*classes) if classes else None)
 
 
 class GPT(nn.Module):
@@ -1901,7 +1952,8 @@ class GPT(nn.Module):
         self.register_buffer("signs", (2 * drawn - 1).to(device, dtype), persistent=False)
         # Filled by Trainer.run, on the clock
         self.register_buffer("prefixes", torch.full((V,), -1, dtype=torch.int32, device=device), persistent=False)
-        longest = max(max(stage.tokens for stage in hp.stages), hp.val_batch_size) // MICRO_BATCHES
+        one = max(max(stage.tokens for stage in hp.stages), hp.val_batch_size) // MICRO_BATCHES
+        longest = max(one, hp.micro_batch_tokens)
         self.yarn = Yarn(hp.head_dim, 2 * longest, device)
         region = compiler(compile)
         self.embed_inputs = region(embed_inputs)
@@ -1913,9 +1965,9 @@ class GPT(nn.Module):
         self.head_losses = region(head_losses)
         self.fp8_weights = region(fp8_weights)
 
-    def table_rows(self, tokens: Tensor) -> dict[str, Tensor]:
-        """The rows that tokens (T,) look up, by the names in TABLES."""
-        return dict(embed=tokens, bigram_embed=bigram_hash(tokens, len(self.bigram_embed)), value_embeds=tokens)
+    def table_rows(self, tokens: Tensor, first: Tensor) -> dict[str, Tensor]:
+        """The rows that tokens (T,) look up, by the names in TABLES; first: whether they are a document's first."""
+        return dict(embed=tokens, bigram_embed=bigram_hash(tokens, first, len(self.bigram_embed)), value_embeds=tokens)
 
     def layer_weights(self, fp8_grad_scale: float | None = None) -> tuple[list[LayerWeights], dict[str, list[Tensor]]]:
         """Each layer's weights, and the learned scalars by name; fp8_grad_scale as in forward.
@@ -1957,21 +2009,23 @@ class GPT(nn.Module):
         losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
         """
         x = self.output(batch, windows, fp8_grad_scale)
-        chunks = zip(*(t.split(head_chunk or len(x)) for t in (x, batch.targets)), strict=True)
-        head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
+        left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)
+        chunks = zip(*(t.split(head_chunk or len(x)) for t in (x, batch.targets, left)), strict=True)
+        head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes.ids)
         args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
-        losses = [self.head_losses(chunk, head, targets, *args) for chunk, targets in chunks]
+        losses = [self.head_losses(x, head, targets, left, *args) for x, targets, left in chunks]
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
     def output(self, batch: MicroBatch, windows: dict[str, int], fp8_grad_scale: float | None = None) -> Tensor:
         """The stream (T, C) behind the last row, not normed; arguments as in forward."""
         weights, scalars = self.layer_weights(fp8_grad_scale)
-        rows = self.table_rows(batch.inputs)
+        first = batch.documents.first()
+        rows = self.table_rows(batch.inputs, first)
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
         value_rows = iter(rows["value_embeds"] + first_rows.int()[:, None])
         x0, bigram = self.embed_inputs(
             Lookup.apply(self.embed, rows["embed"]), Lookup.apply(self.bigram_embed, rows["bigram_embed"]),
-            self.signs, sign_rows(batch.inputs), scalars["smear"][0], self.smear_gate,
+            self.signs, sign_rows(batch.inputs, first), first, scalars["smear"][0], self.smear_gate,
         )  # fmt: skip
         documents = {False: batch.documents, True: batch.documents.paired()}
         kept, normed, gates = {"x0": x0, "bigram": bigram}, {}, None
@@ -1991,7 +2045,7 @@ class GPT(nn.Module):
                 embed_rows = next(value_rows) if layer.value_embed else None
                 q, k, v = split_heads(
                     w.qkv._replace(**made), value_gate, self.value_embeds, embed_rows, self.yarn.cos, self.yarn.sin,
-                    self.num_heads, layer.paired, layer.key_offset,
+                    documents[layer.paired] if layer.key_offset else None, self.num_heads, layer.paired,
                 )  # fmt: skip
                 v = v if added_values is None else v + added_values.view_as(v)
                 y = attend(q, k, v, documents[layer.paired], windows[layer.window], self.yarn.scale, xsa)
@@ -2333,10 +2387,10 @@ class Optimizer:
         self.tied = True
         self.largest = deque(maxlen=8)  # (step, names, on the CPU: the largest magnitude of each gradient)
 
-    def note(self, inputs: list[Tensor]) -> None:
-        """What all ranks' micro-batches, in the order dealt, look up in the tables: their inputs, on the CPU."""
-        for i, tokens in enumerate(inputs):
-            for name, rows in self.model.table_rows(tokens).items():
+    def note(self, dealt: list[MicroBatch]) -> None:
+        """What all ranks' micro-batches, in the order dealt, on the CPU, look up in the tables."""
+        for i, batch in enumerate(dealt):
+            for name, rows in self.model.table_rows(batch.inputs, batch.documents.first()).items():
                 if name in self.slots:
                     self.slots[name].communication.note(i % self.world.size, rows)
 
@@ -2549,42 +2603,61 @@ class Shard:
         return np.concatenate(pieces)[: num_tokens + 1], np.concatenate(([0], ends))
 
 
-def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndarray:
-    """`count` classes, rising: all targets, and of the others every so many-th, beginning where a checksum says.
+def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` classes and the logarithms of their shares: all targets, and of the others every so many-th.
 
-    So the text alone decides, on any number of ranks. Source: sampled softmax, arXiv 1412.2007; here evenly spread over
-    the vocabulary, which is sorted by frequency, and without correcting for what was left out.
+    A checksum says where these begin, so that the text alone decides. They are spread evenly over the vocabulary, which
+    is sorted by frequency; each counts for as many as there are to one. Source: sampled softmax, arXiv 1412.2007.
+    Raises UserError for more targets than classes.
     """
-    taken = np.zeros(vocab_size, dtype=bool)
-    taken[targets] = True
-    others = np.flatnonzero(~taken)
-    more = count - (vocab_size - len(others))
-    if more:
-        first = zlib.crc32(targets.tobytes()) % len(others)
-        taken[others[(np.arange(more) * len(others) + first) // more]] = True
-    return np.flatnonzero(taken)
+    counts = np.bincount(targets, minlength=vocab_size)
+    found, others = np.flatnonzero(counts), np.flatnonzero(counts == 0)
+    more = count - len(found)
+    told = f"{len(found):,} different targets in a step: more than the {count:,} classes of its row of STAGES; raise it"
+    require(more >= 0, told)
+    first = zlib.crc32(targets.tobytes()) % max(len(others), 1)
+    ids = np.append(found, others[(np.arange(more) * len(others) + first) // max(more, 1)])
+    shares = np.repeat((1, more / max(len(others), 1)), (len(found), more))
+    return ids.astype(np.int32), np.log(shares).astype(np.float32)
 
 
-def make_micro_batch(
-    tokens: np.ndarray, ends: np.ndarray, device: torch.device, vocab_size: int = 0, classes: int = 0
-) -> MicroBatch:
-    """Inputs, targets, documents, and classes if any, on the device; tokens (T + 1,), ends cumulative from 0 to T."""
-    lengths = np.diff(ends)
-    arrays = [tokens[:-1], tokens[1:], np.repeat(ends[:-1], lengths), np.repeat(ends[1:], lengths)]
-    arrays += [softmax_classes(tokens[1:], classes, vocab_size)] if classes else []
-    tensors = [torch.from_numpy(a.astype(np.int32)) for a in arrays]
-    if device.type == "cuda":
-        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    inputs, targets, starts, ends, *classes = tensors
-    return MicroBatch(inputs, targets, Documents(starts, ends), *classes)
+def micro_batches_together(num_tokens: int, hp: Hyperparameters, world: World) -> int:
+    """How many of a rank's micro-batches of so many tokens are joined: a divisor of their number, at least 1."""
+    divisors = (n for n in (8, 4, 2, 1) if world.grad_accum_steps % n == 0)
+    return next(n for n in divisors if n == 1 or n * num_tokens <= hp.micro_batch_tokens)
+
+
+def join_micro_batches(dealt: list[tuple[np.ndarray, np.ndarray]], together: int) -> Iterator[list[np.ndarray]]:
+    """Inputs, targets, and where each position's document begins and ends, (T,), of so many laid end to end at a time.
+
+    dealt: of each the tokens (T + 1,) and the documents' ends, cumulative from 0 to T. Documents do not see each other,
+    so that losses are the same joined or not; one large micro-batch takes less time than two small ones.
+    """
+    for first in range(0, len(dealt), together):
+        parts = []
+        for i, (tokens, ends) in enumerate(dealt[first : first + together]):
+            edges, lengths = ends + i * ends[-1], np.diff(ends)
+            parts.append((tokens[:-1], tokens[1:], np.repeat(edges[:-1], lengths), np.repeat(edges[1:], lengths)))
+        yield [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+
+def make_micro_batch(tokens: np.ndarray, ends: np.ndarray, device: torch.device) -> MicroBatch:
+    """Inputs, targets and documents on the device; tokens (T + 1,), ends cumulative from 0 to T."""
+    return MicroBatch.of(to_device(next(join_micro_batches([(tokens, ends)], 1)), device))
+
+
+def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """float32 as it is, numbers of tokens and positions as int32."""
+    tensors = [torch.from_numpy(a if a.dtype == np.float32 else a.astype(np.int32)) for a in arrays]
+    return [t.pin_memory().to(device, non_blocking=True) for t in tensors] if device.type == "cuda" else tensors
 
 
 class StepBatch(NamedTuple):
-    """Of one step: this rank's micro-batches, all inputs, how often the files have been begun, where the next begin."""
+    """Of one step: this rank's micro-batches, all ranks', how often the files have been begun, where the next begin."""
 
     epoch: int
     micro_batches: list[MicroBatch]
-    inputs: list[Tensor]  # of several ranks' micro-batches in the order dealt, on the CPU; of a single rank none
+    dealt: list[MicroBatch]  # several ranks' in the order dealt, on the CPU; of a single rank none
     position: tuple[int, int]  # files begun, and the next document of the last of them
 
 
@@ -2641,17 +2714,21 @@ class TrainLoader:
         )
 
     def _prepare(self, size: tuple[int, ...]) -> StepBatch:
-        rank, ranks = self.world.rank, self.world.size
-        size, classes = size[:2], size[2:]
+        rank, ranks, device, classes = self.world.rank, self.world.size, self.world.device, []
+        *size, count = size
         dealt = [self.shard.assemble(span, *size) for span in self._deal(*size)]
-        inputs = [torch.from_numpy(tokens[:-1].astype(np.int32)) for tokens, _ in dealt if ranks > 1]
+        if count:  # of the whole step, so that they are the same on any number of ranks
+            targets = np.concatenate([tokens[1:] for tokens, _ in dealt])
+            classes = softmax_classes(targets, count, self.hp.padded_vocab)
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
-            args = self.world.device, self.hp.padded_vocab, *classes
-            batches = [make_micro_batch(*arrays, *args) for arrays in dealt[rank::ranks]]
+            classes = to_device(classes, device)
+            joined = join_micro_batches(dealt[rank::ranks], micro_batches_together(size[0], self.hp, self.world))
+            batches = [MicroBatch.of([*to_device(arrays, device), *classes]) for arrays in joined]
             if self.stream:
                 self.stream.synchronize()  # in this thread; the main thread never waits for a copy
         position = self.files_begun, self.shard.next_document
-        return StepBatch(1 + (self.files_begun - 1) // len(self.paths), batches, inputs, position)
+        dealt = [make_micro_batch(*one, torch.device("cpu")) for one in dealt if ranks > 1]
+        return StepBatch(1 + (self.files_begun - 1) // len(self.paths), batches, dealt, position)
 
     def __iter__(self) -> Iterator[StepBatch]:
         try:
@@ -2834,7 +2911,7 @@ def capture(run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target
     inputs = [t.clone() for t in (target_weights, *batch.tensors())]
     # The loader's threads go on using the GPU meanwhile: only this thread's calls belong to the capture.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        run(MicroBatch(*inputs[1:3], Documents(*inputs[3:5]), *inputs[5:]), inputs[0])
+        run(MicroBatch.of(inputs[1:]), inputs[0])
 
     def replay(batch: MicroBatch, target_weights: Tensor) -> None:
         for static, tensor in zip(inputs, (target_weights, *batch.tensors()), strict=True):
@@ -2882,7 +2959,7 @@ class Trainer:
         run = self.graphs.get(self.stage_index) or partial(self.micro_step, step)
         for micro_batch in batch.micro_batches:
             run(micro_batch, self.target_weights[step])
-        self.optimizer.note(batch.inputs)
+        self.optimizer.note(batch.dealt)
 
     def update(self, step: int) -> None:
         """The optimizer's part of a step."""
@@ -3656,9 +3733,12 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
         free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(world.device))
         machine = f"{world.size} x {gpu.name}, {free:.0f} of {whole:.0f} GiB free"
         # Measured for the speedrun's model: 8.3 GiB whatever the batch, 28.3 with 49,152 tokens, 29.7 with bf16 layers.
-        needed = 8.3 + 21.4 * largest_step / MICRO_BATCHES / 49_152 * hp.model_dim / 768
+        sizes = {stage.tokens // MICRO_BATCHES for stage in hp.stages}
+        largest = max(size * micro_batches_together(size, hp, world) for size in sizes)
+        needed = 8.3 + 21.4 * largest / 49_152 * hp.model_dim / 768
         if free < needed:
-            notes = [f"note: about {needed:.0f} GiB are needed, {free:.0f} are free: lower the tokens in STAGES"]
+            remedy = "lower --micro_batch_tokens or the tokens in STAGES"
+            notes = [f"note: about {needed:.0f} GiB are needed, {free:.0f} are free: {remedy}"]
     total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
     length = f" (--length={hp.length:g}; momentum {schedule.warmup}, {schedule.cooldown})" if hp.length != 1 else ""
     dtype, products = str(choose_dtype(hp, world)).removeprefix("torch."), "head" if hp.fp8 == "head" else "products"
