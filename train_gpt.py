@@ -952,8 +952,8 @@ def cross_entropy_kernel(
 
 @triton.jit
 def cross_entropy_gradient(
-    logits_ptr, lse_ptr, sums_ptr, shares_ptr, grad_ptr, out_ptr, factor, T, V, SHARES: tl.constexpr, first_row, quad,
-    first_col, ROWS: tl.constexpr, COLS: tl.constexpr,
+    logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, factor, T, V, first_row, quad, first_col, shares_ptr,
+    SHARES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Every fourth row of a tile, from row `quad` on: the gradient without the targets' terms, written and returned."""
     in_tile = 4 * tl.arange(0, ROWS // 4) + quad
@@ -999,11 +999,11 @@ def cross_entropy_backward_kernel(
     then is a multiple of 4.
     """
     first_row, first_col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
-    args = (logits_ptr, lse_ptr, sums_ptr, shares_ptr, grad_ptr, out_ptr, factor, T, V, SHARES, first_row)
-    a = cross_entropy_gradient(*args, 0, first_col, ROWS, COLS)
-    b = cross_entropy_gradient(*args, 1, first_col, ROWS, COLS)
-    c = cross_entropy_gradient(*args, 2, first_col, ROWS, COLS)
-    d = cross_entropy_gradient(*args, 3, first_col, ROWS, COLS)
+    args = (logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, factor, T, V, first_row)
+    a = cross_entropy_gradient(*args, 0, first_col, shares_ptr, SHARES, ROWS, COLS)
+    b = cross_entropy_gradient(*args, 1, first_col, shares_ptr, SHARES, ROWS, COLS)
+    c = cross_entropy_gradient(*args, 2, first_col, shares_ptr, SHARES, ROWS, COLS)
+    d = cross_entropy_gradient(*args, 3, first_col, shares_ptr, SHARES, ROWS, COLS)
     if TRANSPOSED:
         words = word(a, b, c, d, INTERPRETED)
         corner = first_col.to(tl.int64) * (T // 4) + first_row // 4
