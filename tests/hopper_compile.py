@@ -1,0 +1,84 @@
+"""Compiles every kernel for a Hopper GPU, as a run on one would, where there is none; prints a line a kernel.
+
+Launches compile and return. What the kernels compute is looked at by Triton's interpreter, which takes much that a
+compiler does not.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_gpt
+from train_gpt import CausalSelfAttention, Projection, SplitHeads
+
+T, C, H, V = 96, 768, 6, 512
+bf16 = partial(torch.zeros, dtype=torch.bfloat16)
+number = partial(torch.zeros, dtype=torch.float32)
+index = partial(torch.zeros, dtype=torch.int32)
+
+
+class NoGpu:
+    """What Triton asks its driver for before it compiles."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compiled(kernel, *args, grid, **options):
+    """In place of a launch."""
+    if "INTERPRETED" in options:
+        options["INTERPRETED"] = False
+    made = kernel.run(*args, grid=grid, warmup=True, **options)
+    shared = made.metadata.shared
+    assert shared <= 227 * 1024, f"{kernel.__name__}: {shared} bytes of shared memory"
+    print(kernel.__name__, shared)
+
+
+def projection(fp8: bool) -> Projection:
+    weight, x = bf16(3 * C, C).requires_grad_(), bf16(T, C).requires_grad_()
+    if not fp8:
+        return Projection(weight, x=x)
+    fp8_weight, x_fp8 = weight.detach().to(torch.float8_e4m3fn), x.detach().to(torch.float8_e4m3fn)
+    return Projection(weight, fp8_weight, fp8_weight.T.contiguous(), 0.25, number(()), x, x_fp8)
+
+
+def main() -> None:
+    driver.set_active(NoGpu())
+    JITFunction.__getitem__ = lambda kernel, grid: partial(compiled, kernel, grid=grid)
+    for rows in (C, 2 * C):
+        train_gpt.symmetric_product_triton(bf16(2, C, rows), addend=bf16(2, C, C))
+    train_gpt.transposed_triton(bf16(C, C).to(torch.float8_e4m3fn))
+    weight, hidden = bf16(4 * C, C), bf16(T, 4 * C)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        train_gpt.linear_relu2_triton(bf16(T, C).to(dtype), weight.to(dtype))
+        train_gpt.linear_relu2_triton(bf16(T, C).to(dtype), weight.to(dtype), hidden.to(dtype))
+    train_gpt.add_rows_kernel[(T,)](number(T, C), index(T), number(V, C), C, BLOCK=1024, num_warps=4)
+    weights, lse, grad = number(3), number(T), number(T)
+    for shares in (None, number(V)):
+        train_gpt.cross_entropy_triton(bf16(T, V), index(3, T), weights, shares)
+        for dtype in (torch.bfloat16, torch.float8_e5m2):
+            train_gpt.cross_entropy_backward_triton(bf16(T, V), lse, index(3, T), weights, shares, grad, 1.0, dtype)
+    for paired, documents, fp8 in ((False, True, True), (True, False, False)):
+        gate, table, rotary = bf16(T, H).requires_grad_(), torch.nn.Parameter(bf16(V, C)), bf16(2 * T, 1, 64)
+        args = gate, table, index(T), rotary, rotary, (index(T), index(T)) if documents else None, H, paired
+        sum(out.sum() for out in SplitHeads.apply(*args, *projection(fp8))).backward()
+    for gates in (None, bf16(T, H).requires_grad_()):
+        q, k, v = (bf16(T, H, 128).requires_grad_() for _ in range(3))
+        CausalSelfAttention.apply(q, k, v, index(T), index(T), 384, 0.1, gates).sum().backward()
+
+
+if __name__ == "__main__":
+    main()
