@@ -390,9 +390,10 @@ def lane_columns(layers) -> list[str]:
     made = {name: -1 for name in used if name not in kept} | kept
     inks, lines = iter(INKS * len(kept)), []
     for number, (name, begin) in enumerate(made.items()):
-        x, ink = LANES + (RIGHT - LANES) * (number + 0.5) / len(made), next(inks) if begin >= 0 else "quiet"
+        room, ink = (RIGHT - LANES) / len(made), next(inks) if begin >= 0 else "quiet"
+        x, size = LANES + room * (number + 0.5), f' font-size="{min(13, room / 4):g}"'
         uses = {i: a for i, a in enumerate(layers) if name in (a.reads, *a.values, *a.adds)}
-        lines.append(picture.text(x, 0, name, ink, CENTERED + BOLD))
+        lines.append(picture.text(x, 0, name, ink, CENTERED + size + BOLD))
         lines.append(picture.rule(x, row_y(begin), x, row_y(max([begin, *uses])), ink, ' stroke-width="2"'))
         lines.append(disc(x, row_y(begin), ink, 6))
         for i, layer in uses.items():

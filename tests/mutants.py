@@ -517,7 +517,7 @@ PLANTED = {
         ("one gradient of the logits", '(2 if "head" in run.fp8 else size)', '(1 if "head" in run.fp8 else size)',
          "test_describe.py test_the_head_computes"),
         ("the largest micro-batch is the smallest", "most = max(sum", "most = min(sum",
-         "test_describe.py test_the_memory_of_a_run"),
+         "test_record_values.py test_a_run_takes_the_memory"),
         ("a switch is left out", 'if value is True and name != "gates"',
          'if value is True and name not in ("gates", "xsa")', "test_describe.py test_every_layer"),
         ("every network is the first", "            networks += 1\n", "", "test_describe.py test_a_network_gives"),
