@@ -51,7 +51,10 @@ if [ "${1:-}" = test ]; then
     exec "$PYTHON" -m pytest "$@"
 fi
 
-case " $* " in *" --help "* | *" -h "*) exec "$PYTHON" train_gpt.py --help ;; esac
+case " $* " in
+*" --help "* | *" -h "*) exec "$PYTHON" train_gpt.py --help ;;
+*" --describe "*) exec "$PYTHON" train_gpt.py "$@" ;;
+esac
 
 # ---- what to run: the program itself says what it makes of the arguments, before anything is fetched for them
 plan=$("$PYTHON" - "$@" <<'END'

@@ -4,6 +4,7 @@ Train a 124M-parameter-class GPT from scratch on FineWeb to 3.28 validation loss
     torchrun --standalone --nproc_per_node=8 train_gpt.py       # 1, 2, 4 or 8 GPUs; the same gradient on each
     python train_gpt.py --length=0.25                           # one process; any hyperparameter as --name=value
     python train_gpt.py --bench --profile                       # no run: time and profile some steps of each stage
+    python train_gpt.py --describe                              # no run: what would run, from the tables
 
 The mathematics began as that of the public modded-nanogpt speedrun record of 2026-01-30 (97.77 s on 8 H100s).
 What this file measures as today stands in README.md and records/.
@@ -22,7 +23,7 @@ What never runs on the clock:
     Checkpoints       what a killed run goes on from; a trained model, and what it writes
     Watch             signals, hangs, the failures of other ranks: one message, and no process left
     World check       everything that can be wrong, found in two seconds
-    main              a run from its arguments to its end; what --bench and --profile do instead is in records/bench.py
+    main              a run from its arguments to its end; --bench, --profile and --describe take a file of records/
 
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
 """
@@ -35,6 +36,7 @@ import base64
 import ctypes
 import fcntl
 import hashlib
+import importlib
 import math
 import select
 import shutil
@@ -262,6 +264,7 @@ class Hyperparameters:
     bench: bool = False  # instead of the run: time each stage and project the whole run's time
     bench_steps: int = 24  # a stage, of which the first two are not timed
     profile: bool = False  # instead of the run: kernels by category, and a trace of two steps of each stage
+    describe: bool = False  # instead of the run: layers, parameters, stages, FLOP and memory, told without GPU or data
     seed: int = 0
     cuda_graphs: str = "auto"  # on a GPU, launch a micro-batch's kernels as one graph; "off" to debug or profile
     compile: str = "auto"  # torch.compile on a GPU; off on a CPU, where compiling takes longer than a smoke run
@@ -364,7 +367,7 @@ def help_text() -> str:
     """The usage lines and every hyperparameter with its default."""
     lines = [f"  --{name}={field.default}" for name, field in SETTINGS.items()]
     usage = (__doc__ or "python train_gpt.py [--name=value ...]").strip()  # python -OO has no docstrings
-    return "\n".join([*usage.splitlines()[:6], "Hyperparameters and their defaults:", *lines])
+    return "\n".join([*usage.splitlines()[:7], "Hyperparameters and their defaults:", *lines])
 
 
 def parse_value(name: str, kind: type, text: str) -> object:
@@ -3803,20 +3806,17 @@ def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
 # Check, log, meet the other ranks, warm up, run. Whatever is raised on the way ends in Watch.fail, as one line.
 
 
-def import_bench(hp: Hyperparameters) -> ModuleType:
-    """The module records/bench.py. Raises UserError where this file is a copy without it."""
-    path = Path(__file__).resolve().parent / "records" / "bench.py"
-    name = "bench" if hp.bench else "profile"
-    told = f"--{name} takes {path}, which is not there: run the train_gpt.py of a whole checkout"
+def import_tool(argument: str, name: str) -> ModuleType:
+    """The module of records/ that an argument takes. Raises UserError where this file is a copy without it."""
+    path = Path(__file__).resolve().parent / "records" / f"{name}.py"
+    told = f"{argument} takes {path}, which is not there: run the train_gpt.py of a whole checkout"
     require(path.is_file(), told)
     sys.path.insert(0, str(path.parent))
-    import bench
-
-    return bench
+    return importlib.import_module(name)
 
 
 def main(arguments: list[str]) -> None:
-    """A whole run; or, for --bench and --profile, a look at its steps."""
+    """A whole run; or, for --bench and --profile, a look at its steps, and for --describe at what would run."""
     sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     if {"-h", "--help"} & {*arguments}:
         print(help_text())
@@ -3825,6 +3825,12 @@ def main(arguments: list[str]) -> None:
     watch = Watch()
     watch.start()
     try:
+        if {"--describe", "--describe=true", "--describe=1"} & {argument.lower() for argument in arguments}:
+            hp, _ = parse_arguments(arguments, has_gpu=True)  # the speedrun's unless told: it is looked at elsewhere
+            if watch.rank == 0:
+                print(import_tool("--describe", "describe").text(sys.modules[__name__], hp))
+            watch.close()
+            return
         world = World.from_environment()
         if world.size > 1:
             launcher_address()  # is there one?
@@ -3832,7 +3838,7 @@ def main(arguments: list[str]) -> None:
             keep_freed_memory()
         hp, overrides = parse_arguments(arguments, has_gpu=world.on_gpu)
         hp, checkpoint, resumed = resume(hp, overrides) if hp.resume else (hp, None, [])
-        bench = import_bench(hp) if hp.bench or hp.profile else None
+        bench = import_tool("--bench" if hp.bench else "--profile", "bench") if hp.bench or hp.profile else None
         files = files_of(hp, checkpoint)
         summary = check_world(hp, world, files) + resumed
         shards = {name: [shard_in_words(path) for path in paths] for name, paths in files.items()}

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 if TYPE_CHECKING:  # for hints alone
     from train_gpt import GPT, Log, StepBatch, Trainer
@@ -96,6 +95,8 @@ def flops_per_token(train_gpt: ModuleType, model: GPT, fp8: bool) -> tuple[int, 
 
 def measure_ceilings(train_gpt: ModuleType, device: torch.device, dtype: torch.dtype, fp8: bool) -> tuple[float, float]:
     """FLOP/s that this machine reaches in one large product: in the parameters' type and in FP8, if any."""
+    from torch.utils.benchmark import Timer  # takes as long to import as all else here takes together
+
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
     products = [lambda: a @ b]

@@ -235,13 +235,8 @@ def programs_svg(curves: list[Curve], target: float, note: str) -> str:
         (min(times) - 0.12 * spread, max(times) + 0.12 * spread),
         (low - 0.9 * rise, high + 0.5 * rise),
     )
-    light, dark = ("".join(f".{k}{{fill:{v[i]}}}.{k}-line{{stroke:{v[i]}}}" for k, v in INKS.items()) for i in (0, 1))
     lines = [
-        '<svg xmlns="http://www.w3.org/2000/svg" width="840" height="496" viewBox="0 0 840 496" '
-        'font-family="sans-serif" font-size="13" role="img">',
-        "<title>Validation loss over GPU-seconds</title>",
-        f"<style>{light}@media(prefers-color-scheme:dark){{{dark}}}</style>",
-        '<rect class="paper" width="840" height="496"/>',
+        *sheet(496, "Validation loss over GPU-seconds"),
         text(20, 28, "Validation loss over GPU-seconds of training", "ink", 'font-size="16" font-weight="bold"'),
         text(20, 49, note, "quiet"),
         *axes(whole, target),
@@ -260,6 +255,18 @@ def programs_svg(curves: list[Curve], target: float, note: str) -> str:
     lines += [dot(ends, curve.points[-1], curve.ink, 5) for curve in curves]
     lines += labels(ends, curves, target)
     return "\n".join([*lines, "</svg>", ""])
+
+
+def sheet(height: int, title: str) -> list[str]:
+    """The beginning of a picture 840 wide, on white paper, or on dark where the reader's is."""
+    light, dark = ("".join(f".{k}{{fill:{v[i]}}}.{k}-line{{stroke:{v[i]}}}" for k, v in INKS.items()) for i in (0, 1))
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="840" height="{height}" viewBox="0 0 840 {height}" '
+        'font-family="sans-serif" font-size="13" role="img">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{light}@media(prefers-color-scheme:dark){{{dark}}}</style>",
+        f'<rect class="paper" width="840" height="{height}"/>',
+    ]
 
 
 def axes(panel: Panel, target: float, frame: bool = False) -> list[str]:

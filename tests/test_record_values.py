@@ -31,6 +31,7 @@ from train_gpt import (
 )
 
 sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
+import describe
 from bench import flops_per_token
 
 SPEEDRUN = TrainingSchedule(Hyperparameters())
@@ -225,3 +226,12 @@ def test_the_smoke_run_goes_through_the_same_stages_with_a_128th_of_the_tokens()
     assert {schedule.size(step)[1] for step in schedule.starts} == {256}
     assert schedule.windows(0) == {"short": 16, "long": 48}
     assert (schedule.hp.model_dim, schedule.hp.val_tokens, schedule.hp.val_batch_size) == (48, 16_384, 8_192)
+
+
+def test_a_run_takes_the_memory_that_describe_tells():
+    run = describe.Run(train_gpt, train_gpt.parse_arguments([], has_gpu=True)[0])
+    most = max(sum(describe.kept_bytes(run, stage).values()) for stage in run.hp.stages)
+    held = sum(describe.states_bytes(run, 1).values()) + describe.fp8_bytes(run)
+    copy = sum(p.nbytes for p in run.parameters.values())  # in the warm-up
+    assert (held + copy + most) / 2**30 == pytest.approx(18.0, rel=0.05)  # measured: records/LOG.md
+    assert f"{(held + copy + most) / 2**30:.2f}  " in describe.text(train_gpt, run.hp)

@@ -140,6 +140,10 @@ def test_it_runs_through_a_link_with_sh_and_in_a_folder_of_any_name(run, tmp_pat
             assert run(option, command=command) == (0, "", ["train_gpt.py --help"])
 
 
+def test_what_would_run_is_told_before_anything_is_fetched(run):
+    assert run("--describe", "--length=0.25", NGPU="2") == (0, "", ["train_gpt.py --describe --length=0.25"])
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with run.sh and a program that needs no package; what runs run.sh there, with its own .venv."""
