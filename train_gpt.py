@@ -104,9 +104,11 @@ class TrainingStage(NamedTuple):
 # number of tokens, they were 0.06 ahead at the end of a quarter run. Smaller still won little.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, prefix weights
-    TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), (0.25, 0.25), max_seq_len=896),
-    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0)),
-    TrainingStage(1, 196_608, 5, 11, 1.5, (1.0,), (1.0,), untie=True),
+    TrainingStage(
+        1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), (0.25, 0.25), max_seq_len=896, classes=16_384
+    ),
+    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0), classes=20_480),
+    TrainingStage(1, 196_608, 5, 11, 1.5, (1.0,), (1.0,), classes=24_576, untie=True),
     TrainingStage(None, 196_608, 6, 13, 1.5, (1.0,), (1.0,)),  # its learning rate is lr_end
 )
 FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
@@ -873,30 +875,24 @@ def softcapped(logits: Tensor) -> Tensor:
     return torch.sigmoid((widened(logits) + shift).div_(temperature)).mul_(cap)
 
 
-def cross_entropy_reference(
-    logits: Tensor, targets: Tensor, weights: Tensor, log_shares: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def cross_entropy_reference(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Per position t: sum over k of weights[k] (lse(z_t) - z_t[targets[k, t]]), but for targets of -1, which are none.
 
     logits (T, V), targets (n, T) int, weights (n,) float32. Returns losses (T,) and lse (T,), float32 (or float64).
-    log_shares (V,): a column stands for one class or for several, of which it is this share; exp(lse) is over all.
     """
     z = softcapped(logits)
-    lse = (z if log_shares is None else z - log_shares).logsumexp(-1)
-    picked = z.gather(1, targets.T.clamp(min=0).long()).T
+    lse, picked = z.logsumexp(-1), z.gather(1, targets.T.clamp(min=0).long()).T
     return (torch.where(targets >= 0, weights[:, None], 0) * (lse - picked)).sum(0), lse
 
 
 def cross_entropy_backward_reference(
-    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, log_shares: Tensor | None, grad: Tensor,
-    scale: float, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
     """The gradient of sum(grad * losses) with respect to the logits, over `scale`, as `dtype` (T, V)."""
     cap, shift, temperature = SOFTCAP
     sigmoid = torch.sigmoid((logits.to(lse.dtype) + shift).div_(temperature))
     present = torch.where(targets >= 0, weights.to(lse.dtype)[:, None], 0)  # (n, T)
-    grad_z = (sigmoid * cap).sub_(lse[:, None])
-    grad_z = (grad_z if log_shares is None else grad_z - log_shares).exp_().mul_(present.sum(0)[:, None])
+    grad_z = (sigmoid * cap).sub_(lse[:, None]).exp_().mul_(present.sum(0)[:, None])
     grad_z.scatter_add_(1, targets.T.clamp(min=0).long(), -present.T)
     grad_z *= (grad.to(lse.dtype) * cap / (temperature * scale))[:, None]
     return torch.ops.aten.sigmoid_backward(grad_z, sigmoid).to(dtype)
@@ -923,16 +919,9 @@ def cap_sigmoid(logits):
 
 
 @triton.jit
-def log2_shares(shares_ptr, cols, inside, SHARES: tl.constexpr):
-    """Of these columns, where there are any."""
-    return tl.load(shares_ptr + cols, mask=inside, other=0.0) * LOG2_E if SHARES else 0.0
-
-
-@triton.jit
 def cross_entropy_kernel(
-    logits_ptr, targets_ptr, weights_ptr, shares_ptr, losses_ptr, lse_ptr, T, V,
-    N_TARGETS: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits_ptr, targets_ptr, weights_ptr, losses_ptr, lse_ptr, T, V, N_TARGETS: tl.constexpr, BLOCK: tl.constexpr
+):
     """One row. The cap bounds z, and exp(23) times the vocabulary is far inside float32: no running maximum."""
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * V
@@ -941,8 +930,7 @@ def cross_entropy_kernel(
     for start in range(0, V, BLOCK):
         inside = start + cols < V
         s = cap_sigmoid(tl.load(logits_ptr + start + cols, mask=inside, other=0.0))
-        z = s * (CAP * LOG2_E) - log2_shares(shares_ptr, start + cols, inside, SHARES)
-        total += tl.where(inside, tl.exp2(z), 0.0)
+        total += tl.where(inside, tl.exp2(s * (CAP * LOG2_E)), 0.0)
     lse = tl.log(tl.sum(total))
     loss = 0.0
     for k in tl.static_range(N_TARGETS):
@@ -955,8 +943,8 @@ def cross_entropy_kernel(
 
 @triton.jit
 def cross_entropy_gradient(
-    logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, factor, T, V, first_row, quad, first_col, shares_ptr,
-    SHARES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, factor, T, V, first_row, quad, first_col,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Every fourth row of a tile, from row `quad` on: the gradient without the targets' terms, written and returned."""
     in_tile = 4 * tl.arange(0, ROWS // 4) + quad
@@ -968,8 +956,7 @@ def cross_entropy_gradient(
     offsets = in_tile[:, None] * V + tl.arange(0, COLS)[None, :]
     inside = (rows < T)[:, None] & (cols < V)[None, :]
     s = cap_sigmoid(tl.load(logits_ptr + corner + offsets, mask=inside, other=0.0))
-    z = s * (CAP * LOG2_E) - lse_2[:, None] - log2_shares(shares_ptr, cols, cols < V, SHARES)
-    grad = factor[:, None] * tl.exp2(z) * (s - s * s)
+    grad = factor[:, None] * tl.exp2(s * (CAP * LOG2_E) - lse_2[:, None]) * (s - s * s)
     tl.store(out_ptr + corner + offsets, grad.to(out_ptr.dtype.element_ty), mask=inside)
     return grad
 
@@ -993,7 +980,7 @@ def word(a, b, c, d, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def cross_entropy_backward_kernel(
-    logits_ptr, lse_ptr, sums_ptr, shares_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V, SHARES: tl.constexpr,
+    logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
     TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient without the targets' terms, written as it is and, if TRANSPOSED, transposed as well.
@@ -1003,10 +990,10 @@ def cross_entropy_backward_kernel(
     """
     first_row, first_col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
     args = (logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, factor, T, V, first_row)
-    a = cross_entropy_gradient(*args, 0, first_col, shares_ptr, SHARES, ROWS, COLS)
-    b = cross_entropy_gradient(*args, 1, first_col, shares_ptr, SHARES, ROWS, COLS)
-    c = cross_entropy_gradient(*args, 2, first_col, shares_ptr, SHARES, ROWS, COLS)
-    d = cross_entropy_gradient(*args, 3, first_col, shares_ptr, SHARES, ROWS, COLS)
+    a = cross_entropy_gradient(*args, 0, first_col, ROWS, COLS)
+    b = cross_entropy_gradient(*args, 1, first_col, ROWS, COLS)
+    c = cross_entropy_gradient(*args, 2, first_col, ROWS, COLS)
+    d = cross_entropy_gradient(*args, 3, first_col, ROWS, COLS)
     if TRANSPOSED:
         words = word(a, b, c, d, INTERPRETED)
         corner = first_col.to(tl.int64) * (T // 4) + first_row // 4
@@ -1018,8 +1005,8 @@ def cross_entropy_backward_kernel(
 
 @triton.jit
 def cross_entropy_targets_kernel(
-    logits_ptr, lse_ptr, sums_ptr, shares_ptr, targets_ptr, weights_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
-    SHARES: tl.constexpr, N_TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
+    logits_ptr, lse_ptr, sums_ptr, targets_ptr, weights_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
+    N_TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradient at the targets, over what the other kernel wrote there: comparing all columns would cost more."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -1031,7 +1018,7 @@ def cross_entropy_targets_kernel(
         target = tl.load(targets_ptr + k * T + rows, mask=rows < T, other=-1).to(tl.int64)
         inside = target >= 0
         s = cap_sigmoid(tl.load(logits_ptr + rows_64 * V + target, mask=inside, other=0.0))
-        d_z = sums * tl.exp2((s * CAP - lse) * LOG2_E - log2_shares(shares_ptr, target, inside, SHARES))
+        d_z = sums * tl.exp2((s * CAP - lse) * LOG2_E)
         for j in tl.static_range(N_TARGETS):  # equal targets add up
             other = tl.load(targets_ptr + j * T + rows, mask=rows < T, other=-1)
             d_z -= tl.where(other == target, tl.load(weights_ptr + j), 0.0)
@@ -1041,37 +1028,32 @@ def cross_entropy_targets_kernel(
             tl.store(out_t_ptr + target * T + rows, grad, mask=inside)
 
 
-def cross_entropy_triton(
-    logits: Tensor, targets: Tensor, weights: Tensor, log_shares: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def cross_entropy_triton(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """cross_entropy_reference, one pass over contiguous logits."""
     T, V = logits.shape
     losses, lse = (logits.new_empty(T, dtype=torch.float32) for _ in range(2))
-    cross_entropy_kernel[(T,)](
-        logits, targets, weights, log_shares, losses, lse, T, V, len(weights), log_shares is not None,
-        BLOCK=1024, num_warps=4,  # the best of 4 on H100
-    )  # fmt: skip
+    BLOCK = 1024  # with 4 warps the best of 4 on H100
+    cross_entropy_kernel[(T,)](logits, targets, weights, losses, lse, T, V, len(weights), BLOCK=BLOCK, num_warps=4)
     return losses, lse
 
 
 def cross_entropy_backward_triton(
-    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, log_shares: Tensor | None, grad: Tensor,
-    scale: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cross_entropy_backward_reference, one pass over contiguous logits."""
     T, V = logits.shape
     out, out_t = empty_gradients(logits, dtype)
     factor = SOFTCAP[0] / (SOFTCAP[2] * scale)
     sums = torch.where(targets >= 0, weights[:, None], 0).sum(0)  # by row, of the weights of the targets there are
-    sizes = dict(T=T, V=V, SHARES=log_shares is not None, TRANSPOSED=len(out_t) > 0)
+    sizes = dict(T=T, V=V, TRANSPOSED=len(out_t) > 0)
     ROWS, COLS = 128, 64  # with 4 warps among the best two of 11 on H100
     cross_entropy_backward_kernel[(triton.cdiv(T, ROWS), triton.cdiv(V, COLS))](
-        logits, lse, sums, log_shares, grad, out, out_t, factor, **sizes, INTERPRETED=not logits.is_cuda,
-        ROWS=ROWS, COLS=COLS, num_warps=4,
+        logits, lse, sums, grad, out, out_t, factor, **sizes, INTERPRETED=not logits.is_cuda, ROWS=ROWS, COLS=COLS,
+        num_warps=4,
     )  # fmt: skip
     cross_entropy_targets_kernel[(triton.cdiv(T, 128),)](
-        logits, lse, sums, log_shares, targets, weights, grad, out, out_t, factor, **sizes, N_TARGETS=len(weights),
-        ROWS=128, num_warps=4,
+        logits, lse, sums, targets, weights, grad, out, out_t, factor, **sizes, N_TARGETS=len(weights), ROWS=128,
+        num_warps=4,
     )  # fmt: skip
     return out, out_t
 
@@ -1083,35 +1065,31 @@ def empty_gradients(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 @torch.library.custom_op("speedrun::cross_entropy", mutates_args=())
-def cross_entropy(
-    logits: Tensor, targets: Tensor, weights: Tensor, log_shares: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (T,) and lse (T,); see cross_entropy_reference."""
-    return (cross_entropy_triton if logits.is_cuda else cross_entropy_reference)(logits, targets, weights, log_shares)
+    return (cross_entropy_triton if logits.is_cuda else cross_entropy_reference)(logits, targets, weights)
 
 
 @cross_entropy.register_fake
-def _(logits, targets, weights, log_shares=None):
+def _(logits, targets, weights):
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(2))
 
 
 @torch.library.custom_op("speedrun::cross_entropy_backward", mutates_args=())
 def cross_entropy_backward(
-    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, log_shares: Tensor | None, grad: Tensor,
-    scale: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The logits' gradient over `scale` as `dtype`, see cross_entropy_backward_reference, and in FP8 its transpose."""
-    args = logits, lse, targets, weights, log_shares, grad, scale, dtype
     if logits.is_cuda:
-        return cross_entropy_backward_triton(*args)
+        return cross_entropy_backward_triton(logits, lse, targets, weights, grad, scale, dtype)
     out, out_t = empty_gradients(logits, dtype)
-    out.copy_(cross_entropy_backward_reference(*args))
+    out.copy_(cross_entropy_backward_reference(logits, lse, targets, weights, grad, scale, dtype))
     return out, out.T.contiguous() if len(out_t) else out_t
 
 
 @cross_entropy_backward.register_fake
-def _(logits, lse, targets, weights, log_shares, grad, scale, dtype):
+def _(logits, lse, targets, weights, grad, scale, dtype):
     return empty_gradients(logits, dtype)
 
 
@@ -1129,31 +1107,31 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, log_shares, grad_scale):
+    def forward(ctx, x, head, targets, weights, grad_scale):
         if grad_scale is None:
             logits = x @ head
         else:
             x_fp8 = (x / FP8_HEAD_X).to(torch.float8_e4m3fn)
             head_fp8, head_fp8_t = fp8_weights(head, FP8_HEAD)
             logits = fp8_product(x_fp8, head_fp8_t.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
-        losses, lse = cross_entropy(logits, targets, weights, log_shares)
-        operands = (x, head) if grad_scale is None else (x_fp8, head_fp8)
-        ctx.save_for_backward(*operands, logits, lse, targets, weights, log_shares)
+        losses, lse = cross_entropy(logits, targets, weights)
+        ctx.save_for_backward(logits, lse, targets, weights, *((x, head) if grad_scale is None else (x_fp8, head_fp8)))
         ctx.grad_scale, ctx.dtype = grad_scale, head.dtype
         return losses
 
     @staticmethod
     def backward(ctx, grad_losses):
-        x, head, *args = *ctx.saved_tensors, grad_losses.contiguous()
+        logits, lse, targets, weights, x, head = ctx.saved_tensors
+        grad_losses = grad_losses.contiguous()
         if ctx.grad_scale is None:
-            grad, _ = cross_entropy_backward(*args, 1.0, ctx.dtype)
-            return grad @ head.T, x.T @ grad, None, None, None, None
+            grad, _ = cross_entropy_backward(logits, lse, targets, weights, grad_losses, 1.0, logits.dtype)
+            return grad @ head.T, x.T @ grad, None, None, None
         scale = ctx.grad_scale * FP8_HEAD_GRAD
-        grad, grad_t = cross_entropy_backward(*args, scale, torch.float8_e5m2)
+        grad, grad_t = cross_entropy_backward(logits, lse, targets, weights, grad_losses, scale, torch.float8_e5m2)
         # Not fast: these sums are over the vocabulary, and over all tokens.
         grad_x = fp8_product(grad, head.T, scale, FP8_HEAD, ctx.dtype, fast=False)
         grad_head = fp8_product(transposed(x), grad_t.T, FP8_HEAD_X, scale, ctx.dtype, fast=False)
-        return grad_x, grad_head, None, None, None, None
+        return grad_x, grad_head, None, None, None
 
 
 # ---------------------------------------------------------------------------- lookups in the embedding tables
@@ -1874,35 +1852,27 @@ def target_rows(
 
 def head_losses(x, head, targets, left, target_weights, prefixes, classes, vocab_size: int, fp8_grad_scale):
     """Loss of each position (T,), float32, from the last row's output (T, C); head (C, V), or its `classes` (C, P)."""
-    ids, log_shares = classes or (None, None)
-    targets = target_rows(targets, left, len(target_weights), prefixes, ids, vocab_size)
-    return HeadLoss.apply(norm(x), head, targets, target_weights, log_shares, fp8_grad_scale)
-
-
-class Classes(NamedTuple):
-    """Classes of a softmax, (P,) int32: their ids, none twice, and of each the logarithm of the chance to be in it."""
-
-    ids: Tensor
-    log_shares: Tensor  # float32; 0 for targets, which always are
+    targets = target_rows(targets, left, len(target_weights), prefixes, classes, vocab_size)
+    return HeadLoss.apply(norm(x), head, targets, target_weights, fp8_grad_scale)
 
 
 class MicroBatch(NamedTuple):
-    """Inputs and targets (T,), int32, of whole documents laid end to end; the classes of its softmax, None: all."""
+    """Inputs and targets (T,) of whole documents laid end to end; the classes (P,) of its softmax, None: all. int32."""
 
     inputs: Tensor
     targets: Tensor
     documents: Documents
-    classes: Classes | None = None
+    classes: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        return [self.inputs, self.targets, *self.documents, *(self.classes or ())]
+        return [self.inputs, self.targets, *self.documents, *(() if self.classes is None else (self.classes,))]
 
     @staticmethod
     def of(tensors: list[Tensor]) -> "MicroBatch":
         """The inverse of tensors()."""
         inputs, targets, starts, ends, *classes = tensors
-        return MicroBatch(inputs, targets, Documents(starts, ends), Classes(*classes) if classes else None)
+        return MicroBatch(inputs, targets, Documents(starts, ends), *classes)
 
 
 class GPT(nn.Module):
@@ -2014,7 +1984,7 @@ class GPT(nn.Module):
         x = self.output(batch, windows, fp8_grad_scale)
         left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)
         chunks = zip(*(t.split(head_chunk or len(x)) for t in (x, batch.targets, left)), strict=True)
-        head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes.ids)
+        head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
         args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
         losses = [self.head_losses(x, head, targets, left, *args) for x, targets, left in chunks]
         return losses[0] if len(losses) == 1 else torch.cat(losses)
@@ -2606,22 +2576,20 @@ class Shard:
         return np.concatenate(pieces)[: num_tokens + 1], np.concatenate(([0], ends))
 
 
-def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` classes and the logarithms of their shares: all targets, and of the others every so many-th.
+def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndarray | None:
+    """`count` classes, rising: all targets, and of the others every so many-th, beginning where a checksum says.
 
-    A checksum says where these begin, so that the text alone decides. They are spread evenly over the vocabulary, which
-    is sorted by frequency; each counts for as many as there are to one. Source: sampled softmax, arXiv 1412.2007.
-    Raises UserError for more targets than classes.
+    So the text alone decides, on any number of ranks. Source: sampled softmax, arXiv 1412.2007; here evenly spread over
+    the vocabulary, which is sorted by frequency. What is left out is not made up for: counting a class for those that
+    are not there is right on average, and worse. None for more targets than classes: the softmax is over all then.
     """
-    counts = np.bincount(targets, minlength=vocab_size)
-    found, others = np.flatnonzero(counts), np.flatnonzero(counts == 0)
-    more = count - len(found)
-    told = f"{len(found):,} different targets in a step: more than the {count:,} classes of its row of STAGES; raise it"
-    require(more >= 0, told)
-    first = zlib.crc32(targets.tobytes()) % max(len(others), 1)
-    ids = np.append(found, others[(np.arange(more) * len(others) + first) // max(more, 1)])
-    shares = np.repeat((1, more / max(len(others), 1)), (len(found), more))
-    return ids.astype(np.int32), np.log(shares).astype(np.float32)
+    taken = np.bincount(targets, minlength=vocab_size) > 0
+    others = np.flatnonzero(~taken)
+    more = count - (vocab_size - len(others))
+    if more > 0:
+        first = zlib.crc32(targets.tobytes()) % len(others)
+        taken[others[(np.arange(more) * len(others) + first) // more]] = True
+    return np.flatnonzero(taken) if more >= 0 else None
 
 
 def micro_batches_together(num_tokens: int, hp: Hyperparameters, world: World) -> int:
@@ -2650,8 +2618,8 @@ def make_micro_batch(tokens: np.ndarray, ends: np.ndarray, device: torch.device)
 
 
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """float32 as it is, numbers of tokens and positions as int32."""
-    tensors = [torch.from_numpy(a if a.dtype == np.float32 else a.astype(np.int32)) for a in arrays]
+    """As int32."""
+    tensors = [torch.from_numpy(a.astype(np.int32)) for a in arrays]
     return [t.pin_memory().to(device, non_blocking=True) for t in tensors] if device.type == "cuda" else tensors
 
 
@@ -2717,14 +2685,14 @@ class TrainLoader:
         )
 
     def _prepare(self, size: tuple[int, ...]) -> StepBatch:
-        rank, ranks, device, classes = self.world.rank, self.world.size, self.world.device, []
+        rank, ranks, device = self.world.rank, self.world.size, self.world.device
         *size, count = size
         dealt = [self.shard.assemble(span, *size) for span in self._deal(*size)]
-        if count:  # of the whole step, so that they are the same on any number of ranks
-            targets = np.concatenate([tokens[1:] for tokens, _ in dealt])
-            classes = softmax_classes(targets, count, self.hp.padded_vocab)
+        # Of the whole step, so that they are the same on any number of ranks
+        targets = np.concatenate([tokens[1:] for tokens, _ in dealt])
+        classes = softmax_classes(targets, count, self.hp.padded_vocab) if count else None
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
-            classes = to_device(classes, device)
+            classes = to_device([] if classes is None else [classes], device)
             joined = join_micro_batches(dealt[rank::ranks], micro_batches_together(size[0], self.hp, self.world))
             batches = [MicroBatch.of([*to_device(arrays, device), *classes]) for arrays in joined]
             if self.stream:
@@ -2959,9 +2927,10 @@ class Trainer:
 
     def add_gradients(self, step: int, batch: StepBatch) -> None:
         """Forward and backward on each micro-batch; the optimizer notes what all ranks looked up."""
-        run = self.graphs.get(self.stage_index) or partial(self.micro_step, step)
+        run, graph = partial(self.micro_step, step), self.graphs.get(self.stage_index)
         for micro_batch in batch.micro_batches:
-            run(micro_batch, self.target_weights[step])
+            rare = micro_batch.classes is None and self.schedule.stage(step).classes  # see softmax_classes
+            (run if rare or not graph else graph)(micro_batch, self.target_weights[step])
         self.optimizer.note(batch.dealt)
 
     def update(self, step: int) -> None:
@@ -2991,6 +2960,8 @@ class Trainer:
             if use_graphs:
                 run, inputs = partial(self.micro_step, step), (batch.micro_batches[0], self.target_weights[step])
                 run(*inputs)  # compiles
+                if inputs[0].classes is not None:  # for text of so many words that all classes are taken
+                    run(inputs[0]._replace(classes=None), inputs[1])
                 self.graphs[self.stage_index] = capture(run, *inputs, pool)
             self.add_gradients(step, batch)
             self.update(step)

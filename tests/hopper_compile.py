@@ -66,10 +66,9 @@ def main() -> None:
         train_gpt.linear_relu2_triton(bf16(T, C).to(dtype), weight.to(dtype), hidden.to(dtype))
     train_gpt.add_rows_kernel[(T,)](number(T, C), index(T), number(V, C), C, BLOCK=1024, num_warps=4)
     weights, lse, grad = number(3), number(T), number(T)
-    for shares in (None, number(V)):
-        train_gpt.cross_entropy_triton(bf16(T, V), index(3, T), weights, shares)
-        for dtype in (torch.bfloat16, torch.float8_e5m2):
-            train_gpt.cross_entropy_backward_triton(bf16(T, V), lse, index(3, T), weights, shares, grad, 1.0, dtype)
+    train_gpt.cross_entropy_triton(bf16(T, V), index(3, T), weights)
+    for dtype in (torch.bfloat16, torch.float8_e5m2):
+        train_gpt.cross_entropy_backward_triton(bf16(T, V), lse, index(3, T), weights, grad, 1.0, dtype)
     for paired, documents, fp8 in ((False, True, True), (True, False, False)):
         gate, table, rotary = bf16(T, H).requires_grad_(), torch.nn.Parameter(bf16(V, C)), bf16(2 * T, 1, 64)
         args = gate, table, index(T), rotary, rotary, (index(T), index(T)) if documents else None, H, paired
