@@ -14,6 +14,7 @@ product or region takes a line in.
 
 import argparse
 import sys
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from textwrap import wrap
@@ -61,9 +62,11 @@ class Run:
         """The shape of which processes share out the first dimension."""
         return self.train_gpt.as_stack(self.parameters[name]).shape
 
-    def micro_batches(self) -> list[int]:
-        """Tokens of a micro-batch, by stage."""
-        return [stage.tokens // self.train_gpt.MICRO_BATCHES for stage in self.hp.stages]
+    def micro_batches(self, size: int) -> list[int]:
+        """Tokens of a micro-batch as joined by each of so many processes, by stage."""
+        program, world = self.train_gpt, self.train_gpt.World(size=size)
+        dealt = [stage.tokens // program.MICRO_BATCHES for stage in self.hp.stages]
+        return [tokens * program.micro_batches_together(tokens, self.hp, world) for tokens in dealt]
 
     def classes(self, stage) -> int:
         """Of the softmax in this row of STAGES."""
@@ -115,7 +118,7 @@ def states_bytes(run: Run, size: int) -> dict[str, int]:
         states += own * total_bytes(state for state in held if isinstance(state, Tensor))
     signs = run.train_gpt.SIGN_ROWS * run.hp.model_dim * run.dtype.itemsize
     yarn = run.train_gpt.Yarn(run.hp.head_dim, 1, torch.device("cpu"))  # of one position; of twice the longest's, GPT's
-    positions = 2 * max(*run.micro_batches(), run.hp.val_batch_size // run.train_gpt.MICRO_BATCHES)
+    positions = 2 * max(*run.micro_batches(1), run.hp.val_batch_size // run.train_gpt.MICRO_BATCHES)
     return {
         "parameters": total_bytes(run.parameters.values()),
         "gradients": gradients,
@@ -135,13 +138,12 @@ def fp8_bytes(run: Run) -> int:
     return 2 * (layers * ("layers" in run.fp8) + p["head"].numel() * ("head" in run.fp8))
 
 
-def kept_bytes(run: Run, stage) -> dict[str, int]:
-    """An estimate of what the backward pass of a micro-batch finds kept when it begins, by part.
+def kept_bytes(run: Run, stage, tokens: int) -> dict[str, int]:
+    """An estimate of what the backward pass of a micro-batch of so many tokens finds kept when it begins, by part.
 
     Of attention what is projected, q, k, v before and after the norm, and the result; of an MLP both its operands; of
     the stream (T, C) what goes into the compiled regions of a layer and what rows keep; the logits and their gradient.
     """
-    tokens = stage.tokens // run.train_gpt.MICRO_BATCHES
     size, C, layers = run.dtype.itemsize, run.hp.model_dim, run.train_gpt.LAYERS
     product = 1 if "layers" in run.fp8 else size
     stream = sum(1 + sum(map(bool, (a.window, a.adds, a.values, a.mlp, a.keep, a.reads))) for a in layers)
@@ -297,16 +299,16 @@ def memory_told(run: Run) -> str:
     for column in columns:
         column["copy of the parameters in the warm-up"] = column["parameters"]
         column["weights in FP8"] = fp8_bytes(run)
-    kept = [kept_bytes(run, stage) for stage in run.hp.stages]
-    most = max(sum(parts.values()) for parts in kept)
-    unit, name = (2**30, "GiB") if most > 2**30 else (2**20, "MiB")
+    kept = {size: [*map(partial(kept_bytes, run), run.hp.stages, run.micro_batches(size))] for size in SIZES}
+    most = [max(sum(parts.values()) for parts in stages) for stages in kept.values()]
+    kept = kept[1]
+    unit, name = (2**30, "GiB") if most[0] > 2**30 else (2**20, "MiB")
     rows = [[*(f"{size}" for size in SIZES), f"processes, {name} on each"]]
     rows += [[*(f"{column[part] / unit:.2f}" for column in columns), part] for part in columns[0]]
-    rows.append(
-        [*(f"{(sum(column.values()) + most) / unit:.2f}" for column in columns), "with the largest micro-batch"]
-    )
-    batches = [[*(f"stage {i}" for i in range(1, len(kept) + 1)), f"a micro-batch, {name}, estimated"]]
-    batches.append([*(f"{tokens:,}" for tokens in run.micro_batches()), "tokens"])
+    with_most = (f"{(sum(column.values()) + more) / unit:.2f}" for column, more in zip(columns, most, strict=True))
+    rows.append([*with_most, "with the largest micro-batch"])
+    batches = [[*(f"stage {i}" for i in range(1, len(kept) + 1)), f"a micro-batch of one process, {name}, estimated"]]
+    batches.append([*(f"{tokens:,}" for tokens in run.micro_batches(1)), "tokens"])
     batches += [[*(f"{parts[part] / unit:.2f}" for parts in kept), part] for part in kept[0]]
     batches.append([*(f"{sum(parts.values()) / unit:.2f}" for parts in kept), "together"])
     title = "memory; a micro-batch is an estimate of what forward keeps for backward; allocator and libraries take more"

@@ -122,7 +122,7 @@ def test_the_head_computes_the_classes_of_the_stage_and_keeps_their_logits(progr
         describe.forward_flop(run, run.schedule.windows(0), run.classes(row))["head"] == 2 * run.hp.model_dim * classes
     )
     # The logits in bf16, their gradient in FP8 twice, once transposed
-    assert describe.kept_bytes(run, row)["logits"] == row.tokens // 8 * classes * 4
+    assert describe.kept_bytes(run, row, 100)["logits"] == 100 * classes * 4
 
 
 # ------------------------------------------------------------------------------------------------- what the program has
