@@ -525,7 +525,7 @@ def test_with_shares_of_one_the_cross_entropy_kernels_give_what_they_give_withou
         args = logits, lse, targets, weights, log_shares, grad, 1.0, torch.float32
         results.append((losses, lse, train_gpt.cross_entropy_backward_triton(*args)[0]))
     for out, ref in zip(*results, strict=True):
-        assert relative_error(out, ref) < LOSS_TOLERANCE
+        assert relative_error(out, ref) < 2e-5
 
 
 # ---------------------------------------------------------------------------- the head
@@ -676,6 +676,7 @@ def test_compiled_head_loss_equals_eager(grad_scale, sampled):
     left = torch.arange(len(grad_out), device=DEVICE).flip(0) % 9  # of documents of nine tokens
     ids = targets[0].unique()
     ids = torch.cat((ids, torch.tensor([c for c in range(3, 1024, 5) if c not in ids], device=DEVICE).int()))
+    ids = ids[: len(ids) // 16 * 16]  # as products in FP8 take them; all targets stay
     classes = train_gpt.Classes(ids, torch.linspace(-1, 0, len(ids), device=DEVICE)) if sampled else None
 
     def head_loss(x, head):
