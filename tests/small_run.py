@@ -41,6 +41,7 @@ SMALL = dict(
         stage._replace(share=stage.share and 1, tokens=8 * min(16 + 8 * i, 32), untie=i == LAST_STAGE)
         for i, stage in enumerate(STAGES)
     ),
+    micro_batch_tokens=96,  # four of 16 and 24 tokens are joined, two of 32, as far as a rank has them
     num_scheduled_iterations=9,
     num_extension_iterations=1,
     muon_momentum_warmup=4,

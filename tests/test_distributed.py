@@ -21,10 +21,10 @@ SHARDED = [row.name for row in rows_in_use() if row.sharded]
 # Only the order in which gradients are summed differs, in float32; Polar Express turns that into up to 800 times as
 # much where a singular value is small, and later gradients are taken at parameters that differ by it. Losses in nats.
 LOSS_TOLERANCE = 1e-4  # 5e-8 after ten steps
-# As relative norms. Measured for two, four and eight processes 4e-6 in gradients and states and 4e-5 of the way gone;
-# with other tables up to 2e-5 in gradients. A micro-batch lost or counted twice, or an average, is off by a tenth and
-# more.
-TOLERANCE = 1e-3
+# As relative norms. Joined, documents lie at other positions, whose rotation is rounded to bf16 otherwise: measured for
+# two, four and eight processes 1.2e-3 in gradients and 2.4e-3 of the way gone for the bank of queries and keys, 1e-3 at
+# most elsewhere. A micro-batch lost or counted twice, or an average, is off by a tenth and more.
+TOLERANCE = 5e-3
 # In bfloat16 gradients are rounded to 2^-9 of themselves before they are summed; measured 5e-3 nats.
 BF16_LOSS_TOLERANCE = 0.03
 # After steps that rounding has made a little different: measured on two H100s 8e-2 for the embedding, which first steps
@@ -103,11 +103,11 @@ def test_the_loss_after_ten_steps_is_that_of_one_process(runs, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_the_ranks_share_the_same_eight_micro_batches_of_each_step(runs, size):
     for step in range(STEPS):
-        shares = [rank["inputs"][step] for rank in runs[size]]
-        assert [len(share) for share in shares] == [8 // size] * size
-        dealt = [micro_batch for turn in zip(*shares, strict=True) for micro_batch in turn]
-        for micro_batch, alone in zip(dealt, runs[1][0]["inputs"][step], strict=True):
-            assert torch.equal(micro_batch, alone)
+        alone = torch.cat(runs[1][0]["inputs"][step]).view(8, -1)
+        together = min({16: 4, 24: 4, 32: 2}[alone.shape[1]], 8 // size)
+        for rank, found in enumerate(runs[size]):
+            assert torch.equal(torch.cat(found["inputs"][step]).view(8 // size, -1), alone[rank::size])
+            assert {len(joined) for joined in found["inputs"][step]} == {together * alone.shape[1]}
 
 
 @pytest.mark.parametrize("name", NAMES)
