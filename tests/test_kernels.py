@@ -353,23 +353,15 @@ def test_gradients_of_the_fp8_mlp_do_not_depend_on_the_scale_of_the_loss(device)
 
 WEIGHTS = {1: (1.0,), 2: (1.0, 0.5), 3: (1.0, 0.5, 0.25), 4: (1.0, 0.5, 0.25, 0.375)}  # the fourth is a prefix's
 # rows: more than a tile of the backward kernel; above, at and below the number of targets; columns: some blocks and a
-# part, less than a block, whole blocks; the backward kernel's tiles have 64 columns, the other's 1024
+# part, less than a block, whole blocks
 CROSS_ENTROPY_SHAPES = [(134, 300), (6, 5003), (3, 4096), (2, 300), (1, 300)]
-BACKWARD_SHAPES = [(134, 300), (6, 325), (3, 320), (2, 300), (1, 300)]
+cross_entropy_cases = pytest.mark.parametrize("T, V", CROSS_ENTROPY_SHAPES)
 numbers_of_targets = pytest.mark.parametrize("n", WEIGHTS)
-some_or_all = pytest.mark.parametrize("sampled", [False, True], ids=["all", "sampled"])  # classes
 
 
-def plain_softmax(logits, shares=None):
-    """Logarithms of probabilities (T, V) and of the sum behind them (T,), where a class stands for 1 / its share."""
-    z = 23 * torch.sigmoid((logits + 5) / 7.5)
-    lse = (z.exp() if shares is None else z.exp() / shares.to(z)).sum(-1).log()
-    return z - lse[:, None], lse
-
-
-def plain_loss(logits, targets, weights, shares=None):
+def plain_loss(logits, targets, weights):
     """Softcapped cross-entropy by position, of all the targets that a position has."""
-    log_p, _ = plain_softmax(logits, shares)
+    log_p = F.log_softmax(23 * torch.sigmoid((logits + 5) / 7.5), dim=-1)
     losses = []
     for t, of_position in enumerate(targets.T.tolist()):
         terms = [-w * log_p[t, target] for w, target in zip(weights, of_position, strict=True) if target >= 0]
@@ -397,18 +389,9 @@ def cross_entropy_inputs(T, V, n, device="cpu", dtype=torch.float32):
     return logits, some_targets(T, V, n, device), torch.tensor(WEIGHTS[n], device=device), grad
 
 
-def some_shares(targets, V):
-    """(V,), float64: of the next tokens 1, of most others a twentieth to a half; of prefixes either, as it comes."""
-    shares = (0.05 + 0.45 * torch.rand(V, dtype=torch.float64)).to(targets.device)
-    shares[::7] = 1  # targets of other positions
-    next_tokens = targets[:3].flatten()
-    shares[next_tokens[next_tokens >= 0].long()] = 1
-    return shares
-
-
-def plain_cross_entropy_gradient(logits, targets, weights, grad, shares=None):
+def plain_cross_entropy_gradient(logits, targets, weights, grad):
     logits = logits.detach().double().requires_grad_()
-    losses = plain_loss(logits, targets, weights.tolist(), shares)
+    losses = plain_loss(logits, targets, weights.tolist())
     return torch.autograd.grad(losses, logits, grad.double())[0]
 
 
@@ -424,24 +407,17 @@ def assert_gradient(out, ref, targets, tolerance):
     assert relative_error(out[~is_target], ref[~is_target]) < tolerance, "away from the targets"
 
 
-def shares_and_logarithms(sampled, targets, V):
-    """Of all classes, or None twice. The kernels take the logarithms in float32."""
-    shares = some_shares(targets, V) if sampled else None
-    return shares, shares.log().float() if sampled else None
-
-
 @on_each_device
 @numbers_of_targets
-@pytest.mark.parametrize("T, V", CROSS_ENTROPY_SHAPES)
-@some_or_all
-def test_cross_entropy_kernel_is_the_softcapped_multi_token_loss(sampled, T, V, n, device, dtype):
+@cross_entropy_cases
+def test_cross_entropy_kernel_is_the_softcapped_multi_token_loss(T, V, n, device, dtype):
     logits, targets, weights, _ = cross_entropy_inputs(T, V, n, device, dtype)
-    shares, log_shares = shares_and_logarithms(sampled, targets, V)
     with poisoned_memory():
-        losses, lse = train_gpt.cross_entropy_triton(logits, targets, weights, log_shares)
+        losses, lse = train_gpt.cross_entropy_triton(logits, targets, weights)
     assert losses.dtype == lse.dtype == torch.float32
-    assert relative_error(losses, plain_loss(logits.double(), targets, WEIGHTS[n], shares)) < LOSS_TOLERANCE
-    assert relative_error(lse, plain_softmax(logits.double(), shares)[1]) < LOSS_TOLERANCE
+    assert relative_error(losses, plain_loss(logits.double(), targets, WEIGHTS[n])) < LOSS_TOLERANCE
+    ref_lse = (23 * torch.sigmoid((logits.double() + 5) / 7.5)).logsumexp(-1)
+    assert relative_error(lse, ref_lse) < LOSS_TOLERANCE
 
 
 # In e5m2, which the head's FP8 products read, the transpose is written as well.
@@ -454,23 +430,19 @@ BACKWARD_ON = [
 
 @pytest.mark.parametrize("device, dtype", BACKWARD_ON)
 @numbers_of_targets
-@pytest.mark.parametrize("T, V", BACKWARD_SHAPES)
-@some_or_all
-def test_cross_entropy_backward_kernel_is_the_gradient_over_scale(sampled, T, V, n, device, dtype):
+@cross_entropy_cases
+def test_cross_entropy_backward_kernel_is_the_gradient_over_scale(T, V, n, device, dtype):
     logits_dtype = dtype
     if dtype == torch.float8_e5m2:
         logits_dtype, T = torch.bfloat16 if device == "cuda" else torch.float32, -(-T // 4) * 4  # fours of rows
     logits, targets, weights, grad = cross_entropy_inputs(T, V, n, device, logits_dtype)
-    shares, log_shares = shares_and_logarithms(sampled, targets, V)
-    lse = plain_softmax(logits.double(), shares)[1].float()
-    ref = plain_cross_entropy_gradient(logits, targets, weights, grad, shares)
+    lse = (23 * torch.sigmoid((logits.double() + 5) / 7.5)).logsumexp(-1).float()
+    ref = plain_cross_entropy_gradient(logits, targets, weights, grad)
     # Logits of std 6 reach far down the softmax: in small types a scale that keeps most elements above the smallest
     # normal number, and none above the largest
     scale = {torch.float16: 1e-4, torch.float8_e5m2: 5e-5}.get(dtype, 0.25)
     with poisoned_memory():
-        out, out_t = train_gpt.cross_entropy_backward_triton(
-            logits, lse, targets, weights, log_shares, grad, scale, dtype
-        )
+        out, out_t = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, grad, scale, dtype)
     assert out.dtype == dtype
     if dtype == torch.float8_e5m2:
         assert torch.equal(out_t.view(torch.uint8), out.view(torch.uint8).T)
@@ -487,7 +459,7 @@ def test_cross_entropy_kernels_stay_finite_at_extreme_logits(device, dtype):
     losses, lse = train_gpt.cross_entropy_triton(logits, targets, weights)
     assert relative_error(losses, plain_loss(logits.double(), targets, [1.0])) < LOSS_TOLERANCE
     grad = torch.ones(2, device=device)
-    out, _ = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, None, grad, 1.0, torch.float32)
+    out, _ = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, grad, 1.0, torch.float32)
     assert out.isfinite().all()
 
 
@@ -497,42 +469,26 @@ def test_cross_entropy_kernels_leave_a_nan_in_the_loss_and_the_gradient_of_its_r
     logits[1, 7] = float("nan")
     losses, lse = train_gpt.cross_entropy_triton(logits, targets, weights)
     assert losses.isnan().tolist() == lse.isnan().tolist() == [False, True, False]
-    out, _ = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, None, grad, 1.0, torch.float32)
+    out, _ = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, grad, 1.0, torch.float32)
     assert out.isnan().all(1).tolist() == out.isnan().any(1).tolist() == [False, True, False]
 
 
 @numbers_of_targets
-@some_or_all
 @pytest.mark.parametrize("T, V", [(6, 300), (2, 50), (1, 50)])
-def test_cross_entropy_references_are_the_loss_and_its_gradient(T, V, sampled, n):
+def test_cross_entropy_references_are_the_loss_and_its_gradient(T, V, n):
     logits, targets, weights, grad = cross_entropy_inputs(T, V, n, dtype=torch.float64)
-    shares = some_shares(targets, V) if sampled else None
-    log_shares = shares.log() if sampled else None
-    losses, lse = train_gpt.cross_entropy_reference(logits, targets, weights, log_shares)
-    assert relative_error(losses, plain_loss(logits, targets, WEIGHTS[n], shares)) < EXACT_TOLERANCE
-    args = logits, lse, targets, weights, log_shares, grad, 0.25, torch.float64
-    out = train_gpt.cross_entropy_backward_reference(*args)
-    ref = plain_cross_entropy_gradient(logits, targets, weights, grad, shares) / 0.25
+    losses, lse = train_gpt.cross_entropy_reference(logits, targets, weights)
+    assert relative_error(losses, plain_loss(logits, targets, WEIGHTS[n])) < EXACT_TOLERANCE
+    out = train_gpt.cross_entropy_backward_reference(logits, lse, targets, weights, grad, 0.25, torch.float64)
+    ref = plain_cross_entropy_gradient(logits, targets, weights, grad) / 0.25
     assert_gradient(out, ref, targets, 1e-9)  # p - 1 cancels where p is near 1
-
-
-@on_each_device
-def test_with_shares_of_one_the_cross_entropy_kernels_give_what_they_give_without(device, dtype):
-    logits, targets, weights, grad = cross_entropy_inputs(6, 300, 4, device, dtype)
-    results = []
-    for log_shares in (None, torch.zeros(300, device=device)):
-        losses, lse = train_gpt.cross_entropy_triton(logits, targets, weights, log_shares)
-        args = logits, lse, targets, weights, log_shares, grad, 1.0, torch.float32
-        results.append((losses, lse, train_gpt.cross_entropy_backward_triton(*args)[0]))
-    for out, ref in zip(*results, strict=True):
-        assert relative_error(out, ref) < 2e-5
 
 
 # ---------------------------------------------------------------------------- the head
 
 
-def plain_head_loss(targets, weights, shares=None):
-    return lambda x, head: plain_loss(x @ head, targets, weights, shares)
+def plain_head_loss(targets, weights):
+    return lambda x, head: plain_loss(x @ head, targets, weights)
 
 
 HEAD_CASES = [
@@ -549,49 +505,17 @@ def head_inputs(device, dtype, n, T=48, C=64, V=1024):
 
 
 @numbers_of_targets
-@some_or_all
 @pytest.mark.parametrize("device, dtype, tolerance", HEAD_CASES)
-def test_head_loss_has_the_value_and_gradients_of_the_plain_formula(n, sampled, device, dtype, tolerance):
+def test_head_loss_has_the_value_and_gradients_of_the_plain_formula(n, device, dtype, tolerance):
     inputs, targets = head_inputs(device, dtype, n)
-    shares = some_shares(targets, inputs[1].shape[1]) if sampled else None
-    log_shares = None if shares is None else shares.log().to(torch.promote_types(dtype, torch.float32))
     weights = torch.tensor(WEIGHTS[n], device=device)
     grad_out = torch.rand(targets.shape[1]).to(device) + 0.5
     if dtype == torch.float64:
         grad_out = grad_out.double()
-    outs = with_gradients(lambda x, head: HeadLoss.apply(x, head, targets, weights, log_shares, None), inputs, grad_out)
-    refs = with_gradients(plain_head_loss(targets, WEIGHTS[n], shares), [t.double() for t in inputs], grad_out.double())
+    outs = with_gradients(lambda x, head: HeadLoss.apply(x, head, targets, weights, None), inputs, grad_out)
+    refs = with_gradients(plain_head_loss(targets, WEIGHTS[n]), [t.double() for t in inputs], grad_out.double())
     for name, out, ref in zip(("losses", "x", "head"), outs, refs, strict=True):
         assert relative_error(out, ref) < tolerance, name
-
-
-# What the classes of a step are for: fewer columns, and the same losses and gradients to expect.
-@pytest.mark.parametrize("n", [1, 4])
-def test_sampled_losses_and_gradients_are_on_average_about_those_of_the_whole_softmax(n):
-    T, V, count = 6, 300, 60
-    logits, targets, weights, grad = cross_entropy_inputs(T, V, n, dtype=torch.float64)
-    logits = logits / 6  # what is far from even takes many more draws
-    classes = targets[targets >= 0].unique()
-    others = torch.tensor([c for c in range(V) if c not in classes])
-    share = (count - len(classes)) / len(others)
-    sums, gradients = [], []
-    for _ in range(400):
-        drawn = others[torch.randperm(len(others))[: count - len(classes)]]
-        ids = torch.cat((classes, drawn))
-        log_shares = torch.cat((torch.zeros(len(classes)), torch.full((len(drawn),), share).log())).double()
-        places = torch.full((V + 1,), -1)
-        places[ids] = torch.arange(count)
-        args = logits[:, ids], places[targets.long()], weights
-        lse = train_gpt.cross_entropy_reference(*args, log_shares)[1]
-        grads = train_gpt.cross_entropy_backward_reference(args[0], lse, *args[1:], log_shares, grad, 1.0, logits.dtype)
-        sums.append(lse.exp())
-        gradients.append(torch.zeros_like(logits).index_copy_(1, ids, grads))
-    whole = plain_softmax(logits)[1].exp()
-    noise = torch.stack(sums).std(0) / len(sums) ** 0.5
-    assert ((torch.stack(sums).mean(0) - whole).abs() < 4 * noise).all() and (noise < 0.01 * whole).all()
-    # A quotient by an estimate is not exactly unbiased: a little is left of what counts 1 for every class that is there
-    ref = plain_cross_entropy_gradient(logits, targets, weights, grad)
-    assert relative_error(torch.stack(gradients).mean(0), ref) < 0.02
 
 
 @numbers_of_targets
@@ -604,7 +528,7 @@ def test_head_loss_in_fp8_is_the_plain_formula_within_the_quantisation(n, device
     grad_scale = 0.25  # 2 over 8 micro-batches
     # Not all equal: e5m2 would round the targets' elements, all of nearly one size, in one direction
     grad_out = grad_scale * (torch.rand(targets.shape[1]).to(device) + 0.5)
-    outs = with_gradients(lambda x, head: HeadLoss.apply(x, head, targets, weights, None, grad_scale), inputs, grad_out)
+    outs = with_gradients(lambda x, head: HeadLoss.apply(x, head, targets, weights, grad_scale), inputs, grad_out)
     refs = with_gradients(plain_head_loss(targets, WEIGHTS[n]), [t.double() for t in inputs], grad_out.double())
     assert [out.dtype for out in outs] == [torch.float32, torch.bfloat16, torch.bfloat16]
     for name, out, ref in zip(("x", "head"), outs[1:], refs[1:], strict=True):  # noise, not a different scale
@@ -624,9 +548,7 @@ def test_fp8_gradient_does_not_depend_on_the_scale_of_the_loss(device):
 
     def gradients(grad_scale):
         grad_out = torch.full(targets.shape[1:], grad_scale, device=device)
-        return with_gradients(
-            lambda x, head: HeadLoss.apply(x, head, targets, weights, None, grad_scale), inputs, grad_out
-        )
+        return with_gradients(lambda x, head: HeadLoss.apply(x, head, targets, weights, grad_scale), inputs, grad_out)
 
     # Powers of two apart: equal but for the order of sums. Without the scale, e5m2 would overflow or lose all.
     for small, large in zip(gradients(2.0**-16)[1:], gradients(2.0**16)[1:], strict=True):
@@ -664,25 +586,17 @@ def test_compiled_mlp_in_fp8_equals_eager():
     assert_compiled_equals_eager(fp8_mlp(0.25), inputs, grad_out, COMPILED_FP8_TOLERANCE)
 
 
-@some_or_all
 @pytest.mark.parametrize("grad_scale", [None, pytest.param(0.25, marks=needs_fp8_gpu)])
-def test_compiled_head_loss_equals_eager(grad_scale, sampled):
+def test_compiled_head_loss_equals_eager(grad_scale):
     inputs, targets = head_inputs(DEVICE, OPERATOR_DTYPE if grad_scale is None else torch.bfloat16, 1)
     weights = torch.tensor(WEIGHTS[3], device=DEVICE)
     prefixes = integers(1025, 1024, device=DEVICE) - 1
     grad_out = torch.full(targets.shape[1:], 0.25, device=DEVICE)
     tolerance = COMPILED_TOLERANCE if grad_scale is None else COMPILED_FP8_TOLERANCE
-
     left = torch.arange(len(grad_out), device=DEVICE).flip(0) % 9  # of documents of nine tokens
-    ids = targets[0].unique()
-    ids = torch.cat((ids, torch.tensor([c for c in range(3, 1024, 5) if c not in ids], device=DEVICE).int()))
-    ids = ids[: len(ids) // 16 * 16]  # as products in FP8 take them; all targets stay
-    classes = train_gpt.Classes(ids, torch.linspace(-1, 0, len(ids), device=DEVICE)) if sampled else None
 
     def head_loss(x, head):
-        head = head if classes is None else head.index_select(1, classes.ids)
-        rest = weights, prefixes, classes, len(prefixes), grad_scale
-        return train_gpt.head_losses(x, head, targets[0], left, *rest)
+        return train_gpt.head_losses(x, head, targets[0], left, weights, prefixes, None, len(prefixes), grad_scale)
 
     assert_compiled_equals_eager(head_loss, inputs, grad_out, tolerance)
 
@@ -708,20 +622,16 @@ def test_transposed_operator_is_registered_right():
     torch.library.opcheck(torch.ops.speedrun.transposed, (integers(256, 8, 12).to(DEVICE, torch.uint8),))
 
 
-@some_or_all
-def test_cross_entropy_operator_is_registered_right(sampled):
+def test_cross_entropy_operator_is_registered_right():
     logits, targets, weights, _ = cross_entropy_inputs(6, 304, 4, DEVICE, OPERATOR_DTYPE)
-    _, log_shares = shares_and_logarithms(sampled, targets, 304)
-    torch.library.opcheck(torch.ops.speedrun.cross_entropy, (logits, targets, weights, log_shares))
+    torch.library.opcheck(torch.ops.speedrun.cross_entropy, (logits, targets, weights))
 
 
-@some_or_all
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_backward_operator_is_registered_right(dtype, sampled):
+def test_cross_entropy_backward_operator_is_registered_right(dtype):
     logits, targets, weights, grad = cross_entropy_inputs(6, 304, 4, DEVICE, OPERATOR_DTYPE)
-    _, log_shares = shares_and_logarithms(sampled, targets, 304)
-    lse = train_gpt.cross_entropy(logits, targets, weights, log_shares)[1]
-    arguments = (logits, lse, targets, weights, log_shares, grad, 0.5, dtype)
+    lse = train_gpt.cross_entropy(logits, targets, weights)[1]
+    arguments = (logits, lse, targets, weights, grad, 0.5, dtype)
     torch.library.opcheck(torch.ops.speedrun.cross_entropy_backward, arguments)
 
 
@@ -994,7 +904,7 @@ def losses_and_gradients(model, device, fp8_grad_scale=None, classes=0):
     weights, batch = torch.tensor([1.0, 0.5], device=device), small_batch(device)
     if classes:
         chosen = train_gpt.softmax_classes(batch.targets.cpu().numpy(), classes, 1024)
-        batch = batch._replace(classes=train_gpt.Classes(*train_gpt.to_device(chosen, torch.device(device))))
+        batch = batch._replace(classes=torch.from_numpy(chosen.astype(np.int32)).to(device))
     losses = model(batch, {"short": 32, "long": 96}, weights, fp8_grad_scale)
     parameters = {name: p for name in COMPARED if (p := getattr(model, name)).numel()}
     for p in model.parameters():
