@@ -409,8 +409,8 @@ def check_tables(hp: Hyperparameters) -> None:
         require(min(stage.short_window, stage.long_window) > 0, f"{row}: a window has at least 1 block")
         require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
         require(first == last > 0, f"{row}: {first} multi-token weights at the start, {last} at the end: as many, > 0")
-        told = f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16 up to {hp.padded_vocab}"
-        require(0 <= stage.classes <= hp.padded_vocab and stage.classes % 16 == 0, told)
+        told = f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16"
+        require(stage.classes >= 0 and stage.classes % 16 == 0, told)
         told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
         require(isinstance(stage.prefix_weights, tuple) and len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
@@ -2813,7 +2813,8 @@ class TrainingSchedule:
     def size(self, step: int) -> tuple[int, int, int]:
         """Tokens of a micro-batch, at how many tokens documents are cut, and the classes of the softmax, 0 for all."""
         stage = self.stage(step)
-        return self.tokens(step), min(stage.max_seq_len, self.hp.train_max_seq_len), stage.classes
+        classes = stage.classes if stage.classes < self.hp.padded_vocab else 0
+        return self.tokens(step), min(stage.max_seq_len, self.hp.train_max_seq_len), classes
 
     def lr(self, step: int) -> float:
         """Learning-rate factor: the stage's multiplier, from the cooldown on moving linearly to lr_end."""
@@ -2929,7 +2930,7 @@ class Trainer:
         """Forward and backward on each micro-batch; the optimizer notes what all ranks looked up."""
         run, graph = partial(self.micro_step, step), self.graphs.get(self.stage_index)
         for micro_batch in batch.micro_batches:
-            rare = micro_batch.classes is None and self.schedule.stage(step).classes  # see softmax_classes
+            rare = micro_batch.classes is None and self.schedule.size(step)[2]  # see softmax_classes
             (run if rare or not graph else graph)(micro_batch, self.target_weights[step])
         self.optimizer.note(batch.dealt)
 

@@ -70,7 +70,7 @@ class Run:
 
     def classes(self, stage) -> int:
         """Of the softmax in this row of STAGES."""
-        return stage.classes or self.hp.padded_vocab
+        return min(stage.classes or self.hp.padded_vocab, self.hp.padded_vocab)
 
     def spans(self) -> list[tuple[int, int]]:
         """First step of each stage, and the first after it."""

@@ -17,7 +17,6 @@ from train_gpt import (
     GPT,
     LAYERS,
     X0,
-    Classes,
     Documents,
     Hyperparameters,
     Layer,
@@ -197,15 +196,14 @@ def plain_logits(p, signs, inputs, gate_network=plain_gates):
     return 23 * torch.sigmoid((plain_rms_norm(x) @ p["head"] + 5) / 7.5)
 
 
-def plain_losses(p, signs, inputs, targets, weights, gate_network=plain_gates, prefixes=None, shares=None):
+def plain_losses(p, signs, inputs, targets, weights, gate_network=plain_gates, prefixes=None, classes=None):
     """Loss by position. With prefixes, by token, the last weight is that of the next token's.
 
-    shares: of the softmax's classes, by class, the chance that it is one; None for all.
+    classes: of the softmax, None for all.
     """
     z = plain_logits(p, signs, inputs, gate_network)
-    shares = dict.fromkeys(range(z.shape[1]), 1) if shares is None else shares
-    counts = [1 / shares[c] if c in shares else 0 for c in range(z.shape[1])]  # how many a class stands for
-    log_p = z - (z.exp() @ torch.tensor(counts, dtype=torch.float64)).log()[:, None]
+    classes = range(z.shape[1]) if classes is None else classes
+    log_p = z - z.exp()[:, list(classes)].sum(1).log()[:, None]
     losses = [0] * T
     for start, end in pairwise(ENDS):
         for t in range(start, end):
@@ -213,7 +211,7 @@ def plain_losses(p, signs, inputs, targets, weights, gate_network=plain_gates, p
                 if t + 1 + k <= end:  # the token that begins the next document is told by its inputs
                     losses[t] = losses[t] - weight * log_p[t, int(targets[t + k])]
             prefix = (prefixes or {}).get(int(targets[t]))
-            if prefix in shares:
+            if prefix in classes:
                 losses[t] = losses[t] - weights[-1] * log_p[t, prefix]
     return torch.stack(losses)
 
@@ -310,36 +308,31 @@ def test_the_next_tokens_prefix_is_one_more_target_where_it_has_one():
 
 
 def with_classes(batch, count):
-    chosen = train_gpt.softmax_classes(batch.targets.numpy(), count, train_gpt.round_up(HP.vocab_size, 128))
-    return batch._replace(classes=Classes(*map(torch.from_numpy, chosen)))
+    classes = train_gpt.softmax_classes(batch.targets.numpy(), count, train_gpt.round_up(HP.vocab_size, 128))
+    return batch._replace(classes=torch.from_numpy(classes.astype(np.int32)))
 
 
 @pytest.mark.parametrize("count", [48, 80])
-def test_a_softmax_over_some_classes_counts_each_as_often_as_it_stands_for_others(count):
+def test_a_softmax_over_some_classes_leaves_out_the_others_and_prefixes_among_them(count):
     model, tokens, weights = random_model(), random_tokens(), (1.0, 0.5, 0.3)
     tokens[20:23] = tokens[19]  # a target several times, also as a further token's
     prefixes = {token: (7 * token + 1) % HP.vocab_size for token in range(HP.vocab_size)}
     model.prefixes[: HP.vocab_size] = torch.tensor([*prefixes.values()])
     batch = with_classes(MicroBatch(tokens[:-1], tokens[1:], documents()), count)
-    found = {*tokens[1:].tolist()}
-    share = (count - len(found)) / (128 - len(found))
-    shares = {c: 1 if c in found else share for c in batch.classes.ids.tolist()}
-    assert found < {*shares} and len(shares) == count
-    # of the prefixes some, not all, are classes; and of these some, not all, for certain
-    classes = {prefixes[token] for token in found} & {*shares}
-    assert 0 < len(classes & found) < len(classes) < len(found)
+    classes = {*batch.classes.tolist()}
+    assert {*tokens[1:].tolist()} < classes and len(classes) == count
+    assert 0 < len({prefixes[token] for token in tokens[1:].tolist()} & classes) < T  # some of them, not all
     losses = model(batch, WINDOWS, torch.tensor(weights, dtype=torch.float64), prefix=True)
     p = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
-    expected = plain_losses(p, model.signs, tokens[:-1], tokens[1:], weights, prefixes=prefixes, shares=shares)
-    # the shares' logarithms are float32
-    assert relative_error(losses, expected) < 1e-7
+    expected = plain_losses(p, model.signs, tokens[:-1], tokens[1:], weights, prefixes=prefixes, classes=classes)
+    assert relative_error(losses, expected) < EXACT_TOLERANCE
     slopes = torch.randn(T, dtype=torch.float64)
     model.head.grad = torch.ones_like(model.head)  # to which the gradient is added
     (losses * slopes).sum().backward()
     gradients = torch.autograd.grad((expected * slopes).sum(), [p["head"], p["embed"]])
-    assert relative_error(model.head.grad - 1, gradients[0]) < 1e-7
-    assert relative_error(model.embed.grad, gradients[1]) < 1e-7
-    left_out = sorted({*range(model.head.shape[1])} - {*shares})
+    assert relative_error(model.head.grad - 1, gradients[0]) < EXACT_TOLERANCE
+    assert relative_error(model.embed.grad, gradients[1]) < EXACT_TOLERANCE
+    left_out = sorted({*range(model.head.shape[1])} - classes)
     assert (model.head.grad[:, left_out] == 1).all()
 
 
@@ -347,8 +340,7 @@ def test_a_softmax_over_as_many_classes_as_there_are_is_the_whole_one():
     model, tokens = random_model(), random_tokens()
     batch = MicroBatch(tokens[:-1], tokens[1:], documents())
     weights = torch.tensor(TARGET_WEIGHTS, dtype=torch.float64)
-    out, whole = model(with_classes(batch, 128), WINDOWS, weights), model(batch, WINDOWS, weights)
-    assert relative_error(out, whole) < EXACT_TOLERANCE
+    assert torch.equal(model(with_classes(batch, 128), WINDOWS, weights), model(batch, WINDOWS, weights))
 
 
 def test_without_prefixes_their_weight_changes_nothing():
@@ -454,7 +446,7 @@ def test_joined_micro_batches_have_the_losses_and_gradients_that_they_have_apart
     model.prefixes[: HP.vocab_size] = torch.randperm(HP.vocab_size, dtype=torch.int32)
     exact_tables(model.to(dtype).yarn, dtype)
     targets = np.concatenate([tokens[1:] for tokens, _ in dealt])
-    classes = [torch.from_numpy(a) for a in train_gpt.softmax_classes(targets, 96, 128)]
+    classes = train_gpt.to_device([train_gpt.softmax_classes(targets, 96, 128)], CPU)
     weights = torch.tensor((*TARGET_WEIGHTS, 0.3), dtype=dtype)
     slopes = torch.randn(80, dtype=dtype)  # so that no position's gradient is another's
 
