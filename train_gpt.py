@@ -2434,6 +2434,11 @@ class ShardedRows(Sharded):
         self.occurred[:] = False
 
 
+def ngram_slots(hp: Hyperparameters, world: World) -> int:
+    """How many rows a rank looks up in a step, at most."""
+    return min(len(NGRAM_FACTORS) * max(stage.tokens for stage in hp.stages) // world.size, hp.ngram_rows)
+
+
 class FewRows(Alone):
     """For the table of n-grams, of which a step takes few rows: ahead of it, they are copied to a cache p.
 
@@ -2547,9 +2552,8 @@ class Optimizer:
     def __init__(self, model: GPT, hp: Hyperparameters, world: World, untie_step: int, compile: bool = False):
         compiled, parameters = compiler(compile), model.tensors()
         check_parameters(parameters)
-        largest = max(stage.tokens for stage in hp.stages) // world.size
-        slots = min(len(NGRAM_FACTORS) * largest, hp.ngram_rows)
-        model.ngrams = parameters["ngrams"] = model.embed.new_zeros(slots, hp.model_dim).requires_grad_()
+        cache = model.embed.new_zeros(ngram_slots(hp, world), hp.model_dim)
+        model.ngrams = parameters["ngrams"] = cache.requires_grad_()
         # An empty parameter, as the value embeddings of a model that has none, takes no part.
         rows = [row for row in PARAMETERS if parameters[row.name].numel()]
         self.slots = {row.name: Slot(row, parameters[row.name], hp, world, compiled) for row in rows}
@@ -3976,6 +3980,9 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
     widest = round((448 * (FP8_HEAD_X if hp.fp8 == "head" else FP8_X)) ** 2)  # no number of a normed row is larger
     told = f"width {hp.model_dim}: FP8 in the layers is made for widths up to {widest}: give --fp8=head, or --fp8=off"
     require(not fp8 or hp.model_dim <= widest, told)
+    wide, slots = hp.model_dim * choose_dtype(hp, world).itemsize, ngram_slots(hp, world)
+    row = (wide + 8) / world.size / 2**30  # GiB of each rank, with the optimizer's two numbers
+    table, cache = hp.ngram_rows * row, slots * (wide + 4 * hp.model_dim) / 2**30
     machine, notes = f"{world.size} x CPU", []
     if world.on_gpu:
         require(hasattr(triton, "__version__"), f"Triton is missing, the kernels need it: {INSTALL}")
@@ -3992,10 +3999,15 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
         require(gpu.major < 9 or shared >= KERNEL_SHARED_MEMORY, told)
         free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(world.device))
         machine = f"{world.size} x {gpu.name}, {free:.0f} of {whole:.0f} GiB free"
-        # Measured for the speedrun's model: 8.3 GiB whatever the batch, 28.3 with 49,152 tokens, 29.7 with bf16 layers.
+        # Measured for the speedrun's model beside its n-grams: 5.8 GiB whatever the batch, 25.8 with 49,152 tokens.
         sizes = {stage.tokens // MICRO_BATCHES for stage in hp.stages}
         largest = max(size * micro_batches_together(size, hp, world) for size in sizes)
-        needed = 8.3 + 21.4 * largest / 49_152 * hp.model_dim / 768
+        needed = cache + 5.8 + 21.4 * largest / 49_152 * hp.model_dim / 768
+        rows = int((free - needed) / row) // 16 * 16
+        told = f"--ngram_rows={hp.ngram_rows}: they take {table:.1f} GiB of each rank, {free:.0f} are free and about "
+        told += f"{needed:.0f} are needed for all else: give --ngram_rows={rows}, or use more GPUs"
+        require(table + cache < free or rows < 16, told)
+        needed += table
         if free < needed:
             remedy = "lower --micro_batch_tokens or the tokens in STAGES"
             notes = [f"note: about {needed:.0f} GiB are needed, {free:.0f} are free: {remedy}"]
@@ -4010,6 +4022,7 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
         f"{hp.val_tokens:,} of {val_tokens:,} validation tokens",
         f"run: {hp.run_id}, {hp.total_steps} steps{length}, {total:,} tokens "
         f"({total / train_tokens:.2f} of the train files)",
+        f"n-grams: {hp.ngram_rows:,} rows, which take {table:.2f} GiB of each rank; those of a step {cache:.2f}",
         f"stages: begin at steps {' '.join(map(str, schedule.starts))}",
         *notes,
     ]

@@ -48,7 +48,7 @@ SMALL = dict(
     muon_momentum_cooldown=2,
     window_block=4,
     num_heads=2,
-    bigram_vocab_size=64,
+    ngram_rows=64,
     val_tokens=512,
     val_batch_size=256,
 )
