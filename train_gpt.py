@@ -273,7 +273,7 @@ class Hyperparameters:
     val_loss_every: int = 250  # steps; 0: only at the end
     val_steps: tuple[int, ...] = ()  # further steps at which to validate, e.g. 5,10,25
     save_checkpoint: bool = False  # at the end: the model alone
-    checkpoint_every: int = 0  # steps between checkpoints to go on from, 5 GB each; also at SIGTERM. 0: none
+    checkpoint_every: int = 0  # steps between checkpoints to go on from, 7 GB each; also at SIGTERM. 0: none
     resume: str = ""  # the run_id of a run to go on with, from its last checkpoint; "auto": run_id's, if there is one
     hang_timeout: float = 300.0  # seconds on the clock without a step's end after which the run is ended; 0: never
     bench: bool = False  # instead of the run: time each stage and project the whole run's time
@@ -3312,28 +3312,42 @@ class Trainer:
     def save_checkpoint(self, log: "Log", progress: Progress | None = None) -> None:
         """Writes the model, and with `progress` all it takes to go on, beside the log; every rank must call it.
 
-        torch.load(path, weights_only=True) reads the file. The newest two are kept.
+        torch.load(path, weights_only=True) reads the files. The newest two are kept.
         """
-        optimizer = self.optimizer.state() if progress else {}
-        if self.world.rank:
-            return
         step = progress.step if progress else self.hp.total_steps
         path = log.path.with_name(f"{self.hp.run_id}_step{step:06d}.pt")
+        optimizer = self.optimizer.state() if progress else {}
+        rows = self.save_rows(path, RowAdam.row_states if progress else ("p",))
+        if self.world.rank:
+            return
         settings = {name: getattr(self.hp, name) for name in SETTINGS}
         content = dict(step=step, hyperparameters=settings, stages=[tuple(stage) for stage in self.hp.stages])
         content.update(shards=self.shards, progress=vars(progress) if progress else {})
-        content.update(prefixes=prefixes_in_words(self.model.prefixes))
+        content.update(prefixes=prefixes_in_words(self.model.prefixes), rows=[checksum for checksum, _ in rows])
         content.update(model=dict(self.model.state_dict()), optimizer=optimizer)
-        try:
-            write_checkpoint(path, content)
-        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
-            log.write(f"no checkpoint at step {step}: {path}: {error}; training goes on")
-            return
-        log.write(f"checkpoint: {path}")
-        unfinished = checkpoints_of(self.hp.run_id, path.parent, "part")  # of a run that was killed meanwhile
-        done = [old for old in checkpoints_of(self.hp.run_id, path.parent) if old <= path]  # later ones are damaged
-        for old in done[:-CHECKPOINTS_KEPT] + unfinished:
-            old.unlink(missing_ok=True)
+        told = next(filter(None, (told for _, told in rows)), "") or try_to_write(path, content)[1]
+        log.write(f"no checkpoint at step {step}: {told}; training goes on" if told else f"checkpoint: {path}")
+        if not told:
+            unfinished = checkpoints_of(self.hp.run_id, path.parent, "part")  # of a run that was killed meanwhile
+            done = [old for old in checkpoints_of(self.hp.run_id, path.parent) if old <= path]  # later ones are damaged
+            for old in done[:-CHECKPOINTS_KEPT] + unfinished:
+                old.unlink(missing_ok=True)
+        for piece in path.parent.glob(f"{escape(self.hp.run_id)}_step{6 * '[0-9]'}_rows[0-9].*"):
+            if not piece.with_name(f"{piece.stem[: -len('_rows0')]}.pt").exists():  # of no use without
+                piece.unlink(missing_ok=True)
+
+    def save_rows(self, path: Path, names: tuple[str, ...]) -> list[tuple[str, str]]:
+        """Writes this rank's pieces of the n-grams' table; of all ranks' the checksum, or why it was not written."""
+        algorithm, size, written = self.ngrams.algorithm, self.world.size, []
+        own = len(piece_paths(path)) // size
+        for i, piece in enumerate(piece_paths(path)[self.world.rank * own :][:own]):
+            content = {name: getattr(algorithm, name).chunk(own)[i].to("cpu", copy=True) for name in names}
+            written.append(try_to_write(piece, content))
+        everyone: list = [written]
+        if size > 1:
+            everyone *= size
+            dist.all_gather_object(everyone, written)
+        return [piece for pieces in everyone for piece in pieces]
 
     @torch.no_grad()
     def restore(self, checkpoint: dict) -> Progress:
@@ -3341,6 +3355,10 @@ class Trainer:
         for name, p in self.model.named_parameters():
             copy_saved(p, checkpoint["model"].get(name), name)
         self.optimizer.load(checkpoint["optimizer"])
+        own = len(checkpoint["rows"]) // self.world.size
+        for i, piece in enumerate(checkpoint["rows"][self.world.rank * own :][:own]):
+            for name in RowAdam.row_states:
+                copy_saved(getattr(self.ngrams.algorithm, name).chunk(own)[i], piece.get(name), f"ngrams.{name}")
         return Progress(**checkpoint["progress"])  # stage and rotary frequencies follow from its step: see enter_step
 
 
@@ -3589,9 +3607,11 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
 # Checkpoints
 # ======================================================================================================================
 # A run that was killed goes on to the same bits as one that was not, on any number of GPUs. A file is written under
-# another name, forced to the disk, then renamed: under its own name it is whole, which its checksum proves.
+# another name, forced to the disk, then renamed: under its own name it is whole, which its checksum proves. The table
+# of n-grams is in as many pieces as there may be ranks, each a file that its owner writes; the checkpoint comes last,
+# and has their checksums.
 
-CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, progress=dict, prefixes=str)
+CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, progress=dict, prefixes=str, rows=list)
 CHECKPOINT |= dict(model=dict, optimizer=dict)
 CHECKPOINTS_KEPT = 2
 # What may differ when a run goes on: where things are, and what leaves the mathematics alone.
@@ -3604,8 +3624,24 @@ def checkpoints_of(run_id: str, folder: Path, suffix: str = "pt") -> list[Path]:
     return sorted(folder.glob(f"{escape(run_id)}_step{6 * '[0-9]'}.{suffix}"))
 
 
-def write_checkpoint(path: Path, content: dict) -> None:
-    """A file for torch.load, then 32 bytes of SHA-256; whole or not at all, also when the machine dies meanwhile."""
+def piece_paths(path: Path) -> list[Path]:
+    """A checkpoint's pieces of the table of n-grams, in the order of its rows."""
+    return [path.with_name(f"{path.stem}_rows{k}.pt") for k in range(MICRO_BATCHES)]
+
+
+def try_to_write(path: Path, content: dict) -> tuple[str, str]:
+    """write_checkpoint; returns its checksum, and what went wrong, if anything."""
+    try:
+        return write_checkpoint(path, content), ""
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
+        return "", f"{path}: {error}"
+
+
+def write_checkpoint(path: Path, content: dict) -> str:
+    """A file for torch.load, then 32 bytes of SHA-256; whole or not at all, also when the machine dies meanwhile.
+
+    Returns the checksum.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, digest = path.with_suffix(".part"), hashlib.sha256()
     try:
@@ -3623,13 +3659,31 @@ def write_checkpoint(path: Path, content: dict) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the new name too
         os.close(folder)
+        return digest.hexdigest()
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Its content, tensors mapped from the disk. Raises UserError for what write_checkpoint has not written whole.
+    """Its content, see read_file. Raises UserError for what is none."""
+    content, _ = read_file(path)
+    require(types_of(content) == CHECKPOINT, f"{path}: not a checkpoint of this program")
+    return content
+
+
+def read_pieces(path: Path, content: dict) -> list[dict]:
+    """A checkpoint's pieces of the table of n-grams. Raises UserError for one that is missing, damaged or another's."""
+    pieces = []
+    for k, piece in enumerate(piece_paths(path)):
+        rows, checksum = read_file(piece)
+        require([checksum] == content["rows"][k : k + 1], f"{piece}: not the piece that was written with {path.name}")
+        pieces.append(rows)
+    return pieces
+
+
+def read_file(path: Path) -> tuple[dict, str]:
+    """What write_checkpoint has written, tensors mapped from the disk, and its checksum. Raises UserError.
 
     It may come from a stranger: nothing in it is executed, and it takes no memory beyond what its tensors hold.
     """
@@ -3644,9 +3698,8 @@ def read_checkpoint(path: Path) -> dict:
     except Exception as error:  # whatever a stranger's bytes make of torch.load
         raise UserError(f"{path}: not a checkpoint ({' '.join(str(error).split())[:120]})") from None
     require(sound, f"{path}: damaged or cut short, its checksum differs")
-    told = f"{path}: not a checkpoint of this program"
-    require(isinstance(content, dict) and types_of(content) == CHECKPOINT, told)
-    return content
+    require(isinstance(content, dict), f"{path}: not a checkpoint of this program")
+    return content, digest.hexdigest()
 
 
 def types_of(values: dict) -> dict:
@@ -3665,6 +3718,7 @@ def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperpara
     for path in reversed(checkpoints_of(run_id, folder)):
         try:
             content = read_checkpoint(path)
+            content["rows"] = read_pieces(path, content) if content["optimizer"] else []
             break
         except UserError as error:
             lines.append(f"checkpoint not used: {error}")
@@ -3702,12 +3756,16 @@ def settings_of(path: Path, content: dict) -> Hyperparameters:
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Hyperparameters, dict[str, int]]:
     """A checkpoint's model, hyperparameters, and windows, as its run's validation there has them. Raises UserError."""
     content, device = read_checkpoint(path), torch.device(device)
+    pieces = read_pieces(path, content)
     schedule, step = TrainingSchedule(settings_of(path, content)), content["step"]
     for place in (torch.device("meta"), device):  # first the shapes alone: a stranger's may take any memory
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is drawn is of no use
             model = GPT(schedule.hp, place, choose_dtype(schedule.hp, World(device=device)))
         for name, p in model.named_parameters():
             copy_saved(p, content["model"].get(name), f"{path}: {name}", partial(Tensor.to, dtype=p.dtype))
+        model.ngrams = torch.empty(model.ngram_shape, dtype=model.embed.dtype, device=place)
+        for part, piece, name in zip(model.ngrams.chunk(len(pieces)), pieces, piece_paths(path), strict=True):
+            copy_saved(part, piece.get("p"), f"{name}: ngrams", partial(Tensor.to, dtype=part.dtype))
     for windows in pairwise(schedule.long_windows[: schedule.stage_index(max(step - 1, 0)) + 1]):
         model.yarn.grow(*windows)
     return model, schedule.hp, schedule.val_windows(step)
@@ -3933,7 +3991,7 @@ class Watch:
             places = {rank: "silent" if rank in silent else beat[2] for rank, (beat, _) in sorted(self.beats.items())}
             told = "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
             # A rank that does not wait for others. On GPUs no step is waited for: what stands is who reads its end.
-            waiting = "reduced gathered full agree_to_stop step_issued synchronize validate state check_gradients"
+            waiting = "reduced gathered fetch full agree_to_stop step_issued synchronize validate state check_gradients"
             last = min(places, key=lambda rank: (rank not in silent, places[rank].split()[0] in waiting.split()))
             self.end(1, self._error(last, f"no step has ended for {self.hang_timeout:g} s (--hang_timeout), {told}"))
 
