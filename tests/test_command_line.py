@@ -56,7 +56,7 @@ def check_layers(monkeypatch, *rows):
         (Layer("short", values=EARLY), f"'early' {NOT_KEPT}"),
         (Layer("short", reads="late"), "reads='late' is kept by no earlier row"),
         (Layer("short", keep="early"), "the name 'early' is taken"),
-        (Layer("short", keep="bigram"), "the name 'bigram' is taken"),
+        (Layer("short", keep="ngrams"), "the name 'ngrams' is taken"),
     ],
 )
 def test_a_row_of_layers_that_fails_later_or_has_no_effect_is_refused(monkeypatch, row, words):
@@ -195,7 +195,7 @@ def test_the_final_windows_are_checked_as_the_stages_are(monkeypatch):
     "argument, name, value",
     [
         ("--num_scheduled_iterations=380", "num_scheduled_iterations", 380),
-        ("--bigram_vocab_size=251_520", "bigram_vocab_size", 251_520),
+        ("--ngram_rows=251_520", "ngram_rows", 251_520),
         ("--adam_lr=0.01", "adam_lr", 0.01),
         ("--adam_eps=1e-8", "adam_eps", 1e-8),
         ("--muon_wd=2", "muon_wd", 2.0),
@@ -360,8 +360,9 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
         (["--head_dim=12"], ["--head_dim=12", "power of two"]),
         (["--head_dim=0"], ["--head_dim=0", "power of two"]),
         (["--head_dim=256"], ["--head_dim=256", "power of two from 8 to 128"]),
-        (["--bigram_vocab_size=1001"], ["bigram_vocab_size=1001", "multiple of 8"]),
-        (["--bigram_vocab_size=0"], ["--bigram_vocab_size=0", "from 8"]),
+        (["--ngram_rows=1016"], ["--ngram_rows=1016", "multiple of 16"]),
+        (["--ngram_rows=0"], ["--ngram_rows=0", "below 2 ** 31"]),
+        (["--ngram_rows=2147483648"], ["--ngram_rows=2147483648", "below 2 ** 31"]),
         (["--num_heads=1026"], ["--num_heads=1026", "at most 1024"]),
         (["--vocab_size=4096", "--bos=4096"], ["--bos=4096", "--vocab_size=4096"]),
         (["--bos=-1"], ["--bos=-1", "--vocab_size"]),
