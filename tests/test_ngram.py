@@ -3,6 +3,7 @@
 As in test_kernels.py, kernels run in Triton's interpreter where there is no GPU.
 """
 
+import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
@@ -130,6 +131,80 @@ def test_a_rank_that_nobody_asks_has_nothing_to_give():
 def test_unique_rows_are_ascending_and_none_comes_twice(values):
     found = train_gpt.unique(np.array(values, np.int32).reshape(1, -1))
     assert found.tolist() == sorted({*values}) and found.dtype == np.int32
+
+
+# ---------------------------------------------------------------------------- between ranks
+
+ROWS = 64
+LOOKED_UP = {  # by name, what each of `size` ranks looks up, in a table of 64 rows
+    "here and there": lambda rank, size: np.random.default_rng(rank).integers(ROWS, size=(2, 15)),
+    "all that the last rank owns": lambda rank, size: np.arange(ROWS - ROWS // size, ROWS)[None],
+    "each its own": lambda rank, size: np.arange(ROWS // size)[None] + ROWS // size * rank,
+    "each the next one's": lambda rank, size: np.arange(ROWS // size)[None] + ROWS // size * ((rank + 1) % size),
+    "the first rank alone, all": lambda rank, size: np.arange(ROWS if rank == 0 else 0)[None],
+}
+
+
+def whole_table(dtype):
+    return torch.arange(ROWS * C).view(ROWS, C).sin().to(dtype)
+
+
+def gradients_of(rank, rows):
+    """Of a rank's rows, multiples of 2^-12: sums are exact, of what bf16 has no room for the owner keeps its own."""
+    return (torch.arange(len(rows) * C).view(-1, C) % 7 - 3) * (rank + 1) + 2.0**-12
+
+
+def exchange_once(folder, rank, size, dtype):
+    """As one of several processes; what it was given, by name."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    world, found = World(rank, rank, size), {}
+    for name, rows_of in LOOKED_UP.items():
+        by_rank = [rows_of(q, size).astype(np.int32) for q in range(size)]
+        slots, (rows, asked, taken, given) = train_gpt.exchange_rows(by_rank, rank, np.zeros(ROWS, np.int32))
+        exchange = train_gpt.Exchange(torch.from_numpy(rows), torch.from_numpy(asked), taken, given)
+        communication = train_gpt.ExchangedRows(torch.zeros(ROWS, C, dtype=dtype), world, ROWS)
+        communication.slice.copy_(whole_table(dtype).chunk(size)[rank])
+        communication.fill(exchange)
+        grad = torch.zeros(ROWS, C)
+        grad[: sum(taken)] = gradients_of(rank, np.unique(by_rank[rank]))
+        communication.reduce(grad)
+        fetched = communication.fetch(exchange)
+        gradient = small_run.spread(communication.reduced(), ROWS // size)
+        communication.clear(grad)
+        whole = communication.full(communication.slice)
+        cache = communication.p[torch.from_numpy(slots.astype(np.int64))]
+        found[name] = dict(cache=cache, fetched=fetched, gradient=gradient, whole=whole, left=grad)
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("size, dtype", [(2, torch.bfloat16), (4, torch.float32), (8, torch.bfloat16)])
+def test_rows_come_from_their_owners_and_gradients_go_there_and_add_up(tmp_path, size, dtype):
+    context = torch.multiprocessing.get_context("fork")  # PyTorch is imported already
+    processes = [context.Process(target=exchange_once, args=(tmp_path, rank, size, dtype)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:
+            process.kill()
+    found, table = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)], whole_table(dtype)
+    for name, rows_of in LOOKED_UP.items():
+        total = torch.zeros(ROWS, C)
+        for rank in range(size):
+            rows, share = np.unique(rows_of(rank, size)), ROWS // size
+            gradients = gradients_of(rank, rows)
+            own = torch.from_numpy(rows // share == rank)
+            total[rows] += torch.where(own[:, None], gradients, gradients.to(dtype).float())
+            ranks = found[rank][name]
+            assert torch.equal(ranks["cache"], table[rows_of(rank, size)])
+            assert torch.equal(ranks["fetched"], table[rows]) and torch.equal(ranks["whole"], table)
+            assert not ranks["left"].any()
+        assert torch.equal(torch.cat([found[rank][name]["gradient"] for rank in range(size)]), total), name
 
 
 # ---------------------------------------------------------------------------- the optimizer
