@@ -14,8 +14,8 @@ Contents, in reading order (search for the banner):
     Distributed       who am I among the processes
     Kernels           Triton, each beside its reference in plain PyTorch and one switch point
     Model             Yarn, the compiled regions of a layer, GPT
-    Optimizer         Adam, NorMuon, communication, the order of work
-    Data              shards, micro-batches, read-ahead, prefixes of tokens
+    Optimizer         Adam, NorMuon, Adam by rows, communication, the order of work
+    Data              shards, micro-batches, rows of n-grams, read-ahead, prefixes of tokens
     Schedule          learning rate, momentum, windows, multi-token and prefix weights by step
     Train             warm-up, the loop, validation, the clock
 What never runs on the clock:
