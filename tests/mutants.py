@@ -485,7 +485,7 @@ PLANTED = {
     "records/bench.py": [
         ("a time that overlaps counts twice", "total += max(0.0, end - max(start, reached))", "total += end - start",
          "test_bench.py test_time_counts_once"),
-        ("W_o is in FP8", "(mlp + attention * 3 // 4)", "(mlp + attention)", "test_bench.py test_a_product_takes"),
+        ("W_o is in FP8", "(mlp + attention - outputs)", "(mlp + attention)", "test_bench.py test_a_product_takes"),
         ("the median of even and odd steps together",
          "kinds = [[ms for step, ms in times if step % 2 == odd] for odd in (0, 1)]",
          "kinds = [[ms for _, ms in times]]", "test_bench.py test_even_and_odd"),
