@@ -135,7 +135,7 @@ PLANTED = {
         ("q, k, v: the gradient turns the wrong way", "grad = turn(grad, cos, -sin)", "grad = turn(grad, cos, sin)",
          "test_kernels.py test_split_heads_kernels False-False-False-cpu-float32"),
         ("q, k, v: the norm's gradient keeps the part along x",
-         "grad_x = inverse_rms * (grad - x * (tl.sum(grad * x, 1) / D)[:, None])", "grad_x = inverse_rms * grad",
+         "grad_x = inverse_rms * (grad - x * (tl.sum(grad * x, 1) / D_QK)[:, None])", "grad_x = inverse_rms * grad",
          "test_kernels.py test_split_heads_kernels False-False-False-cpu-float32"),
         ("XSA adds a token's own value", "return y - torch.tanh(gates)", "return y + torch.tanh(gates)",
          "test_model.py test_losses_and_gradients program's"),

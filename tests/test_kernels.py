@@ -682,10 +682,11 @@ ATTENTION_ENDS = [0, 50, 53, 144, 192, 193, 256, 437]
 ATTENTION_TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def attention_inputs(device, dtype):
-    """q, k, v and the result's gradient."""
-    N, H, D = ATTENTION_ENDS[-1], 2, 128 if device == "cuda" else 16
-    q, k = (F.rms_norm(torch.randn(N, H, D), (D,)).to(device, dtype) for _ in range(2))
+def attention_inputs(device, dtype, narrow=False):
+    """q, k, v and the result's gradient; narrow: q and k half as wide as v."""
+    N, H, D = ATTENTION_ENDS[-1], 2, 128 if device == "cuda" else 16 * (1 + narrow)
+    D_QK = D // (1 + narrow)
+    q, k = (F.rms_norm(torch.randn(N, H, D_QK), (D_QK,)).to(device, dtype) for _ in range(2))
     return [q, k, normal(N, H, D, device=device, dtype=dtype)], normal(N, H, D, device=device, dtype=dtype)
 
 
@@ -706,17 +707,22 @@ def assert_attention_kernels_are_the_reference(inputs, grad_out, window):
         assert relative_error(out, ref) < ATTENTION_TOLERANCE[grad_out.dtype], name
 
 
+widths = pytest.mark.parametrize("narrow", [False, True], ids=["wide", "narrow"])
+
+
 @on_each_device
 @pytest.mark.parametrize("window", [1, 31, 64, 127, 1000])
-def test_attention_kernels_are_the_reference_and_its_gradients(window, device, dtype):
-    inputs, grad_out = attention_inputs(device, dtype)
+@widths
+def test_attention_kernels_are_the_reference_and_its_gradients(window, narrow, device, dtype):
+    inputs, grad_out = attention_inputs(device, dtype, narrow)
     assert_attention_kernels_are_the_reference(inputs, grad_out, window)
 
 
 @on_each_device
 @pytest.mark.parametrize("window", [1, 64, 1000])
-def test_attention_kernels_with_xsa_are_the_reference_and_its_gradients(window, device, dtype):
-    inputs, grad_out = attention_inputs(device, dtype)
+@widths
+def test_attention_kernels_with_xsa_are_the_reference_and_its_gradients(window, narrow, device, dtype):
+    inputs, grad_out = attention_inputs(device, dtype, narrow)
     gates = torch.randn(len(grad_out), 3)
     gates[::5], gates[1::5], gates[2::5] = 0, 10, -10  # as at the start; as far as it goes, tanh = 1 in float32
     inputs[2][::7] = 0  # no direction to take out
@@ -735,15 +741,15 @@ def test_attention_kernels_with_xsa_of_values_shorter_than_its_least_are_the_ref
 # ---------------------------------------------------------------------------- q, k, v from projections
 
 
-def split_heads_inputs(device, dtype, with_values, D, T=37):
-    H = 4
+def split_heads_inputs(device, dtype, with_values, D, T=37, narrow=False):
+    H, D_QK = 4, D // (1 + narrow)
     yarn = Yarn(D, 2 * T, torch.device(device))
     yarn.grow(10, 300)  # frequencies that turn visibly
     table, rows = normal(11, H * D, device=device, dtype=dtype), integers(11, T, device=device)
     gate = torch.rand(T, H).to(device, dtype) if with_values else None
     x = normal(T, H * D, device=device, dtype=dtype)
     # Each projection is one element of x: exact in any type
-    weight = F.one_hot(torch.randint(H * D, (3 * H * D,)), H * D).to(x)
+    weight = F.one_hot(torch.randint(H * D, (H * (2 * D_QK + D),)), H * D).to(x)
     return x, weight, gate, table, rows, yarn.cos, yarn.sin, H
 
 
@@ -772,17 +778,21 @@ def wide(inputs):
 
 
 SPLIT_HEADS_RESULTS = ("q", "k", "v", "x", "weight", "gate", "table")
-paired_and_key_offset = pytest.mark.parametrize(
-    "paired, key_offset", [(False, False), (True, False), (False, True), (True, True)]
+# Narrow keys have no half that could come from another position.
+narrow_paired_and_key_offset = pytest.mark.parametrize(
+    "narrow, paired, key_offset",
+    [(n, p, k) for n in (False, True) for p in (False, True) for k in (False, True) if not (n and k)],
 )
 
 
 # Each result is rounded once, the gradients of x and the weight, products of a rounded gradient, twice.
 @on_each_device
-@paired_and_key_offset
+@narrow_paired_and_key_offset
 @pytest.mark.parametrize("with_values", [False, True])
-def test_split_heads_kernels_are_the_reference_and_its_gradients(with_values, paired, key_offset, device, dtype):
-    inputs = split_heads_inputs(device, dtype, with_values, D=128 if device == "cuda" else 16)
+def test_split_heads_kernels_are_the_reference_and_its_gradients(
+    with_values, narrow, paired, key_offset, device, dtype
+):
+    inputs = split_heads_inputs(device, dtype, with_values, D=128 if device == "cuda" else 16, narrow=narrow)
     with poisoned_memory():
         outs = split_heads_and_gradients(split_heads_function(), *inputs, paired, key_offset)
     refs = split_heads_and_gradients(split_heads_plainly, *wide(inputs), paired, key_offset)
@@ -796,9 +806,10 @@ FP8_SPLIT_HEADS_TOLERANCE = {"x": 8e-2, "weight": 8e-2}
 
 
 @pytest.mark.parametrize("device", FP8_DEVICES)
-@paired_and_key_offset
-def test_split_heads_in_fp8_are_the_reference_within_the_quantisation(paired, key_offset, device):
-    x, weight, *inputs = split_heads_inputs(device, torch.bfloat16, True, D=128 if device == "cuda" else 16, T=48)
+@narrow_paired_and_key_offset
+def test_split_heads_in_fp8_are_the_reference_within_the_quantisation(narrow, paired, key_offset, device):
+    D = 128 if device == "cuda" else 16
+    x, weight, *inputs = split_heads_inputs(device, torch.bfloat16, True, D, T=48, narrow=narrow)
     x_fp8 = (x / train_gpt.FP8_X).to(torch.float8_e4m3fn)
     scale = torch.tensor(0.5 * train_gpt.FP8_WEIGHT, device=device)  # the projection's weight is half the matrix
     fp8, fp8_t = train_gpt.fp8_weights(weight)
