@@ -158,8 +158,11 @@ def test_there_are_any_number_of_stages_and_the_extension(count, untie):
             "STAGES, row 2: 1 multi-token weights at the start, 2 at the end",
         ),
         *[
-            ([ROW, LAST._replace(tokens=800, classes=classes)], f"STAGES, row 2: classes={classes}: 0 for all, or a")
-            for classes in (96, 104, -16, 50_320)  # too few for 100 tokens, no multiple of 16, less than none, too many
+            (
+                [ROW, LAST._replace(classes=classes)],
+                f"STAGES, row 2: classes={classes}: 0 for all, or a multiple of 16 up to",
+            )
+            for classes in (104, -16, 50_320)  # no multiple of 16, less than none, too many
         ],
         ([ROW, LAST._replace(prefix_weights=(0.5,))], "STAGES, row 2: prefix_weights=(0.5,): give two, at the start"),
         ([ROW._replace(prefix_weights=0.5), LAST], "STAGES, row 1: prefix_weights=0.5: give two, at the start"),
@@ -347,6 +350,8 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
         (["--resume=auto"], ["--resume=auto", "--run_id="]),
         (["--val_loss_every=-5"], ["--val_loss_every=-5", "negative"]),
         (["--train_max_seq_len=0"], ["--train_max_seq_len=0", "positive"]),
+        (["--micro_batch_tokens=0"], ["--micro_batch_tokens=0", "from 1 to 2 ** 20"]),
+        (["--micro_batch_tokens=1048577"], ["--micro_batch_tokens=1048577", "from 1 to 2 ** 20"]),
         (["--bench_steps=1"], ["--bench_steps=1", "at least 4"]),
         (["--cooldown_frac=0"], ["--cooldown_frac=0", "(0, 1]"]),
         (["--cooldown_frac=1.5"], ["--cooldown_frac=1.5", "(0, 1]"]),
@@ -578,13 +583,20 @@ def test_the_summary_says_where_stages_begin_and_what_length_came_to(tmp_path, m
     assert f"{20 + hp.num_extension_iterations // 2} steps (--length=0.5; momentum 10, " in run
 
 
-def test_too_little_gpu_memory_is_noted_with_what_the_run_needs(tmp_path, monkeypatch):
+# 8.3 GiB and 21.4 for 49,152 tokens: of one micro-batch, or of those that are joined; eight ranks have one each
+@pytest.mark.parametrize(
+    "tokens, joined, size, needed",
+    [(393_216, 32_768, 1, 30), (262_144, 65_535, 1, 23), (262_144, 65_536, 1, 37), (262_144, 65_536, 8, 23)],
+)
+def test_too_little_gpu_memory_is_noted_with_what_the_run_needs(tmp_path, monkeypatch, tokens, joined, size, needed):
     monkeypatch.setattr(train_gpt, "triton", SimpleNamespace(__version__="3.6.0"))
-    for free, noted in ((29, True), (31, False)):
-        hp = small_check(tmp_path, monkeypatch, (9, 0), tokens=393_216, free=free)
-        lines = train_gpt.check_world(dataclasses.replace(hp, head_dim=128), World(device=torch.device("cuda", 0)))
-        note = f"note: about 30 GiB are needed, {free} are free: lower the tokens in STAGES"
-        assert (note in lines) == noted
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    for free, noted in ((needed - 1, True), (needed + 1, False)):
+        hp = small_check(tmp_path, monkeypatch, (9, 0), tokens=tokens, free=free)
+        hp = dataclasses.replace(hp, head_dim=128, micro_batch_tokens=joined)
+        lines = train_gpt.check_world(hp, World(0, 0, size, device=torch.device("cuda", 0)))
+        remedy = "lower --micro_batch_tokens or the tokens in STAGES"
+        assert (f"note: about {needed} GiB are needed, {free} are free: {remedy}" in lines) == noted
 
 
 @pytest.mark.parametrize("name", train_gpt.SETTINGS)

@@ -353,15 +353,23 @@ def test_gradients_of_the_fp8_mlp_do_not_depend_on_the_scale_of_the_loss(device)
 
 WEIGHTS = {1: (1.0,), 2: (1.0, 0.5), 3: (1.0, 0.5, 0.25), 4: (1.0, 0.5, 0.25, 0.375)}  # the fourth is a prefix's
 # rows: more than a tile of the backward kernel; above, at and below the number of targets; columns: some blocks and a
-# part, less than a block, whole blocks
+# part, less than a block, whole blocks; the backward kernel's tiles have 64 columns, the other's 1024
 CROSS_ENTROPY_SHAPES = [(134, 300), (6, 5003), (3, 4096), (2, 300), (1, 300)]
-cross_entropy_cases = pytest.mark.parametrize("T, V", CROSS_ENTROPY_SHAPES)
+BACKWARD_SHAPES = [(134, 300), (6, 325), (3, 320), (2, 300), (1, 300)]
 numbers_of_targets = pytest.mark.parametrize("n", WEIGHTS)
+some_or_all = pytest.mark.parametrize("sampled", [False, True], ids=["all", "sampled"])  # classes
 
 
-def plain_loss(logits, targets, weights):
+def plain_softmax(logits, shares=None):
+    """Logarithms of probabilities (T, V) and of the sum behind them (T,), where a class stands for 1 / its share."""
+    z = 23 * torch.sigmoid((logits + 5) / 7.5)
+    lse = (z.exp() if shares is None else z.exp() / shares.to(z)).sum(-1).log()
+    return z - lse[:, None], lse
+
+
+def plain_loss(logits, targets, weights, shares=None):
     """Softcapped cross-entropy by position, of all the targets that a position has."""
-    log_p = F.log_softmax(23 * torch.sigmoid((logits + 5) / 7.5), dim=-1)
+    log_p, _ = plain_softmax(logits, shares)
     losses = []
     for t, of_position in enumerate(targets.T.tolist()):
         terms = [-w * log_p[t, target] for w, target in zip(weights, of_position, strict=True) if target >= 0]
@@ -389,9 +397,18 @@ def cross_entropy_inputs(T, V, n, device="cpu", dtype=torch.float32):
     return logits, some_targets(T, V, n, device), torch.tensor(WEIGHTS[n], device=device), grad
 
 
-def plain_cross_entropy_gradient(logits, targets, weights, grad):
+def some_shares(targets, V):
+    """(V,), float64: of the next tokens 1, of most others a twentieth to a half; of prefixes either, as it comes."""
+    shares = (0.05 + 0.45 * torch.rand(V, dtype=torch.float64)).to(targets.device)
+    shares[::7] = 1  # targets of other positions
+    next_tokens = targets[:3].flatten()
+    shares[next_tokens[next_tokens >= 0].long()] = 1
+    return shares
+
+
+def plain_cross_entropy_gradient(logits, targets, weights, grad, shares=None):
     logits = logits.detach().double().requires_grad_()
-    losses = plain_loss(logits, targets, weights.tolist())
+    losses = plain_loss(logits, targets, weights.tolist(), shares)
     return torch.autograd.grad(losses, logits, grad.double())[0]
 
 
@@ -407,17 +424,24 @@ def assert_gradient(out, ref, targets, tolerance):
     assert relative_error(out[~is_target], ref[~is_target]) < tolerance, "away from the targets"
 
 
+def shares_and_logarithms(sampled, targets, V):
+    """Of all classes, or None twice. The kernels take the logarithms in float32."""
+    shares = some_shares(targets, V) if sampled else None
+    return shares, shares.log().float() if sampled else None
+
+
 @on_each_device
 @numbers_of_targets
-@cross_entropy_cases
-def test_cross_entropy_kernel_is_the_softcapped_multi_token_loss(T, V, n, device, dtype):
+@pytest.mark.parametrize("T, V", CROSS_ENTROPY_SHAPES)
+@some_or_all
+def test_cross_entropy_kernel_is_the_softcapped_multi_token_loss(sampled, T, V, n, device, dtype):
     logits, targets, weights, _ = cross_entropy_inputs(T, V, n, device, dtype)
+    shares, log_shares = shares_and_logarithms(sampled, targets, V)
     with poisoned_memory():
-        losses, lse = train_gpt.cross_entropy_triton(logits, targets, weights)
+        losses, lse = train_gpt.cross_entropy_triton(logits, targets, weights, log_shares)
     assert losses.dtype == lse.dtype == torch.float32
-    assert relative_error(losses, plain_loss(logits.double(), targets, WEIGHTS[n])) < LOSS_TOLERANCE
-    ref_lse = (23 * torch.sigmoid((logits.double() + 5) / 7.5)).logsumexp(-1)
-    assert relative_error(lse, ref_lse) < LOSS_TOLERANCE
+    assert relative_error(losses, plain_loss(logits.double(), targets, WEIGHTS[n], shares)) < LOSS_TOLERANCE
+    assert relative_error(lse, plain_softmax(logits.double(), shares)[1]) < LOSS_TOLERANCE
 
 
 # In e5m2, which the head's FP8 products read, the transpose is written as well.
@@ -430,19 +454,23 @@ BACKWARD_ON = [
 
 @pytest.mark.parametrize("device, dtype", BACKWARD_ON)
 @numbers_of_targets
-@cross_entropy_cases
-def test_cross_entropy_backward_kernel_is_the_gradient_over_scale(T, V, n, device, dtype):
+@pytest.mark.parametrize("T, V", BACKWARD_SHAPES)
+@some_or_all
+def test_cross_entropy_backward_kernel_is_the_gradient_over_scale(sampled, T, V, n, device, dtype):
     logits_dtype = dtype
     if dtype == torch.float8_e5m2:
         logits_dtype, T = torch.bfloat16 if device == "cuda" else torch.float32, -(-T // 4) * 4  # fours of rows
     logits, targets, weights, grad = cross_entropy_inputs(T, V, n, device, logits_dtype)
-    lse = (23 * torch.sigmoid((logits.double() + 5) / 7.5)).logsumexp(-1).float()
-    ref = plain_cross_entropy_gradient(logits, targets, weights, grad)
+    shares, log_shares = shares_and_logarithms(sampled, targets, V)
+    lse = plain_softmax(logits.double(), shares)[1].float()
+    ref = plain_cross_entropy_gradient(logits, targets, weights, grad, shares)
     # Logits of std 6 reach far down the softmax: in small types a scale that keeps most elements above the smallest
     # normal number, and none above the largest
     scale = {torch.float16: 1e-4, torch.float8_e5m2: 5e-5}.get(dtype, 0.25)
     with poisoned_memory():
-        out, out_t = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, grad, scale, dtype)
+        out, out_t = train_gpt.cross_entropy_backward_triton(
+            logits, lse, targets, weights, log_shares, grad, scale, dtype
+        )
     assert out.dtype == dtype
     if dtype == torch.float8_e5m2:
         assert torch.equal(out_t.view(torch.uint8), out.view(torch.uint8).T)
@@ -459,7 +487,7 @@ def test_cross_entropy_kernels_stay_finite_at_extreme_logits(device, dtype):
     losses, lse = train_gpt.cross_entropy_triton(logits, targets, weights)
     assert relative_error(losses, plain_loss(logits.double(), targets, [1.0])) < LOSS_TOLERANCE
     grad = torch.ones(2, device=device)
-    out, _ = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, grad, 1.0, torch.float32)
+    out, _ = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, None, grad, 1.0, torch.float32)
     assert out.isfinite().all()
 
 
@@ -469,26 +497,42 @@ def test_cross_entropy_kernels_leave_a_nan_in_the_loss_and_the_gradient_of_its_r
     logits[1, 7] = float("nan")
     losses, lse = train_gpt.cross_entropy_triton(logits, targets, weights)
     assert losses.isnan().tolist() == lse.isnan().tolist() == [False, True, False]
-    out, _ = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, grad, 1.0, torch.float32)
+    out, _ = train_gpt.cross_entropy_backward_triton(logits, lse, targets, weights, None, grad, 1.0, torch.float32)
     assert out.isnan().all(1).tolist() == out.isnan().any(1).tolist() == [False, True, False]
 
 
 @numbers_of_targets
+@some_or_all
 @pytest.mark.parametrize("T, V", [(6, 300), (2, 50), (1, 50)])
-def test_cross_entropy_references_are_the_loss_and_its_gradient(T, V, n):
+def test_cross_entropy_references_are_the_loss_and_its_gradient(T, V, sampled, n):
     logits, targets, weights, grad = cross_entropy_inputs(T, V, n, dtype=torch.float64)
-    losses, lse = train_gpt.cross_entropy_reference(logits, targets, weights)
-    assert relative_error(losses, plain_loss(logits, targets, WEIGHTS[n])) < EXACT_TOLERANCE
-    out = train_gpt.cross_entropy_backward_reference(logits, lse, targets, weights, grad, 0.25, torch.float64)
-    ref = plain_cross_entropy_gradient(logits, targets, weights, grad) / 0.25
+    shares = some_shares(targets, V) if sampled else None
+    log_shares = shares.log() if sampled else None
+    losses, lse = train_gpt.cross_entropy_reference(logits, targets, weights, log_shares)
+    assert relative_error(losses, plain_loss(logits, targets, WEIGHTS[n], shares)) < EXACT_TOLERANCE
+    args = logits, lse, targets, weights, log_shares, grad, 0.25, torch.float64
+    out = train_gpt.cross_entropy_backward_reference(*args)
+    ref = plain_cross_entropy_gradient(logits, targets, weights, grad, shares) / 0.25
     assert_gradient(out, ref, targets, 1e-9)  # p - 1 cancels where p is near 1
+
+
+@on_each_device
+def test_with_shares_of_one_the_cross_entropy_kernels_give_what_they_give_without(device, dtype):
+    logits, targets, weights, grad = cross_entropy_inputs(6, 300, 4, device, dtype)
+    results = []
+    for log_shares in (None, torch.zeros(300, device=device)):
+        losses, lse = train_gpt.cross_entropy_triton(logits, targets, weights, log_shares)
+        args = logits, lse, targets, weights, log_shares, grad, 1.0, torch.float32
+        results.append((losses, lse, train_gpt.cross_entropy_backward_triton(*args)[0]))
+    for out, ref in zip(*results, strict=True):
+        assert relative_error(out, ref) < LOSS_TOLERANCE
 
 
 # ---------------------------------------------------------------------------- the head
 
 
-def plain_head_loss(targets, weights):
-    return lambda x, head: plain_loss(x @ head, targets, weights)
+def plain_head_loss(targets, weights, shares=None):
+    return lambda x, head: plain_loss(x @ head, targets, weights, shares)
 
 
 HEAD_CASES = [
@@ -505,17 +549,49 @@ def head_inputs(device, dtype, n, T=48, C=64, V=1024):
 
 
 @numbers_of_targets
+@some_or_all
 @pytest.mark.parametrize("device, dtype, tolerance", HEAD_CASES)
-def test_head_loss_has_the_value_and_gradients_of_the_plain_formula(n, device, dtype, tolerance):
+def test_head_loss_has_the_value_and_gradients_of_the_plain_formula(n, sampled, device, dtype, tolerance):
     inputs, targets = head_inputs(device, dtype, n)
+    shares = some_shares(targets, inputs[1].shape[1]) if sampled else None
+    log_shares = None if shares is None else shares.log().to(torch.promote_types(dtype, torch.float32))
     weights = torch.tensor(WEIGHTS[n], device=device)
     grad_out = torch.rand(targets.shape[1]).to(device) + 0.5
     if dtype == torch.float64:
         grad_out = grad_out.double()
-    outs = with_gradients(lambda x, head: HeadLoss.apply(x, head, targets, weights, None), inputs, grad_out)
-    refs = with_gradients(plain_head_loss(targets, WEIGHTS[n]), [t.double() for t in inputs], grad_out.double())
+    outs = with_gradients(lambda x, head: HeadLoss.apply(x, head, targets, weights, log_shares, None), inputs, grad_out)
+    refs = with_gradients(plain_head_loss(targets, WEIGHTS[n], shares), [t.double() for t in inputs], grad_out.double())
     for name, out, ref in zip(("losses", "x", "head"), outs, refs, strict=True):
         assert relative_error(out, ref) < tolerance, name
+
+
+# What the classes of a step are for: fewer columns, and the same losses and gradients to expect.
+@pytest.mark.parametrize("n", [1, 4])
+def test_sampled_losses_and_gradients_are_on_average_about_those_of_the_whole_softmax(n):
+    T, V, count = 6, 300, 60
+    logits, targets, weights, grad = cross_entropy_inputs(T, V, n, dtype=torch.float64)
+    logits = logits / 6  # what is far from even takes many more draws
+    classes = targets[targets >= 0].unique()
+    others = torch.tensor([c for c in range(V) if c not in classes])
+    share = (count - len(classes)) / len(others)
+    sums, gradients = [], []
+    for _ in range(400):
+        drawn = others[torch.randperm(len(others))[: count - len(classes)]]
+        ids = torch.cat((classes, drawn))
+        log_shares = torch.cat((torch.zeros(len(classes)), torch.full((len(drawn),), share).log())).double()
+        places = torch.full((V + 1,), -1)
+        places[ids] = torch.arange(count)
+        args = logits[:, ids], places[targets.long()], weights
+        lse = train_gpt.cross_entropy_reference(*args, log_shares)[1]
+        grads = train_gpt.cross_entropy_backward_reference(args[0], lse, *args[1:], log_shares, grad, 1.0, logits.dtype)
+        sums.append(lse.exp())
+        gradients.append(torch.zeros_like(logits).index_copy_(1, ids, grads))
+    whole = plain_softmax(logits)[1].exp()
+    noise = torch.stack(sums).std(0) / len(sums) ** 0.5
+    assert ((torch.stack(sums).mean(0) - whole).abs() < 4 * noise).all() and (noise < 0.01 * whole).all()
+    # A quotient by an estimate is not exactly unbiased: a little is left of what counts 1 for every class that is there
+    ref = plain_cross_entropy_gradient(logits, targets, weights, grad)
+    assert relative_error(torch.stack(gradients).mean(0), ref) < 0.02
 
 
 @numbers_of_targets
@@ -528,7 +604,7 @@ def test_head_loss_in_fp8_is_the_plain_formula_within_the_quantisation(n, device
     grad_scale = 0.25  # 2 over 8 micro-batches
     # Not all equal: e5m2 would round the targets' elements, all of nearly one size, in one direction
     grad_out = grad_scale * (torch.rand(targets.shape[1]).to(device) + 0.5)
-    outs = with_gradients(lambda x, head: HeadLoss.apply(x, head, targets, weights, grad_scale), inputs, grad_out)
+    outs = with_gradients(lambda x, head: HeadLoss.apply(x, head, targets, weights, None, grad_scale), inputs, grad_out)
     refs = with_gradients(plain_head_loss(targets, WEIGHTS[n]), [t.double() for t in inputs], grad_out.double())
     assert [out.dtype for out in outs] == [torch.float32, torch.bfloat16, torch.bfloat16]
     for name, out, ref in zip(("x", "head"), outs[1:], refs[1:], strict=True):  # noise, not a different scale
@@ -548,7 +624,9 @@ def test_fp8_gradient_does_not_depend_on_the_scale_of_the_loss(device):
 
     def gradients(grad_scale):
         grad_out = torch.full(targets.shape[1:], grad_scale, device=device)
-        return with_gradients(lambda x, head: HeadLoss.apply(x, head, targets, weights, grad_scale), inputs, grad_out)
+        return with_gradients(
+            lambda x, head: HeadLoss.apply(x, head, targets, weights, None, grad_scale), inputs, grad_out
+        )
 
     # Powers of two apart: equal but for the order of sums. Without the scale, e5m2 would overflow or lose all.
     for small, large in zip(gradients(2.0**-16)[1:], gradients(2.0**16)[1:], strict=True):
@@ -586,16 +664,24 @@ def test_compiled_mlp_in_fp8_equals_eager():
     assert_compiled_equals_eager(fp8_mlp(0.25), inputs, grad_out, COMPILED_FP8_TOLERANCE)
 
 
+@some_or_all
 @pytest.mark.parametrize("grad_scale", [None, pytest.param(0.25, marks=needs_fp8_gpu)])
-def test_compiled_head_loss_equals_eager(grad_scale):
+def test_compiled_head_loss_equals_eager(grad_scale, sampled):
     inputs, targets = head_inputs(DEVICE, OPERATOR_DTYPE if grad_scale is None else torch.bfloat16, 1)
     weights = torch.tensor(WEIGHTS[3], device=DEVICE)
     prefixes = integers(1025, 1024, device=DEVICE) - 1
     grad_out = torch.full(targets.shape[1:], 0.25, device=DEVICE)
     tolerance = COMPILED_TOLERANCE if grad_scale is None else COMPILED_FP8_TOLERANCE
 
+    left = torch.arange(len(grad_out), device=DEVICE).flip(0) % 9  # of documents of nine tokens
+    ids = targets[0].unique()
+    ids = torch.cat((ids, torch.tensor([c for c in range(3, 1024, 5) if c not in ids], device=DEVICE).int()))
+    classes = train_gpt.Classes(ids, torch.linspace(-1, 0, len(ids), device=DEVICE)) if sampled else None
+
     def head_loss(x, head):
-        return train_gpt.head_losses(x, head, targets[0], weights, prefixes, None, len(prefixes), grad_scale)
+        head = head if classes is None else head.index_select(1, classes.ids)
+        rest = weights, prefixes, classes, len(prefixes), grad_scale
+        return train_gpt.head_losses(x, head, targets[0], left, *rest)
 
     assert_compiled_equals_eager(head_loss, inputs, grad_out, tolerance)
 
@@ -621,16 +707,20 @@ def test_transposed_operator_is_registered_right():
     torch.library.opcheck(torch.ops.speedrun.transposed, (integers(256, 8, 12).to(DEVICE, torch.uint8),))
 
 
-def test_cross_entropy_operator_is_registered_right():
+@some_or_all
+def test_cross_entropy_operator_is_registered_right(sampled):
     logits, targets, weights, _ = cross_entropy_inputs(6, 304, 4, DEVICE, OPERATOR_DTYPE)
-    torch.library.opcheck(torch.ops.speedrun.cross_entropy, (logits, targets, weights))
+    _, log_shares = shares_and_logarithms(sampled, targets, 304)
+    torch.library.opcheck(torch.ops.speedrun.cross_entropy, (logits, targets, weights, log_shares))
 
 
+@some_or_all
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_backward_operator_is_registered_right(dtype):
+def test_cross_entropy_backward_operator_is_registered_right(dtype, sampled):
     logits, targets, weights, grad = cross_entropy_inputs(6, 304, 4, DEVICE, OPERATOR_DTYPE)
-    lse = train_gpt.cross_entropy(logits, targets, weights)[1]
-    arguments = (logits, lse, targets, weights, grad, 0.5, dtype)
+    _, log_shares = shares_and_logarithms(sampled, targets, 304)
+    lse = train_gpt.cross_entropy(logits, targets, weights, log_shares)[1]
+    arguments = (logits, lse, targets, weights, log_shares, grad, 0.5, dtype)
     torch.library.opcheck(torch.ops.speedrun.cross_entropy_backward, arguments)
 
 
@@ -741,8 +831,14 @@ def test_attention_kernels_with_xsa_of_values_shorter_than_its_least_are_the_ref
 # ---------------------------------------------------------------------------- q, k, v from projections
 
 
-def split_heads_inputs(device, dtype, with_values, D, T=37, narrow=False):
+SPLIT_ENDS = [0, 1, 3, 16, 17, 37, 48]  # documents of one and of two tokens, and across blocks of 16
+
+
+def split_heads_inputs(device, dtype, with_values, D, paired, key_offset, T=37, narrow=False):
+    """With the documents of the result's positions, where keys take their second half from the position before."""
     H, D_QK = 4, D // (1 + narrow)
+    documents = documents_of([end for end in SPLIT_ENDS if end <= T], device)
+    documents = (documents.paired() if paired else documents) if key_offset else None
     yarn = Yarn(D, 2 * T, torch.device(device))
     yarn.grow(10, 300)  # frequencies that turn visibly
     table, rows = normal(11, H * D, device=device, dtype=dtype), integers(11, T, device=device)
@@ -750,7 +846,21 @@ def split_heads_inputs(device, dtype, with_values, D, T=37, narrow=False):
     x = normal(T, H * D, device=device, dtype=dtype)
     # Each projection is one element of x: exact in any type
     weight = F.one_hot(torch.randint(H * D, (H * (2 * D_QK + D),)), H * D).to(x)
-    return x, weight, gate, table, rows, yarn.cos, yarn.sin, H
+    return x, weight, gate, table, rows, yarn.cos, yarn.sin, documents, H, paired
+
+
+def test_split_heads_reference_takes_the_second_half_of_a_key_from_the_token_before_in_its_document():
+    """Against both halves of each key by itself, where no key takes anything from another."""
+    for paired in (False, True):
+        torch.manual_seed(0)
+        x, weight, *rest = split_heads_inputs("cpu", torch.float64, True, 16, paired, True)
+        own = train_gpt.split_heads_reference(x @ weight.T, *rest[:5], None, *rest[6:])
+        out = train_gpt.split_heads_reference(x @ weight.T, *rest)
+        assert torch.equal(out[0], own[0]) and torch.equal(out[2], own[2])
+        starts = [2 * s if paired else s for s in (0, 1, 3, 16, 17)]
+        for t, (key, of_itself) in enumerate(zip(out[1], own[1], strict=True)):
+            before = own[1][t if t in starts else t - 1]
+            assert torch.equal(key, torch.cat((of_itself[:, :8], before[:, 8:]), 1))
 
 
 def split_heads_and_gradients(function, x, weight, gate, table, rows, *rest):
@@ -792,10 +902,11 @@ narrow_paired_and_key_offset = pytest.mark.parametrize(
 def test_split_heads_kernels_are_the_reference_and_its_gradients(
     with_values, narrow, paired, key_offset, device, dtype
 ):
-    inputs = split_heads_inputs(device, dtype, with_values, D=128 if device == "cuda" else 16, narrow=narrow)
+    D = 128 if device == "cuda" else 16
+    inputs = split_heads_inputs(device, dtype, with_values, D, paired, key_offset, narrow=narrow)
     with poisoned_memory():
-        outs = split_heads_and_gradients(split_heads_function(), *inputs, paired, key_offset)
-    refs = split_heads_and_gradients(split_heads_plainly, *wide(inputs), paired, key_offset)
+        outs = split_heads_and_gradients(split_heads_function(), *inputs)
+    refs = split_heads_and_gradients(split_heads_plainly, *wide(inputs))
     for name, out, ref in zip(SPLIT_HEADS_RESULTS, outs, refs, strict=False):
         assert relative_error(out, ref) < KERNEL_TOLERANCE[dtype] * (2 if name in ("x", "weight") else 1), name
     assert len(outs) == len(refs) == (7 if with_values else 5)
@@ -809,14 +920,14 @@ FP8_SPLIT_HEADS_TOLERANCE = {"x": 8e-2, "weight": 8e-2}
 @narrow_paired_and_key_offset
 def test_split_heads_in_fp8_are_the_reference_within_the_quantisation(narrow, paired, key_offset, device):
     D = 128 if device == "cuda" else 16
-    x, weight, *inputs = split_heads_inputs(device, torch.bfloat16, True, D, T=48, narrow=narrow)
+    x, weight, *inputs = split_heads_inputs(device, torch.bfloat16, True, D, paired, key_offset, 48, narrow)
     x_fp8 = (x / train_gpt.FP8_X).to(torch.float8_e4m3fn)
     scale = torch.tensor(0.5 * train_gpt.FP8_WEIGHT, device=device)  # the projection's weight is half the matrix
     fp8, fp8_t = train_gpt.fp8_weights(weight)
     in_fp8 = dict(fp8=fp8, fp8_t=fp8_t, grad_scale=0.25 * train_gpt.FP8_GRAD, scale=scale, x_fp8=x_fp8)
     with poisoned_memory():
-        outs = split_heads_and_gradients(split_heads_function(**in_fp8), x, 0.5 * weight, *inputs, paired, key_offset)
-    refs = split_heads_and_gradients(split_heads_plainly, *wide([x, 0.5 * weight, *inputs]), paired, key_offset)
+        outs = split_heads_and_gradients(split_heads_function(**in_fp8), x, 0.5 * weight, *inputs)
+    refs = split_heads_and_gradients(split_heads_plainly, *wide([x, 0.5 * weight, *inputs]))
     for name, out, ref in zip(SPLIT_HEADS_RESULTS, outs, refs, strict=True):
         assert relative_error(out, ref) < FP8_SPLIT_HEADS_TOLERANCE.get(name, 4e-2) * CUT_OFF[device], name
 
@@ -893,7 +1004,7 @@ def losses_and_gradients(model, device, fp8_grad_scale=None, classes=0):
     weights, batch = torch.tensor([1.0, 0.5], device=device), small_batch(device)
     if classes:
         chosen = train_gpt.softmax_classes(batch.targets.cpu().numpy(), classes, 1024)
-        batch = batch._replace(classes=torch.from_numpy(chosen.astype(np.int32)).to(device))
+        batch = batch._replace(classes=train_gpt.Classes(*train_gpt.to_device(chosen, torch.device(device))))
     losses = model(batch, {"short": 32, "long": 96}, weights, fp8_grad_scale)
     parameters = {name: p for name in COMPARED if (p := getattr(model, name)).numel()}
     for p in model.parameters():

@@ -81,9 +81,12 @@ def deal_from(documents, T):
     return deal, used
 
 
-def load(paths, sizes, size=1, rank=0, max_seq_len=64):
+APART = Hyperparameters(micro_batch_tokens=1)  # a rank's micro-batches are not joined
+
+
+def load(paths, sizes, size=1, rank=0, max_seq_len=64, hp=APART):
     sizes = with_cut(sizes, max_seq_len) if max_seq_len else sizes
-    return TrainLoader(paths, sizes, Hyperparameters(), World(rank, rank, size))
+    return TrainLoader(paths, [(*of_step, 0) for of_step in sizes], hp, World(rank, rank, size))
 
 
 def in_dealing_order(of_ranks):
@@ -184,33 +187,145 @@ def test_a_stage_cuts_documents_at_its_own_length_where_that_of_the_run_is_not_l
         assert [schedule.size(step) for step in schedule.starts[:2]] == [(schedule.tokens(0), cut, 0) for cut in cuts]
 
 
-@pytest.mark.parametrize("count", [64, 160, 1000])
+def classes_of(targets, count, vocab_size=1000):
+    """Ids and shares of the classes; none twice."""
+    ids, log_shares = train_gpt.softmax_classes(targets, count, vocab_size)
+    assert ids.dtype == np.int32 and log_shares.dtype == np.float32 and len(ids) == len(log_shares) == count
+    assert len({*ids.tolist()}) == count and ids.min() >= 0 and ids.max() < vocab_size
+    return ids, np.exp(log_shares.astype(np.float64))
+
+
+def targets_of(seed=0):
+    return np.random.default_rng(seed).integers(200, 260, 60).astype(np.uint16)
+
+
+@pytest.mark.parametrize("count", [48, 64, 160, 1000])
 def test_classes_of_a_softmax_are_all_targets_and_others_evenly_spread(count):
-    targets = np.random.default_rng(0).integers(200, 260, 60).astype(np.uint16)
-    classes = train_gpt.softmax_classes(targets, count, 1000)
-    assert len(classes) == count and (np.diff(classes) > 0).all() and {*targets.tolist()} <= {*classes.tolist()}
+    targets = targets_of()
+    ids, shares = classes_of(targets, count)
+    found = np.unique(targets)
+    assert np.array_equal(ids[: len(found)], found) and (shares[: len(found)] == 1).all()
     others = np.setdiff1d(np.arange(1000), targets)
-    chosen = np.searchsorted(others, np.setdiff1d(classes, targets))
+    more = count - len(found)
+    assert shares[len(found) :] == pytest.approx(more / len(others), rel=1e-6)
+    chosen = np.searchsorted(others, ids[len(found) :])
+    assert np.array_equal(others[chosen], ids[len(found) :])
     steps = np.diff([*chosen, chosen[0] + len(others)])  # round the end to the first
-    assert steps.max() - steps.min() <= 1
-    assert np.array_equal(classes, train_gpt.softmax_classes(targets, count, 1000))  # the text alone decides
+    assert steps.min() >= len(others) // more and steps.max() - steps.min() <= 1
+    assert np.array_equal(ids, classes_of(targets, count)[0])  # the text alone decides
     if count < 1000:
-        assert not np.array_equal(classes, train_gpt.softmax_classes(targets[::-1].copy(), count, 1000))
+        assert not np.array_equal(ids, classes_of(targets[::-1].copy(), count)[0])
 
 
-def test_classes_of_a_softmax_are_the_targets_alone_when_all_differ():
-    targets = np.arange(64)[::-1] * 3
-    assert train_gpt.softmax_classes(targets, 64, 1000).tolist() == sorted(targets)
+@pytest.mark.parametrize("vocab_size", [200, 64])
+def test_classes_of_a_softmax_are_the_targets_alone_when_all_differ(vocab_size):
+    targets = np.arange(64)[::-1] * (vocab_size // 64)
+    ids, shares = classes_of(targets, 64, vocab_size)
+    assert ids.tolist() == sorted(targets) and (shares == 1).all()
 
 
-def test_micro_batches_have_as_many_classes_as_their_stage_says(two_texts):
-    _, paths = two_texts
-    hp = Hyperparameters()
-    loader = TrainLoader(paths, [(40, 30, 0), (40, 30, 64), (100, 64, 112)], hp, World())
-    for batch, count in zip(loader, (0, 64, 112), strict=True):
-        for b in batch.micro_batches:
-            assert (0 if b.classes is None else len(b.classes)) == count and len(b.tensors()) == 4 + (count > 0)
-            assert not count or {*b.targets.tolist()} <= {*b.classes.tolist()}
+def test_more_different_targets_than_classes_are_an_error_that_names_both_and_the_remedy(two_texts):
+    targets = np.arange(65)
+    assert classes_of(targets, 65)[0].tolist() == targets.tolist()
+    told = "different targets in a step: more than the 64 classes of its row of STAGES; raise it"
+    with pytest.raises(UserError) as error:
+        train_gpt.softmax_classes(targets, 64, 1000)
+    assert str(error.value) == f"65 {told}"
+    texts, paths = two_texts
+    deal = deal_by_hand(texts, [(40, 30)] * 2)[1][1]  # a step's, not a micro-batch's
+    found = {token for tokens, _ in deal for token in tokens[1:]}
+    with pytest.raises(UserError) as error:
+        list(TrainLoader(paths, [(40, 30, 0), (40, 30, 64)], Hyperparameters(), World(0, 0, 2)))
+    assert str(error.value) == f"{len(found)} {told}"
+
+
+def test_over_all_draws_every_other_class_stands_for_the_same_number_of_times_it_is_drawn(monkeypatch):
+    targets, count = targets_of(), 160
+    z = np.exp(np.random.default_rng(1).normal(size=1000))
+    others = len(np.setdiff1d(np.arange(1000), targets))
+    sums = []
+    for draw in range(others):
+        monkeypatch.setattr(train_gpt.zlib, "crc32", lambda data, draw=draw: draw)
+        ids, shares = classes_of(targets, count)
+        sums.append((z[ids] / shares).sum())
+    assert np.std(sums) > 0.01 * z.sum()  # and the draws differ
+    assert np.mean(sums) == pytest.approx(z.sum(), rel=1e-6)
+
+
+def test_the_sum_over_the_classes_of_many_texts_is_on_average_that_over_the_vocabulary():
+    z = np.exp(np.random.default_rng(1).normal(size=1000))
+    errors = []
+    for seed in range(1000):
+        ids, shares = classes_of(targets_of(seed), 160)
+        errors.append((z[ids] / shares).sum() - z.sum())
+    assert abs(np.mean(errors)) < 4 * np.std(errors) / len(errors) ** 0.5 < 0.02 * z.sum()
+
+
+def test_all_micro_batches_of_a_step_have_the_classes_of_all_its_targets_on_any_number_of_ranks(two_texts):
+    texts, paths = two_texts
+    sizes, counts = [(40, 30), (40, 30), (100, 64)], (0, 320, 1008)
+    by_hand = deal_by_hand(texts, sizes)
+    expected = [None]
+    for (_, deal), count in zip(by_hand[1:], counts[1:], strict=True):
+        targets = np.array([token for tokens, _ in deal for token in tokens[1:]], dtype=np.uint16)
+        expected.append(train_gpt.softmax_classes(targets, count, 50304))
+    for size in (1, 2, 4, 8):
+        for rank in range(size):
+            for hp in (Hyperparameters(), APART):
+                sized = [(*of_step, count) for of_step, count in zip(sizes, counts, strict=True)]
+                steps = TrainLoader(paths, sized, hp, World(rank, rank, size))
+                for batch, classes in zip(steps, expected, strict=True):
+                    for b in batch.micro_batches:
+                        assert (b.classes is None) == (classes is None)
+                        assert len(b.tensors()) == 4 + 2 * (classes is not None)
+                        for out, ref in zip(b.classes or (), classes or (), strict=True):
+                            assert np.array_equal(out.numpy(), ref) and out.numpy().dtype == ref.dtype
+
+
+# ------------------------------------------------------------------------------------------------ joined micro-batches
+
+
+@pytest.mark.parametrize(
+    "limit, together",
+    [
+        (1, [1, 1, 1, 1]),  # one alone may be larger
+        (100, [1, 1, 1, 1]),
+        (199, [1, 1, 1, 1]),
+        (200, [2, 2, 2, 1]),
+        (399, [2, 2, 2, 1]),
+        (400, [4, 4, 2, 1]),
+        (799, [4, 4, 2, 1]),
+        (800, [8, 4, 2, 1]),
+        (2**20, [8, 4, 2, 1]),
+    ],
+)
+def test_as_many_micro_batches_are_joined_as_the_limit_allows_and_divide_a_ranks_number(limit, together):
+    hp = Hyperparameters(micro_batch_tokens=limit)
+    found = [train_gpt.micro_batches_together(100, hp, World(0, 0, size)) for size in (1, 2, 4, 8)]
+    assert found == together
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("limit", [1, 80, 160, 320])
+def test_joined_micro_batches_are_a_ranks_own_end_to_end(two_texts, size, limit):
+    texts, paths = two_texts
+    ((_, deal),) = deal_by_hand(texts, [40], 30)
+    together = min(max(limit // 40, 1), 8 // size)
+    for rank in range(size):
+        (batch,) = load(paths, [40], size, rank, 30, Hyperparameters(micro_batch_tokens=limit))
+        own = deal[rank::size]
+        assert len(batch.micro_batches) == len(own) // together
+        for b, first in zip(batch.micro_batches, range(0, len(own), together), strict=True):
+            parts = own[first : first + together]
+            assert b.inputs.tolist() == [token for tokens, _ in parts for token in tokens[:-1]]
+            assert b.targets.tolist() == [token for tokens, _ in parts for token in tokens[1:]]
+            ends = [40 * i + end for i, (_, ends) in enumerate(parts) for end in ends]
+            assert ends_of(b) == list(dict.fromkeys(ends))  # a document ends at every micro-batch's end
+        # What others look up: every rank's micro-batches apart, of a single rank none
+        assert len(batch.dealt) == (8 if size > 1 else 0)
+        for b, (tokens, ends) in zip(batch.dealt, deal, strict=size > 1):
+            assert b.inputs.tolist() == tokens[:-1] and ends_of(b) == list(dict.fromkeys(ends))
+            assert b.classes is None and {t.device.type for t in b.tensors()} == {"cpu"}
 
 
 def test_from_one_cut_to_another_the_deal_goes_on_with_the_next_document(two_texts):
@@ -248,7 +363,7 @@ def test_the_deal_is_that_of_the_plain_dealer_over_shards_and_epochs(two_texts):
 
 
 def test_from_any_steps_position_the_deal_goes_on_as_if_it_had_not_stopped(two_texts):
-    sizes = with_cut([60, 120] * 8, 64)
+    sizes = [(T, 64, 0) for T in [60, 120] * 8]
     steps = list(TrainLoader(two_texts[1], sizes, Hyperparameters(), World()))
     assert steps[-1].epoch > 1
     for done in range(1, len(steps)):
@@ -563,15 +678,15 @@ def test_threads_end_when_the_last_step_is_taken_and_when_the_iteration_is_given
 
 
 def test_documents_begin_with_the_bos_that_is_given(tmp_path):
-    hp = Hyperparameters(vocab_size=10, bos=3, val_tokens=80, val_batch_size=80)
+    hp = Hyperparameters(vocab_size=10, bos=3, val_tokens=80, val_batch_size=80, micro_batch_tokens=9)
     tokens = [3, 5, 6, 7, 8] * 40
     (path,) = write_texts(tmp_path, [tokens])
-    for batch in TrainLoader([path], [(9, 64)], hp, World()):
+    for batch in TrainLoader([path], [(9, 64, 0)], hp, World()):
         assert [b.inputs.tolist() for b in batch.micro_batches] == [tokens[:9]] * 8
         assert {tuple(ends_of(b)) for b in batch.micro_batches} == {(0, 5, 9)}
     assert [ends_of(b) for b in validation_batches([path], hp, World())] == [[0, 5, 10]] * 8
     with pytest.raises(UserError, match="documents that begin with token 4 and count up to 64"):
-        next(iter(TrainLoader([path], [(9, 64)], Hyperparameters(vocab_size=10, bos=4), World())))
+        next(iter(TrainLoader([path], [(9, 64, 0)], Hyperparameters(vocab_size=10, bos=4), World())))
 
 
 # --------------------------------------------------------------------------------------------------------- validation
