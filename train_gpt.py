@@ -1609,15 +1609,26 @@ def attention_backward_kv_kernel(
     grad_v_desc.store([row, head * D], grad_v.to(grad_v_desc.dtype))
 
 
-# Tiles, warps, pipeline stages and registers: the best of 4 to 8 each on H100, head_dim 128, windows of 128 to 1408. At
-# 128 registers two programs share a multiprocessor, and one's exponentials overlap the other's products.
-ATTENTION_TILES = [dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128)] * 2
-ATTENTION_BACKWARD_Q_TILES = [dict(BLOCK_Q=128, BLOCK_K=32, num_warps=8, num_stages=3, maxnreg=128)] * 2
-ATTENTION_BACKWARD_KV_TILES = [dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2)] * 2
+# Tiles, warps, pipeline stages and registers, where q and k are as wide as v: the best of 4 to 8 each on H100, head_dim
+# 128, windows of 128 to 1408. At 128 registers two programs share a multiprocessor, and one's exponentials overlap the
+# other's products. Then where they are narrower, not measured yet: the gradient of q leaves registers for more keys,
+# and products as narrow as 32 wait for shared memory.
+ATTENTION_TILES = (
+    dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128),
+    dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128),
+)
+ATTENTION_BACKWARD_Q_TILES = (
+    dict(BLOCK_Q=128, BLOCK_K=32, num_warps=8, num_stages=3, maxnreg=128),
+    dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128),
+)
+ATTENTION_BACKWARD_KV_TILES = (
+    dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2),
+    dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2),
+)
 
 
-def attention_options(tiles: list[dict], q: Tensor, v: Tensor, xsa: Tensor | None) -> dict:
-    """A kernel's constants and options; tiles: where q is as wide as v, and where it is narrower."""
+def attention_options(tiles: tuple[dict, dict], q: Tensor, v: Tensor, xsa: Tensor | None) -> dict:
+    """A kernel's constants and options; tiles: where q is as wide as v, where it is narrower."""
     return dict(XSA=xsa is not None, D_QK=q.size(2), D=v.size(2), **tiles[q.size(2) < v.size(2)])
 
 

@@ -174,6 +174,10 @@ PLANTED = {
          'attention_tiles(tiles["BLOCK_Q"], grad_y, q)',
          "test_kernels.py test_attention_kernels_with_xsa_are 64-cpu-float32"),
         # Model
+        ("narrow queries and keys are the half that does not turn", "qk[:, :, : qk.size(2) // 2]",
+         "qk[:, :, qk.size(2) // 2 :]", "test_model.py test_losses_and_gradients program's"),
+        ("narrow layers have the others' scale", "NARROW_SCALE if layer.narrow else 1", "1",
+         "test_model.py test_losses_and_gradients program's"),
         ("Yarn: fast frequencies are stretched, slow ones kept", "kept = ((rotations - 1) / (32 - 1)).clamp(0, 1)",
          "kept = 1 - ((rotations - 1) / (32 - 1)).clamp(0, 1)", "test_model.py test_yarn_stretches"),
         ("Yarn: attention flattens as the window grows", "float(np.log(new_window / old_window)) + 1",
