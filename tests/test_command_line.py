@@ -29,8 +29,10 @@ def refused(*arguments):
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-FOR_ATTENTION = "paired, key_offset, value_embed, xsa, head_gates, reads, values are for layers with a window"
+FOR_ATTENTION = "narrow, paired, key_offset, value_embed, xsa, head_gates, reads, values are for layers with a window"
+FLAGS = ("narrow", "paired", "value_embed", "xsa", "head_gates")
 NOT_KEPT = "is not kept ahead of the network of its gates: keep it earlier, or give gates=True"
+NO_STILL_HALF = "key_offset takes the half of a key that does not turn, which narrow ones lack"
 EARLY = dict(early=0.1)
 
 
@@ -43,9 +45,10 @@ def check_layers(monkeypatch, *rows):
     "row, words",
     [
         (Layer("wide"), "window is 'short', 'long' or None"),
-        *[(Layer(None, **{name: True}), FOR_ATTENTION) for name in ("paired", "value_embed", "xsa", "head_gates")],
+        *[(Layer(None, **{name: True}), FOR_ATTENTION) for name in FLAGS],
         (Layer(None, reads="early"), FOR_ATTENTION),
         (Layer(None, values=EARLY, gates=True), FOR_ATTENTION),
+        (Layer("long", narrow=True, key_offset=True), NO_STILL_HALF),
         (Layer("short", adds=("x0",)), "values and adds take names with their gates at the start, as dict(x0=0.0)"),
         (
             Layer("short", values=dict(x0="0")),
