@@ -108,7 +108,8 @@ STAGES = (
         1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), (0.25, 0.25), max_seq_len=896, classes=16_384
     ),
     TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0), classes=20_480),
-    TrainingStage(1, 196_608, 5, 11, 1.5, (1.0,), (1.0,), classes=24_576, untie=True),
+    TrainingStage(0.75, 196_608, 5, 11, 1.5, (1.0,), (1.0,), classes=24_576, untie=True),
+    TrainingStage(0.25, 196_608, 5, 11, 1.5, (1.0,), (1.0,)),  # with all classes, to put right what some left out
     TrainingStage(None, 196_608, 6, 13, 1.5, (1.0,), (1.0,)),  # its learning rate is lr_end
 )
 FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
@@ -230,7 +231,7 @@ class Hyperparameters:
     val_tokens: int = 10_485_760  # fixed by the rules
     val_batch_size: int = 2_097_152  # a validation step; each of its 8 chunks is a micro-batch
     # length of the run
-    num_scheduled_iterations: int = 2240  # shared by the stages
+    num_scheduled_iterations: int = 2080  # shared by the stages
     num_extension_iterations: int = 64  # at the final learning rate, with longer windows
     length: float = 1.0  # times these two and the momentum's two below: 0.25 is the same run in small
     cooldown_frac: float = 0.6  # of the scheduled iterations
@@ -253,8 +254,8 @@ class Hyperparameters:
     muon_lr: float = 0.023
     muon_wd: float = 1.2
     muon_beta2: float = 0.95
-    muon_momentum_warmup: int = 500  # steps from 0.85 to 0.95
-    muon_momentum_cooldown: int = 330  # the last steps, back to 0.85
+    muon_momentum_warmup: int = 464  # steps from 0.85 to 0.95
+    muon_momentum_cooldown: int = 308  # the last steps, back to 0.85
     grad_scale: float = 2.0  # of the loss, over the 8 micro-batches of a step; slightly better than 1 for FP8 and bf16
     # run
     run_id: str = ""  # names log and checkpoint; a fresh UUID if empty
@@ -676,7 +677,7 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, addend: Tensor | None = Non
 # may grow with C, below 1,700. Room to grow costs little, as FP8 is a floating point, down to 2^-10 of a scale: what is
 # less becomes 0. Beyond the end compiled code clips; PyTorch 2.11's own conversion to e4m3 makes NaN. Gradients are in
 # e5m2; FP8_GRAD is their scale where losses are not multiplied before backward.
-FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 8.0, 2.0**-6
+FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 16.0, 2.0**-6
 kept_full = cache(torch.full)
 
 
