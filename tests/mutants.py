@@ -299,10 +299,10 @@ PLANTED = {
          "range(T * world.rank, hp.val_tokens, T)", "test_loader.py test_ranks_cover_every_validation_chunk"),
         ("ranks of a vocabulary may be left out", "require(sorted(ids.values()) == [*range(hp.vocab_size - 1)],",
          "require(len(ids) == hp.vocab_size - 1,", "test_loader.py test_a_file_that_is_no_vocabulary"),
-        ("classes of a softmax are the first", "others[(np.arange(more) * len(others) + first) // max(more, 1)]",
+        ("classes of a softmax are the first", "others[(np.arange(more) * len(others) + first) // more]",
          "others[:more]", "test_loader.py test_classes_of_a_softmax"),
-        ("classes of a softmax: the share is of all the vocabulary", "(1, more / max(len(others), 1))",
-         "(1, more / vocab_size)", "test_loader.py test_over_all_draws"),
+        ("more targets than classes: the targets", "return np.flatnonzero(taken) if more >= 0 else None",
+         "return np.flatnonzero(taken)", "test_loader.py test_classes_of_a_softmax"),
         ("classes are a rank's own", "tokens[1:] for tokens, _ in dealt]",
          "tokens[1:] for tokens, _ in dealt[rank::ranks]]", "test_loader.py test_all_micro_batches_of_a_step"),
         ("joined: the second one's documents begin where the first one's do", "edges, lengths = ends + i * ends[-1],",
@@ -329,7 +329,13 @@ PLANTED = {
          "pairs.append(stage.prefix_weights[:1] * 2)", "test_schedule.py test_the_prefixs_weight"),
         ("short and long window change places", '"short": short * self.hp.window_block, "long": long *',
          '"short": long * self.hp.window_block, "long": short *', "test_schedule.py test_windows_are_counted"),
+        ("more classes than there are are taken", "stage.classes if stage.classes < self.hp.padded_vocab else 0",
+         "stage.classes", "test_loader.py test_a_step_has_the_classes"),
         # Train
+        ("a step of too many different targets goes through the graph", "(run if rare or not graph else graph)(",
+         "(graph or run)(", "test_training.py test_a_micro_batch_of_too_many"),
+        ("a stage without classes does without its graph", "rare = micro_batch.classes is None and self.schedule",
+         "rare = micro_batch.classes is None or self.schedule", "test_training.py test_a_micro_batch_of_too_many"),
         ("grad_scale is taken as 1", "self.grad_scale = hp.grad_scale / MICRO_BATCHES",
          "self.grad_scale = 1.0 / MICRO_BATCHES", "test_distributed.py test_the_optimizer_sees_an_eighth 1-"),
         ("grad_scale is not shared by the micro-batches", "self.grad_scale = hp.grad_scale / MICRO_BATCHES",
@@ -532,7 +538,7 @@ PLANTED = {
         ("PyTorch's compiler is imported", "torch.zeros(1, *self.stack",
          'torch.zeros_like(torch.zeros(1, device="meta")).expand(1).new_zeros(1, *self.stack',
          "test_describe.py test_the_command_needs"),
-        ("the head has all classes", "return stage.classes or self.hp.padded_vocab", "return self.hp.padded_vocab",
+        ("the head has all classes", "return min(stage.classes or self.hp.padded_vocab,", "return max(0,",
          "test_describe.py test_the_head_computes"),
         ("a query does not meet its own key", "4 * C * (windows[name] + 1)", "4 * C * windows[name]",
          "test_describe.py test_a_query_meets"),
@@ -548,7 +554,7 @@ PLANTED = {
          "positions * total_bytes((yarn.cos, yarn.sin, yarn.position))", "test_describe.py test_angles_and_signs"),
         ("one gradient of the logits", '(2 if "head" in run.fp8 else size)', '(1 if "head" in run.fp8 else size)',
          "test_describe.py test_the_head_computes"),
-        ("the largest micro-batch is the smallest", "most = max(sum", "most = min(sum",
+        ("the largest micro-batch is the smallest", "most = [max(sum", "most = [min(sum",
          "test_record_values.py test_a_run_takes_the_memory"),
         ("a switch is left out", 'if value is True and name != "gates"',
          'if value is True and name not in ("gates", "xsa")', "test_describe.py test_every_layer"),
@@ -668,7 +674,7 @@ FAULTS = [Fault(file, *fault) for file, faults in PLANTED.items() for fault in f
 
 def room(fault: Fault) -> str:
     """Where it stands: in train_gpt.py under which banner, else the file."""
-    banners = re.findall(r"^# ={20,}\n# (\w[^:\n]*)", (ROOT / fault.file).read_text().partition(fault.old)[0], re.M)
+    banners = re.findall(r"^# ={20,}\n# (.*)\n# ={20,}", (ROOT / fault.file).read_text().partition(fault.old)[0], re.M)
     return banners[-1] if fault.file == "train_gpt.py" and banners else fault.file
 
 

@@ -20,8 +20,7 @@ import describe
 ROOT = Path(train_gpt.__file__).parent
 SMALL = ["--preset=smoke", "--vocab_size=301", "--bos=300", "--bigram_vocab_size=64"]
 UNTIMED = {"a bank under Adam", "a learned scalar a layer"}  # edits that no picture shows
-# The edit's own classes are fewer than the tokens of a speedrun's micro-batch.
-EDITS = EDITS | {"a softmax over some classes": [(r"max_seq_len=896\)", "max_seq_len=896, classes=49_152)")]}
+EDITS = EDITS | {"a softmax over more classes than there are": [(r"classes=[\d_]+", "classes=50_320")]}
 
 
 def run_of(program=train_gpt, *arguments):
@@ -106,18 +105,25 @@ def test_stages_have_the_steps_tokens_and_values_of_the_schedule(programs):
         assert number(row[3]) == stage.tokens == 8 * number(row[4]) == number(row[5]) / (end - start)
         assert [number(row[i]) for i in (6, 7)] == [n * run.hp.window_block for n in stage[2:4]]
         assert number(row[8]) == min(stage.max_seq_len, run.hp.train_max_seq_len)
-        assert number(row[9]) == (stage.classes or run.hp.padded_vocab)
+        assert number(row[9]) == run.classes(stage)
         for cell, value in ((row[10], run.schedule.lr), (row[11], run.schedule.momentum)):
             first, _, last = cell.partition(" to ")
             told = float(first), float(last or first)
             assert told == pytest.approx((value(start), value(end - 1)), abs=6e-4)
 
 
-@pytest.mark.parametrize("classes, stage", [(49_152, 0), (None, 1)])
-def test_the_head_computes_the_classes_of_the_stage_and_keeps_their_logits(programs, classes, stage):
-    run = run_of(programs("a softmax over some classes"))
+@pytest.mark.parametrize(
+    "edit, stage, classes",
+    [
+        ("a softmax over some classes", 0, 320),
+        ("a softmax over some classes", -1, None),
+        ("a softmax over more classes than there are", 0, None),
+    ],
+)
+def test_the_head_computes_the_classes_of_the_stage_and_keeps_their_logits(programs, edit, stage, classes):
+    run = run_of(programs(edit))
     row, classes = run.hp.stages[stage], classes or run.hp.padded_vocab
-    assert run.classes(row) == classes
+    assert run.classes(row) == classes == (run.schedule.size(run.spans()[stage][0])[2] or run.hp.padded_vocab)
     assert (
         describe.forward_flop(run, run.schedule.windows(0), run.classes(row))["head"] == 2 * run.hp.model_dim * classes
     )
