@@ -56,7 +56,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial, reduce
 from glob import escape, glob
-from itertools import accumulate, islice, pairwise, repeat, takewhile
+from itertools import accumulate, chain, islice, pairwise, repeat, takewhile
 from operator import xor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -109,7 +109,8 @@ STAGES = (
         1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), (0.25, 0.25), max_seq_len=896, classes=16_384
     ),
     TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0), classes=20_480),
-    TrainingStage(1, 196_608, 5, 11, 1.5, (1.0,), (1.0,), classes=24_576, untie=True),
+    TrainingStage(0.75, 196_608, 5, 11, 1.5, (1.0,), (1.0,), classes=24_576, untie=True),
+    TrainingStage(0.25, 196_608, 5, 11, 1.5, (1.0,), (1.0,)),  # with all classes, to put right what some left out
     TrainingStage(None, 196_608, 6, 13, 1.5, (1.0,), (1.0,)),  # its learning rate is lr_end
 )
 FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
@@ -124,6 +125,7 @@ class Layer(NamedTuple):
     """
 
     window: str | None = "short"  # which of the stage's windows attention uses; None: a layer without attention
+    narrow: bool = False  # queries and keys half as wide as values: the half that turns with the position
     paired: bool = False  # heads interleaved along time in pairs, so that a query sees both heads' keys
     key_offset: bool = False  # the stationary half of a key comes from the previous token
     value_embed: bool = False  # adds a gated embedding of the token to the values
@@ -142,23 +144,24 @@ class Layer(NamedTuple):
 X0, NGRAMS = dict(x0=0.0), dict(ngrams=0.05)
 LAYERS = (
     Layer(None, adds=NGRAMS, mlp=False, gates=True, keep="start"),  # ahead of the first layer
-    Layer("short", paired=True, adds=X0),
-    Layer("short", value_embed=True, xsa=True, adds=X0 | NGRAMS),
-    Layer("short", paired=True, value_embed=True, adds=X0 | NGRAMS),
+    Layer("short", narrow=True, paired=True, adds=X0),
+    Layer("short", narrow=True, value_embed=True, xsa=True, adds=X0 | NGRAMS),
+    Layer("short", narrow=True, paired=True, value_embed=True, adds=X0 | NGRAMS),
     Layer("long", key_offset=True, xsa=True, head_gates=True, adds=X0 | NGRAMS, keep="early"),
-    Layer("short", xsa=True, adds=X0 | NGRAMS, gates=True),
-    Layer("short", paired=True, adds=X0 | NGRAMS),
+    Layer("short", narrow=True, xsa=True, adds=X0 | NGRAMS, gates=True),
+    Layer("short", narrow=True, paired=True, adds=X0 | NGRAMS),
     Layer(None, adds=dict(early=0.09)),
-    Layer("short", xsa=True, adds=X0 | NGRAMS, keep="middle"),
+    Layer("short", narrow=True, xsa=True, adds=X0 | NGRAMS, keep="middle"),
     # Late layers look for what they need in the middle of the model: their own work is on the prediction.
-    Layer("short", value_embed=True, reads="middle", adds=X0 | NGRAMS),
-    Layer("short", paired=True, value_embed=True, reads="middle", adds=X0 | NGRAMS, keep="late"),
+    Layer("short", narrow=True, value_embed=True, reads="middle", adds=X0 | NGRAMS),
+    Layer("short", narrow=True, paired=True, value_embed=True, reads="middle", adds=X0 | NGRAMS, keep="late"),
     Layer("long", key_offset=True, value_embed=True, head_gates=True, reads="middle", gates=True,
           values=dict(start=0.0, middle=0.0, late=0.0), adds=dict(start=0.0, middle=0.0, late=0.0) | NGRAMS),
     # After the last layer much of what the middle has put into the stream is taken out again.
     Layer(None, adds=dict(start=0.0, early=0.0, middle=-0.5, late=0.0), mlp=False, gates=True),
 )  # fmt: skip
 XSA_GATE, HEAD_GATE = 0.0, 0.25  # at the start
+NARROW_SCALE = 1.2  # of a narrow layer's softmax, times the others'
 GATE_HIDDEN, GATE_SCALE = 64, 0.1  # hidden units of a gate network; what its results are multiplied by
 GATE_DIMS = 12  # the gates of smear and value embeddings look at the first 12 dimensions of their input only
 # Rows of n-grams are found by hashing, an equal part of the table for each order. By order, the factors of a token, of
@@ -239,7 +242,7 @@ class Hyperparameters:
     val_tokens: int = 10_485_760  # fixed by the rules
     val_batch_size: int = 2_097_152  # a validation step; each of its 8 chunks is a micro-batch
     # length of the run
-    num_scheduled_iterations: int = 2240  # shared by the stages
+    num_scheduled_iterations: int = 2080  # shared by the stages
     num_extension_iterations: int = 64  # at the final learning rate, with longer windows
     length: float = 1.0  # times these two and the momentum's two below: 0.25 is the same run in small
     cooldown_frac: float = 0.6  # of the scheduled iterations
@@ -264,8 +267,8 @@ class Hyperparameters:
     muon_lr: float = 0.023
     muon_wd: float = 1.2
     muon_beta2: float = 0.95
-    muon_momentum_warmup: int = 500  # steps from 0.85 to 0.95
-    muon_momentum_cooldown: int = 330  # the last steps, back to 0.85
+    muon_momentum_warmup: int = 464  # steps from 0.85 to 0.95
+    muon_momentum_cooldown: int = 308  # the last steps, back to 0.85
     grad_scale: float = 2.0  # of the loss, over the 8 micro-batches of a step; slightly better than 1 for FP8 and bf16
     # run
     run_id: str = ""  # names log and checkpoint; a fresh UUID if empty
@@ -405,7 +408,7 @@ def parse_value(name: str, kind: type, text: str) -> object:
         raise UserError(f"--{name}={text}: expected {expected}") from None
 
 
-FOR_ATTENTION = ("paired", "key_offset", "value_embed", "xsa", "head_gates", "reads", "values")  # of a row of LAYERS
+FOR_ATTENTION = ("narrow", "paired", "key_offset", "value_embed", "xsa", "head_gates", "reads", "values")  # of a row
 
 
 def check_tables(hp: Hyperparameters) -> None:
@@ -432,6 +435,8 @@ def check_tables(hp: Hyperparameters) -> None:
         row, attention = f"LAYERS, row {i}", any(getattr(layer, name) for name in FOR_ATTENTION)
         require(layer.window in ("short", "long", None), f"{row}: window is 'short', 'long' or None")
         require(layer.window or not attention, f"{row}: {', '.join(FOR_ATTENTION)} are for layers with a window")
+        told = f"{row}: key_offset takes the half of a key that does not turn, which narrow ones lack"
+        require(not (layer.narrow and layer.key_offset), told)
         for gates in (layer.values, layer.adds):
             told = f"{row}: values and adds take names with their gates at the start, as dict(x0=0.0)"
             require(isinstance(gates, dict) and all(isinstance(gate, int | float) for gate in gates.values()), told)
@@ -691,7 +696,7 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, addend: Tensor | None = Non
 # may grow with C, below 1,700. Room to grow costs little, as FP8 is a floating point, down to 2^-10 of a scale: what is
 # less becomes 0. Beyond the end compiled code clips; PyTorch 2.11's own conversion to e4m3 makes NaN. Gradients are in
 # e5m2; FP8_GRAD is their scale where losses are not multiplied before backward.
-FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 8.0, 2.0**-6
+FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 16.0, 2.0**-6
 kept_full = cache(torch.full)
 
 
@@ -1300,21 +1305,26 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each adjacent pair (a, b) of x (T, H, D) into (a cos + b sin, b cos - a sin); tables (>= T, 1, D / 2)."""
+    """Turns each adjacent pair (a, b) of x (T, H, D) into (a cos + b sin, b cos - a sin).
+
+    tables (T, 1, D / 2), or longer and wider ones.
+    """
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = (table[: len(x)].to(x.dtype) for table in (cos, sin))
+    cos, sin = (table[: len(x), :, : a.size(-1)].to(x.dtype) for table in (cos, sin))
     return torch.stack((a * cos + b * sin, b * cos - a * sin), -1).flatten(-2)
 
 
 def split_heads_reference(qkv, value_gate, table, rows, cos, sin, documents, num_heads: int, paired: bool):
-    """q, k, v as attention takes them, from projections (T, 3C): normed, rotated, the values with their embeddings.
+    """q, k, v as attention takes them, from a projection (T, .): normed, rotated, the values with their embeddings.
 
-    value_gate (T, H), table and rows (T,): what to add to the values, or value_gate None. Results are (T, H, D), in
-    paired layers (2T, H/2, D): heads 0.. at even, the other half at odd positions. documents, of these positions, where
-    the second half of a key comes from the position before, but for a document's first; else None.
+    The projection's columns are H heads of q, of k, and of v, which are as wide as the rotation's tables say; q and k
+    may be narrower. value_gate (T, H), table and rows (T,): what to add to the values, or value_gate None. Results are
+    (T, H, D), in paired layers (2T, H/2, D): heads 0.. at even, the other half at odd positions. documents, of these
+    positions, where the second half of a key comes from the position before, but for a document's first; else None.
     """
-    T = len(qkv)
-    q, k, v = qkv.view(T, 3, num_heads, -1).unbind(1)
+    T, C = len(qkv), num_heads * 2 * cos.size(-1)
+    qk, v = qkv.split((qkv.size(1) - C, C), 1)
+    q, k, v = *qk.view(T, 2, num_heads, -1).unbind(1), v.view(T, num_heads, -1)
     q, k = norm(q), norm(k)
     if value_gate is not None:
         v = v + value_gate.unsqueeze(-1) * Lookup.apply(table, rows).view_as(v)
@@ -1336,84 +1346,92 @@ def turn(x, cos, sin):
 
 
 @triton.jit
-def head_places(cos_ptr, sin_ptr, T, H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, BLOCK_T: tl.constexpr):
-    """For one head of BLOCK_T tokens: token, position and mask, rotation, and places in projections and q, k, v.
+def head_places(
+    cos_ptr, sin_ptr, T,
+    H: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """For one head of BLOCK_T tokens: token, position and mask, rotation, places in projections and q, k, then in v.
 
     Paired or not, a head has the same place in memory, and the next position's is `H // 2` or `H` heads further.
     Neighbouring programs take the heads of the same tokens, which read the same rows of the tables.
     """
-    head, block, d = tl.program_id(0) % H, tl.program_id(0) // H, tl.arange(0, D)
+    head, block, d_qk, d = tl.program_id(0) % H, tl.program_id(0) // H, tl.arange(0, D_QK), tl.arange(0, D)
     t = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     position = 2 * t + head // (H // 2) if PAIRED else t
-    turning = position[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
-    projected = (t[:, None] * 3 * H + head) * D + d[None, :]
-    out = (t[:, None] * H + head) * D + d[None, :]
+    turning = position[:, None] * (D // 2) + tl.arange(0, D_QK // 2)[None, :]
+    row = t[:, None] * H * (2 * D_QK + D)
+    projected, v_projected = row + head * D_QK + d_qk[None, :], row + head * D + d[None, :] + 2 * H * D_QK
+    out, v_out = (t[:, None] * H + head) * D_QK + d_qk[None, :], (t[:, None] * H + head) * D + d[None, :]
     cos = tl.load(cos_ptr + turning, mask=(t < T)[:, None], other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + turning, mask=(t < T)[:, None], other=0.0).to(tl.float32)
-    return head, t, position, t < T, cos, sin, projected, out
+    return head, t, position, t < T, cos, sin, projected, out, v_projected, v_out
 
 
 @triton.jit
 def split_heads_kernel(
     qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, starts_ptr, ends_ptr, q_ptr, k_ptr, v_ptr, T, eps,
-    H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_EMBED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    H: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr,
+    VALUE_EMBED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One head of BLOCK_T tokens."""
-    head, t, position, inside, cos, sin, projected, out = head_places(cos_ptr, sin_ptr, T, H, D, PAIRED, BLOCK_T)
+    head, t, position, inside, cos, sin, projected, out, v_projected, v_out = head_places(
+        cos_ptr, sin_ptr, T, H, D_QK, D, PAIRED, BLOCK_T
+    )
     mask = inside[:, None]
     for i in tl.static_range(2):
         out_ptr = q_ptr if i == 0 else k_ptr
-        x = tl.load(qkv_ptr + projected + i * H * D, mask=mask, other=0.0).to(tl.float32)
-        x = turn(x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None], cos, sin).to(out_ptr.dtype.element_ty)
+        x = tl.load(qkv_ptr + projected + i * H * D_QK, mask=mask, other=0.0).to(tl.float32)
+        x = turn(x * tl.rsqrt(tl.sum(x * x, 1) / D_QK + eps)[:, None], cos, sin).to(out_ptr.dtype.element_ty)
         if KEY_OFFSET and i == 1:  # the second half goes to a document's next position; its first keeps its own, too
-            still, step = (tl.arange(0, D) >= D // 2)[None, :], H // 2 if PAIRED else H
+            still, step = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
             is_first = position == tl.load(starts_ptr + position, mask=inside, other=0)
             has_next = position + 1 < tl.load(ends_ptr + position, mask=inside, other=0)
             tl.store(out_ptr + out, x, mask=mask & (~still | is_first[:, None]))
-            tl.store(out_ptr + out + step * D, x, mask=has_next[:, None] & still)
+            tl.store(out_ptr + out + step * D_QK, x, mask=has_next[:, None] & still)
         else:
             tl.store(out_ptr + out, x, mask=mask)
-    v = tl.load(qkv_ptr + projected + 2 * H * D, mask=mask, other=0.0)
+    v = tl.load(qkv_ptr + v_projected, mask=mask, other=0.0)
     if VALUE_EMBED:
         row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
         gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
         place = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
         embed = tl.load(table_ptr + place, mask=mask, other=0.0).to(tl.float32)
         v = (v.to(tl.float32) + gate[:, None] * embed).to(v.dtype)
-    tl.store(v_ptr + out, v, mask=mask)
+    tl.store(v_ptr + v_out, v, mask=mask)
 
 
 @triton.jit
 def split_heads_backward_kernel(
     qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, starts_ptr, ends_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
     grad_qkv_ptr, grad_gate_ptr, grad_table_ptr, T, eps, factor,
-    H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr, VALUE_EMBED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    H: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr,
+    VALUE_EMBED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One head of BLOCK_T tokens: the projections' gradient times `factor`, the gate's; adds to the table's."""
-    head, t, position, inside, cos, sin, projected, out = head_places(cos_ptr, sin_ptr, T, H, D, PAIRED, BLOCK_T)
+    head, t, position, inside, cos, sin, projected, out, v_projected, v_out = head_places(
+        cos_ptr, sin_ptr, T, H, D_QK, D, PAIRED, BLOCK_T
+    )
     mask = inside[:, None]
     for i in tl.static_range(2):
         grad_ptr = grad_q_ptr if i == 0 else grad_k_ptr
         if KEY_OFFSET and i == 1:  # from where the second half went
-            still, step = (tl.arange(0, D) >= D // 2)[None, :], H // 2 if PAIRED else H
+            still, step = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
             is_first = position == tl.load(starts_ptr + position, mask=inside, other=0)
             has_next = position + 1 < tl.load(ends_ptr + position, mask=inside, other=0)
             grad = tl.load(grad_ptr + out, mask=mask & (~still | is_first[:, None]), other=0.0).to(tl.float32)
-            grad += tl.load(grad_ptr + out + step * D, mask=has_next[:, None] & still, other=0.0).to(tl.float32)
+            grad += tl.load(grad_ptr + out + step * D_QK, mask=has_next[:, None] & still, other=0.0).to(tl.float32)
         else:
             grad = tl.load(grad_ptr + out, mask=mask, other=0.0).to(tl.float32)
         grad = turn(grad, cos, -sin)
-        x = tl.load(qkv_ptr + projected + i * H * D, mask=mask, other=0.0).to(tl.float32)
-        inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x = tl.load(qkv_ptr + projected + i * H * D_QK, mask=mask, other=0.0).to(tl.float32)
+        inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D_QK + eps)[:, None]
         x *= inverse_rms
-        grad_x = inverse_rms * (grad - x * (tl.sum(grad * x, 1) / D)[:, None])
+        grad_x = inverse_rms * (grad - x * (tl.sum(grad * x, 1) / D_QK)[:, None])
         grad_x = (grad_x * factor).to(grad_qkv_ptr.dtype.element_ty)
-        tl.store(grad_qkv_ptr + projected + i * H * D, grad_x, mask=mask)
-    grad_v = tl.load(grad_v_ptr + out, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_qkv_ptr + projected + i * H * D_QK, grad_x, mask=mask)
+    grad_v = tl.load(grad_v_ptr + v_out, mask=mask, other=0.0).to(tl.float32)
     grad_qkv_v = (grad_v * factor).to(grad_qkv_ptr.dtype.element_ty)
-    tl.store(grad_qkv_ptr + projected + 2 * H * D, grad_qkv_v, mask=mask)
+    tl.store(grad_qkv_ptr + v_projected, grad_qkv_v, mask=mask)
     if VALUE_EMBED:
         row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
         gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
@@ -1425,19 +1443,20 @@ def split_heads_backward_kernel(
 
 
 class SplitHeads(torch.autograd.Function):
-    """split_heads_reference of a Projection to (T, 3C), in one kernel a direction, which reads and writes all once."""
+    """split_heads_reference of a Projection, in one kernel a direction, which reads and writes all once."""
 
     @staticmethod
     def forward(ctx, value_gate, table, rows, cos, sin, documents, num_heads, paired, *projection):
         weight, fp8, fp8_t, ctx.grad_scale, scale, x, x_fp8 = projection
         qkv = x @ weight.T if fp8 is None else fp8_product(x_fp8, fp8.T, FP8_X, scale, x.dtype)
-        T, H, D = len(x), num_heads, x.shape[1] // num_heads
-        q, k, v = (qkv.new_empty((2 * T, H // 2, D) if paired else (T, H, D)) for _ in range(3))
+        T, H, D = len(x), num_heads, 2 * cos.size(-1)
+        D_QK = (qkv.size(1) // H - D) // 2
+        q, k, v = (qkv.new_empty((2 * T, H // 2, d) if paired else (T, H, d)) for d in (D_QK, D_QK, D))
         inputs = (qkv, value_gate, *((table, rows) if value_gate is not None else (None, None)), cos, sin)
         inputs += (None, None) if documents is None else tuple(documents)
         ctx.save_for_backward(*((x, weight) if fp8 is None else (x_fp8, fp8_t)), scale, *inputs)
         has = dict(KEY_OFFSET=documents is not None, VALUE_EMBED=value_gate is not None)
-        ctx.options = dict(H=H, D=D, PAIRED=paired, **has, BLOCK_T=16, num_warps=4)
+        ctx.options = dict(H=H, D_QK=D_QK, D=D, PAIRED=paired, **has, BLOCK_T=16, num_warps=4)
         split_heads_kernel[(H * triton.cdiv(T, 16),)](*inputs, q, k, v, T, NORM_EPS, **ctx.options)
         return q, k, v
 
@@ -1461,7 +1480,7 @@ class SplitHeads(torch.autograd.Function):
 
 
 def split_heads(qkv: Projection, value_gate, table, rows, cos, sin, documents, num_heads, paired):
-    """q, k, v as attention takes them, from a projection to (T, 3C); for the rest see split_heads_reference."""
+    """q, k, v as attention takes them, from a projection; for the rest see split_heads_reference."""
     rest = value_gate, table, rows, cos, sin, documents, num_heads, paired
     if qkv.x.is_cuda:
         return SplitHeads.apply(*rest, *qkv)
@@ -1502,10 +1521,11 @@ def attend_reference(q, k, v, documents: Documents, window: int, scale: float, x
     return out if xsa is None else exclude_own_value(out, v, xsa)
 
 
-# The kernels see q, k, v, y as (N, H D) matrices and take tiles of some positions of one head, through Hopper's bulk
-# tensor copies, which read zeros beyond the end. The first key that a query sees, max(start of its document, itself -
-# window), grows with the query, and so does the last query that sees a key. So a block of queries needs one range of
-# keys (and a block of keys one of queries) whatever documents it straddles, and masks only at the ends of that range.
+# The kernels see v, y as (N, H D) and q, k as (N, H D_QK) matrices and take tiles of some positions of one head,
+# through Hopper's bulk tensor copies, which read zeros beyond the end. The first key that a query sees, max(start of
+# its document, itself - window), grows with the query, and so does the last query that sees a key. So a block of
+# queries needs one range of keys (and a block of keys one of queries) whatever documents it straddles, and masks only
+# at the ends of that range.
 # Method: FlashAttention-2 (arXiv 2307.08691), backward in two kernels without atomics.
 
 # For masked scores; those of normed vectors stay within head_dim. What a row that is all masked so far sums up is
@@ -1542,19 +1562,19 @@ def own_values(own_desc, xsa_ptr, row, head, N, H, D: tl.constexpr, BLOCK_Q: tl.
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_kernel(
     q_desc, k_desc, v_desc, own_desc, starts_ptr, xsa_ptr, y_desc, lse_ptr, share_ptr, N, H, window, scale,
-    XSA: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of one head: y, in base 2 the logarithm of the sum of exponentials, and of y the share of v."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
     rows = row + tl.arange(0, BLOCK_Q)
     begin, mid, tail, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
-    q = q_desc.load([row, head * D])
+    q = q_desc.load([row, head * D_QK])
     top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)  # the largest score so far
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     for col in range(begin, end, BLOCK_K):
-        k, v = k_desc.load([col, head * D]), v_desc.load([col, head * D])
+        k, v = k_desc.load([col, head * D_QK]), v_desc.load([col, head * D])
         s = tl.dot(q, k.T)
         if (col < mid) | (col >= tail):
             cols = (col + tl.arange(0, BLOCK_K))[None, :]
@@ -1587,7 +1607,7 @@ def attention_kernel(
 def attention_backward_q_kernel(
     grad_y_desc, y_desc, q_desc, k_desc, v_desc, own_desc, lse_ptr, starts_ptr, xsa_ptr, share_ptr, grad_q_desc,
     delta_ptr, before_xsa_ptr, grad_xsa_ptr, factors_ptr, N, H, window, scale,
-    XSA: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of one head: the gradients of q and gates; for the keys' kernel delta and, before XSA, y's."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
@@ -1595,7 +1615,7 @@ def attention_backward_q_kernel(
     begin, mid, tail, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
     by_head = head.to(tl.int64) * N + rows
-    q, y, grad_y = q_desc.load([row, head * D]), y_desc.load([row, head * D]), grad_y_desc.load([row, head * D])
+    q, y, grad_y = q_desc.load([row, head * D_QK]), y_desc.load([row, head * D]), grad_y_desc.load([row, head * D])
     delta = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1)
     tl.store(delta_ptr + by_head, delta, mask=rows < N)
     if XSA:
@@ -1611,9 +1631,9 @@ def attention_backward_q_kernel(
         tl.store(factors_ptr + H * N + by_head, -r, mask=rows < N)
         tl.store(factors_ptr + 2 * H * N + by_head, 2 * (tl.where(square < 1e-8, 0, 1) - t) * r * share, mask=rows < N)
     lse = tl.load(lse_ptr + by_head, mask=rows < N, other=0.0)
-    acc = tl.zeros((BLOCK_Q, D), tl.float32)
+    acc = tl.zeros((BLOCK_Q, D_QK), tl.float32)
     for col in range(begin, end, BLOCK_K):
-        k, v = k_desc.load([col, head * D]), v_desc.load([col, head * D])
+        k, v = k_desc.load([col, head * D_QK]), v_desc.load([col, head * D])
         s = tl.dot(q, k.T)
         grad_p = tl.dot(grad_y, v.T)
         p = tl.exp2(s * scale_2 - lse[:, None])
@@ -1621,14 +1641,14 @@ def attention_backward_q_kernel(
             cols = (col + tl.arange(0, BLOCK_K))[None, :]
             p = tl.where((cols >= first[:, None]) & (cols <= rows[:, None]), p, 0.0)
         acc = tl.dot((p * (grad_p - delta[:, None])).to(k.dtype), k, acc)
-    grad_q_desc.store([row, head * D], (acc * scale).to(grad_q_desc.dtype))
+    grad_q_desc.store([row, head * D_QK], (acc * scale).to(grad_q_desc.dtype))
 
 
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_backward_kv_kernel(
     grad_y_desc, q_desc, k_desc, v_desc, own_grad_y_desc, own_y_desc, lse_ptr, delta_ptr, factors_ptr, ends_ptr,
     grad_k_desc, grad_v_desc, N, H, window, scale,
-    XSA: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_K keys of one head: the gradients of k and v. Scores are (keys, queries), as both products need them."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_K, tl.program_id(1), scale * LOG2_E
@@ -1637,12 +1657,12 @@ def attention_backward_kv_kernel(
     last = tl.minimum(tl.load(ends_ptr + rows, mask=rows < N, other=0) - 1, rows + window)
     lse_ptr += head.to(tl.int64) * N
     delta_ptr += head.to(tl.int64) * N
-    k, v = k_desc.load([row, head * D]), v_desc.load([row, head * D])
-    grad_k = tl.zeros((BLOCK_K, D), tl.float32)
+    k, v = k_desc.load([row, head * D_QK]), v_desc.load([row, head * D])
+    grad_k = tl.zeros((BLOCK_K, D_QK), tl.float32)
     grad_v = tl.zeros((BLOCK_K, D), tl.float32)
     for col in range(begin, end, BLOCK_Q):
         cols = col + tl.arange(0, BLOCK_Q)
-        q, grad_y = q_desc.load([col, head * D]), grad_y_desc.load([col, head * D])
+        q, grad_y = q_desc.load([col, head * D_QK]), grad_y_desc.load([col, head * D])
         lse = tl.load(lse_ptr + cols, mask=cols < N, other=0.0)
         delta = tl.load(delta_ptr + cols, mask=cols < N, other=0.0)
         p = tl.exp2(tl.dot(k, q.T) * scale_2 - lse[None, :])
@@ -1651,7 +1671,7 @@ def attention_backward_kv_kernel(
         grad_v = tl.dot(p.to(grad_y.dtype), grad_y, grad_v)
         grad_p = tl.dot(v, grad_y.T)  # after grad_v's product: the two run back to back, with one wait
         grad_k = tl.dot((p * (grad_p - delta[None, :])).to(q.dtype), q, grad_k)
-    grad_k_desc.store([row, head * D], (grad_k * scale).to(grad_k_desc.dtype))
+    grad_k_desc.store([row, head * D_QK], (grad_k * scale).to(grad_k_desc.dtype))
     if XSA:
         factors_ptr += head.to(tl.int64) * N + rows
         grad_v += tl.load(factors_ptr, mask=rows < N, other=0.0)[:, None] * own_grad_y_desc.load([row, head * D])
@@ -1660,11 +1680,27 @@ def attention_backward_kv_kernel(
     grad_v_desc.store([row, head * D], grad_v.to(grad_v_desc.dtype))
 
 
-# Tiles, warps, pipeline stages and registers: the best of 4 to 8 each on H100, head_dim 128, windows of 128 to 1408. At
-# 128 registers two programs share a multiprocessor, and one's exponentials overlap the other's products.
-ATTENTION_TILES = dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128)
-ATTENTION_BACKWARD_Q_TILES = dict(BLOCK_Q=128, BLOCK_K=32, num_warps=8, num_stages=3, maxnreg=128)
-ATTENTION_BACKWARD_KV_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2)
+# Tiles, warps, pipeline stages and registers, where q and k are as wide as v: the best of 4 to 8 each on H100, head_dim
+# 128, windows of 128 to 1408. At 128 registers two programs share a multiprocessor, and one's exponentials overlap the
+# other's products. Then where they are narrower, not measured yet: the gradient of q leaves registers for more keys,
+# and products as narrow as 32 wait for shared memory.
+ATTENTION_TILES = (
+    dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128),
+    dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128),
+)
+ATTENTION_BACKWARD_Q_TILES = (
+    dict(BLOCK_Q=128, BLOCK_K=32, num_warps=8, num_stages=3, maxnreg=128),
+    dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128),
+)
+ATTENTION_BACKWARD_KV_TILES = (
+    dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2),
+    dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2),
+)
+
+
+def attention_options(tiles: tuple[dict, dict], q: Tensor, v: Tensor, xsa: Tensor | None) -> dict:
+    """A kernel's constants and options; tiles: where q is as wide as v, where it is narrower."""
+    return dict(XSA=xsa is not None, D_QK=q.size(2), D=v.size(2), **tiles[q.size(2) < v.size(2)])
 
 
 def attention_tiles(block: int, *tensors: Tensor) -> list:
@@ -1673,14 +1709,14 @@ def attention_tiles(block: int, *tensors: Tensor) -> list:
 
 
 class CausalSelfAttention(torch.autograd.Function):
-    """attend() in kernels. D a power of two from 16 to 128."""
+    """attend() in kernels. Widths of heads are powers of two from 16 to 128."""
 
     @staticmethod
     def forward(ctx, q, k, v, starts, ends, window, scale, xsa=None):
-        N, H, D = q.shape
-        y, lse = q.new_empty(N, H, D), q.new_empty(H, N, dtype=torch.float32)
+        N, H, _ = q.shape
+        y, lse = v.new_empty(v.shape), q.new_empty(H, N, dtype=torch.float32)
         xsa, share = (None, None) if xsa is None else (xsa.contiguous(), torch.empty_like(lse))
-        tiles = dict(XSA=xsa is not None, D=D, **ATTENTION_TILES)
+        tiles = attention_options(ATTENTION_TILES, q, v, xsa)
         q_desc, own_desc, y_desc = attention_tiles(tiles["BLOCK_Q"], q, v, y)
         k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
         attention_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
@@ -1694,20 +1730,20 @@ class CausalSelfAttention(torch.autograd.Function):
     def backward(ctx, grad_y):
         q, k, v, y, lse, starts, ends, xsa, share = ctx.saved_tensors
         grad_y = grad_y.contiguous()
-        N, H, D = q.shape
+        N, H, _ = q.shape
         sizes = (N, H, ctx.window, ctx.scale)
-        grad_q, grad_k, grad_v = (torch.empty_like(q) for _ in range(3))
+        grad_q, grad_k, grad_v = map(torch.empty_like, (q, k, v))
         delta, before_xsa, grad_xsa, factors = torch.empty_like(lse), grad_y, None, None
         if xsa is not None:
-            before_xsa, grad_xsa, factors = torch.empty_like(q), torch.empty_like(xsa), lse.new_empty(3, H, N)
-        tiles = dict(XSA=xsa is not None, D=D, **ATTENTION_BACKWARD_Q_TILES)
+            before_xsa, grad_xsa, factors = torch.empty_like(v), torch.empty_like(xsa), lse.new_empty(3, H, N)
+        tiles = attention_options(ATTENTION_BACKWARD_Q_TILES, q, v, xsa)
         grad_y_desc, y_desc, q_desc, own_desc, out_desc = attention_tiles(tiles["BLOCK_Q"], grad_y, y, q, v, grad_q)
         k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
         attention_backward_q_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
             grad_y_desc, y_desc, q_desc, k_desc, v_desc, own_desc, lse, starts, xsa, share, out_desc,
             delta, before_xsa, grad_xsa, factors, *sizes, **tiles,
         )  # fmt: skip
-        tiles = dict(XSA=xsa is not None, D=D, **ATTENTION_BACKWARD_KV_TILES)
+        tiles = attention_options(ATTENTION_BACKWARD_KV_TILES, q, v, xsa)
         grad_y_desc, q_desc = attention_tiles(tiles["BLOCK_Q"], before_xsa, q)
         k_desc, v_desc, *descs = attention_tiles(tiles["BLOCK_K"], k, v, before_xsa, y, grad_k, grad_v)
         attention_backward_kv_kernel[(triton.cdiv(N, tiles["BLOCK_K"]), H)](
@@ -1717,7 +1753,7 @@ class CausalSelfAttention(torch.autograd.Function):
 
 
 def attend(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor | None = None) -> Tensor:
-    """Causal attention inside each document, to `window` tokens before each token: q, k, v (N, H, D) -> (N, H, D)."""
+    """Causal attention inside each document, to `window` tokens before each: q, k (N, H, D_QK), v -> (N, H, D)."""
     xsa = None if xsa is None else xsa.reshape(q.shape[:2])  # exclude_own_value's gates, (T, H) also where N is 2T
     if q.is_cuda and q.size(2) >= 16:  # the least a tensor core multiplies
         return CausalSelfAttention.apply(q, k, v, *documents, window, scale, xsa)
@@ -1733,7 +1769,8 @@ class Yarn:
     """Half-truncated rotary embedding whose frequencies and softmax scale follow the attention window.
 
     A quarter of a head's dimensions' worth of frequencies turn adjacent pairs of its first half; the second half is
-    stationary. One table serves all layers: in paired layers the position is that of the interleaved sequence.
+    stationary. One table serves all layers: in paired layers the position is that of the interleaved sequence, and the
+    heads of narrow layers are the first half alone.
     Source: YaRN, arXiv 2309.00071, here applied in training each time the window grows.
     """
 
@@ -1783,7 +1820,7 @@ class LayerWeights(NamedTuple):
     attn_resid: Tensor | None = None
     qkv_lambda: Tensor | None = None
     out_lambda: Tensor | None = None
-    qkv: Projection | None = None  # pairs of heads of W_q, then of W_k, (H, 2D, C); W_v (C, C)
+    qkv: Projection | None = None  # pairs of heads of W_q, then of W_k, (H, 2, D, C); W_v (C, C)
     out: Tensor | None = None  # (C, C)
     value_gate: Tensor | None = None  # (H, 12)
 
@@ -1876,17 +1913,19 @@ def normed_input(x, fp8: bool):
     return normed, normed[:, :GATE_DIMS].clone(), (normed.detach() / FP8_X).to(torch.float8_e4m3fn) if fp8 else None
 
 
-def attention_inputs(x, mlp_out, before, normed, w: LayerWeights):
+def attention_inputs(x, mlp_out, before, normed, w: LayerWeights, narrow: bool):
     """The stream (x, mlp_out), what the projection of normed to q, k, v lacks, by name, the value gate (T, H).
 
-    normed: normed_input of what is projected; None: of the stream. By name, for PyTorch 2.11 does not return the whole
-    projection from a compiled region: it loses fields.
+    normed: normed_input of what is projected; None: of the stream. narrow: as in LAYERS. By name, for PyTorch 2.11 does
+    not return the whole projection from a compiled region: it loses fields.
     """
     if normed is None:
         x, mlp_out = join(x, mlp_out, before), None
         normed = normed_input(x, w.qkv.fp8 is not None)
     normed, for_gate, x_fp8 = normed
-    weight = w.qkv_lambda * torch.cat([rows.flatten(0, -2) for rows in w.qkv.weight])
+    qk, v = w.qkv.weight
+    qk = qk[:, :, : qk.size(2) // 2] if narrow else qk
+    weight = w.qkv_lambda * torch.cat((qk.flatten(0, 2), v))
     # The weight in FP8 is not multiplied by the lambda: its scale is.
     scale = None if x_fp8 is None else w.qkv_lambda.detach() * FP8_WEIGHT
     value_gate = None if w.value_gate is None else 2 * gate(for_gate, w.value_gate)
@@ -1987,7 +2026,8 @@ class GPT(nn.Module):
         self.gate_bias = parameter(len(gates), most_gates)
         self.value_gates = parameter(len(VALUE_LAYERS), H, GATE_DIMS)
         # Of each layer's attention pairs of heads of W_q, then of W_k: their updates are made orthogonal apart; W_v and
-        # W_o; and W_fc, W_proj. Padded with matrices that nobody uses until 8 ranks can share them evenly.
+        # W_o; and W_fc, W_proj. Padded with matrices that nobody uses until 8 ranks can share them evenly. Of a narrow
+        # layer's heads the first half of the rows is used, the rest has no gradient: one bank serves any table.
         self.qk_bank = parameter(round_up(len(ATTENTION_LAYERS) * H, 8), 2 * hp.head_dim, C)
         self.vo_bank = parameter(round_up(len(ATTENTION_LAYERS) * 2, 8), C, C)
         self.mlp_bank = parameter(round_up(len(MLP_LAYERS), 4), 2, 4 * C, C)
@@ -2030,6 +2070,23 @@ class GPT(nn.Module):
         ngrams = torch.empty(self.ngram_shape, dtype=self.embed.dtype, device="meta")
         return dict(self.named_parameters(), ngrams=ngrams)
 
+    def pairs_of_heads(self) -> tuple[Tensor, ...]:
+        """Of each layer with attention W_q, then W_k, by pairs of heads, (H, 2, D, C); then what pads the bank."""
+        return self.qk_bank.unflatten(1, (2, -1)).split(self.num_heads)
+
+    @torch.no_grad()
+    def qkv_fp8_weights(self) -> list[tuple[Tensor, Tensor]]:
+        """What each layer with attention uses of W_q, W_k, W_v, by fp8_weights: a call for the layers of each width."""
+        C, layers = self.qk_bank.size(-1), [LAYERS[i] for i in ATTENTION_LAYERS]
+        qkvs = [*zip(layers, self.pairs_of_heads(), self.vo_bank[::2], strict=False)]
+        made = {}
+        for narrow in {layer.narrow for layer in layers}:
+            d = self.qk_bank.size(1) // (4 if narrow else 2)
+            rows = [(qk[:, :, :d], v.view(-1, 2, d, C)) for layer, qk, v in qkvs if layer.narrow == narrow]
+            together = torch.cat([*chain(*rows)]).view(len(rows), -1, C)
+            made[narrow] = zip(*self.fp8_weights(together), strict=True)
+        return [next(made[layer.narrow]) for layer in layers]
+
     def layer_weights(self, fp8_grad_scale: float | None = None) -> tuple[list[LayerWeights], dict[str, list[Tensor]]]:
         """Each layer's weights, and the learned scalars by name; fp8_grad_scale as in forward.
 
@@ -2038,14 +2095,13 @@ class GPT(nn.Module):
         """
         values = iter(self.scalars.unbind())
         scalars = {name: [next(values) for _ in range(count)] for name, (count, _, _) in SCALARS.items()}
-        n, H, mlp_fp8, qkv_fp8 = len(ATTENTION_LAYERS), self.num_heads, (), ()
+        mlp_fp8, qkv_fp8 = (), ()
         if self.fp8_layers and fp8_grad_scale is not None:
-            qk, v = self.qk_bank.detach()[: n * H].unflatten(0, (n, H)), self.vo_bank.detach()[: 2 * n : 2]
-            banks = self.mlp_bank.detach(), torch.cat((qk.flatten(1, 2), v), 1)
-            mlp_fp8, qkv_fp8 = ((*self.fp8_weights(bank), repeat(FP8_GRAD * fp8_grad_scale)) for bank in banks)
+            both = self.fp8_weights(self.mlp_bank.detach()), zip(*self.qkv_fp8_weights(), strict=True)
+            mlp_fp8, qkv_fp8 = ((*in_fp8, repeat(FP8_GRAD * fp8_grad_scale)) for in_fp8 in both)
         vo, value_gates = self.vo_bank.unbind(), iter(self.value_gates.unbind())
         mlps, outs = map(Projection, self.mlp_bank.unbind(), *mlp_fp8), iter(vo[1::2])
-        qkvs = map(Projection, zip(self.qk_bank.split(H), vo[::2], strict=False), *qkv_fp8)
+        qkvs = map(Projection, zip(self.pairs_of_heads(), vo[::2], strict=False), *qkv_fp8)
         weights = []
         for i, layer in enumerate(LAYERS):
             w = LayerWeights()
@@ -2102,14 +2158,17 @@ class GPT(nn.Module):
             if layer.window:
                 if layer.reads and layer.reads not in normed:
                     normed[layer.reads] = self.normed_input(kept[layer.reads], w.qkv.fp8 is not None)
-                x, mlp_out, made, value_gate = self.attention_inputs(x, mlp_out, before, normed.get(layer.reads), w)
+                x, mlp_out, made, value_gate = self.attention_inputs(
+                    x, mlp_out, before, normed.get(layer.reads), w, layer.narrow
+                )
                 embed_rows = next(value_rows) if layer.value_embed else None
                 q, k, v = split_heads(
                     w.qkv._replace(**made), value_gate, self.value_embeds, embed_rows, self.yarn.cos, self.yarn.sin,
                     documents[layer.paired] if layer.key_offset else None, self.num_heads, layer.paired,
                 )  # fmt: skip
                 v = v if added_values is None else v + added_values.view_as(v)
-                y = attend(q, k, v, documents[layer.paired], windows[layer.window], self.yarn.scale, xsa)
+                factor = NARROW_SCALE if layer.narrow else 1
+                y = attend(q, k, v, documents[layer.paired], windows[layer.window], self.yarn.scale * factor, xsa)
             keep = layer.keep is not None
             x, mlp_out = self.layer_outputs(x, mlp_out, before, y, head_gates, added, w, keep)
             before = w

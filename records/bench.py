@@ -87,9 +87,11 @@ def busy_time(kernels: list[Kernel]) -> float:
 
 def flops_per_token(train_gpt: ModuleType, model: GPT, fp8: bool) -> tuple[int, int]:
     """Of the products with weights, 2 a weight forward and 4 backward: those in the parameters' type, those in FP8."""
-    attention = len(train_gpt.ATTENTION_LAYERS) * 4 * model.vo_bank[0].numel()
+    square, narrow = model.vo_bank[0].numel(), sum(layer.narrow for layer in train_gpt.LAYERS)
+    outputs, attention = (len(train_gpt.ATTENTION_LAYERS) * n * square for n in (1, 4))
+    attention -= narrow * square  # half of W_q and of W_k
     mlp, head = len(train_gpt.MLP_LAYERS) * model.mlp_bank[0].numel(), model.head.numel()
-    in_fp8 = fp8 * (head + model.fp8_layers * (mlp + attention * 3 // 4))  # in the layers all but W_o
+    in_fp8 = fp8 * (head + model.fp8_layers * (mlp + attention - outputs))  # in the layers all but W_o
     return 6 * (attention + mlp + head - in_fp8), 6 * in_fp8
 
 

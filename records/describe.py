@@ -91,12 +91,12 @@ def forward_flop(run: Run, windows: dict[str, int], classes: int) -> dict[str, i
     """
     program, hp, p = run.train_gpt, run.hp, run.parameters
     layers, C, heads = [layer for layer in program.LAYERS if layer.window], hp.model_dim, hp.num_heads
-    flop = {
-        "attention's projections": 2 * len(layers) * (heads * p["qk_bank"][0].numel() + 2 * p["vo_bank"][0].numel())
-    }
+    wide = sum(0.5 if layer.narrow else 1 for layer in layers)  # layers as wide as that in queries and keys
+    of_qk, of_vo = wide * heads * p["qk_bank"][0].numel(), 2 * len(layers) * p["vo_bank"][0].numel()
+    flop = {"attention's projections": round(2 * (of_qk + of_vo))}
     for name in dict.fromkeys(layer.window for layer in layers):
-        count = sum(layer.window == name for layer in layers)
-        flop[f"attention, {name} windows"] = count * 4 * C * (windows[name] + 1)
+        widths = sum(1.5 if layer.narrow else 2 for layer in layers if layer.window == name)  # scores, values
+        flop[f"attention, {name} windows"] = round(2 * widths * C * (windows[name] + 1))
     flop["MLP"] = 2 * len(program.MLP_LAYERS) * p["mlp_bank"][0].numel()
     hidden = len(p["gate_in"]) * C + sum(gates_of(run, network) for network in program.NETWORK_LAYERS)
     flop["gates"] = 2 * (program.GATE_HIDDEN * hidden + p["smear_gate"].numel() + p["value_gates"].numel())

@@ -29,8 +29,10 @@ def refused(*arguments):
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-FOR_ATTENTION = "paired, key_offset, value_embed, xsa, head_gates, reads, values are for layers with a window"
+FOR_ATTENTION = "narrow, paired, key_offset, value_embed, xsa, head_gates, reads, values are for layers with a window"
+FLAGS = ("narrow", "paired", "value_embed", "xsa", "head_gates")
 NOT_KEPT = "is not kept ahead of the network of its gates: keep it earlier, or give gates=True"
+NO_STILL_HALF = "key_offset takes the half of a key that does not turn, which narrow ones lack"
 EARLY = dict(early=0.1)
 
 
@@ -43,9 +45,10 @@ def check_layers(monkeypatch, *rows):
     "row, words",
     [
         (Layer("wide"), "window is 'short', 'long' or None"),
-        *[(Layer(None, **{name: True}), FOR_ATTENTION) for name in ("paired", "value_embed", "xsa", "head_gates")],
+        *[(Layer(None, **{name: True}), FOR_ATTENTION) for name in FLAGS],
         (Layer(None, reads="early"), FOR_ATTENTION),
         (Layer(None, values=EARLY, gates=True), FOR_ATTENTION),
+        (Layer("long", narrow=True, key_offset=True), NO_STILL_HALF),
         (Layer("short", adds=("x0",)), "values and adds take names with their gates at the start, as dict(x0=0.0)"),
         (
             Layer("short", values=dict(x0="0")),
@@ -157,9 +160,9 @@ def test_there_are_any_number_of_stages_and_the_extension(count, untie):
         *[
             (
                 [ROW, LAST._replace(classes=classes)],
-                f"STAGES, row 2: classes={classes}: 0 for all, or a multiple of 16 up to",
+                f"STAGES, row 2: classes={classes}: 0 for all, or a multiple of 16",
             )
-            for classes in (104, -16, 50_320)  # no multiple of 16, less than none, too many
+            for classes in (104, -16)  # no multiple of 16, less than none
         ],
         ([ROW, LAST._replace(prefix_weights=(0.5,))], "STAGES, row 2: prefix_weights=(0.5,): give two, at the start"),
         ([ROW._replace(prefix_weights=0.5), LAST], "STAGES, row 1: prefix_weights=0.5: give two, at the start"),
@@ -173,6 +176,11 @@ def test_a_row_of_stages_that_fails_later_is_refused(stages, words):
     with pytest.raises(UserError) as error:
         check_stages(*stages)
     assert str(error.value).startswith(words)
+
+
+@pytest.mark.parametrize("classes", [0, 16, 50_320])  # all of 50,304, some, more than there are
+def test_a_row_of_stages_may_have_any_multiple_of_16_classes(classes):
+    check_stages(ROW, LAST._replace(classes=classes))
 
 
 def test_a_run_that_leaves_a_stage_without_a_step_is_refused():

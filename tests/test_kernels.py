@@ -683,10 +683,11 @@ ATTENTION_ENDS = [0, 50, 53, 144, 192, 193, 256, 437]
 ATTENTION_TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def attention_inputs(device, dtype):
-    """q, k, v and the result's gradient."""
-    N, H, D = ATTENTION_ENDS[-1], 2, 128 if device == "cuda" else 16
-    q, k = (F.rms_norm(torch.randn(N, H, D), (D,)).to(device, dtype) for _ in range(2))
+def attention_inputs(device, dtype, narrow=False):
+    """q, k, v and the result's gradient; narrow: q and k half as wide as v."""
+    N, H, D = ATTENTION_ENDS[-1], 2, 128 if device == "cuda" else 16 * (1 + narrow)
+    D_QK = D // (1 + narrow)
+    q, k = (F.rms_norm(torch.randn(N, H, D_QK), (D_QK,)).to(device, dtype) for _ in range(2))
     return [q, k, normal(N, H, D, device=device, dtype=dtype)], normal(N, H, D, device=device, dtype=dtype)
 
 
@@ -707,17 +708,22 @@ def assert_attention_kernels_are_the_reference(inputs, grad_out, window):
         assert relative_error(out, ref) < ATTENTION_TOLERANCE[grad_out.dtype], name
 
 
+widths = pytest.mark.parametrize("narrow", [False, True], ids=["wide", "narrow"])
+
+
 @on_each_device
 @pytest.mark.parametrize("window", [1, 31, 64, 127, 1000])
-def test_attention_kernels_are_the_reference_and_its_gradients(window, device, dtype):
-    inputs, grad_out = attention_inputs(device, dtype)
+@widths
+def test_attention_kernels_are_the_reference_and_its_gradients(window, narrow, device, dtype):
+    inputs, grad_out = attention_inputs(device, dtype, narrow)
     assert_attention_kernels_are_the_reference(inputs, grad_out, window)
 
 
 @on_each_device
 @pytest.mark.parametrize("window", [1, 64, 1000])
-def test_attention_kernels_with_xsa_are_the_reference_and_its_gradients(window, device, dtype):
-    inputs, grad_out = attention_inputs(device, dtype)
+@widths
+def test_attention_kernels_with_xsa_are_the_reference_and_its_gradients(window, narrow, device, dtype):
+    inputs, grad_out = attention_inputs(device, dtype, narrow)
     gates = torch.randn(len(grad_out), 3)
     gates[::5], gates[1::5], gates[2::5] = 0, 10, -10  # as at the start; as far as it goes, tanh = 1 in float32
     inputs[2][::7] = 0  # no direction to take out
@@ -739,9 +745,9 @@ def test_attention_kernels_with_xsa_of_values_shorter_than_its_least_are_the_ref
 SPLIT_ENDS = [0, 1, 3, 16, 17, 37, 48]  # documents of one and of two tokens, and across blocks of 16
 
 
-def split_heads_inputs(device, dtype, with_values, D, paired, key_offset, T=37):
+def split_heads_inputs(device, dtype, with_values, D, paired, key_offset, T=37, narrow=False):
     """With the documents of the result's positions, where keys take their second half from the position before."""
-    H = 4
+    H, D_QK = 4, D // (1 + narrow)
     documents = documents_of([end for end in SPLIT_ENDS if end <= T], device)
     documents = (documents.paired() if paired else documents) if key_offset else None
     yarn = Yarn(D, 2 * T, torch.device(device))
@@ -750,7 +756,7 @@ def split_heads_inputs(device, dtype, with_values, D, paired, key_offset, T=37):
     gate = torch.rand(T, H).to(device, dtype) if with_values else None
     x = normal(T, H * D, device=device, dtype=dtype)
     # Each projection is one element of x: exact in any type
-    weight = F.one_hot(torch.randint(H * D, (3 * H * D,)), H * D).to(x)
+    weight = F.one_hot(torch.randint(H * D, (H * (2 * D_QK + D),)), H * D).to(x)
     return x, weight, gate, table, rows, yarn.cos, yarn.sin, documents, H, paired
 
 
@@ -793,17 +799,22 @@ def wide(inputs):
 
 
 SPLIT_HEADS_RESULTS = ("q", "k", "v", "x", "weight", "gate", "table")
-paired_and_key_offset = pytest.mark.parametrize(
-    "paired, key_offset", [(False, False), (True, False), (False, True), (True, True)]
+# Narrow keys have no half that could come from another position.
+narrow_paired_and_key_offset = pytest.mark.parametrize(
+    "narrow, paired, key_offset",
+    [(n, p, k) for n in (False, True) for p in (False, True) for k in (False, True) if not (n and k)],
 )
 
 
 # Each result is rounded once, the gradients of x and the weight, products of a rounded gradient, twice.
 @on_each_device
-@paired_and_key_offset
+@narrow_paired_and_key_offset
 @pytest.mark.parametrize("with_values", [False, True])
-def test_split_heads_kernels_are_the_reference_and_its_gradients(with_values, paired, key_offset, device, dtype):
-    inputs = split_heads_inputs(device, dtype, with_values, 128 if device == "cuda" else 16, paired, key_offset)
+def test_split_heads_kernels_are_the_reference_and_its_gradients(
+    with_values, narrow, paired, key_offset, device, dtype
+):
+    D = 128 if device == "cuda" else 16
+    inputs = split_heads_inputs(device, dtype, with_values, D, paired, key_offset, narrow=narrow)
     with poisoned_memory():
         outs = split_heads_and_gradients(split_heads_function(), *inputs)
     refs = split_heads_and_gradients(split_heads_plainly, *wide(inputs))
@@ -817,10 +828,10 @@ FP8_SPLIT_HEADS_TOLERANCE = {"x": 8e-2, "weight": 8e-2}
 
 
 @pytest.mark.parametrize("device", FP8_DEVICES)
-@paired_and_key_offset
-def test_split_heads_in_fp8_are_the_reference_within_the_quantisation(paired, key_offset, device):
+@narrow_paired_and_key_offset
+def test_split_heads_in_fp8_are_the_reference_within_the_quantisation(narrow, paired, key_offset, device):
     D = 128 if device == "cuda" else 16
-    x, weight, *inputs = split_heads_inputs(device, torch.bfloat16, True, D, paired, key_offset, T=48)
+    x, weight, *inputs = split_heads_inputs(device, torch.bfloat16, True, D, paired, key_offset, 48, narrow)
     x_fp8 = (x / train_gpt.FP8_X).to(torch.float8_e4m3fn)
     scale = torch.tensor(0.5 * train_gpt.FP8_WEIGHT, device=device)  # the projection's weight is half the matrix
     fp8, fp8_t = train_gpt.fp8_weights(weight)

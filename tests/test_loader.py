@@ -180,11 +180,18 @@ def test_documents_are_cut_to_the_maximum_length(tmp_path):
 
 
 def test_a_stage_cuts_documents_at_its_own_length_where_that_of_the_run_is_not_less():
-    stages = [train_gpt.STAGES[0]._replace(max_seq_len=cut) for cut in (30, 1 << 30)]
+    stages = [train_gpt.STAGES[0]._replace(max_seq_len=cut, classes=0) for cut in (30, 1 << 30)]
     for of_run, cuts in ((64, [30, 64]), (20, [20, 20])):
         hp = Hyperparameters(stages=(*stages, train_gpt.STAGES[-1]), train_max_seq_len=of_run)
         schedule = train_gpt.TrainingSchedule(hp)
         assert [schedule.size(step) for step in schedule.starts[:2]] == [(schedule.tokens(0), cut, 0) for cut in cuts]
+
+
+def test_a_step_has_the_classes_of_its_stage_and_where_the_vocabulary_has_no_more_all():
+    for classes, taken in ((0, 0), (16, 16), (368, 368), (384, 0), (400, 0)):  # 0: all
+        stages = (train_gpt.STAGES[0]._replace(classes=classes), train_gpt.STAGES[-1]._replace(classes=32))
+        schedule = train_gpt.TrainingSchedule(Hyperparameters(stages=stages, vocab_size=301))  # padded: 384
+        assert [schedule.size(step)[2] for step in schedule.starts] == [taken, 32]
 
 
 @pytest.mark.parametrize("count", [48, 64, 160, 1000])

@@ -97,24 +97,24 @@ def plain_rms_norm(x):
 
 
 def plain_rotate(x, positions, frequencies):
-    """x (..., D) at positions (...): the first half's pairs (a, b), as a + ib, turn by -position x frequency."""
+    """x (..., D) at positions (...): as many pairs (a, b), as a + ib, as frequencies turn by -position x frequency."""
     angles = (positions[..., None] * torch.tensor(frequencies)).float()  # the tables are rounded to bf16
     cos, sin = angles.cos().bfloat16().double(), angles.sin().bfloat16().double()
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    turned, still = pairs.split(pairs.shape[-1] // 2, -1)
+    turned, still = pairs[..., : len(frequencies)], pairs[..., len(frequencies) :]
     return torch.view_as_real(torch.cat((turned * torch.complex(cos, -sin), still), -1)).flatten(-2)
 
 
 def plain_attention(q, k, v, paired, window, scale):
     """(T, H, D) each, rotated already. Pairs of heads share keys, the first one's position before the second's."""
-    T, H, D = q.shape
+    (T, H, D), D_v = q.shape, v.shape[-1]
     t, h = torch.arange(T).repeat_interleave(H), torch.arange(H).repeat(T)  # of the queries, and of the keys
     document = torch.bucketize(t, torch.tensor(ENDS[1:]), right=True)
     position, group = (2 * t + h // (H // 2), h % (H // 2)) if paired else (t, h)
     ago = position[:, None] - position
     seen = (document[:, None] == document) & (group[:, None] == group) & (ago >= 0) & (ago <= window)
     scores = scale * q.reshape(T * H, D) @ k.reshape(T * H, D).T
-    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.reshape(T * H, D)).view(T, H, D)
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.reshape(T * H, D_v)).view(T, H, D_v)
 
 
 def plain_gates(p, j, x, layers):
@@ -176,6 +176,8 @@ def plain_logits(p, signs, inputs, gate_network=plain_gates):
             h = plain_rms_norm(x if layer.reads is None else kept[layer.reads])
             w_q, w_k, w_v, w_o = matrices(qk, H // 2), matrices(qk, H // 2), next(vo), next(vo)
             q, k, v = ((h @ (lambdas["qkv"][i] * w).T).view(T, H, D) for w in (w_q, w_k, w_v))
+            if layer.narrow:
+                q, k = q[:, :, : D // 2], k[:, :, : D // 2]
             positions, head = torch.arange(T)[:, None].expand(T, H), torch.arange(H)
             positions = 2 * positions + head // (H // 2) if layer.paired else positions
             q, k = (plain_rotate(plain_rms_norm(t), positions, frequencies) for t in (q, k))
@@ -191,7 +193,7 @@ def plain_logits(p, signs, inputs, gate_network=plain_gates):
                 v = v + 2 * sigmoid_gate(h, next(value_gates))[:, :, None] * embedding
             for name, gate in of_values.items():
                 v = v + (gate * sources[name]).view(T, H, D)
-            y = plain_attention(q, k, v, layer.paired, WINDOWS[layer.window], 0.1)
+            y = plain_attention(q, k, v, layer.paired, WINDOWS[layer.window], 0.12 if layer.narrow else 0.1)
             if layer.xsa:
                 share = (y * v).sum(-1) / (v * v).sum(-1).clamp(min=1e-8)
                 y = y - (torch.tanh(xsa) * share)[:, :, None] * v
@@ -239,6 +241,8 @@ EDITED_LAYERS = {
     "the program's": list(LAYERS),
     "no value embeddings": changed(all=dict(value_embed=False)),
     "no XSA": changed(all=dict(xsa=False)),
+    "no narrow queries and keys": changed(all=dict(narrow=False)),
+    "a narrow one with a long window": changed(row4=dict(narrow=True, key_offset=False)),
     "one more layer": [*LAYERS[:5], Layer("short", xsa=True, adds=X0 | NGRAMS), *LAYERS[5:]],
     "another skip": changed(row2=dict(keep="second"), row8=dict(adds=X0 | NGRAMS | dict(second=0.3))),
     "attention reads another output": changed(
@@ -253,7 +257,7 @@ EDITED_LAYERS = {
     "one layer": [ALL],
     "a network each layer": [
         ALL,
-        ALL._replace(paired=True),
+        ALL._replace(paired=True, narrow=True),
         ALL._replace(key_offset=True, keep="a"),
         ALL._replace(window="long", paired=True, key_offset=True, reads="a", adds=dict(a=0.2)),
     ],
@@ -404,6 +408,7 @@ def test_a_token_changes_its_own_loss_and_no_earlier_one(t):
 
 
 def change_attention(monkeypatch, **change):
+    change = dict(narrow=False) | change
     layers = [layer._replace(**change) if layer.window else layer for layer in train_gpt.LAYERS]
     monkeypatch.setattr(train_gpt, "LAYERS", tuple(layers))
 
@@ -684,7 +689,9 @@ def test_layers_multiply_by_the_same_in_fp8_and_without(fp8_grad_scale):
     weights = random_model().layer_weights(fp8_grad_scale)[0]
     mlps = [w.mlp for w in weights if w.mlp is not None]
     x = torch.randn(T, 32).double()
-    qkvs = [w.qkv._replace(**train_gpt.attention_inputs(x, None, None, None, w)[2]) for w in weights if w.qkv]
+    layers = zip(LAYERS, weights, strict=True)
+    made = ((w, train_gpt.attention_inputs(x, None, None, None, w, a.narrow)[2]) for a, w in layers if w.qkv)
+    qkvs = [w.qkv._replace(**rest) for w, rest in made]
     assert len(mlps) == len(train_gpt.MLP_LAYERS) and len(qkvs) == len(train_gpt.ATTENTION_LAYERS)
     if fp8_grad_scale is None:
         assert {field for weight, *in_fp8 in mlps for field in in_fp8} == {None}
@@ -749,7 +756,7 @@ def test_validation_loss_in_chunks_equals_the_loss_at_once(chunk):
 # ---------------------------------------------------------------------------- tables of layers that cannot work
 
 GATES = Layer("short", gates=True, keep="a")
-NO_WINDOW = "paired, key_offset, value_embed, xsa, head_gates, reads, values are for layers with a window"
+NO_WINDOW = "narrow, paired, key_offset, value_embed, xsa, head_gates, reads, values are for layers with a window"
 TOO_LATE = "is not kept ahead of the network of its gates: keep it earlier, or give gates=True"
 NO_DICT = "values and adds take names with their gates at the start, as dict(x0=0.0)"
 NO_DICTS = ("x0", ("x0",), None, dict(x0=None))

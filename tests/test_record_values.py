@@ -5,6 +5,7 @@ Every other test derives what it expects from the tables, for any number of stag
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,60 +40,65 @@ SPEEDRUN = TrainingSchedule(Hyperparameters())
 # ---------------------------------------------------------------------------- stages
 
 
-def test_three_stages_that_share_2240_steps_are_followed_by_an_extension_of_64():
-    assert SPEEDRUN.starts == (0, 746, 1492, 2240) and SPEEDRUN.hp.total_steps == 2304
-    assert [stage.share for stage in STAGES] == [1, 1, 1, None]
+def test_four_stages_that_share_2080_steps_are_followed_by_an_extension_of_64():
+    assert SPEEDRUN.starts == (0, 693, 1386, 1906, 2080) and SPEEDRUN.hp.total_steps == 2144
+    assert [stage.share for stage in STAGES] == [1, 1, 0.75, 0.25, None]
 
 
-def test_stages_are_thirds_rounded_down_and_the_last_has_the_rest():
-    for scheduled in range(3, 1600):
+def test_stages_are_thirds_rounded_down_the_last_in_two_parts_of_which_the_second_has_the_rest():
+    for scheduled in range(6, 1600):
         third = scheduled // 3
         schedule = TrainingSchedule(Hyperparameters(num_scheduled_iterations=scheduled))
-        assert schedule.starts == (0, third, 2 * third, scheduled)
+        assert schedule.starts == (0, third, 2 * third, 2 * third + scheduled // 4, scheduled)
 
 
 def test_embedding_and_head_untie_at_the_first_odd_step_of_stage_3():
-    for scheduled, step in ((2240, 1493), (380, 253), (1512, 1009), (1518, 1013), (3, 3), (6, 5)):
+    for scheduled, step in ((2080, 1387), (380, 253), (1512, 1009), (1518, 1013), (4, 3), (6, 5)):
         assert TrainingSchedule(Hyperparameters(num_scheduled_iterations=scheduled)).untie_step == step
 
 
 def test_the_batch_grows_from_65536_tokens_to_three_times_that():
-    assert [stage.tokens for stage in STAGES] == [65_536, 131_072, 196_608, 196_608]
-    tokens = sum(SPEEDRUN.stage(step).tokens for step in range(2304))
-    assert tokens == 746 * (65_536 + 131_072) + (748 + 64) * 196_608
+    assert [stage.tokens for stage in STAGES] == [65_536, 131_072, 196_608, 196_608, 196_608]
+    tokens = sum(SPEEDRUN.stage(step).tokens for step in range(2144))
+    assert tokens == 693 * (65_536 + 131_072) + (694 + 64) * 196_608
 
 
 def test_documents_are_cut_at_896_tokens_in_the_first_stage_and_at_2048_then():
-    sizes = [SPEEDRUN.size(step) for step in (0, 745, 746, 1492, 2240)]
-    expected = [(8192, 896), (8192, 896), (16_384, 2048), (24_576, 2048), (24_576, 2048)]
-    assert sizes == [(*size, 0) for size in expected]  # all classes in every softmax
+    sizes = [SPEEDRUN.size(step) for step in (0, 692, 693, 1386, 1906, 2080)]
+    expected = [(8192, 896), (8192, 896), (16_384, 2048), *3 * [(24_576, 2048)]]
+    assert [size[:2] for size in sizes] == expected
+
+
+def test_the_softmax_has_16384_classes_at_first_then_24576_and_all_in_the_last_238_steps():
+    classes = [SPEEDRUN.size(step)[2] for step in (0, 692, 693, 1385, 1386, 1905, 1906, 2080, 2143)]
+    assert classes == [16_384, 16_384, 20_480, 20_480, 24_576, 24_576, 0, 0, 0]  # 0: all
 
 
 def test_windows_grow_from_stage_to_stage_and_once_more_for_the_final_validation():
-    windows = [SPEEDRUN.windows(step) for step in (0, 746, 1492, 2240)]
-    assert [w["short"] for w in windows] == [128, 384, 640, 768]
-    assert [w["long"] for w in windows] == [384, 896, 1408, 1664]
+    windows = [SPEEDRUN.windows(step) for step in (0, 693, 1386, 1906, 2080)]
+    assert [w["short"] for w in windows] == [128, 384, 640, 640, 768]
+    assert [w["long"] for w in windows] == [384, 896, 1408, 1408, 1664]
     assert SPEEDRUN.window_tokens(*FINAL_WINDOWS) == {"short": 768, "long": 2560}
 
 
-def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_896_to_15_hundredths():
-    assert [SPEEDRUN.lr(step) for step in (0, 745, 746, 895, 896)] == [0.85, 0.85, 1.2, 1.2, 1.2]
-    for step, multiplier in ((897, 1.2), (1491, 1.2), (1492, 1.5), (2239, 1.5)):
-        t = (step - 896) / (2240 - 896)
+def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_832_to_15_hundredths():
+    assert [SPEEDRUN.lr(step) for step in (0, 692, 693, 831, 832)] == [0.85, 0.85, 1.2, 1.2, 1.2]
+    for step, multiplier in ((833, 1.2), (1385, 1.2), (1386, 1.5), (1906, 1.5), (2079, 1.5)):
+        t = (step - 832) / (2080 - 832)
         assert SPEEDRUN.lr(step) == pytest.approx((1 - t) * multiplier + 0.15 * t, rel=1e-12)
-    assert {SPEEDRUN.lr(step) for step in (2240, 2250, 2303)} == {0.15}
+    assert {SPEEDRUN.lr(step) for step in (2080, 2100, 2143)} == {0.15}
 
 
-def test_momentum_rises_over_500_steps_and_falls_back_over_the_last_330():
-    expected = {0: 0.85, 250: 0.90, 499: 0.85 + 0.1 * 499 / 500, 500: 0.95, 501: 0.95, 1000: 0.95}
-    expected |= {1973: 0.95, 1974: 0.95, 1975: 0.95 - 0.1 / 330, 2139: 0.90, 2303: 0.85 + 0.1 / 330}
+def test_momentum_rises_over_464_steps_and_falls_back_over_the_last_308():
+    expected = {0: 0.85, 232: 0.90, 463: 0.85 + 0.1 * 463 / 464, 464: 0.95, 465: 0.95, 1000: 0.95}
+    expected |= {1835: 0.95, 1836: 0.95, 1837: 0.95 - 0.1 / 308, 1990: 0.90, 2143: 0.85 + 0.1 / 308}
     assert {step: SPEEDRUN.momentum(step) for step in expected} == pytest.approx(expected, rel=1e-12)
 
 
 def test_three_next_tokens_and_a_prefix_are_predicted_at_first_and_one_token_at_last():
-    expected = {0: [1, 0.5, 0.25, 0.25], 373: [1, 0.5, 0.125, 0.25], 745: [1, 0.5, 0.25 / 746, 0.25]}
-    expected |= {746: [1, 0.5, 0.25], 1119: [1, 0.25, 0.125], 1491: [1, 0.5 / 746, 0.25 / 746]}
-    expected |= {1492: [1], 2239: [1], 2240: [1], 2303: [1]}
+    expected = {0: [1, 0.5, 0.25, 0.25], 231: [1, 0.5, 0.25 * 2 / 3, 0.25], 692: [1, 0.5, 0.25 / 693, 0.25]}
+    expected |= {693: [1, 0.5, 0.25], 924: [1, 0.5 * 2 / 3, 0.25 * 2 / 3], 1385: [1, 0.5 / 693, 0.25 / 693]}
+    expected |= {1386: [1], 1906: [1], 2080: [1], 2143: [1]}
     for step, weights in expected.items():
         assert SPEEDRUN.target_weights(step) == pytest.approx(weights, rel=1e-9)
 
@@ -153,7 +159,7 @@ def test_parameters_have_the_records_shapes():
     assert model.tensors()["ngrams"].shape == (2_097_152, 768)
     # All layers' products with weights, in FP8 all but W_o
     (total, _), (_, in_fp8) = (flops_per_token(train_gpt, model, fp8) for fp8 in (False, True))
-    assert (round(total / 1e6), round(in_fp8 / 1e6)) == (685, 649)
+    assert (round(total / 1e6), round(in_fp8 / 1e6)) == (656, 621)
 
 
 # ---------------------------------------------------------------------------- the optimizer
@@ -194,9 +200,10 @@ def test_the_speedruns_hyperparameters():
         train_files="data/fineweb10B/fineweb_train_*.bin",
         val_files="data/fineweb10B/fineweb_val_*.bin",
         train_max_seq_len=2048,
+        micro_batch_tokens=32_768,
         val_tokens=10_485_760,
         val_batch_size=2_097_152,
-        num_scheduled_iterations=2240,
+        num_scheduled_iterations=2080,
         num_extension_iterations=64,
         length=1.0,
         cooldown_frac=0.6,
@@ -214,8 +221,8 @@ def test_the_speedruns_hyperparameters():
         muon_lr=0.023,
         muon_wd=1.2,
         muon_beta2=0.95,
-        muon_momentum_warmup=500,
-        muon_momentum_cooldown=330,
+        muon_momentum_warmup=464,
+        muon_momentum_cooldown=308,
         grad_scale=2.0,
         val_loss_every=250,
         seed=0,
@@ -225,8 +232,8 @@ def test_the_speedruns_hyperparameters():
 
 def test_the_smoke_run_goes_through_the_same_stages_with_a_128th_of_the_tokens():
     schedule = TrainingSchedule(Hyperparameters(**PRESETS["smoke"]))
-    assert schedule.starts == (0, 12, 24, 36) and schedule.hp.total_steps == 40
-    assert [schedule.tokens(step) for step in schedule.starts] == [64, 128, 192, 192]
+    assert schedule.starts == (0, 12, 24, 33, 36) and schedule.hp.total_steps == 40
+    assert [schedule.tokens(step) for step in schedule.starts] == [64, 128, 192, 192, 192]
     assert {schedule.size(step)[1] for step in schedule.starts} == {256}
     assert schedule.windows(0) == {"short": 16, "long": 48}
     assert (schedule.hp.model_dim, schedule.hp.val_tokens, schedule.hp.val_batch_size) == (48, 16_384, 8_192)
@@ -234,8 +241,11 @@ def test_the_smoke_run_goes_through_the_same_stages_with_a_128th_of_the_tokens()
 
 def test_a_run_takes_the_memory_that_describe_tells():
     run = describe.Run(train_gpt, train_gpt.parse_arguments([], has_gpu=True)[0])
-    most = max(sum(describe.kept_bytes(run, stage).values()) for stage in run.hp.stages)
+    kept = map(partial(describe.kept_bytes, run), run.hp.stages, run.micro_batches(1))
+    most = max(sum(parts.values()) for parts in kept)
     held = sum(describe.states_bytes(run, 1).values()) + describe.fp8_bytes(run)
     copy = sum(p.nbytes for name, p in run.parameters.items() if name != "ngrams")  # in the warm-up
-    assert (held + copy + most) / 2**30 == pytest.approx(18.0, rel=0.05)  # measured: records/LOG.md
+    assert (held + copy + most) / 2**30 == pytest.approx(
+        20.4, rel=0.05
+    )  # 18.1, measured, less a dense table of bigrams, plus this
     assert f"{(held + copy + most) / 2**30:.2f}  " in describe.text(train_gpt, run.hp)

@@ -29,6 +29,7 @@ from train_gpt import (
     Log,
     Progress,
     Trainer,
+    TrainLoader,
     World,
     Yarn,
     find_files,
@@ -38,7 +39,7 @@ from train_gpt import (
 
 CPU = torch.device("cpu")
 # Nats at steps 0, 5 and 10, the types' rounding, which ten steps magnify differently on each PyTorch and processor;
-# measured 1e-5, 9e-4, 3e-3 with 2.13 and up to 1.1e-2 with 2.11. Within these steps the loss falls by 0.7.
+# measured 1e-5, 9e-4, 3e-3 with 2.13 and up to 1.1e-2 with 2.11. Within these steps the loss falls by 0.5.
 BF16_LOSS_TOLERANCE = 0.03
 # Nats between one process and two, as logged; measured 0 in four digits.
 LOSS_TOLERANCE = 1e-3
@@ -192,7 +193,7 @@ def test_bfloat16_follows_float32(runs):
     assert narrow.trainer.model.head.dtype == torch.bfloat16 and wide.trainer.model.head.dtype == torch.float32
     for ours, theirs in zip(narrow.losses, wide.losses, strict=True):
         assert abs(ours - theirs) < BF16_LOSS_TOLERANCE
-    assert wide.losses[-1] < wide.losses[0] - 0.5
+    assert wide.losses[-1] < wide.losses[0] - 0.3
 
 
 @pytest.mark.parametrize("progress", [None, Progress(step=2, val_losses=[5.0])], ids=["begun", "resumed"])
@@ -217,6 +218,52 @@ def test_prefixes_are_looked_up_on_the_clock(folder, monkeypatch, progress):
     assert torch.equal(trainer.model.prefixes, prefix_table(hp))
 
 
+# ---------------------------------------------------------------------------- micro-batches through a stage's graph
+
+
+def trainer_with_classes(folder, classes):
+    """A trainer whose stages all have so many classes, and its first step."""
+    hp = small_run.small_hyperparameters(folder)
+    trainer = Trainer(replace(hp, stages=tuple(stage._replace(classes=classes) for stage in hp.stages)), World())
+    (batch,) = TrainLoader(find_files(hp.train_files), [trainer.schedule.size(0)], trainer.hp, World())
+    return trainer, batch
+
+
+def gradients_of(trainer):
+    return {name: value for name, value in everything_of(trainer).items() if name.endswith(".grad")}
+
+
+@pytest.mark.parametrize("classes, in_graph", [(0, True), (96, True), (16, False)], ids=["all", "some", "too few"])
+def test_a_micro_batch_of_too_many_different_targets_takes_all_classes_past_the_graph(folder, classes, in_graph):
+    trainer, batch = trainer_with_classes(folder, classes)
+    assert all((b.classes is None) == (classes != 96) for b in batch.micro_batches) and len(batch.micro_batches) == 2
+    unused, replayed = gradients_of(trainer), []
+    trainer.graphs[0] = lambda *inputs: replayed.append(inputs)
+    trainer.add_gradients(0, batch)
+    if in_graph:
+        assert [(id(b), weights.tolist()) for b, weights in replayed] == [
+            (id(b), trainer.target_weights[0].tolist()) for b in batch.micro_batches
+        ]
+        assert different(unused, gradients_of(trainer)) == set()
+    else:
+        whole, same = trainer_with_classes(folder, 0)
+        whole.add_gradients(0, same)
+        assert replayed == [] and different(gradients_of(whole), gradients_of(trainer)) == set()
+        assert "head.grad" in different(unused, gradients_of(trainer))
+
+
+def test_of_a_step_only_the_micro_batches_without_classes_go_past_the_graph(folder):
+    trainer, batch = trainer_with_classes(folder, 96)
+    with_classes, other = batch.micro_batches
+    rare, replayed = other._replace(classes=None), []
+    trainer.graphs[0] = lambda micro_batch, _: replayed.append(micro_batch)
+    trainer.add_gradients(0, batch._replace(micro_batches=[with_classes, rare]))
+    whole, _ = trainer_with_classes(folder, 0)
+    whole.micro_step(0, rare, whole.target_weights[0])
+    assert len(replayed) == 1 and replayed[0] is with_classes
+    assert different(gradients_of(whole), gradients_of(trainer)) == set()
+
+
 # ---------------------------------------------------------------------------- end to end
 
 STEPS = 7
@@ -230,6 +277,7 @@ SMALLER = [
     "--val_batch_size=4096",
     "--muon_momentum_warmup=4",
     "--adam_lr=0.03",
+    "--adam_eps=1e-06",  # as in small_run.py
 ]
 STEP_LINE = re.compile(rf"step:(\d+)/{STEPS} train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
 VAL_LINE = re.compile(rf"step:(\d+)/{STEPS} val_loss:(\d+\.\d{{4}}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
@@ -334,11 +382,11 @@ def two_processes(sample, tmp_path_factory):
     return Run(folder=folder, result=result, screen=screen)
 
 
-def test_a_run_learns_more_than_a_nat_in_seven_steps(one_process, two_processes):
+def test_a_run_learns_half_a_nat_in_seven_steps(one_process, two_processes):
     losses = one_process.log[3]
     assert abs(losses[0] - 10.82) < 0.05  # ln 50257
-    assert losses[STEPS] < losses[0] - 1
-    assert two_processes.log[3][STEPS] < losses[0] - 1
+    assert losses[STEPS] < losses[0] - 0.5
+    assert two_processes.log[3][STEPS] < losses[0] - 0.5
 
 
 def test_two_processes_reach_the_loss_of_one(one_process, two_processes):
