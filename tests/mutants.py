@@ -572,7 +572,7 @@ PLANTED = {
          "test_describe.py test_the_command_needs"),
         ("the head has all classes", "return min(stage.classes or self.hp.padded_vocab,", "return max(0,",
          "test_describe.py test_the_head_computes"),
-        ("a query does not meet its own key", "4 * C * (windows[name] + 1)", "4 * C * windows[name]",
+        ("a query does not meet its own key", "2 * widths * C * (windows[name] + 1)", "2 * widths * C * windows[name]",
          "test_describe.py test_a_query_meets"),
         ("an MLP in every row", "2 * len(program.MLP_LAYERS) * p", "2 * len(program.LAYERS) * p",
          "test_describe.py test_the_products_are"),

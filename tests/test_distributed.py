@@ -25,6 +25,8 @@ LOSS_TOLERANCE = 1e-4  # 5e-8 after ten steps
 # two, four and eight processes 1.2e-3 in gradients and 2.4e-3 of the way gone for the bank of queries and keys, 1e-3 at
 # most elsewhere. A micro-batch lost or counted twice, or an average, is off by a tenth and more.
 TOLERANCE = 5e-3
+# Of the way gone with rows of n-grams, of which a gradient's rounding error may turn one or the other; measured 6e-3.
+WAY_TOLERANCE = 2e-2
 # In bfloat16 gradients are rounded to 2^-9 of themselves before they are summed; measured 5e-3 nats.
 BF16_LOSS_TOLERANCE = 0.03
 # After steps that rounding has made a little different: measured on two H100s 8e-2 for the embedding, which first steps
@@ -153,10 +155,7 @@ def test_the_optimizer_sees_an_eighth_of_grad_scale_times_the_gradient_of_a_step
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_the_steps_taken_are_those_of_one_process(runs, size, name):
     begin, alone, end = runs[1][0]["begin"][name], runs[1][0]["end"][name], runs[size][0]["end"][name]
-    # Where a gradient is next to zero rounding decides which way Adam's whole step goes: a few numbers may be far off.
-    off = (end - alone).abs()
-    near = off <= off.flatten().quantile(0.999)
-    assert relative_error((end - begin)[near], (alone - begin)[near]) < TOLERANCE
+    assert relative_error(end - begin, alone - begin) < WAY_TOLERANCE
 
 
 @pytest.mark.parametrize("name", SHARDED)

@@ -58,10 +58,10 @@ def folder(tmp_path_factory):
 def everything_of(trainer):
     """Every tensor and number that a step can change, by name."""
     out = {}
-    for name, p in ((row.name, trainer.model.get_parameter(row.name)) for row in rows_in_use()):
-        out[f"{name}"], out[f"{name}.grad"] = p.detach(), p.grad
     for name, slot in trainer.optimizer.slots.items():
-        for state in ("m", "v", "second_moment", "low_bits", "updates"):
+        p = trainer.ngrams.algorithm.p if name == "ngrams" else trainer.model.get_parameter(name)
+        out[f"{name}"], out[f"{name}.grad"] = p.detach(), slot.p.grad
+        for state in ("m", "v", "second_moment", "low_bits", "updates", "last"):
             value = getattr(slot.algorithm, state, None)
             if value is not None:
                 out[f"{name}.{state}"] = value
@@ -147,9 +147,9 @@ def test_warm_up_puts_back_every_bit(runs, dtype):
     assert {*yarn, "stage_index", "tied"} <= warm.changed
     further_bits = ("low_bits",) if dtype == "bfloat16" else ()
     for row in rows_in_use():  # moments of a gradient that is zero at first stay zero
-        states = ("updates",) if row.algorithm == "adam" else ("m", "second_moment", *further_bits)
+        states = ("m", "second_moment", *further_bits) if row.algorithm == "normuon" else ("updates",)
         assert {f"{row.name}.{state}" for state in states} <= warm.changed
-    assert {"head.m", "head.v", "embed.m", "scalars.v"} <= warm.changed
+    assert {"head.m", "head.v", "embed.m", "scalars.v", "ngrams", "ngrams.v", "ngrams.last"} <= warm.changed
 
 
 @in_both_types
@@ -452,7 +452,8 @@ def test_only_the_first_process_writes(two_processes):
 
 
 def test_a_checkpoint_gives_the_final_validation_loss_again(one_process, sample, monkeypatch):
-    (path,) = one_process.folder.rglob("*.pt")
+    path, *pieces = sorted(one_process.folder.rglob("*.pt"))
+    assert pieces == train_gpt.piece_paths(path)
     assert path.parent.name == "logs" and path.name == f"one_step{STEPS:06d}.pt"
     assert not list(one_process.folder.rglob("*.part"))
     checkpoint = torch.load(path, weights_only=True)
@@ -461,6 +462,8 @@ def test_a_checkpoint_gives_the_final_validation_loss_again(one_process, sample,
     monkeypatch.setattr(train_gpt, "ROOT", sample)
     trainer = Trainer(replace(hp, seed=1), World())
     trainer.model.load_state_dict(checkpoint["model"])
+    rows = train_gpt.read_pieces(path, checkpoint)
+    trainer.ngrams.algorithm.p.copy_(torch.cat([piece["p"] for piece in rows]))
     trainer.enter_step(STEPS - 1)  # the rotary frequencies follow from the step
     batches = validation_batches(find_files(hp.val_files), hp, World())
     loss = trainer.validate(batches, trainer.schedule.window_tokens(*FINAL_WINDOWS))
