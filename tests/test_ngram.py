@@ -269,7 +269,7 @@ def test_rows_follow_the_plain_optimizer_over_many_updates_between_which_some_re
     assert relative_error(caught_up, torch.from_numpy(plain.v)) < 2e-6
     assert not algorithm.p[35:].any() and not algorithm.v[35:].any() and not algorithm.last[35:].any()
     algorithm.reset()
-    assert not any(getattr(algorithm, name).any() for name in algorithm.row_states) and algorithm.updates == 0
+    assert not any(getattr(algorithm, name).any() for name in ("p", "v", "last")) and algorithm.updates == 0
 
 
 @on_each
@@ -372,7 +372,7 @@ def test_the_warm_up_leaves_no_trace_in_the_table(tmp_path):
     hp = trainer.hp
     trainer.warm_up(find_files(hp.train_files), train_gpt.validation_batches(find_files(hp.val_files), hp, World()))
     algorithm = trainer.ngrams.algorithm
-    assert not any(getattr(algorithm, name).any() for name in algorithm.row_states) and algorithm.updates == 0
+    assert not any(getattr(algorithm, name).any() for name in ("p", "v", "last")) and algorithm.updates == 0
     assert not trainer.ngrams.p.grad.any() and trainer.model.ngrams is trainer.ngrams.p
     assert not any(trainer.ngrams.communication.exchange.taken)
 
