@@ -14,8 +14,8 @@ Contents, in reading order (search for the banner):
     Distributed       who am I among the processes
     Kernels           Triton, each beside its reference in plain PyTorch and one switch point
     Model             Yarn, the compiled regions of a layer, GPT
-    Optimizer         Adam, NorMuon, communication, the order of work
-    Data              shards, micro-batches, read-ahead, prefixes of tokens
+    Optimizer         Adam, NorMuon, Adam by rows, communication, the order of work
+    Data              shards, micro-batches, rows of n-grams, read-ahead, prefixes of tokens
     Schedule          learning rate, momentum, windows, multi-token and prefix weights by step
     Train             warm-up, the loop, validation, the clock
 What never runs on the clock:
@@ -54,9 +54,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, partial, reduce
 from glob import escape, glob
 from itertools import accumulate, chain, islice, pairwise, repeat, takewhile
+from operator import xor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -119,7 +120,8 @@ class Layer(NamedTuple):
     """One row a layer: reading the table is reading the architecture.
 
     A layer adds to the stream what attention gives, then outputs that earlier rows keep, each times a gate, then what
-    its MLP gives. "x0" is the normed embedding of a token, "bigram" that of a token and the one before it.
+    its MLP gives. "x0" is the normed embedding of a token, "ngrams" the sum of those of the bigram and the trigram
+    that end with it.
     """
 
     window: str | None = "short"  # which of the stage's windows attention uses; None: a layer without attention
@@ -139,22 +141,22 @@ class Layer(NamedTuple):
     keep: str | None = None  # the name under which the row's output is kept
 
 
-X0, BIGRAM = dict(x0=0.0), dict(bigram=0.05)
+X0, NGRAMS = dict(x0=0.0), dict(ngrams=0.05)
 LAYERS = (
-    Layer(None, adds=BIGRAM, mlp=False, gates=True, keep="start"),  # ahead of the first layer
+    Layer(None, adds=NGRAMS, mlp=False, gates=True, keep="start"),  # ahead of the first layer
     Layer("short", narrow=True, paired=True, adds=X0),
-    Layer("short", narrow=True, value_embed=True, xsa=True, adds=X0 | BIGRAM),
-    Layer("short", narrow=True, paired=True, value_embed=True, adds=X0 | BIGRAM),
-    Layer("long", key_offset=True, xsa=True, head_gates=True, adds=X0 | BIGRAM, keep="early"),
-    Layer("short", narrow=True, xsa=True, adds=X0 | BIGRAM, gates=True),
-    Layer("short", narrow=True, paired=True, adds=X0 | BIGRAM),
+    Layer("short", narrow=True, value_embed=True, xsa=True, adds=X0 | NGRAMS),
+    Layer("short", narrow=True, paired=True, value_embed=True, adds=X0 | NGRAMS),
+    Layer("long", key_offset=True, xsa=True, head_gates=True, adds=X0 | NGRAMS, keep="early"),
+    Layer("short", narrow=True, xsa=True, adds=X0 | NGRAMS, gates=True),
+    Layer("short", narrow=True, paired=True, adds=X0 | NGRAMS),
     Layer(None, adds=dict(early=0.09)),
-    Layer("short", narrow=True, xsa=True, adds=X0 | BIGRAM, keep="middle"),
+    Layer("short", narrow=True, xsa=True, adds=X0 | NGRAMS, keep="middle"),
     # Late layers look for what they need in the middle of the model: their own work is on the prediction.
-    Layer("short", narrow=True, value_embed=True, reads="middle", adds=X0 | BIGRAM),
-    Layer("short", narrow=True, paired=True, value_embed=True, reads="middle", adds=X0 | BIGRAM, keep="late"),
+    Layer("short", narrow=True, value_embed=True, reads="middle", adds=X0 | NGRAMS),
+    Layer("short", narrow=True, paired=True, value_embed=True, reads="middle", adds=X0 | NGRAMS, keep="late"),
     Layer("long", key_offset=True, value_embed=True, head_gates=True, reads="middle", gates=True,
-          values=dict(start=0.0, middle=0.0, late=0.0), adds=dict(start=0.0, middle=0.0, late=0.0) | BIGRAM),
+          values=dict(start=0.0, middle=0.0, late=0.0), adds=dict(start=0.0, middle=0.0, late=0.0) | NGRAMS),
     # After the last layer much of what the middle has put into the stream is taken out again.
     Layer(None, adds=dict(start=0.0, early=0.0, middle=-0.5, late=0.0), mlp=False, gates=True),
 )  # fmt: skip
@@ -162,7 +164,11 @@ XSA_GATE, HEAD_GATE = 0.0, 0.25  # at the start
 NARROW_SCALE = 1.2  # of a narrow layer's softmax, times the others'
 GATE_HIDDEN, GATE_SCALE = 64, 0.1  # hidden units of a gate network; what its results are multiplied by
 GATE_DIMS = 12  # the gates of smear and value embeddings look at the first 12 dimensions of their input only
-SIGN_ROWS = 8192  # of the fixed random signs by which bigram embeddings are multiplied, so that collisions differ
+# Rows of n-grams are found by hashing, an equal part of the table for each order. By order, the factors of a token, of
+# the one before it and so on, whose products are XORed; and likewise for one of SIGN_ROWS rows of fixed random signs,
+# by which what is found is multiplied, so that collisions differ. Source: the public speedrun's PRs 299 and 360, 2026.
+NGRAM_FACTORS = {2: ((36313, 27191), (1, 1)), 3: ((17351, 60961, 45259), (58699, 39779, 26801))}
+SIGN_ROWS = 8192
 
 ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
 VALUE_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.value_embed]
@@ -188,15 +194,20 @@ class Row(NamedTuple):
     """One row a parameter of the optimizer. Gradients are reduced and parameters updated in the order of the rows."""
 
     name: str
-    algorithm: str  # "normuon" (banks of matrices; every step) or "adam" (odd steps only; no further bits beside bf16)
-    sharded: bool  # reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere
+    # "normuon" (banks of matrices; every step), "adam" (odd steps only; no further bits beside bf16) or "rowwise" (the
+    # table of n-grams; every step, those of its rows that were looked up)
+    algorithm: str
+    # Reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere. By rows: those of a
+    # step go to and from their owners.
+    sharded: bool
     lr: tuple[float, ...]  # multiplier; several cycle over the first dimension, of a bank its matrices (W_fc, W_proj)
     wd: float  # weight-decay multiplier
-    betas: tuple[float, float] | None = None  # adam's
+    betas: tuple[float, float] | None = None  # adam's; rowwise has no first moment
 
 
 SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count))
-# The small ones first; the matrices, whose updates take longest, last, so that the tables are gathered beneath them.
+# The small ones first; the matrices, whose updates take longest, behind the tables, so that these are gathered beneath
+# them; and behind the matrices the n-grams, whose gradients meanwhile arrive.
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
     Row("scalars", "adam", False, SCALAR_LRS, 0.0, (0.9, 0.99)),
@@ -205,17 +216,17 @@ PARAMETERS = (
     Row("gate_out", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
     Row("gate_bias", "adam", False, (0.2,), 0.0, (0.9, 0.99)),
     Row("value_gates", "adam", False, (1.0,), 1.0, (0.9, 0.99)),
-    Row("bigram_embed", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
     Row("head", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
     Row("qk_bank", "normuon", True, (1.0,), 1.0),
     Row("vo_bank", "normuon", True, (1.0,), 1.0),
     Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0),
+    Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
 )
 # Looked up by token, so that of their gradients only a few rows are not zero: see Lookup and ShardedRows. By name, how
 # many tables it holds, one after the other; a token has the same row in each.
-TABLES = {"embed": 1, "bigram_embed": 1, "value_embeds": len(VALUE_LAYERS)}
+TABLES = {"embed": 1, "value_embeds": len(VALUE_LAYERS)}
 
 
 @dataclass(frozen=True)
@@ -241,7 +252,9 @@ class Hyperparameters:
     vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
     bos: int = 50256  # every document begins with this token; GPT-2's <|endoftext|>
     vocabulary: str = "data/gpt2.tiktoken"  # all other tokens, in tiktoken's form, for the prefix loss; "": without it
-    bigram_vocab_size: int = 251_520  # 5 x 50304 hash rows, the last one for the first token of a micro-batch
+    ngram_rows: int = (
+        2_097_152  # half for bigrams, half for trigrams; each half's last is for a document's first tokens
+    )
     num_heads: int = 6
     head_dim: int = 128
     window_block: int = 128  # tokens
@@ -263,7 +276,7 @@ class Hyperparameters:
     val_loss_every: int = 250  # steps; 0: only at the end
     val_steps: tuple[int, ...] = ()  # further steps at which to validate, e.g. 5,10,25
     save_checkpoint: bool = False  # at the end: the model alone
-    checkpoint_every: int = 0  # steps between checkpoints to go on from, 5 GB each; also at SIGTERM. 0: none
+    checkpoint_every: int = 0  # steps between checkpoints to go on from, 7 GB each; also at SIGTERM. 0: none
     resume: str = ""  # the run_id of a run to go on with, from its last checkpoint; "auto": run_id's, if there is one
     hang_timeout: float = 300.0  # seconds on the clock without a step's end after which the run is ended; 0: never
     bench: bool = False  # instead of the run: time each stage and project the whole run's time
@@ -311,7 +324,7 @@ PRESETS = {
         # Of so few steps each must teach most classes that they do not come.
         stages=tuple(stage._replace(tokens=stage.tokens // 128, classes=stage.classes and 40_960) for stage in STAGES),
         micro_batch_tokens=1024,
-        bigram_vocab_size=5 * 1024,
+        ngram_rows=4096,
         head_dim=8,
         window_block=16,
         muon_momentum_warmup=20,
@@ -418,7 +431,7 @@ def check_tables(hp: Hyperparameters) -> None:
         told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
         require(isinstance(stage.prefix_weights, tuple) and len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
-    kept, weighed = {"x0", "bigram"}, set()
+    kept, weighed = {"x0", "ngrams"}, set()
     for i, layer in enumerate(LAYERS):
         row, attention = f"LAYERS, row {i}", any(getattr(layer, name) for name in FOR_ATTENTION)
         require(layer.window in ("short", "long", None), f"{row}: window is 'short', 'long' or None")
@@ -448,10 +461,16 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
     require(not odd, f"PARAMETERS takes one row for each of the model's parameters: {', '.join(told)}")
     for name, algorithm, sharded, lr, _, betas in PARAMETERS:
         row, p = f"PARAMETERS, {name}", as_stack(parameters[name])
-        require(algorithm in ("adam", "normuon"), f"{row}: algorithm is 'adam' or 'normuon'")
+        told = "'rowwise'" if name == "ngrams" else "'adam' or 'normuon'"
+        require(algorithm in ALGORITHMS and f"'{algorithm}'" in told, f"{row}: algorithm is {told}")
         require(isinstance(lr, tuple) and lr, f"{row}: lr={lr} is no tuple, as (1.0,)")
         if algorithm == "adam":
             require(isinstance(betas, tuple) and len(betas) == 2, f"{row}: adam takes betas, as (0.9, 0.99)")
+        elif algorithm == "rowwise":
+            told = f"{row}: rowwise is sharded and takes one lr and betas of which the first is 0, as (0.0, 0.95)"
+            require(
+                sharded and len(lr) == 1 and isinstance(betas, tuple) and betas[:1] == (0,) and len(betas) == 2, told
+            )
         else:
             require(betas is None, f"{row}: normuon takes no betas")
             require(p.dim() == 3, f"{row}: normuon is for banks of matrices, this has the shape {tuple(p.shape)}")
@@ -489,8 +508,8 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     require(hp.num_heads in range(2, 1025, 2), f"--num_heads={hp.num_heads} must be even, for pairs, at most 1024")
     require(hp.head_dim in (8, 16, 32, 64, 128), f"--head_dim={hp.head_dim} must be a power of two from 8 to 128")
     require(hp.model_dim >= GATE_DIMS, f"--num_heads x --head_dim must be at least {GATE_DIMS}")
-    told = f"--bigram_vocab_size={hp.bigram_vocab_size} must be a multiple of 8, to shard over ranks, from 8 to 2 ** 31"
-    require(8 <= hp.bigram_vocab_size <= 2**31 and hp.bigram_vocab_size % 8 == 0, told)
+    told = f"--ngram_rows={hp.ngram_rows} must be a multiple of 16, two halves to shard over ranks, below 2 ** 31"
+    require(0 < hp.ngram_rows < 2**31 and hp.ngram_rows % 16 == 0, told)
     told = f"--bos={hp.bos} must be a token, below --vocab_size={hp.vocab_size}, and all tokens fit 16 bits"
     require(0 <= hp.bos < hp.vocab_size <= 65536, told)
     choices_of = dict(dtype="auto bfloat16 float32", fp8="auto head off", cuda_graphs="auto off", compile="auto on off")
@@ -499,7 +518,7 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     for name in ("run_id", "resume"):
         value = getattr(hp, name)
         require(Path(value).name == value, f"--{name}={value} names files: it must not contain a path")
-    check_parameters(dict(GPT(hp, torch.device("meta"), torch.float32).named_parameters()))
+    check_parameters(GPT(hp, torch.device("meta"), torch.float32).tensors())
 
 
 # ======================================================================================================================
@@ -1158,6 +1177,8 @@ def add_rows(table: Tensor, rows: Tensor, grad: Tensor) -> None:
         table.index_add_(0, rows, grad.to(table.dtype))
         return
     T, C = grad.shape
+    if T == 0:  # a rank may have nothing for another
+        return
     add_rows_kernel[(T,)](grad.contiguous(), rows, table, C, BLOCK=triton.next_power_of_2(C), num_warps=4)
 
 
@@ -1196,12 +1217,80 @@ class HeadClasses(torch.autograd.Function):
         return None, None
 
 
-def table_gradient(table: nn.Parameter) -> Tensor:
+def table_gradient(table: Tensor) -> Tensor:
     """The table's .grad, float32: a frequent token adds up thousands of rows, in which bfloat16 would get stuck."""
     if table.grad is None:
         table.grad_dtype = torch.promote_types(table.dtype, torch.float32)
         table.grad = torch.zeros_like(table, dtype=table.grad_dtype)
     return table.grad
+
+
+# ---------------------------------------------------------------------------- Adam by rows, for the table of n-grams
+
+
+def update_rows_reference(
+    p: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor, update: int, beta2: float, lr: float, decay: float,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """Adam with beta1 = 0 and one second moment a row, on p[rows] alone, in place; returns mean(grad^2) by row.
+
+    p (N, C), v (N,) float32, rows (n,), none twice, grad (n, C) float32. lr is corrected for the bias of v, decay is as
+    it is. `update` counts updates, of all rows together, and last (N,) int32 is a row's last: one left out since then
+    has not moved, and how its v decays meanwhile is caught up with here. Cautious weight decay as in adam_update.
+    """
+    mean_square, master = grad.square().mean(1), p[rows].to(grad.dtype)
+    v[rows] = v[rows] * beta2 ** (update - last[rows]) + (1 - beta2) * mean_square
+    last[rows] = update
+    u = (lr / (v[rows].sqrt() + eps))[:, None] * grad
+    u = u + torch.where(u * master > 0, decay * master, 0)
+    p[rows] = (master - u).to(p.dtype)
+    return mean_square
+
+
+@triton.jit(do_not_specialize=["update"])
+def update_rows_kernel(
+    p_ptr, v_ptr, last_ptr, rows_ptr, grad_ptr, mean_square_ptr, update, log2_beta2, keep, lr, decay, eps,
+    C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row; keep is 1 - beta2. p may have more than 2^31 numbers."""
+    i, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    row = tl.load(rows_ptr + i).to(tl.int64)
+    p_ptrs, inside = p_ptr + row * C + cols, cols < C
+    grad = tl.load(grad_ptr + i * C + cols, mask=inside, other=0.0)
+    master = tl.load(p_ptrs, mask=inside, other=0.0).to(tl.float32)
+    v, missed = tl.load(v_ptr + row), update - tl.load(last_ptr + row)
+    # For the sum all warps wait for each other: nothing that is loaded above is stored before all have it.
+    mean_square = tl.sum(grad * grad, 0) / C
+    v = v * tl.exp2(log2_beta2 * missed.to(tl.float32)) + keep * mean_square
+    u = grad * (lr / (tl.sqrt(v) + eps))
+    u += tl.where(u * master > 0, decay * master, 0.0)
+    tl.store(p_ptrs, (master - u).to(p_ptr.dtype.element_ty), mask=inside)
+    tl.store(v_ptr + row, v)
+    tl.store(last_ptr + row, update)
+    tl.store(mean_square_ptr + i, mean_square)
+
+
+def update_rows_triton(
+    p: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor, update: int, beta2: float, lr: float, decay: float,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """update_rows_reference, one pass."""
+    n, C = grad.shape
+    mean_square = torch.empty_like(v[:n])
+    if n:
+        rates = math.log2(beta2), 1 - beta2, lr, decay, eps
+        block = triton.next_power_of_2(C)
+        update_rows_kernel[(n,)](p, v, last, rows, grad, mean_square, update, *rates, C, BLOCK=block, num_warps=4)
+    return mean_square
+
+
+def update_rows(
+    p: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor, update: int, beta2: float, lr: float, decay: float,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """See update_rows_reference."""
+    function = update_rows_triton if p.is_cuda else update_rows_reference
+    return function(p, v, last, rows, grad, update, beta2, lr, decay, eps)
 
 
 # ---------------------------------------------------------------------------- queries, keys and values
@@ -1715,20 +1804,6 @@ class Yarn:
         self.sin[..., : self.num_frequencies] = angle.sin().to(self.sin.dtype)
 
 
-def bigram_hash(tokens: Tensor, first: Tensor, rows: int) -> Tensor:
-    """Row of the bigram table for each token and its predecessor; the last row is for a document's first token.
-
-    tokens (T,) int32, first (T,) bool; products wrap around as int32 does.
-    """
-    hashed = ((36313 * tokens) ^ (27191 * tokens.roll(1))) % (rows - 1)
-    return hashed.masked_fill(first, rows - 1)
-
-
-def sign_rows(tokens: Tensor, first: Tensor) -> Tensor:
-    """Row of the table of signs for each token and its predecessor; tokens (T,) int32, first (T,) bool."""
-    return ((tokens ^ tokens.roll(1)) % SIGN_ROWS).masked_fill(first, 0)
-
-
 def gate_groups(layer: Layer, num_heads: int) -> list[list[float]]:
     """A layer's gates at the start, in the order in which its network gives them: XSA, heads, values, stream."""
     of_heads = layer.xsa * num_heads * [XSA_GATE], layer.head_gates * num_heads * [HEAD_GATE]
@@ -1802,11 +1877,12 @@ def gate(x, weight):
     return Gate.apply(x[:, :GATE_DIMS], weight)
 
 
-def embed_inputs(x, bigram, signs, rows, first, smear_lambda, smear_gate):
-    """x0 (T, C) from the tokens' embeddings x, smeared and normed, and the bigram embeddings times their signs."""
+def embed_inputs(x, ngrams, signs, sign_rows, first, smear_lambda, smear_gate):
+    """x0 (T, C) from the tokens' embeddings x, smeared and normed, and the sum of ngrams (orders, T, C) with signs."""
     smear = smear_lambda * gate(x[1:], smear_gate)
     smear = smear.masked_fill(first[1:, None], 0)
-    return norm(torch.cat((x[:1], x[1:] + smear * x[:-1]))), bigram * F.embedding(rows, signs)
+    ngrams = (widened(ngrams) * F.embedding(sign_rows, signs)).sum(0).to(x.dtype)
+    return norm(torch.cat((x[:1], x[1:] + smear * x[:-1]))), ngrams
 
 
 def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias, layers: list[Layer], num_heads: int):
@@ -1896,27 +1972,38 @@ def head_losses(x, head, targets, left, target_weights, prefixes, classes, vocab
     return HeadLoss.apply(norm(x), head, targets, target_weights, fp8_grad_scale)
 
 
+class Ngrams(NamedTuple):
+    """Of the n-grams that end with each token, (orders, T) int32: rows of GPT.ngrams, and of the table of signs."""
+
+    slots: Tensor
+    signs: Tensor
+
+
 class MicroBatch(NamedTuple):
     """Inputs and targets (T,) of whole documents laid end to end; the classes (P,) of its softmax, None: all. int32."""
 
     inputs: Tensor
     targets: Tensor
     documents: Documents
+    ngrams: Ngrams
     classes: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        return [self.inputs, self.targets, *self.documents, *(() if self.classes is None else (self.classes,))]
+        classes = () if self.classes is None else (self.classes,)
+        return [self.inputs, self.targets, *self.documents, *self.ngrams, *classes]
 
     @staticmethod
     def of(tensors: list[Tensor]) -> "MicroBatch":
         """The inverse of tensors()."""
-        inputs, targets, starts, ends, *classes = tensors
-        return MicroBatch(inputs, targets, Documents(starts, ends), *classes)
+        inputs, targets, starts, ends, slots, signs, *classes = tensors
+        return MicroBatch(inputs, targets, Documents(starts, ends), Ngrams(slots, signs), *classes)
 
 
 class GPT(nn.Module):
     """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits.
+
+    Of the n-grams, millions of rows, it has those only that a step or a validation's chunk looks up: see FewRows.
 
     Initial values: head normal, std 0.005; embed its transpose; attention banks and W_fc uniform with std 0.5 C^-0.5;
     value embeddings normal, std 0.01; the first matrices of gate networks uniform in +-C^-0.5, their biases so that
@@ -1947,8 +2034,8 @@ class GPT(nn.Module):
         self.mlp_bank = parameter(round_up(len(MLP_LAYERS), 4), 2, 4 * C, C)
         self.head = parameter(C, V)
         self.embed = parameter(V, C)  # tied to the head at first, see Optimizer
-        self.bigram_embed = parameter(hp.bigram_vocab_size, C)
         self.value_embeds = parameter(len(VALUE_LAYERS) * V, C)
+        self.ngram_shape, self.ngrams = (hp.ngram_rows, C), None  # no parameter: it must not be copied or saved
         if device.type == "meta":  # only the shapes are asked for
             return
         with torch.no_grad():
@@ -1979,9 +2066,10 @@ class GPT(nn.Module):
         self.head_losses = region(head_losses)
         self.fp8_weights = region(fp8_weights)
 
-    def table_rows(self, tokens: Tensor, first: Tensor) -> dict[str, Tensor]:
-        """The rows that tokens (T,) look up, by the names in TABLES; first: whether they are a document's first."""
-        return dict(embed=tokens, bigram_embed=bigram_hash(tokens, first, len(self.bigram_embed)), value_embeds=tokens)
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters by name; of the n-grams, which are none, the shape of the whole table."""
+        ngrams = torch.empty(self.ngram_shape, dtype=self.embed.dtype, device="meta")
+        return dict(self.named_parameters(), ngrams=ngrams)
 
     def pairs_of_heads(self) -> tuple[Tensor, ...]:
         """Of each layer with attention W_q, then W_k, by pairs of heads, (H, 2, D, C); then what pads the bank."""
@@ -2049,16 +2137,16 @@ class GPT(nn.Module):
     def output(self, batch: MicroBatch, windows: dict[str, int], fp8_grad_scale: float | None = None) -> Tensor:
         """The stream (T, C) behind the last row, not normed; arguments as in forward."""
         weights, scalars = self.layer_weights(fp8_grad_scale)
-        first = batch.documents.first()
-        rows = self.table_rows(batch.inputs, first)
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
-        value_rows = iter(rows["value_embeds"] + first_rows.int()[:, None])
-        x0, bigram = self.embed_inputs(
-            Lookup.apply(self.embed, rows["embed"]), Lookup.apply(self.bigram_embed, rows["bigram_embed"]),
-            self.signs, sign_rows(batch.inputs, first), first, scalars["smear"][0], self.smear_gate,
+        value_rows = iter(batch.inputs + first_rows.int()[:, None])
+        slots, sign_rows = batch.ngrams
+        ngrams = Lookup.apply(self.ngrams, slots.flatten()).unflatten(0, slots.shape)
+        x0, ngrams = self.embed_inputs(
+            Lookup.apply(self.embed, batch.inputs), ngrams, self.signs, sign_rows, batch.documents.first(),
+            scalars["smear"][0], self.smear_gate,
         )  # fmt: skip
         documents = {False: batch.documents, True: batch.documents.paired()}
-        kept, normed, gates = {"x0": x0, "bigram": bigram}, {}, None
+        kept, normed, gates = {"x0": x0, "ngrams": ngrams}, {}, None
         networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
         # The stream is x, to which the next kernel that reads it adds what the MLP of the layer before has made of it.
         x, mlp_out, before = x0, None, None
@@ -2197,14 +2285,15 @@ class Adam:
         self.m, self.v = (torch.zeros_like(slice, dtype=torch.float32) for _ in range(2))
         self.updates = 0
 
-    def update(self, grad: Tensor, lr_factor: float, momentum: float) -> None:
-        """lr_factor: the schedule's; momentum is NorMuon's."""
+    def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
+        """lr_factor: the schedule's; momentum is NorMuon's. Returns what is finite if the gradient is."""
         self.updates += 1
         beta1, beta2 = self.row.betas
         lr = self.multipliers * (self.hp.adam_lr * lr_factor)
         correction = cpu_scalar((1 - beta2**self.updates) ** 0.5 / (1 - beta1**self.updates))
         wd = self.hp.adam_wd * self.row.wd
         self.apply(self.p, grad, self.m, self.v, beta1, beta2, self.hp.adam_eps, lr, correction, wd)
+        return grad
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -2228,19 +2317,57 @@ class NorMuon:
         self.low_bits = torch.zeros_like(slice, dtype=torch.uint16) if slice.dtype == torch.bfloat16 else None
         self.multipliers = lr_multipliers(row, slice, first) * max(1, rows / columns) ** 0.5
 
-    def update(self, grad: Tensor, lr_factor: float, momentum: float) -> None:
-        """lr_factor and momentum: the schedule's."""
+    def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
+        """lr_factor and momentum: the schedule's. Returns the gradient."""
         lr = self.hp.muon_lr * lr_factor
         ahead = self.look_ahead(grad, self.m, cpu_scalar(momentum), self.p.dtype)
         lr_eff, decay = self.multipliers * lr, cpu_scalar(lr * self.hp.muon_wd * self.row.wd)
         u = polar_express(ahead)
         self.apply(self.p, self.low_bits, u, self.second_moment, self.hp.muon_beta2, lr_eff, decay)
+        return grad
 
     def reset(self) -> None:
         """Forgets everything."""
         for state in (self.m, self.second_moment, self.low_bits):
             if state is not None:
                 state.zero_()
+
+
+class RowGradient(NamedTuple):
+    """Of a table's share: the rows (n,) that have a gradient, and theirs, (n, C) float32; of all others it is zero."""
+
+    rows: Tensor
+    values: Tensor
+
+
+class RowAdam:
+    """State and step of a share of the table of n-grams, by rows: see update_rows_reference."""
+
+    states = ("updates",)
+    row_states = ("p", "v", "last")  # of which checkpoints have a file a piece
+
+    def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
+        self.row, self.hp, self.p = row, hp, slice
+        self.v = slice.new_zeros(len(slice), dtype=torch.promote_types(slice.dtype, torch.float32))
+        self.last = slice.new_zeros(len(slice), dtype=torch.int32)
+        self.updates = 0
+
+    def update(self, grad: RowGradient, lr_factor: float, momentum: float) -> Tensor:
+        """As Adam's. Returns the rows' mean squares, and a zero in case there is none."""
+        self.updates += 1
+        beta2, lr = self.row.betas[1], self.hp.adam_lr * lr_factor * self.row.lr[0]
+        decay, corrected = lr * lr * self.hp.adam_wd * self.row.wd, lr * (1 - beta2**self.updates) ** 0.5
+        state, rates = (self.p, self.v, self.last), (self.updates, beta2, corrected, decay, self.hp.adam_eps)
+        return F.pad(update_rows(*state, *grad, *rates), (0, 1))
+
+    def reset(self) -> None:
+        """Forgets everything; the table, too, is as it was at the start, for which no copy need be kept."""
+        for name in self.row_states:
+            getattr(self, name).zero_()
+        self.updates = 0
+
+
+ALGORITHMS = {"adam": Adam, "normuon": NorMuon, "rowwise": RowAdam}
 
 
 class Alone:
@@ -2273,8 +2400,8 @@ class Alone:
     def gathered(self) -> None:
         """Waits for them."""
 
-    def note(self, rank: int, rows: Tensor) -> None:
-        """Rows of a table, on the CPU, that a rank has looked up since the last update."""
+    def note(self, rank: int, rows: np.ndarray) -> None:
+        """Rows of a table that a rank has looked up since the last update."""
 
     def clear(self, grad: Tensor) -> None:
         """Sets the gradient to zero after the update."""
@@ -2334,8 +2461,8 @@ class ShardedRows(Sharded):
         self.first_rows = len(p) // tables * np.arange(tables)
         self.occurred = np.zeros((world.size, len(p) // tables), dtype=bool)  # in any of the tables, by rank
 
-    def note(self, rank: int, rows: Tensor) -> None:
-        self.occurred[rank][rows.numpy()] = True
+    def note(self, rank: int, rows: np.ndarray) -> None:
+        self.occurred[rank][rows] = True
 
     def reduce(self, grad: Tensor) -> None:
         rank, size, share = self.world.rank, self.world.size, len(self.slice)
@@ -2368,6 +2495,77 @@ class ShardedRows(Sharded):
         self.occurred[:] = False
 
 
+def ngram_slots(hp: Hyperparameters, world: World) -> int:
+    """How many rows a rank looks up in a step, at most."""
+    return min(len(NGRAM_FACTORS) * max(stage.tokens for stage in hp.stages) // world.size, hp.ngram_rows)
+
+
+class FewRows(Alone):
+    """For the table of n-grams, of which a step takes few rows: ahead of it, they are copied to a cache p.
+
+    Micro-batches look up the cache's rows, their slots, and leave their gradients there. `slice` is this rank's share
+    of the table: rank r of R owns its r-th R-th. Which rows a step takes, the loader has found: see Exchange.
+    """
+
+    def __init__(self, p: Tensor, world: World, rows: int):
+        self.p, self.world = p, world
+        self.slice = p.new_zeros(rows // world.size, p.shape[1])
+        self.forget()
+
+    def fetch(self, exchange: "Exchange", out: Tensor | None = None) -> Tensor:
+        """The rows of the slots, in their order."""
+        return torch.index_select(self.slice, 0, exchange.rows, out=out)
+
+    def fill(self, exchange: "Exchange") -> None:
+        """Fills the cache for a step, whose gradients are reduced next."""
+        self.exchange = exchange
+        self.fetch(exchange, self.p[: sum(exchange.taken)])
+
+    def reduced(self) -> RowGradient:
+        return RowGradient(self.exchange.rows, self.grad[: len(self.exchange.rows)])
+
+    def clear(self, grad: Tensor) -> None:
+        grad[: sum(self.exchange.taken)].zero_()
+        self.forget()
+
+    def forget(self) -> None:
+        none = torch.empty(0, dtype=torch.int32, device=self.p.device)
+        self.exchange = Exchange(none, none, *([0] * self.world.size for _ in range(2)))
+
+
+class ExchangedRows(FewRows):
+    """The same with several ranks: rows come from their owners, to whom gradients go, both in the table's type."""
+
+    def full(self, slice: Tensor) -> Tensor:
+        out = slice.new_empty(len(slice) * self.world.size, *slice.shape[1:])
+        all_gather(out, slice)
+        return out
+
+    def fetch(self, exchange: "Exchange", out: Tensor | None = None) -> Tensor:
+        rows, asked, taken, given = exchange
+        out = self.p.new_empty(sum(taken), self.p.shape[1]) if out is None else out
+        dist.all_to_all_single(out, self.slice.index_select(0, rows.index_select(0, asked)), taken, given)
+        return out
+
+    def reduce(self, grad: Tensor) -> None:
+        taken, given = self.exchange.taken, self.exchange.given
+        self.grad = grad[: sum(taken)]
+        values = self.grad.to(self.p.dtype)
+        self.values = values.new_empty(sum(given), values.shape[1])
+        self.work = dist.all_to_all_single(self.values, values, given, taken, async_op=True)
+
+    def reduced(self) -> RowGradient:
+        self.work.wait()
+        rows, asked, taken, given = self.exchange
+        total = self.grad.new_zeros(len(rows), self.grad.shape[1])
+        parts = [*self.values.split(given)]
+        parts[self.world.rank] = self.grad.split(taken)[self.world.rank]  # its own need not be rounded
+        for places, values in zip(asked.split(given), parts, strict=True):
+            add_rows(total, places, values)
+        self.values = self.grad = None
+        return RowGradient(rows, total)
+
+
 def copy_saved(into: Tensor, saved: object, name: str, own: Callable = lambda whole: whole) -> None:
     """Copies this rank's own part of a saved tensor. Raises UserError when it is another program's."""
     part = own(saved) if isinstance(saved, Tensor) and saved.dim() == into.dim() else None
@@ -2386,16 +2584,18 @@ class Slot:
     """A parameter, its row of the table, its communication and its algorithm."""
 
     def __init__(self, row: Row, p: nn.Parameter, hp: Hyperparameters, world: World, compiled: Callable):
-        self.row, self.p = row, p
+        self.row, self.p, rowwise = row, p, row.algorithm == "rowwise"
         # For good: captured graphs add to it where it stands.
-        p.grad = table_gradient(p).zero_() if row.name in TABLES else torch.zeros_like(p)
-        self.shape, bank = as_stack(p).shape, row.algorithm == "normuon"
+        p.grad = table_gradient(p).zero_() if row.name in TABLES or rowwise else torch.zeros_like(p)
+        self.shape = as_stack(p).shape
         sharded = partial(ShardedRows, tables=TABLES[row.name]) if row.name in TABLES else Sharded
         policy = Alone if world.size == 1 else sharded if row.sharded else Replicated
+        if rowwise:
+            policy = partial(FewRows if world.size == 1 else ExchangedRows, rows=hp.ngram_rows)
         self.communication = policy(p.data.view(self.shape), world)
         slice = self.communication.slice
         first = world.rank * len(slice) if row.sharded else 0
-        self.algorithm = (NorMuon if bank else Adam)(row, hp, slice, compiled, first)
+        self.algorithm = ALGORITHMS[row.algorithm](row, hp, slice, compiled, first)
 
 
 class Optimizer:
@@ -2403,6 +2603,7 @@ class Optimizer:
 
     All reductions start in the order of PARAMETERS; updates run in the same order, as their gradients arrive, and
     gathers run beneath the updates that follow. Adam's parameters step on odd steps, with the gradients of two steps.
+    The table of n-grams is held here, not in the model, which has a cache of those rows that a step looks up.
 
     Head and embedding are one parameter, stored twice, until `untie_step`: the embedding's gradient is added to the
     head's, and the embedding is the head's transpose after every Adam step. After that step they part, and the
@@ -2410,9 +2611,10 @@ class Optimizer:
     """
 
     def __init__(self, model: GPT, hp: Hyperparameters, world: World, untie_step: int, compile: bool = False):
-        compiled = compiler(compile)
-        parameters = dict(model.named_parameters())
+        compiled, parameters = compiler(compile), model.tensors()
         check_parameters(parameters)
+        cache = model.embed.new_zeros(ngram_slots(hp, world), hp.model_dim)
+        model.ngrams = parameters["ngrams"] = cache.requires_grad_()
         # An empty parameter, as the value embeddings of a model that has none, takes no part.
         rows = [row for row in PARAMETERS if parameters[row.name].numel()]
         self.slots = {row.name: Slot(row, parameters[row.name], hp, world, compiled) for row in rows}
@@ -2420,18 +2622,17 @@ class Optimizer:
         self.tied = True
         self.largest = deque(maxlen=8)  # (step, names, on the CPU: the largest magnitude of each gradient)
 
-    def note(self, dealt: list[MicroBatch]) -> None:
-        """What all ranks' micro-batches, in the order dealt, on the CPU, look up in the tables."""
-        for i, batch in enumerate(dealt):
-            for name, rows in self.model.table_rows(batch.inputs, batch.documents.first()).items():
-                if name in self.slots:
-                    self.slots[name].communication.note(i % self.world.size, rows)
+    def note(self, dealt: list[np.ndarray]) -> None:
+        """The inputs of all ranks' micro-batches, in the order dealt, which were looked up in the tables."""
+        for i, tokens in enumerate(dealt):
+            for name in TABLES.keys() & self.slots.keys():
+                self.slots[name].communication.note(i % self.world.size, tokens)
 
     @torch.no_grad()
     def step(self, step: int, lr_factor: float, momentum: float) -> None:
         """Updates the parameters that are due at `step` from their .grad, and clears these."""
         adam_is_due = step % 2 == 1
-        due = {n: slot for n, slot in self.slots.items() if adam_is_due or slot.row.algorithm == "normuon"}
+        due = {n: slot for n, slot in self.slots.items() if adam_is_due or slot.row.algorithm != "adam"}
         if adam_is_due and self.tied:
             head, embed = due["head"].p, self.slots["embed"].p
             head.grad += embed.grad.T
@@ -2441,8 +2642,7 @@ class Optimizer:
             slot.communication.reduce(slot.p.grad.view(slot.shape))
         gradients = {}
         for name, slot in due.items():
-            gradients[name] = slot.communication.reduced()
-            slot.algorithm.update(gradients[name], lr_factor, momentum)
+            gradients[name] = slot.algorithm.update(slot.communication.reduced(), lr_factor, momentum)
             slot.communication.gather()
         # NaN or infinite where a gradient is; looked at a step later, so that nothing waits for it.
         largest = torch.stack([torch.linalg.vector_norm(g, math.inf).float() for g in gradients.values()])
@@ -2672,9 +2872,90 @@ def join_micro_batches(dealt: list[tuple[np.ndarray, np.ndarray]], together: int
         yield [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
-def make_micro_batch(tokens: np.ndarray, ends: np.ndarray, device: torch.device) -> MicroBatch:
-    """Inputs, targets and documents on the device; tokens (T + 1,), ends cumulative from 0 to T."""
-    return MicroBatch.of(to_device(next(join_micro_batches([(tokens, ends)], 1)), device))
+def ngram_hashes(tokens: np.ndarray, starts: np.ndarray, kind: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """By order, for the n-gram that ends with each token (T,): its hash, int32, and whether its document has none yet.
+
+    kind: which of the factors, 0 for rows, 1 for signs. Products wrap around as int32 does.
+    """
+    x, before = tokens.astype(np.int32), np.arange(len(tokens)) - starts
+    for order, factors in NGRAM_FACTORS.items():
+        yield reduce(xor, (f * np.roll(x, back) for back, f in enumerate(factors[kind]))), before < order - 1
+
+
+def ngram_rows(tokens: np.ndarray, starts: np.ndarray, rows: int) -> np.ndarray:
+    """Rows of the table, (orders, T) int32; a part's last row is for n-grams that begin ahead of their document."""
+    last, found = rows // len(NGRAM_FACTORS) - 1, []
+    for k, (hashed, none) in enumerate(ngram_hashes(tokens, starts, 0)):
+        hashed %= last
+        hashed[none] = last
+        found.append(hashed + k * (last + 1))
+    return np.stack(found)
+
+
+def ngram_signs(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Rows of the table of signs, (orders, T) int32; the first is for n-grams that begin ahead of their document."""
+    return np.stack([(hashed % SIGN_ROWS) * ~none for hashed, none in ngram_hashes(tokens, starts, 1)])
+
+
+class Exchange(NamedTuple):
+    """Which rows of the n-grams' table go from and to their owners for a step, or a chunk of validation.
+
+    Made from the text, of which every rank sees all: none need tell another what it takes.
+    """
+
+    rows: (
+        Tensor  # (n,) int32, ascending: those of this rank's share that any rank takes, counted from the share's first
+    )
+    asked: Tensor  # int32, the places in `rows` of what the first rank takes, then of what the next does, ...
+    taken: list[int]  # how many of this rank's slots each rank owns: slots are in the order of the table's rows
+    given: list[int]  # how many of `asked` each rank takes
+
+
+def unique(rows: np.ndarray) -> np.ndarray:
+    """Of int32, ascending; seven times as fast as np.unique, which from NumPy 2.3 on hashes."""
+    rows = np.sort(rows, axis=None)
+    return rows[np.flatnonzero(np.diff(rows, prepend=-1))]
+
+
+def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray) -> tuple[np.ndarray, list]:
+    """A rank's slots for the rows that it looks up, and what its Exchange takes, from the rows that each rank looks up.
+
+    places (rows of the table,) is scratch memory.
+    """
+
+    def found_in(rows, ascending):
+        places[ascending] = np.arange(len(ascending), dtype=places.dtype)  # quicker than a binary search
+        return places[rows]
+
+    share = len(places) // len(by_rank)
+    own = unique(by_rank[rank])
+    slots, taken = found_in(by_rank[rank], own), np.diff(np.searchsorted(own, share * np.arange(len(by_rank) + 1)))
+    if len(by_rank) == 1:
+        return slots, [own, own[:0], [len(own)], [0]]
+    asked = [unique(rows[rows // share == rank]) for rows in by_rank]
+    rows, given = unique(np.concatenate(asked)), [*map(len, asked)]
+    return slots, [rows - rank * share, found_in(np.concatenate(asked), rows), taken.tolist(), given]
+
+
+def make_micro_batches(
+    dealt: list[tuple[np.ndarray, np.ndarray]], together: int, places: np.ndarray, world: World, classes: list[Tensor]
+) -> tuple[list[MicroBatch], Exchange]:
+    """This rank's micro-batches of those that are dealt to all ranks, joined, on its device, and their exchange."""
+    joined = [[*join_micro_batches(dealt[rank :: world.size], together)] for rank in range(world.size)]
+    rows = [[ngram_rows(inputs, starts, len(places)) for inputs, _, starts, _ in batches] for batches in joined]
+    slots, (*indices, taken, given) = exchange_rows([np.concatenate(r, 1) for r in rows], world.rank, places)
+    own, batches = joined[world.rank], []
+    for arrays, part in zip(own, np.split(slots, len(own), 1), strict=True):
+        arrays += [part, ngram_signs(arrays[0], arrays[2])]
+        batches.append(MicroBatch.of([*to_device(arrays, world.device), *classes]))
+    return batches, Exchange(*to_device(indices, world.device), taken, given)
+
+
+def make_micro_batch(tokens: np.ndarray, ends: np.ndarray, rows: int, device: torch.device) -> MicroBatch:
+    """One on the device, for a model with all `rows` of the n-grams; tokens (T + 1,), ends cumulative from 0 to T."""
+    arrays = inputs, _, starts, _ = next(join_micro_batches([(tokens, ends)], 1))
+    arrays = *arrays, ngram_rows(inputs, starts, rows), ngram_signs(inputs, starts)
+    return MicroBatch.of(to_device(arrays, device))
 
 
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
@@ -2684,11 +2965,12 @@ def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
 
 
 class StepBatch(NamedTuple):
-    """Of one step: this rank's micro-batches, all ranks', how often the files have been begun, where the next begin."""
+    """Of a step: this rank's micro-batches, what all look up, how often the files were begun, where the next begin."""
 
     epoch: int
     micro_batches: list[MicroBatch]
-    dealt: list[MicroBatch]  # several ranks' in the order dealt, on the CPU; of a single rank none
+    exchange: Exchange  # of the n-grams' rows
+    dealt: list[np.ndarray]  # all ranks' inputs, in the order dealt
     position: tuple[int, int]  # files begun, and the next document of the last of them
 
 
@@ -2712,6 +2994,7 @@ class TrainLoader:
         self.shard.next_document = document
         self.reader = ThreadPoolExecutor(1, "next shard")
         self.next_shard = self.reader.submit(self._load, self.files_begun)
+        self.places = np.empty(hp.ngram_rows, np.int32)  # see exchange_rows
         self.stream = torch.cuda.Stream(world.device) if world.on_gpu else None
         # A thread starts out on GPU 0, where it would open a second context for every other rank.
         set_device = partial(torch.cuda.set_device, world.device) if world.on_gpu else None
@@ -2745,28 +3028,28 @@ class TrainLoader:
         )
 
     def _prepare(self, size: tuple[int, ...]) -> StepBatch:
-        rank, ranks, device = self.world.rank, self.world.size, self.world.device
         *size, count = size
         dealt = [self.shard.assemble(span, *size) for span in self._deal(*size)]
         # Of the whole step, so that they are the same on any number of ranks
         targets = np.concatenate([tokens[1:] for tokens, _ in dealt])
         classes = softmax_classes(targets, count, self.hp.padded_vocab) if count else None
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
-            classes = to_device([] if classes is None else [classes], device)
-            joined = join_micro_batches(dealt[rank::ranks], micro_batches_together(size[0], self.hp, self.world))
-            batches = [MicroBatch.of([*to_device(arrays, device), *classes]) for arrays in joined]
+            classes = to_device([] if classes is None else [classes], self.world.device)
+            together = micro_batches_together(size[0], self.hp, self.world)
+            made = make_micro_batches(dealt, together, self.places, self.world, classes)
             if self.stream:
                 self.stream.synchronize()  # in this thread; the main thread never waits for a copy
         position = self.files_begun, self.shard.next_document
-        dealt = [make_micro_batch(*one, torch.device("cpu")) for one in dealt if ranks > 1]
-        return StepBatch(1 + (self.files_begun - 1) // len(self.paths), batches, dealt, position)
+        inputs = [tokens[:-1] for tokens, _ in dealt]
+        return StepBatch(1 + (self.files_begun - 1) // len(self.paths), *made, inputs, position)
 
     def __iter__(self) -> Iterator[StepBatch]:
         try:
             for size in [*self.sizes[1:], None]:
                 batch = self._wait()
                 self.ahead = self.assembler.submit(self._prepare, size) if size else None
-                for tensor in (t for b in batch.micro_batches for t in b.tensors()):
+                tensors = [t for b in batch.micro_batches for t in b.tensors()]
+                for tensor in (*tensors, batch.exchange.rows, batch.exchange.asked):
                     if self.stream:  # the memory was taken on the copying stream: keep it until this one is through
                         tensor.record_stream(torch.cuda.current_stream())
                 yield batch
@@ -2775,7 +3058,7 @@ class TrainLoader:
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
-def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> list[MicroBatch]:
+def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> list[tuple[list[MicroBatch], Exchange]]:
     """This rank's chunks of the first val_tokens tokens, cut at fixed offsets whatever the number of ranks.
 
     Raises UserError when the files hold fewer than val_tokens + 1 tokens.
@@ -2785,12 +3068,14 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
         tokens = np.append(tokens, read_tokens(path, hp.vocab_size, needed - len(tokens)))
     require(len(tokens) == needed, f"{paths[0]} ...: {len(tokens)} validation tokens instead of {needed}; {FETCH}")
     T = hp.val_batch_size // MICRO_BATCHES
-    batches = []
-    for start in range(T * world.rank, hp.val_tokens, T * world.size):
-        chunk = tokens[start : start + T + 1]
-        ends = np.concatenate(([0], 1 + np.flatnonzero(chunk[1:-1] == hp.bos), [T]))
-        batches.append(make_micro_batch(chunk, ends, world.device))
-    return batches
+    chunks, places = (
+        [tokens[start : start + T + 1] for start in range(0, hp.val_tokens, T)],
+        np.empty(hp.ngram_rows, np.int32),
+    )
+    ends = [np.concatenate(([0], 1 + np.flatnonzero(chunk[1:-1] == hp.bos), [T])) for chunk in chunks]
+    dealt = [*zip(chunks, ends, strict=True)]
+    groups = (dealt[i : i + world.size] for i in range(0, len(dealt), world.size))
+    return [make_micro_batches(group, 1, places, world, []) for group in groups]
 
 
 def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
@@ -2966,6 +3251,7 @@ class Trainer:
             for p in self.model.parameters():
                 dist.broadcast(p.data, src=0)
         self.optimizer = Optimizer(self.model, hp, world, self.schedule.untie_step, compile)
+        self.ngrams = self.optimizer.slots["ngrams"]
         self.grad_scale = hp.grad_scale / MICRO_BATCHES
         self.fp8_grad_scale = self.grad_scale if use_fp8(hp, world)[0] else None
         weights = map(self.schedule.target_weights, range(hp.total_steps))
@@ -2987,7 +3273,8 @@ class Trainer:
         (losses.sum() * self.grad_scale).backward()
 
     def add_gradients(self, step: int, batch: StepBatch) -> None:
-        """Forward and backward on each micro-batch; the optimizer notes what all ranks looked up."""
+        """Forward and backward on each micro-batch; the optimizer has what all ranks look up."""
+        self.ngrams.communication.fill(batch.exchange)
         run, graph = partial(self.micro_step, step), self.graphs.get(self.stage_index)
         for micro_batch in batch.micro_batches:
             rare = micro_batch.classes is None and self.schedule.size(step)[2]  # see softmax_classes
@@ -2999,12 +3286,14 @@ class Trainer:
         self.optimizer.step(step, self.schedule.lr(step), self.schedule.momentum(step))
 
     @torch.no_grad()
-    def validate(self, batches: list[MicroBatch], windows: dict[str, int]) -> float:
+    def validate(self, batches: list[tuple[list[MicroBatch], Exchange]], windows: dict[str, int]) -> float:
         """Mean cross-entropy of all ranks' validation tokens, in nats."""
         one = torch.ones(1, device=self.world.device)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for batch in batches:
+        for (batch,), exchange in batches:
+            self.model.ngrams = self.ngrams.communication.fetch(exchange)  # may be more than a step's
             total += self.model(batch, windows, one, head_chunk=32_768).double().sum()
+        self.model.ngrams = self.ngrams.p
         if self.world.size > 1:
             dist.all_reduce(total)
         return total.item() / self.hp.val_tokens
@@ -3085,28 +3374,42 @@ class Trainer:
     def save_checkpoint(self, log: "Log", progress: Progress | None = None) -> None:
         """Writes the model, and with `progress` all it takes to go on, beside the log; every rank must call it.
 
-        torch.load(path, weights_only=True) reads the file. The newest two are kept.
+        torch.load(path, weights_only=True) reads the files. The newest two are kept.
         """
-        optimizer = self.optimizer.state() if progress else {}
-        if self.world.rank:
-            return
         step = progress.step if progress else self.hp.total_steps
         path = log.path.with_name(f"{self.hp.run_id}_step{step:06d}.pt")
+        optimizer = self.optimizer.state() if progress else {}
+        rows = self.save_rows(path, RowAdam.row_states if progress else ("p",))
+        if self.world.rank:
+            return
         settings = {name: getattr(self.hp, name) for name in SETTINGS}
         content = dict(step=step, hyperparameters=settings, stages=[tuple(stage) for stage in self.hp.stages])
         content.update(shards=self.shards, progress=vars(progress) if progress else {})
-        content.update(prefixes=prefixes_in_words(self.model.prefixes))
+        content.update(prefixes=prefixes_in_words(self.model.prefixes), rows=[checksum for checksum, _ in rows])
         content.update(model=dict(self.model.state_dict()), optimizer=optimizer)
-        try:
-            write_checkpoint(path, content)
-        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
-            log.write(f"no checkpoint at step {step}: {path}: {error}; training goes on")
-            return
-        log.write(f"checkpoint: {path}")
-        unfinished = checkpoints_of(self.hp.run_id, path.parent, "part")  # of a run that was killed meanwhile
-        done = [old for old in checkpoints_of(self.hp.run_id, path.parent) if old <= path]  # later ones are damaged
-        for old in done[:-CHECKPOINTS_KEPT] + unfinished:
-            old.unlink(missing_ok=True)
+        told = next(filter(None, (told for _, told in rows)), "") or try_to_write(path, content)[1]
+        log.write(f"no checkpoint at step {step}: {told}; training goes on" if told else f"checkpoint: {path}")
+        if not told:
+            unfinished = checkpoints_of(self.hp.run_id, path.parent, "part")  # of a run that was killed meanwhile
+            done = [old for old in checkpoints_of(self.hp.run_id, path.parent) if old <= path]  # later ones are damaged
+            for old in done[:-CHECKPOINTS_KEPT] + unfinished:
+                old.unlink(missing_ok=True)
+        for piece in path.parent.glob(f"{escape(self.hp.run_id)}_step{6 * '[0-9]'}_rows[0-9].*"):
+            if not piece.with_name(f"{piece.stem[: -len('_rows0')]}.pt").exists():  # of no use without
+                piece.unlink(missing_ok=True)
+
+    def save_rows(self, path: Path, names: tuple[str, ...]) -> list[tuple[str, str]]:
+        """Writes this rank's pieces of the n-grams' table; of all ranks' the checksum, or why it was not written."""
+        algorithm, size, written = self.ngrams.algorithm, self.world.size, []
+        own = len(piece_paths(path)) // size
+        for i, piece in enumerate(piece_paths(path)[self.world.rank * own :][:own]):
+            content = {name: getattr(algorithm, name).chunk(own)[i].to("cpu", copy=True) for name in names}
+            written.append(try_to_write(piece, content))
+        everyone: list = [written]
+        if size > 1:
+            everyone *= size
+            dist.all_gather_object(everyone, written)
+        return [piece for pieces in everyone for piece in pieces]
 
     @torch.no_grad()
     def restore(self, checkpoint: dict) -> Progress:
@@ -3114,6 +3417,10 @@ class Trainer:
         for name, p in self.model.named_parameters():
             copy_saved(p, checkpoint["model"].get(name), name)
         self.optimizer.load(checkpoint["optimizer"])
+        own = len(checkpoint["rows"]) // self.world.size
+        for i, piece in enumerate(checkpoint["rows"][self.world.rank * own :][:own]):
+            for name in RowAdam.row_states:
+                copy_saved(getattr(self.ngrams.algorithm, name).chunk(own)[i], piece.get(name), f"ngrams.{name}")
         return Progress(**checkpoint["progress"])  # stage and rotary frequencies follow from its step: see enter_step
 
 
@@ -3362,9 +3669,11 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
 # Checkpoints
 # ======================================================================================================================
 # A run that was killed goes on to the same bits as one that was not, on any number of GPUs. A file is written under
-# another name, forced to the disk, then renamed: under its own name it is whole, which its checksum proves.
+# another name, forced to the disk, then renamed: under its own name it is whole, which its checksum proves. The table
+# of n-grams is in as many pieces as there may be ranks, each a file that its owner writes; the checkpoint comes last,
+# and has their checksums.
 
-CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, progress=dict, prefixes=str)
+CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, progress=dict, prefixes=str, rows=list)
 CHECKPOINT |= dict(model=dict, optimizer=dict)
 CHECKPOINTS_KEPT = 2
 # What may differ when a run goes on: where things are, and what leaves the mathematics alone.
@@ -3377,8 +3686,24 @@ def checkpoints_of(run_id: str, folder: Path, suffix: str = "pt") -> list[Path]:
     return sorted(folder.glob(f"{escape(run_id)}_step{6 * '[0-9]'}.{suffix}"))
 
 
-def write_checkpoint(path: Path, content: dict) -> None:
-    """A file for torch.load, then 32 bytes of SHA-256; whole or not at all, also when the machine dies meanwhile."""
+def piece_paths(path: Path) -> list[Path]:
+    """A checkpoint's pieces of the table of n-grams, in the order of its rows."""
+    return [path.with_name(f"{path.stem}_rows{k}.pt") for k in range(MICRO_BATCHES)]
+
+
+def try_to_write(path: Path, content: dict) -> tuple[str, str]:
+    """write_checkpoint; returns its checksum, and what went wrong, if anything."""
+    try:
+        return write_checkpoint(path, content), ""
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
+        return "", f"{path}: {error}"
+
+
+def write_checkpoint(path: Path, content: dict) -> str:
+    """A file for torch.load, then 32 bytes of SHA-256; whole or not at all, also when the machine dies meanwhile.
+
+    Returns the checksum.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, digest = path.with_suffix(".part"), hashlib.sha256()
     try:
@@ -3396,13 +3721,31 @@ def write_checkpoint(path: Path, content: dict) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the new name too
         os.close(folder)
+        return digest.hexdigest()
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Its content, tensors mapped from the disk. Raises UserError for what write_checkpoint has not written whole.
+    """Its content, see read_file. Raises UserError for what is none."""
+    content, _ = read_file(path)
+    require(types_of(content) == CHECKPOINT, f"{path}: not a checkpoint of this program")
+    return content
+
+
+def read_pieces(path: Path, content: dict) -> list[dict]:
+    """A checkpoint's pieces of the table of n-grams. Raises UserError for one that is missing, damaged or another's."""
+    pieces = []
+    for k, piece in enumerate(piece_paths(path)):
+        rows, checksum = read_file(piece)
+        require([checksum] == content["rows"][k : k + 1], f"{piece}: not the piece that was written with {path.name}")
+        pieces.append(rows)
+    return pieces
+
+
+def read_file(path: Path) -> tuple[dict, str]:
+    """What write_checkpoint has written, tensors mapped from the disk, and its checksum. Raises UserError.
 
     It may come from a stranger: nothing in it is executed, and it takes no memory beyond what its tensors hold.
     """
@@ -3417,9 +3760,8 @@ def read_checkpoint(path: Path) -> dict:
     except Exception as error:  # whatever a stranger's bytes make of torch.load
         raise UserError(f"{path}: not a checkpoint ({' '.join(str(error).split())[:120]})") from None
     require(sound, f"{path}: damaged or cut short, its checksum differs")
-    told = f"{path}: not a checkpoint of this program"
-    require(isinstance(content, dict) and types_of(content) == CHECKPOINT, told)
-    return content
+    require(isinstance(content, dict), f"{path}: not a checkpoint of this program")
+    return content, digest.hexdigest()
 
 
 def types_of(values: dict) -> dict:
@@ -3438,6 +3780,7 @@ def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperpara
     for path in reversed(checkpoints_of(run_id, folder)):
         try:
             content = read_checkpoint(path)
+            content["rows"] = read_pieces(path, content) if content["optimizer"] else []
             break
         except UserError as error:
             lines.append(f"checkpoint not used: {error}")
@@ -3475,12 +3818,16 @@ def settings_of(path: Path, content: dict) -> Hyperparameters:
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Hyperparameters, dict[str, int]]:
     """A checkpoint's model, hyperparameters, and windows, as its run's validation there has them. Raises UserError."""
     content, device = read_checkpoint(path), torch.device(device)
+    pieces = read_pieces(path, content)
     schedule, step = TrainingSchedule(settings_of(path, content)), content["step"]
     for place in (torch.device("meta"), device):  # first the shapes alone: a stranger's may take any memory
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is drawn is of no use
             model = GPT(schedule.hp, place, choose_dtype(schedule.hp, World(device=device)))
         for name, p in model.named_parameters():
             copy_saved(p, content["model"].get(name), f"{path}: {name}", partial(Tensor.to, dtype=p.dtype))
+        model.ngrams = torch.empty(model.ngram_shape, dtype=model.embed.dtype, device=place)
+        for part, piece, name in zip(model.ngrams.chunk(len(pieces)), pieces, piece_paths(path), strict=True):
+            copy_saved(part, piece.get("p"), f"{name}: ngrams", partial(Tensor.to, dtype=part.dtype))
     for windows in pairwise(schedule.long_windows[: schedule.stage_index(max(step - 1, 0)) + 1]):
         model.yarn.grow(*windows)
     return model, schedule.hp, schedule.val_windows(step)
@@ -3493,7 +3840,8 @@ def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, 
     while True:  # each from the whole text, or its end, as far as the rotary tables reach: slow, but one forward pass
         seen = tokens[15 - len(model.yarn.position) // 2 :]
         n, fill = len(seen), -len(seen) % 16 * [hp.bos]  # a document behind it, which it does not see: whole tiles
-        batch = make_micro_batch(np.array([*seen, *fill, 0]), np.array([0, n, n + len(fill)]), model.head.device)
+        ends = np.array([0, n, n + len(fill)])
+        batch = make_micro_batch(np.array([*seen, *fill, 0]), ends, hp.ngram_rows, model.head.device)
         z, ids = model.logits(batch, windows, n - 1)[: hp.vocab_size].double().cpu().topk(count if temperature else 1)
         drawn = torch.multinomial((z - z[0]).div(temperature or 1).softmax(-1), 1, generator=draws)
         yield (tokens := [*tokens, ids[drawn].item()])[-1]
@@ -3705,7 +4053,7 @@ class Watch:
             places = {rank: "silent" if rank in silent else beat[2] for rank, (beat, _) in sorted(self.beats.items())}
             told = "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
             # A rank that does not wait for others. On GPUs no step is waited for: what stands is who reads its end.
-            waiting = "reduced gathered full agree_to_stop step_issued synchronize validate state check_gradients"
+            waiting = "reduced gathered fetch full agree_to_stop step_issued synchronize validate state check_gradients"
             last = min(places, key=lambda rank: (rank not in silent, places[rank].split()[0] in waiting.split()))
             self.end(1, self._error(last, f"no step has ended for {self.hang_timeout:g} s (--hang_timeout), {told}"))
 
@@ -3752,6 +4100,9 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
     widest = round((448 * (FP8_HEAD_X if hp.fp8 == "head" else FP8_X)) ** 2)  # no number of a normed row is larger
     told = f"width {hp.model_dim}: FP8 in the layers is made for widths up to {widest}: give --fp8=head, or --fp8=off"
     require(not fp8 or hp.model_dim <= widest, told)
+    wide, slots = hp.model_dim * choose_dtype(hp, world).itemsize, ngram_slots(hp, world)
+    row = (wide + 8) / world.size / 2**30  # GiB of each rank, with the optimizer's two numbers
+    table, cache = hp.ngram_rows * row, slots * (wide + 4 * hp.model_dim) / 2**30
     machine, notes = f"{world.size} x CPU", []
     if world.on_gpu:
         require(hasattr(triton, "__version__"), f"Triton is missing, the kernels need it: {INSTALL}")
@@ -3768,10 +4119,16 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
         require(gpu.major < 9 or shared >= KERNEL_SHARED_MEMORY, told)
         free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(world.device))
         machine = f"{world.size} x {gpu.name}, {free:.0f} of {whole:.0f} GiB free"
-        # Measured for the speedrun's model: 8.3 GiB whatever the batch, 28.3 with 49,152 tokens, 29.7 with bf16 layers.
+        # Measured for the speedrun's model beside its n-grams: 5.8 GiB whatever the batch, 25.8 with 49,152 tokens,
+        # 27.2 with bf16 layers.
         sizes = {stage.tokens // MICRO_BATCHES for stage in hp.stages}
         largest = max(size * micro_batches_together(size, hp, world) for size in sizes)
-        needed = 8.3 + 21.4 * largest / 49_152 * hp.model_dim / 768
+        needed = cache + 5.8 + 21.4 * largest / 49_152 * hp.model_dim / 768
+        rows = int((free - needed) / row) // 16 * 16
+        told = f"--ngram_rows={hp.ngram_rows}: they take {table:.1f} GiB of each rank, {free:.0f} are free and about "
+        told += f"{needed:.0f} are needed for all else: give --ngram_rows={rows}, or use more GPUs"
+        require(table + cache < free or rows < 16, told)
+        needed += table
         if free < needed:
             remedy = "lower --micro_batch_tokens or the tokens in STAGES"
             notes = [f"note: about {needed:.0f} GiB are needed, {free:.0f} are free: {remedy}"]
@@ -3786,6 +4143,7 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
         f"{hp.val_tokens:,} of {val_tokens:,} validation tokens",
         f"run: {hp.run_id}, {hp.total_steps} steps{length}, {total:,} tokens "
         f"({total / train_tokens:.2f} of the train files)",
+        f"n-grams: {hp.ngram_rows:,} rows, which take {table:.2f} GiB of each rank; those of a step {cache:.2f}",
         f"stages: begin at steps {' '.join(map(str, schedule.starts))}",
         *notes,
     ]
@@ -3909,6 +4267,8 @@ def main(arguments: list[str]) -> None:
                     log.write(f"peak memory allocated by rank: {' '.join(map(str, by_rank))} MiB")
             learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
             log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
+            if hp.preset == "smoke":
+                trainer.model.ngrams = trainer.ngrams.communication.full(trainer.ngrams.algorithm.p)
             with suppress(UserError):  # the run has ended well, though the vocabulary's file may be gone by now
                 if hp.preset == "smoke" and world.rank == 0 and (ids := read_vocabulary(hp)):
                     torch.set_num_threads(1)  # for tensors so small: more threads wait for each other

@@ -35,7 +35,7 @@ UNTIMED_STEPS, PROFILED_STEPS = 2, 2  # at a stage's start, among them the untyi
 # What Optimizer.step launches is the optimizer's whatever its name, unless it communicates.
 KERNEL_CATEGORIES = {
     "communication": r"(?i)nccl|gloo|c10d::",
-    "optimizer": r"symmetric_product",
+    "optimizer": r"symmetric_product|update_rows",
     "loss": r"cross_entropy",
     "attention": r"flash|attention|split_heads",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|linear_relu2|aten::\w*mm\b",

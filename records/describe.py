@@ -14,6 +14,7 @@ product or region takes a line in.
 
 import argparse
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -45,7 +46,7 @@ class Run:
         self.fp8 = {"head"} if self.on_gpu and hp.fp8 != "off" else set()
         self.fp8 |= {"layers"} if self.on_gpu and hp.fp8 == "auto" else set()
         model = train_gpt.GPT(hp, torch.device("meta"), self.dtype)
-        self.parameters = dict(model.named_parameters())
+        self.parameters = model.tensors()
         rows = [row for row in train_gpt.PARAMETERS if self.parameters[row.name].numel()]
         self.slots = {row.name: self._slot(row) for row in rows}
 
@@ -55,8 +56,8 @@ class Run:
         In memory: tensors without it can't be made like others before half of PyTorch's compiler is imported, 2 s.
         """
         first = torch.zeros(1, *self.stack(row.name)[1:], dtype=self.parameters[row.name].dtype)
-        program = self.train_gpt
-        return program.Slot(row, torch.nn.Parameter(first), self.hp, program.World(), program.compiler(False))
+        program, hp = self.train_gpt, replace(self.hp, ngram_rows=1)
+        return program.Slot(row, torch.nn.Parameter(first), hp, program.World(), program.compiler(False))
 
     def stack(self, name: str) -> torch.Size:
         """The shape of which processes share out the first dimension."""
@@ -110,7 +111,10 @@ def gates_of(run: Run, layers) -> int:
 def states_bytes(run: Run, size: int) -> dict[str, int]:
     """What a process holds from beginning to end, by kind, when there are so many of them."""
     gradients = states = 0
-    for name, slot in run.slots.items():
+    *slots, (_, ngrams) = sorted(run.slots.items(), key=lambda item: item[0] == "ngrams")
+    row = total_bytes(getattr(ngrams.algorithm, name) for name in ngrams.algorithm.row_states)
+    looked_up = run.train_gpt.ngram_slots(run.hp, run.train_gpt.World(size=size))
+    for name, slot in slots:
         whole = run.stack(name)[0]
         gradients += whole * slot.p.grad.nbytes
         held = (getattr(slot.algorithm, state) for state in slot.algorithm.states)
@@ -120,9 +124,11 @@ def states_bytes(run: Run, size: int) -> dict[str, int]:
     yarn = run.train_gpt.Yarn(run.hp.head_dim, 1, torch.device("cpu"))  # of one position; of twice the longest's, GPT's
     positions = 2 * max(*run.micro_batches(1), run.hp.val_batch_size // run.train_gpt.MICRO_BATCHES)
     return {
-        "parameters": total_bytes(run.parameters.values()),
+        "parameters": total_bytes(p for name, p in run.parameters.items() if name != "ngrams"),
         "gradients": gradients,
         "states of the optimizer": states,
+        "rows of n-grams, with their states": run.hp.ngram_rows // size * row,
+        "those of a step, with their gradients": looked_up * total_bytes((ngrams.p, ngrams.p.grad)),
         "angles and signs": positions * total_bytes((yarn.cos, yarn.sin, yarn.position)) + signs,
     }
 
@@ -216,10 +222,11 @@ def parameters_told(run: Run) -> str:
         tall = max(1, p.shape[-2] / p.shape[-1]) ** 0.5 if normuon else 1  # see NorMuon
         base, decay = (hp.muon_lr * tall, hp.muon_wd) if normuon else (hp.adam_lr, hp.adam_wd)
         lrs = " / ".join(f"{base * lr:.4g}" for lr in dict.fromkeys(row.lr))
-        betas = f"adam {row.betas[0]:g} {row.betas[1]:g}" if row.betas else row.algorithm
+        betas = " ".join([row.algorithm, *(f"{beta:g}" for beta in row.betas or ())])
         state = "shared out" if row.sharded else "everywhere"
         rows.append([f"{p.numel():,}", " x ".join(map(str, p.shape)), lrs, f"{decay * row.wd:.4g}", betas, state, name])
         kind = "in tables looked up by token" if name in run.train_gpt.TABLES else f"others under {row.algorithm}"
+        kind = "in rows of n-grams" if row.algorithm == "rowwise" else kind
         sums[kind] = sums.get(kind, 0) + p.numel()
     count, millions = sum(sums.values()), ", ".join(f"{n / 1e6:.1f}M {kind}" for kind, n in sorted(sums.items()))
     scalars = [["count", "start", "lr", "scalar"]]

@@ -29,7 +29,7 @@ def rows_in_use():
     """The rows of PARAMETERS, but those of parameters that LAYERS leaves empty."""
     from train_gpt import GPT, PARAMETERS, Hyperparameters
 
-    parameters = dict(GPT(Hyperparameters(), torch.device("meta"), torch.float32).named_parameters())
+    parameters = GPT(Hyperparameters(), torch.device("meta"), torch.float32).tensors()
     return [row for row in PARAMETERS if parameters[row.name].numel()]
 
 

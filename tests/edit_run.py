@@ -58,7 +58,7 @@ def two_steps(program, world, folder: Path) -> dict:
     moved = (trainer.model.scalars.detach() - begin).split([count for count, *_ in program.SCALARS.values()])
     return dict(
         losses=losses,
-        digest=small_run.digest(trainer.model),
+        digest=small_run.digest(small_run.parameters(trainer)),
         stages=[len(hp.stages), trainer.stage_index],
         layers=len(program.LAYERS),
         scalars=dict(zip(program.SCALARS, moved, strict=True)),

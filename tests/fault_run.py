@@ -43,7 +43,7 @@ def poison(trainer):
 
 
 def poison_gradient(trainer):
-    trainer.model.bigram_embed.grad[5, 3] = float("inf")
+    trainer.model.ngrams.grad[5, 3] = float("inf")
 
 
 def lose_the_next_shard(trainer):

@@ -65,6 +65,8 @@ def main() -> None:
         train_gpt.linear_relu2_triton(bf16(T, C).to(dtype), weight.to(dtype))
         train_gpt.linear_relu2_triton(bf16(T, C).to(dtype), weight.to(dtype), hidden.to(dtype))
     train_gpt.add_rows_kernel[(T,)](number(T, C), index(T), number(V, C), C, BLOCK=1024, num_warps=4)
+    rows = number(V), index(V), index(T), number(T, C)
+    train_gpt.update_rows_triton(bf16(V, C), *rows, 7, 0.95, 0.1, 0.1, 1e-10)
     weights, lse, grad = number(3), number(T), number(T)
     train_gpt.cross_entropy_triton(bf16(T, V), index(3, T), weights)
     for dtype in (torch.bfloat16, torch.float8_e5m2):

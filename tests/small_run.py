@@ -49,10 +49,13 @@ SMALL = dict(
     muon_momentum_cooldown=2,
     window_block=4,
     num_heads=2,
-    bigram_vocab_size=64,
+    ngram_rows=512,
     val_tokens=512,
     val_batch_size=256,
 )
+
+
+STATES = dict(adam=("m", "v", "updates"), normuon=("m", "second_moment", "low_bits"), rowwise=("v", "last", "updates"))
 
 
 def write_text(folder: Path, bos: int = BOS) -> None:
@@ -79,23 +82,37 @@ def small_hyperparameters(folder: Path, **overrides) -> Hyperparameters:
 
 def record_gradients(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
     """Fills up with the first two gradients (of this rank's slices) that the optimizer updates with, by parameter."""
-    gradients = {name: [] for name in trainer.optimizer.slots}
+    gradients, table = {name: [] for name in trainer.optimizer.slots}, trainer.ngrams.algorithm.p
     for name, slot in trainer.optimizer.slots.items():
 
         def reduced(reduced=slot.communication.reduced, name=name):
             gradient = reduced()
             if len(gradients[name]) < 2:
-                gradients[name].append(gradient.detach().clone())
+                dense = gradient if isinstance(gradient, torch.Tensor) else spread(gradient, len(table))
+                gradients[name].append(dense.detach().clone())
             return gradient
 
         slot.communication.reduced = reduced
     return gradients
 
 
-def digest(model: torch.nn.Module) -> str:
-    """Of every bit of the parameters."""
+def spread(gradient: train_gpt.RowGradient, rows: int) -> torch.Tensor:
+    """As a dense one, with zeros where there is no row."""
+    rows = gradient.values.new_zeros(rows, gradient.values.shape[1])
+    rows[gradient.rows] = gradient.values
+    return rows
+
+
+def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """A copy of all of them, of the table of n-grams the rows of all ranks."""
+    whole = trainer.ngrams.communication.full(trainer.ngrams.algorithm.p)
+    return {name: p.detach().clone() for name, p in (*trainer.model.named_parameters(), ("ngrams", whole))}
+
+
+def digest(parameters: dict[str, torch.Tensor]) -> str:
+    """Of every bit of them."""
     total = hashlib.sha256()
-    for _, p in sorted(model.named_parameters()):
+    for _, p in sorted(parameters.items()):
         total.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
@@ -103,8 +120,8 @@ def digest(model: torch.nn.Module) -> str:
 def train(hp: Hyperparameters, world: World) -> dict:
     """What a test may ask about a run of all steps."""
     trainer = Trainer(hp, world)
-    found = dict(begin={name: p.detach().clone() for name, p in trainer.model.named_parameters()})
-    found["begin_digest"] = digest(trainer.model)
+    found = dict(begin=parameters(trainer))
+    found["begin_digest"] = digest(found["begin"])
     found["gradients"] = record_gradients(trainer)
     found["inputs"] = []
     val_batches = validation_batches(find_files(hp.val_files), hp, world)
@@ -117,13 +134,12 @@ def train(hp: Hyperparameters, world: World) -> dict:
         trainer.add_gradients(step, batch)
         trainer.update(step)
     found["losses"].append(trainer.validate(val_batches, windows))
-    found["end"] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    found["end_digest"] = digest(trainer.model)
+    found["end"] = parameters(trainer)
+    found["end_digest"] = digest(found["end"])
     found["tied"] = trainer.optimizer.tied
     found["state"] = {}
     for name, slot in trainer.optimizer.slots.items():
-        states = ("m", "v", "updates") if slot.row.algorithm == "adam" else ("m", "second_moment", "low_bits")
-        found["state"][name] = {state: getattr(slot.algorithm, state) for state in states}
+        found["state"][name] = {state: getattr(slot.algorithm, state) for state in STATES[slot.row.algorithm]}
     return found
 
 

@@ -59,7 +59,7 @@ def check_layers(monkeypatch, *rows):
         (Layer("short", values=EARLY), f"'early' {NOT_KEPT}"),
         (Layer("short", reads="late"), "reads='late' is kept by no earlier row"),
         (Layer("short", keep="early"), "the name 'early' is taken"),
-        (Layer("short", keep="bigram"), "the name 'bigram' is taken"),
+        (Layer("short", keep="ngrams"), "the name 'ngrams' is taken"),
     ],
 )
 def test_a_row_of_layers_that_fails_later_or_has_no_effect_is_refused(monkeypatch, row, words):
@@ -203,7 +203,7 @@ def test_the_final_windows_are_checked_as_the_stages_are(monkeypatch):
     "argument, name, value",
     [
         ("--num_scheduled_iterations=380", "num_scheduled_iterations", 380),
-        ("--bigram_vocab_size=251_520", "bigram_vocab_size", 251_520),
+        ("--ngram_rows=251_520", "ngram_rows", 251_520),
         ("--adam_lr=0.01", "adam_lr", 0.01),
         ("--adam_eps=1e-8", "adam_eps", 1e-8),
         ("--muon_wd=2", "muon_wd", 2.0),
@@ -368,8 +368,9 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
         (["--head_dim=12"], ["--head_dim=12", "power of two"]),
         (["--head_dim=0"], ["--head_dim=0", "power of two"]),
         (["--head_dim=256"], ["--head_dim=256", "power of two from 8 to 128"]),
-        (["--bigram_vocab_size=1001"], ["bigram_vocab_size=1001", "multiple of 8"]),
-        (["--bigram_vocab_size=0"], ["--bigram_vocab_size=0", "from 8"]),
+        (["--ngram_rows=1016"], ["--ngram_rows=1016", "multiple of 16"]),
+        (["--ngram_rows=0"], ["--ngram_rows=0", "below 2 ** 31"]),
+        (["--ngram_rows=2147483648"], ["--ngram_rows=2147483648", "below 2 ** 31"]),
         (["--num_heads=1026"], ["--num_heads=1026", "at most 1024"]),
         (["--vocab_size=4096", "--bos=4096"], ["--bos=4096", "--vocab_size=4096"]),
         (["--bos=-1"], ["--bos=-1", "--vocab_size"]),
@@ -588,10 +589,10 @@ def test_the_summary_says_where_stages_begin_and_what_length_came_to(tmp_path, m
     assert f"{20 + hp.num_extension_iterations // 2} steps (--length=0.5; momentum 10, " in run
 
 
-# 8.3 GiB and 21.4 for 49,152 tokens: of one micro-batch, or of those that are joined; eight ranks have one each
+# 5.8 GiB and 21.4 for 49,152 tokens: of one micro-batch, or of those that are joined; eight ranks have one each
 @pytest.mark.parametrize(
     "tokens, joined, size, needed",
-    [(393_216, 32_768, 1, 30), (262_144, 65_535, 1, 23), (262_144, 65_536, 1, 37), (262_144, 65_536, 8, 23)],
+    [(393_216, 32_768, 1, 27), (262_144, 65_535, 1, 20), (262_144, 65_536, 1, 34), (262_144, 65_536, 8, 20)],
 )
 def test_too_little_gpu_memory_is_noted_with_what_the_run_needs(tmp_path, monkeypatch, tokens, joined, size, needed):
     monkeypatch.setattr(train_gpt, "triton", SimpleNamespace(__version__="3.6.0"))
@@ -602,6 +603,35 @@ def test_too_little_gpu_memory_is_noted_with_what_the_run_needs(tmp_path, monkey
         lines = train_gpt.check_world(hp, World(0, 0, size, device=torch.device("cuda", 0)))
         remedy = "lower --micro_batch_tokens or the tokens in STAGES"
         assert (f"note: about {needed} GiB are needed, {free} are free: {remedy}" in lines) == noted
+
+
+# A row has 768 numbers in bf16 and two of the optimizer: 1,544 bytes. A step looks up two for each of 131,072 tokens,
+# copies of 1,536 bytes with gradients of 3,072; on eight ranks an eighth.
+@pytest.mark.parametrize(
+    "size, rows, table, cache, most",
+    [(1, 2**21, "3.02", "1.12", None), (1, 2**24, "24.12", "1.12", 10_939_104), (8, 2**24, "3.02", "0.14", None)],
+)
+def test_a_table_of_ngrams_that_does_not_fit_is_refused_with_one_that_does(
+    tmp_path, monkeypatch, size, rows, table, cache, most
+):
+    monkeypatch.setattr(train_gpt, "triton", SimpleNamespace(__version__="3.6.0"))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    hp = small_check(tmp_path, monkeypatch, (9, 0), tokens=131_072, free=24)
+    hp = dataclasses.replace(hp, head_dim=128, micro_batch_tokens=1, ngram_rows=rows)
+    world = World(0, 0, size, device=torch.device("cuda", 0))
+    told = f"n-grams: {rows:,} rows, which take {table} GiB of each rank; those of a step {cache}"
+    if most is None:
+        assert told in train_gpt.check_world(hp, world)
+        return
+    with pytest.raises(UserError) as error:
+        train_gpt.check_world(hp, world)
+    assert f"--ngram_rows={rows}: they take 24.1 GiB of each rank, 24 are free and about 14 are" in str(error.value)
+    given = int(re.search(r"give --ngram_rows=(\d+)", str(error.value))[1])
+    assert given % 16 == 0
+    fits = train_gpt.check_world(dataclasses.replace(hp, ngram_rows=given), world)
+    assert not any("note" in line for line in fits)
+    more = train_gpt.check_world(dataclasses.replace(hp, ngram_rows=given + 800_000), world)  # a GiB
+    assert any("note: about 25 GiB are needed" in line for line in more)
 
 
 @pytest.mark.parametrize("name", train_gpt.SETTINGS)

@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import edit_run
+import numpy as np
 import pytest
 import torch
 from test_edits import EDITS, edited
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
 import describe
 
 ROOT = Path(train_gpt.__file__).parent
-SMALL = ["--preset=smoke", "--vocab_size=301", "--bos=300", "--bigram_vocab_size=64"]
+SMALL = ["--preset=smoke", "--vocab_size=301", "--bos=300", "--ngram_rows=64"]
 UNTIMED = {"a bank under Adam", "a learned scalar a layer"}  # edits that no picture shows
 EDITS = EDITS | {"a softmax over more classes than there are": [(r"classes=[\d_]+", "classes=50_320")]}
 
@@ -141,8 +142,8 @@ def test_parameters_add_up_to_what_the_model_has(programs, name, preset):
     text, run = text_of(program, f"--preset={preset}"), run_of(program, f"--preset={preset}")
     model = program.GPT(run.hp, torch.device("meta"), torch.float32)
     counts = {row[-1]: number(row[0]) for row in table(text, "parameters, ")[1:-1]}
-    assert counts == {n: p.numel() for n, p in model.named_parameters() if p.numel()}
-    assert f"\n{sum(p.numel() for p in model.parameters()):,} parameters: " in text
+    assert counts == {n: p.numel() for n, p in model.tensors().items() if p.numel()}
+    assert f"\n{sum(p.numel() for p in model.tensors().values()):,} parameters: " in text
 
 
 @pytest.mark.parametrize("name", ["none", "no value embeddings", "a bank under Adam"])
@@ -157,6 +158,10 @@ def test_gradients_and_states_are_as_large_as_the_optimizers(programs, name):
         assert told["states of the optimizer"] == sum(t.nbytes for t in states if isinstance(t, torch.Tensor))
         assert told["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         assert told["parameters"] == sum(p.nbytes for p in model.parameters())
+        ngrams = optimizer.slots["ngrams"]
+        held = (getattr(ngrams.algorithm, name) for name in ngrams.algorithm.row_states)
+        assert told["rows of n-grams, with their states"] == sum(t.nbytes for t in held)
+        assert told["those of a step, with their gradients"] == ngrams.p.nbytes + ngrams.p.grad.nbytes
 
 
 def test_angles_and_signs_are_as_large_as_the_models():
@@ -172,8 +177,9 @@ def test_learning_rates_are_those_that_the_first_update_has():
     model = train_gpt.GPT(run.hp, torch.device("cpu"), torch.float32)
     optimizer = train_gpt.Optimizer(model, run.hp, train_gpt.World(), 0)
     for name, slot in optimizer.slots.items():
-        base = run.hp.adam_lr if slot.row.algorithm == "adam" else run.hp.muon_lr
-        rates = {float(f"{base * rate:.4g}") for rate in slot.algorithm.multipliers.flatten().tolist()}
+        base = run.hp.muon_lr if slot.row.algorithm == "normuon" else run.hp.adam_lr
+        multipliers = [*slot.row.lr] if name == "ngrams" else slot.algorithm.multipliers.flatten().tolist()
+        rates = {float(f"{base * rate:.4g}") for rate in multipliers}
         assert {float(rate) for rate in told[name].split(" / ")} == rates, name
 
 
@@ -185,9 +191,9 @@ def test_the_products_are_those_that_a_forward_pass_computes(programs, name, mon
     program, T = programs(name), 64
     run = run_of(program, *SMALL)
     model = program.GPT(run.hp, torch.device("cpu"), torch.float32)
-    batch = program.MicroBatch(
-        *torch.randint(300, (2, T)).int(), program.Documents(*torch.tensor([[0], [T]]).expand(2, T))
-    )
+    tokens = np.random.randint(300, size=T + 1)
+    batch = program.make_micro_batch(tokens, np.array([0, T]), run.hp.ngram_rows, torch.device("cpu"))
+    model.ngrams = torch.zeros(model.ngram_shape)
     monkeypatch.setattr(program, "linear_relu2", program.linear_relu2_reference)  # nobody looks into an operator
     monkeypatch.setattr(program, "attend", lambda q, k, v, *rest: v)  # counted by itself
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -324,7 +330,7 @@ def test_a_kept_output_has_a_lane_from_its_row_to_the_last_that_uses_it():
         made = next((i for i, layer in enumerate(rows) if layer.keep == name), -1)
         last = max((i for i, a in enumerate(rows) if name in (a.reads, *a.values, *a.adds)), default=made)
         assert (top, bottom) == (describe.row_y(made), describe.row_y(last)), name
-    assert {*found} == {"x0", "bigram", *(layer.keep for layer in rows if layer.keep)}
+    assert {*found} == {"x0", "ngrams", *(layer.keep for layer in rows if layer.keep)}
 
 
 def test_a_line_has_its_corners_and_is_parted_where_there_is_no_value():

@@ -805,7 +805,7 @@ def test_a_terminal_that_goes_away_ends_a_run_with_its_reason_in_the_log_unless_
     "fault, words",
     [
         ("poison", ["the gradient of scalars in step 4 is not finite", "more parameters"]),
-        ("poison_gradient", ["the gradient of bigram_embed in step 4 is not finite; "]),
+        ("poison_gradient", ["the gradient of ngrams in step 4 is not finite; "]),
     ],
 )
 def test_a_number_that_is_not_finite_ends_the_run_and_is_named(data, tmp_path, fault, words):
@@ -813,7 +813,8 @@ def test_a_number_that_is_not_finite_ends_the_run_and_is_named(data, tmp_path, f
     assert status == 1
     assert_said_once_and_last(tmp_path, said, *words, "kept_nonfinite_rank0.pt")
     saved = torch.load(tmp_path / "logs" / "kept_nonfinite_rank0.pt", weights_only=True)
-    assert saved["step"] == 4 and not saved["model"]["bigram_embed"].isfinite().all()
+    assert saved["step"] == 4 and saved["bad"][0] in words[0]
+    assert saved["model"]["mlp_bank"].isfinite().all() == (fault == "poison_gradient")
     newest = train_gpt.checkpoints_of("kept", tmp_path / "logs")[-1]
     content = train_gpt.read_checkpoint(newest)  # from before
     assert content["step"] <= 3 and all(p.isfinite().all() for p in content["model"].values())

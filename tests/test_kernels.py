@@ -872,7 +872,7 @@ def small_models(fp8="auto"):
     """The same model, all of its parameters random and exact in bf16, on the CPU in float32 and on the GPU in bf16."""
     hp = train_gpt.Hyperparameters(
         vocab_size=1000,
-        bigram_vocab_size=512,
+        ngram_rows=512,
         num_heads=2,
         head_dim=64,
         val_batch_size=8 * 512,
@@ -881,6 +881,8 @@ def small_models(fp8="auto"):
     )
     on_cpu = train_gpt.GPT(hp, torch.device("cpu"), torch.float32)
     on_gpu = train_gpt.GPT(hp, torch.device("cuda"), torch.bfloat16, compile=True)
+    table = (0.1 * torch.randn(on_cpu.ngram_shape)).bfloat16()
+    on_cpu.ngrams, on_gpu.ngrams = table.float().requires_grad_(), table.cuda().requires_grad_()
     with torch.no_grad():
         for (name, a), b in zip(on_cpu.named_parameters(), on_gpu.parameters(), strict=True):
             if name in ("scalars", "gate_bias"):
@@ -896,8 +898,8 @@ def small_models(fp8="auto"):
 
 def small_batch(device):
     ends = [0, 100, 101, 512]
-    tokens = integers(1000, ends[-1] + 1).to(device)
-    return train_gpt.MicroBatch(tokens[:-1], tokens[1:], documents_of(ends, device))
+    tokens = integers(1000, ends[-1] + 1).cpu().numpy()
+    return train_gpt.make_micro_batch(tokens, np.array(ends), 512, torch.device(device))
 
 
 # A position's loss is about 7, so that its relative error says little: losses are compared less their mean. Measured on
@@ -907,7 +909,7 @@ MODEL_TOLERANCE = 3e-2
 FP8_MODEL_LOSS_TOLERANCE, FP8_MODEL_GRAD_TOLERANCE = 6e-2, {"head": 9e-2, "auto": 0.13}
 # The gradients of the rest, each a sum over all tokens, cancel: scaling a layer's input changes little, as the norms
 # undo it. Bfloat16 leaves 20 % to 200 % of noise there; float64 in test_model.py checks them.
-COMPARED = ("value_gates", "qk_bank", "vo_bank", "mlp_bank", "head", "embed", "bigram_embed", "value_embeds")
+COMPARED = ("value_gates", "qk_bank", "vo_bank", "mlp_bank", "head", "embed", "ngrams", "value_embeds")
 
 
 def losses_and_gradients(model, device, fp8_grad_scale=None, classes=0):
@@ -918,7 +920,7 @@ def losses_and_gradients(model, device, fp8_grad_scale=None, classes=0):
         batch = batch._replace(classes=torch.from_numpy(chosen.astype(np.int32)).to(device))
     losses = model(batch, {"short": 32, "long": 96}, weights, fp8_grad_scale)
     parameters = {name: p for name in COMPARED if (p := getattr(model, name)).numel()}
-    for p in model.parameters():
+    for p in (*model.parameters(), model.ngrams):
         p.grad = None
     (losses.sum() * (fp8_grad_scale or 1)).backward()
     gradients = {name: p.grad.float() / (fp8_grad_scale or 1) for name, p in parameters.items()}

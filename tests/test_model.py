@@ -13,9 +13,9 @@ from small_run import tables_of
 
 import train_gpt
 from train_gpt import (
-    BIGRAM,
     GPT,
     LAYERS,
+    NGRAMS,
     X0,
     Documents,
     Hyperparameters,
@@ -35,7 +35,7 @@ ENDS = [0, 13, 14, 40]  # three documents, one of a single token
 WINDOWS = {"short": 5, "long": 11}
 HP = Hyperparameters(
     vocab_size=120,  # padded to 128
-    bigram_vocab_size=64,
+    ngram_rows=64,
     num_heads=4,
     head_dim=8,
     val_batch_size=8 * T,
@@ -59,7 +59,13 @@ def random_model():
                 p.add_(0.3 * torch.randn_like(p))
             else:
                 p.normal_(std=1.0 if "gate" in name else 0.2)
+    model.ngrams = (0.2 * torch.randn(HP.ngram_rows, HP.model_dim, dtype=torch.float64)).requires_grad_()
     return model
+
+
+def parameters_of(model):
+    """And the table of n-grams."""
+    return dict(model.named_parameters(), ngrams=model.ngrams)
 
 
 def documents(ends=ENDS):
@@ -71,8 +77,15 @@ def random_tokens():
     return torch.randint(HP.vocab_size, (T + 1,), dtype=torch.int32)
 
 
+def batch_of(inputs, targets):
+    """For a model that has the whole table of n-grams."""
+    starts = documents().starts.numpy()
+    ngrams = train_gpt.ngram_rows(inputs.numpy(), starts, HP.ngram_rows), train_gpt.ngram_signs(inputs.numpy(), starts)
+    return MicroBatch(inputs, targets, documents(), train_gpt.Ngrams(*map(torch.from_numpy, ngrams)))
+
+
 def losses_of(model, inputs, targets, weights=TARGET_WEIGHTS, **options):
-    batch = MicroBatch(inputs, targets, documents())
+    batch = batch_of(inputs, targets)
     return model(batch, WINDOWS, torch.tensor(weights, dtype=torch.float64), **options)
 
 
@@ -147,8 +160,8 @@ def plain_logits(p, signs, inputs, gate_network=plain_gates):
     smear = torch.cat((torch.zeros_like(raw[:1]), smear))
     smear = torch.stack([smear[t] * (t not in ENDS) for t in range(T)])  # none of another document
     x = plain_rms_norm(raw + smear)
-    rows = plain_bigram_hash(inputs.numpy(), HP.bigram_vocab_size)
-    kept = {"x0": x, "bigram": p["bigram_embed"][rows] * signs[plain_sign_rows(numbers)]}
+    rows, sign_rows = plain_ngrams(numbers, HP.ngram_rows)
+    kept = {"x0": x, "ngrams": sum(p["ngrams"][r] * signs[s] for r, s in zip(rows, sign_rows, strict=True))}
     qk, vo, mlps = iter(p["qk_bank"]), iter(p["vo_bank"]), iter(p["mlp_bank"])
     value_embeds, value_gates = iter(p["value_embeds"].split(128)), iter(p["value_gates"])
     starts = [i for i, layer in enumerate(layers) if layer.gates]
@@ -230,13 +243,13 @@ EDITED_LAYERS = {
     "no XSA": changed(all=dict(xsa=False)),
     "no narrow queries and keys": changed(all=dict(narrow=False)),
     "a narrow one with a long window": changed(row4=dict(narrow=True, key_offset=False)),
-    "one more layer": [*LAYERS[:5], Layer("short", xsa=True, adds=X0 | BIGRAM), *LAYERS[5:]],
-    "another skip": changed(row2=dict(keep="second"), row8=dict(adds=X0 | BIGRAM | dict(second=0.3))),
+    "one more layer": [*LAYERS[:5], Layer("short", xsa=True, adds=X0 | NGRAMS), *LAYERS[5:]],
+    "another skip": changed(row2=dict(keep="second"), row8=dict(adds=X0 | NGRAMS | dict(second=0.3))),
     "attention reads another output": changed(
         row3=dict(reads="x0"), row9=dict(reads="early"), row10=dict(reads="start")
     ),
     "outputs added to another layer's values": changed(row8=dict(values=dict(early=0.2, x0=-0.1))),
-    "outputs added to the values of pairs": changed(row10=dict(values=dict(early=0.2, bigram=-0.1))),
+    "outputs added to the values of pairs": changed(row10=dict(values=dict(early=0.2, ngrams=-0.1))),
     "an MLP at the end": changed(row12=dict(mlp=True)),
     "no MLP": changed(all=dict(mlp=False)),
     "attention at the end": [*LAYERS, Layer("long", reads="late", head_gates=True, adds=X0, keep="end")],
@@ -258,7 +271,7 @@ def test_losses_and_gradients_are_those_of_the_plain_formulas(monkeypatch, layer
     check_tables(Hyperparameters())
     model, tokens = random_model(), random_tokens()
     losses = losses_of(model, tokens[:-1], tokens[1:])
-    p = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    p = {name: value.detach().clone().requires_grad_() for name, value in parameters_of(model).items()}
     expected = plain_losses(p, model.signs, tokens[:-1], tokens[1:], TARGET_WEIGHTS)
     assert relative_error(losses - losses.mean(), expected - expected.mean()) < EXACT_TOLERANCE
     assert relative_error(losses, expected) < EXACT_TOLERANCE
@@ -266,7 +279,7 @@ def test_losses_and_gradients_are_those_of_the_plain_formulas(monkeypatch, layer
     slopes = torch.randn(T, dtype=torch.float64)  # so that no position's gradient is another's
     (losses * slopes).sum().backward()
     gradients = torch.autograd.grad((expected * slopes).sum(), [*p.values()], materialize_grads=True)
-    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+    for (name, parameter), gradient in zip(parameters_of(model).items(), gradients, strict=True):
         if gradient.any():
             assert relative_error(parameter.grad, gradient) < EXACT_TOLERANCE, name
         else:  # of what this table does not use
@@ -276,10 +289,10 @@ def test_losses_and_gradients_are_those_of_the_plain_formulas(monkeypatch, layer
 
 def test_logits_are_those_of_the_plain_formulas_and_of_the_losses():
     model, tokens = random_model(), random_tokens()
-    batch = MicroBatch(tokens[:-1], tokens[1:], documents())
+    batch = batch_of(tokens[:-1], tokens[1:])
     with torch.no_grad():
         logits = model.logits(batch, WINDOWS)
-        expected = plain_logits(dict(model.named_parameters()), model.signs, tokens[:-1])
+        expected = plain_logits(parameters_of(model), model.signs, tokens[:-1])
         losses = losses_of(model, tokens[:-1], tokens[1:], weights=(1.0,))
     assert logits.shape == (T, 128) and relative_error(logits, expected) < EXACT_TOLERANCE
     assert relative_error(F.cross_entropy(logits, tokens[1:].long(), reduction="none"), losses) < EXACT_TOLERANCE
@@ -291,7 +304,8 @@ def test_logits_are_those_of_the_plain_formulas_and_of_the_losses():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_logits_are_float32_whatever_the_type_of_the_parameters(dtype):
     model, tokens = GPT(HP, CPU, dtype), random_tokens()
-    assert model.logits(MicroBatch(tokens[:-1], tokens[1:], documents()), WINDOWS).dtype == torch.float32
+    model.ngrams = torch.zeros(HP.ngram_rows, HP.model_dim, dtype=dtype)
+    assert model.logits(batch_of(tokens[:-1], tokens[1:]), WINDOWS).dtype == torch.float32
 
 
 def test_the_next_tokens_prefix_is_one_more_target_where_it_has_one():
@@ -301,7 +315,7 @@ def test_the_next_tokens_prefix_is_one_more_target_where_it_has_one():
     for token, prefix in prefixes.items():
         model.prefixes[token] = prefix
     losses = losses_of(model, tokens[:-1], tokens[1:], weights, prefix=True)
-    p = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    p = {name: value.detach().clone().requires_grad_() for name, value in parameters_of(model).items()}
     expected = plain_losses(p, model.signs, tokens[:-1], tokens[1:], weights, prefixes=prefixes)
     assert relative_error(losses, expected) < EXACT_TOLERANCE
     slopes = torch.randn(T, dtype=torch.float64)
@@ -322,12 +336,12 @@ def test_a_softmax_over_some_classes_leaves_out_the_others_and_prefixes_among_th
     tokens[20:23] = tokens[19]  # a target several times, also as a further token's
     prefixes = {token: (7 * token + 1) % HP.vocab_size for token in range(HP.vocab_size)}
     model.prefixes[: HP.vocab_size] = torch.tensor([*prefixes.values()])
-    batch = with_classes(MicroBatch(tokens[:-1], tokens[1:], documents()), count)
+    batch = with_classes(batch_of(tokens[:-1], tokens[1:]), count)
     classes = {*batch.classes.tolist()}
     assert {*tokens[1:].tolist()} < classes and len(classes) == count
     assert 0 < len({prefixes[token] for token in tokens[1:].tolist()} & classes) < T  # some of them, not all
     losses = model(batch, WINDOWS, torch.tensor(weights, dtype=torch.float64), prefix=True)
-    p = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    p = {name: value.detach().clone().requires_grad_() for name, value in parameters_of(model).items()}
     expected = plain_losses(p, model.signs, tokens[:-1], tokens[1:], weights, prefixes=prefixes, classes=classes)
     assert relative_error(losses, expected) < EXACT_TOLERANCE
     slopes = torch.randn(T, dtype=torch.float64)
@@ -342,7 +356,7 @@ def test_a_softmax_over_some_classes_leaves_out_the_others_and_prefixes_among_th
 
 def test_a_softmax_over_as_many_classes_as_there_are_is_the_whole_one():
     model, tokens = random_model(), random_tokens()
-    batch = MicroBatch(tokens[:-1], tokens[1:], documents())
+    batch = batch_of(tokens[:-1], tokens[1:])
     weights = torch.tensor(TARGET_WEIGHTS, dtype=torch.float64)
     assert torch.equal(model(with_classes(batch, 128), WINDOWS, weights), model(batch, WINDOWS, weights))
 
@@ -366,7 +380,7 @@ def test_gates_start_as_the_tables_say_whatever_their_network_reads(monkeypatch,
     with torch.no_grad():
         for name in ("gate_in", "gate_out", "gate_bias"):
             getattr(model, name).copy_(getattr(fresh, name))
-        p = dict(model.named_parameters())
+        p = parameters_of(model)
         expected = plain_losses(p, model.signs, tokens[:-1], tokens[1:], TARGET_WEIGHTS, gates_of_the_table)
         losses = losses_of(model, tokens[:-1], tokens[1:])
     assert relative_error(losses - losses.mean(), expected - expected.mean()) < 1e-6  # biases in float32
@@ -408,7 +422,7 @@ def test_a_token_changes_losses_of_its_own_document_only(monkeypatch, paired, ke
     for start, end in pairwise(ENDS):
         changed = changed_positions(model, inputs, with_other_tokens(inputs, start, end), targets)
         assert changed == list(range(start, end))
-    # Neither smear, nor bigrams and their signs, nor a key's second half come from the last token of another document
+    # Neither smear, nor n-grams and their signs, nor a key's second half come from the last token of another document
     assert changed_positions(model, inputs, with_other_tokens(inputs, 12, 13), targets) == [12]
 
 
@@ -448,6 +462,7 @@ def test_joined_micro_batches_have_the_losses_and_gradients_that_they_have_apart
     if paired is not None:  # None: as the table says
         change_attention(monkeypatch, paired=paired, key_offset=key_offset)
     model, dealt = random_model(), dealt_micro_batches()
+    table = model.ngrams.detach()
     model.prefixes[: HP.vocab_size] = torch.randperm(HP.vocab_size, dtype=torch.int32)
     exact_tables(model.to(dtype).yarn, dtype)
     targets = np.concatenate([tokens[1:] for tokens, _ in dealt])
@@ -457,13 +472,15 @@ def test_joined_micro_batches_have_the_losses_and_gradients_that_they_have_apart
 
     def losses_and_gradients(joined):
         model.zero_grad()
-        parts = train_gpt.join_micro_batches(dealt, joined)
-        batches = [MicroBatch.of([*train_gpt.to_device(arrays, CPU), *classes]) for arrays in parts]
+        model.ngrams = table.to(dtype).requires_grad_()
+        places = np.empty(HP.ngram_rows, np.int32)
+        batches, exchange = train_gpt.make_micro_batches(dealt, joined, places, train_gpt.World(), classes)
+        model.ngrams = model.ngrams.detach()[exchange.rows].requires_grad_()
         assert [len(batch.inputs) for batch in batches] == [20 * joined] * (4 // joined)
         losses = [model(batch, WINDOWS, weights, prefix=True) for batch in batches]
         for of_batch, slope in zip(losses, slopes.split(20 * joined), strict=True):
             (of_batch * slope).sum().backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad.clone() for name, p in parameters_of(model).items() if p.grad is not None}
         return torch.cat(losses).detach(), gradients
 
     (losses, gradients), (apart, gradients_apart) = losses_and_gradients(together), losses_and_gradients(1)
@@ -512,52 +529,23 @@ def test_paired_heads_see_the_keys_of_both_heads_and_no_later_ones(monkeypatch):
 # ---------------------------------------------------------------------------- inputs
 
 
-def plain_bigram_hash(tokens, rows, firsts=ENDS[:-1]):
-    with np.errstate(over="ignore"):
-        tokens = tokens.astype(np.int32)
-        mixed = (np.int32(36313) * tokens[1:]) ^ (np.int32(27191) * tokens[:-1])
-    hashed = np.concatenate(([rows - 1], np.mod(mixed.astype(np.int64), rows - 1)))
-    hashed[firsts] = rows - 1
-    return hashed
+def int32(x):
+    return (x + 2**31) % 2**32 - 2**31
 
 
-FIRSTS = [0, 1, 7, 19_999]  # of documents, in 20,000 tokens
-
-
-def marked(positions, length):
-    return torch.tensor([t in positions for t in range(length)])
-
-
-def test_bigram_hash_wraps_like_int32_and_is_never_negative():
-    rows, tokens = Hyperparameters.bigram_vocab_size, torch.randint(65536, (20_000,), dtype=torch.int32)
-    assert 36313 * tokens.max().item() > 2**31  # GPT-2's ids stay below it; other vocabularies of 16 bits do not
-    hashed = train_gpt.bigram_hash(tokens, marked(FIRSTS, 20_000), rows)
-    assert hashed.dtype == torch.int32
-    assert np.array_equal(hashed.numpy(), plain_bigram_hash(tokens.numpy(), rows, FIRSTS))
-    assert (hashed == rows - 1).nonzero().flatten().tolist() == FIRSTS  # reserved: no predecessor
-    assert hashed.min() >= 0
-
-
-def test_bigram_hash_of_known_pairs():
-    # 36313 x 3 = 108939 and 27191 x 2 = 54382 fit; 36313 x 60000 is between 2^31 and 2^32 and wraps once
-    tokens = torch.tensor([2, 3, 60000], dtype=torch.int32)
-    second, third = 108939 ^ 54382, (36313 * 60000 - 2**32) ^ (27191 * 3)
-    assert third < 0
-    expected = [251_519, second % 251_519, third % 251_519]
-    assert train_gpt.bigram_hash(tokens, marked([0], 3), 251_520).tolist() == expected
-    assert train_gpt.bigram_hash(tokens, marked([0, 2], 3), 251_520).tolist() == [*expected[:2], 251_519]
-
-
-def plain_sign_rows(tokens, firsts=ENDS[:-1]):
-    return [0 if t in firsts else (tokens[t - 1] ^ tokens[t]) % 8192 for t in range(len(tokens))]
-
-
-def test_row_of_signs_is_a_token_xor_the_one_before_modulo_8192():
-    tokens = torch.randint(65536, (20_000,), dtype=torch.int32)
-    assert train_gpt.sign_rows(tokens, marked(FIRSTS, 20_000)).tolist() == plain_sign_rows(tokens.tolist(), FIRSTS)
-    known = torch.tensor([7, 9, 9 + 8192, 50256], dtype=torch.int32)
-    assert train_gpt.sign_rows(known, marked([0], 4)).tolist() == [0, 7 ^ 9, 0, (50256 - 6 * 8192) ^ 9]
-    assert train_gpt.sign_rows(known, marked([0, 1, 3], 4)).tolist() == [0] * 4
+def plain_ngrams(tokens, rows, firsts=ENDS[:-1]):
+    """Rows of bigrams and of trigrams, and of their signs, in Python's integers; firsts: where documents begin."""
+    half, found, signs = rows // 2, ([], []), ([], [])
+    for t in range(len(tokens)):
+        x, y, z = tokens[t], tokens[t - 1], tokens[t - 2]
+        bigram, trigram = t not in firsts, t not in firsts and t - 1 not in firsts
+        hashed = int32(36313 * x) ^ int32(27191 * y)
+        found[0].append(hashed % (half - 1) if bigram else half - 1)
+        signs[0].append((x ^ y) % 8192 if bigram else 0)
+        hashed = int32(17351 * x) ^ int32(60961 * y) ^ int32(45259 * z)
+        found[1].append(half + (hashed % (half - 1) if trigram else half - 1))
+        signs[1].append((int32(58699 * x) ^ int32(39779 * y) ^ int32(26801 * z)) % 8192 if trigram else 0)
+    return found, signs
 
 
 def test_signs_are_the_same_whatever_the_seed_and_the_type_and_other_ones_in_each_row():
@@ -570,7 +558,7 @@ def test_signs_are_the_same_whatever_the_seed_and_the_type_and_other_ones_in_eac
     # A million coins, 4,000 a row or column at most: five standard deviations
     for mean, n in ((first.signs.mean(), 1 << 20), (first.signs.mean(0), 8192), (first.signs.mean(1), WIDE.model_dim)):
         assert mean.abs().max() < 5.5 / n**0.5
-    # A checkpoint does not hold them: other ones would make what it learned of bigrams noise
+    # A checkpoint does not hold them: other ones would make what it learned of n-grams noise
     assert "".join("-+"[s > 0] for s in signs[0, :16].tolist()) == "-++-+++++++--+--"
     assert not first.signs.requires_grad and "signs" not in first.state_dict()
 
@@ -650,7 +638,7 @@ def test_yarn_has_positions_for_the_longest_paired_micro_batch_alone_or_joined()
 # ---------------------------------------------------------------------------- parameters
 
 
-WIDE = Hyperparameters(vocab_size=1000, bigram_vocab_size=64, num_heads=2, head_dim=64, val_batch_size=8)
+WIDE = Hyperparameters(vocab_size=1000, ngram_rows=64, num_heads=2, head_dim=64, val_batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -681,7 +669,6 @@ def test_parameters_have_the_shapes_and_types_that_checkpoints_and_optimizer_exp
         "mlp_bank": (mlps + -mlps % 4, 2, 4 * C, C),
         "head": (C, 1024),
         "embed": (1024, C),
-        "bigram_embed": (64, C),
         "value_embeds": (values * 1024, C),
     }
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes
@@ -719,9 +706,9 @@ def test_layers_multiply_by_the_same_in_fp8_and_without(fp8_grad_scale):
         assert relative_error(product, qkv.x @ qkv.weight.T) < 5e-2
 
 
-def test_gates_bigrams_and_output_projections_start_at_zero(wide_model):
+def test_gates_and_output_projections_start_at_zero(wide_model):
     p = dict(wide_model.named_parameters())
-    for name in ("smear_gate", "value_gates", "gate_out", "bigram_embed"):
+    for name in ("smear_gate", "value_gates", "gate_out"):
         assert not p[name].any(), name
     assert not p["mlp_bank"][:, 1].any()
 
@@ -749,8 +736,9 @@ def test_head_starts_normal_and_the_embedding_as_its_transpose(wide_model):
 
 
 def test_an_untrained_model_predicts_almost_uniformly():
-    tokens = random_tokens()
-    losses = losses_of(GPT(HP, CPU, torch.float32).double(), tokens[:-1], tokens[1:], weights=(1.0,))
+    model, tokens = GPT(HP, CPU, torch.float32).double(), random_tokens()
+    model.ngrams = torch.zeros(HP.ngram_rows, HP.model_dim, dtype=torch.float64)
+    losses = losses_of(model, tokens[:-1], tokens[1:], weights=(1.0,))
     assert losses.mean().item() == pytest.approx(math.log(128), abs=0.02)
 
 
@@ -792,7 +780,7 @@ REFUSED = [
     ([Layer("short", reads="a", keep="a")], 0, "reads='a' is kept by no earlier row"),
     ([GATES, GATES], 1, "the name 'a' is taken"),
     ([Layer("short", keep="x0")], 0, "the name 'x0' is taken"),
-    ([Layer("short", keep="bigram")], 0, "the name 'bigram' is taken"),
+    ([Layer("short", keep="ngrams")], 0, "the name 'ngrams' is taken"),
 ]
 
 

@@ -26,7 +26,7 @@ from train_gpt import (
 CPU = torch.device("cpu")
 HP = Hyperparameters(
     vocab_size=120,  # padded to 128
-    bigram_vocab_size=64,
+    ngram_rows=64,
     num_heads=4,
     head_dim=8,
     val_batch_size=8 * 16,
@@ -51,7 +51,8 @@ POLAR_TOLERANCE = 0.15
 BF16_NORM_TOLERANCE = 1e-2
 NEVER = 10**9
 
-ROWS = {row.name: row for row in rows_in_use()}
+# That of the n-grams: see test_ngram.py
+ROWS = {row.name: row for row in rows_in_use() if row.algorithm != "rowwise"}
 ADAM = [name for name, row in ROWS.items() if row.algorithm == "adam"]
 BANKS = [name for name in ROWS if name not in ADAM]
 TABLES = ["head", "embed"]
@@ -662,7 +663,8 @@ def test_reset_forgets_everything(dtype):
 
     first = run(optimizer)
     add_gradients(model, gradients[0])  # gradients left lying are forgotten too
-    assert not optimizer.tied and all(torch.as_tensor(state).any() for state in first.states.values())
+    stepped = [state for (name, _), state in first.states.items() if name in ROWS]
+    assert not optimizer.tied and all(torch.as_tensor(state).any() for state in stepped)
     optimizer.reset()
     assert optimizer.tied
     assert not any(torch.as_tensor(state).any() for state in states_of(optimizer).values())

@@ -16,7 +16,7 @@ import small_run
 import torch
 
 import train_gpt
-from train_gpt import BetweenSteps, Documents, Log, MicroBatch, Trainer, UserError, World, generate, load_model
+from train_gpt import BetweenSteps, Log, Trainer, UserError, World, generate, load_model
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "records"))
@@ -84,6 +84,9 @@ def changed(path, to, **changes):
     for name, value in changes.items():
         content[name] = {**content[name], **value} if isinstance(value, dict) else value
     train_gpt.write_checkpoint(to, content)
+    for piece, copy in zip(*map(train_gpt.piece_paths, (path, to)), strict=True):
+        if piece != copy:
+            shutil.copy(piece, copy)
     return to
 
 
@@ -96,8 +99,11 @@ def test_a_loaded_model_has_the_validation_loss_of_its_run_at_that_step(runs, dt
     run = runs(dtype)
     model, hp, windows = load_model(run.paths[step])
     assert hp.run_id == dtype and hp.stages == run.trainer.hp.stages
-    with torch.no_grad():
-        losses = [model(batch, windows, torch.ones(1), head_chunk=32_768).double().sum() for batch in run.val_batches]
+    table, losses = model.ngrams, []
+    for (batch,), exchange in run.val_batches:
+        model.ngrams = table[exchange.rows]
+        with torch.no_grad():
+            losses.append(model(batch, windows, torch.ones(1), head_chunk=32_768).double().sum())
     assert sum(losses).item() / hp.val_tokens == run.losses[step]
 
 
@@ -114,6 +120,7 @@ def test_a_checkpoint_of_a_gpu_is_loaded_in_float32_on_a_cpu(runs, tmp_path):
     for name, p in run.trainer.model.named_parameters():
         assert model.get_parameter(name).dtype == torch.float32
         assert torch.equal(model.get_parameter(name), p.float())
+    assert model.ngrams.any() and torch.equal(model.ngrams, run.trainer.ngrams.algorithm.p.float())
 
 
 def test_loading_leaves_random_numbers_and_gradients_and_processes_alone(last):
@@ -127,7 +134,7 @@ def test_loading_leaves_random_numbers_and_gradients_and_processes_alone(last):
     "changes, words",
     [
         (dict(hyperparameters=dict(num_heads=4)), "in the checkpoint is"),
-        (dict(hyperparameters=dict(num_heads=1024, bigram_vocab_size=2**31)), "in the checkpoint is"),
+        (dict(hyperparameters=dict(num_heads=1024, ngram_rows=2**31 - 16)), "in the checkpoint is"),
         (dict(hyperparameters=dict(more=1)), "its hyperparameters are none of this program's"),
         (dict(hyperparameters=dict(val_steps=("x",))), "its hyperparameters are none of this program's"),
         (dict(stages=[]), "the run had other STAGES"),
@@ -149,10 +156,9 @@ def test_a_checkpoint_of_another_program_is_refused_by_name(last, tmp_path, chan
 def by_hand(model, hp, windows, tokens, count):
     """The likeliest next token, `count` times, of the logits of the text and nothing else."""
     for _ in range(count):
-        ids = torch.tensor(tokens, dtype=torch.int32)
-        documents = Documents(torch.zeros_like(ids), torch.full_like(ids, len(ids)))
+        batch = train_gpt.make_micro_batch(np.array([*tokens, 0]), np.array([0, len(tokens)]), hp.ngram_rows, CPU)
         with torch.no_grad():
-            logits = model.logits(MicroBatch(ids, ids, documents), windows)
+            logits = model.logits(batch, windows)
         tokens = [*tokens, logits[-1, : hp.vocab_size].argmax().item()]
     return tokens[-count:]
 
@@ -175,6 +181,7 @@ def one_that_does_not_repeat_itself(loaded):
         for name, p in model.named_parameters():
             if name != "scalars":
                 p.normal_(std=1.0 if "gate" in name else 0.3, generator=generator)
+        model.ngrams = 0.3 * torch.randn(model.ngram_shape, generator=generator)
     return model
 
 
@@ -186,7 +193,7 @@ def test_a_seed_gives_the_same_tokens_again_and_another_one_others(loaded):
 
 def test_tokens_are_drawn_as_often_as_temperature_and_top_k_say(loaded):
     model, hp, windows = loaded
-    batch = train_gpt.make_micro_batch(np.array([hp.bos, 0]), np.array([0, 1]), CPU)
+    batch = train_gpt.make_micro_batch(np.array([hp.bos, 0]), np.array([0, 1]), hp.ngram_rows, CPU)
     with torch.no_grad():
         p, likeliest = model.logits(batch, windows, 0)[: hp.vocab_size].double().topk(3)
     p = (p / 0.5).softmax(-1).tolist()
