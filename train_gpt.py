@@ -252,9 +252,7 @@ class Hyperparameters:
     vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
     bos: int = 50256  # every document begins with this token; GPT-2's <|endoftext|>
     vocabulary: str = "data/gpt2.tiktoken"  # all other tokens, in tiktoken's form, for the prefix loss; "": without it
-    ngram_rows: int = (
-        2_097_152  # half for bigrams, half for trigrams; each half's last is for a document's first tokens
-    )
+    ngram_rows: int = 8_388_608  # half for bigrams, half for trigrams; a half's last is for documents' first tokens
     num_heads: int = 6
     head_dim: int = 128
     window_block: int = 128  # tokens
