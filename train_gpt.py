@@ -252,9 +252,7 @@ class Hyperparameters:
     vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
     bos: int = 50256  # every document begins with this token; GPT-2's <|endoftext|>
     vocabulary: str = "data/gpt2.tiktoken"  # all other tokens, in tiktoken's form, for the prefix loss; "": without it
-    ngram_rows: int = (
-        2_097_152  # half for bigrams, half for trigrams; each half's last is for a document's first tokens
-    )
+    ngram_rows: int = 8_388_608  # half for bigrams, half for trigrams; a half's last is for documents' first tokens
     num_heads: int = 6
     head_dim: int = 128
     window_block: int = 128  # tokens
@@ -321,7 +319,8 @@ PRESETS = {
         bench_steps=8,
         num_scheduled_iterations=36,
         num_extension_iterations=4,
-        stages=tuple(stage._replace(tokens=stage.tokens // 128) for stage in STAGES),
+        # Of so few steps each must teach most classes that they do not come.
+        stages=tuple(stage._replace(tokens=stage.tokens // 128, classes=stage.classes and 40_960) for stage in STAGES),
         micro_batch_tokens=1024,
         ngram_rows=4096,
         head_dim=8,
@@ -3306,12 +3305,13 @@ class Trainer:
         batches = TrainLoader(train_paths, [schedule.size(step) for step in steps], self.hp, self.world)
         for step, batch in zip(steps, batches, strict=True):
             self.enter_step(step)
+            run, first, weights = partial(self.micro_step, step), batch.micro_batches[0], self.target_weights[step]
+            if self.world.on_gpu and (count := schedule.size(step)[2]):
+                run(first._replace(classes=None), weights)  # compiles what text of too many words takes
+                first = first._replace(classes=torch.arange(count, dtype=torch.int32, device=self.world.device))
             if use_graphs:
-                run, inputs = partial(self.micro_step, step), (batch.micro_batches[0], self.target_weights[step])
-                run(*inputs)  # compiles
-                if inputs[0].classes is not None:  # for text of so many words that all classes are taken
-                    run(inputs[0]._replace(classes=None), inputs[1])
-                self.graphs[self.stage_index] = capture(run, *inputs, pool)
+                run(first, weights)  # compiles
+                self.graphs[self.stage_index] = capture(run, first, weights, pool)
             self.add_gradients(step, batch)
             self.update(step)
             if self.world.on_gpu:  # a replayed graph allocates nothing: this is where a stage's memory can be seen

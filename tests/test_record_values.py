@@ -211,7 +211,7 @@ def test_the_speedruns_hyperparameters():
         vocab_size=50257,
         bos=50256,
         vocabulary="data/gpt2.tiktoken",
-        ngram_rows=2_097_152,
+        ngram_rows=8_388_608,
         num_heads=6,
         head_dim=128,
         window_block=128,
