@@ -161,6 +161,12 @@ def kept_bytes(run: Run, stage, tokens: int) -> dict[str, int]:
     }
 
 
+def most_kept(run: Run, size: int) -> int:
+    """Of the largest micro-batch of each of so many processes; the warm-up takes them over all classes, too."""
+    stages = [stage._replace(classes=0) for stage in run.hp.stages]
+    return max(sum(kept_bytes(run, *of).values()) for of in zip(stages, run.micro_batches(size), strict=True))
+
+
 # ======================================================================================================================
 # As text
 # ======================================================================================================================
@@ -306,9 +312,8 @@ def memory_told(run: Run) -> str:
     for column in columns:
         column["copy of the parameters in the warm-up"] = column["parameters"]
         column["weights in FP8"] = fp8_bytes(run)
-    kept = {size: [*map(partial(kept_bytes, run), run.hp.stages, run.micro_batches(size))] for size in SIZES}
-    most = [max(sum(parts.values()) for parts in stages) for stages in kept.values()]
-    kept = kept[1]
+    kept = [*map(partial(kept_bytes, run), run.hp.stages, run.micro_batches(1))]
+    most = [most_kept(run, size) for size in SIZES]
     unit, name = (2**30, "GiB") if most[0] > 2**30 else (2**20, "MiB")
     rows = [[*(f"{size}" for size in SIZES), f"processes, {name} on each"]]
     rows += [[*(f"{column[part] / unit:.2f}" for column in columns), part] for part in columns[0]]

@@ -586,7 +586,7 @@ PLANTED = {
          "positions * total_bytes((yarn.cos, yarn.sin, yarn.position))", "test_describe.py test_angles_and_signs"),
         ("one gradient of the logits", '(2 if "head" in run.fp8 else size)', '(1 if "head" in run.fp8 else size)',
          "test_describe.py test_the_head_computes"),
-        ("the largest micro-batch is the smallest", "most = [max(sum", "most = [min(sum",
+        ("the largest micro-batch is the smallest", "return max(sum", "return min(sum",
          "test_record_values.py test_a_run_takes_the_memory"),
         ("a switch is left out", 'if value is True and name != "gates"',
          'if value is True and name not in ("gates", "xsa")', "test_describe.py test_every_layer"),
