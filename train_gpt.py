@@ -274,7 +274,7 @@ class Hyperparameters:
     val_loss_every: int = 250  # steps; 0: only at the end
     val_steps: tuple[int, ...] = ()  # further steps at which to validate, e.g. 5,10,25
     save_checkpoint: bool = False  # at the end: the model alone
-    checkpoint_every: int = 0  # steps between checkpoints to go on from, 7 GB each; also at SIGTERM. 0: none
+    checkpoint_every: int = 0  # steps between checkpoints to go on from, 16 GB each; also at SIGTERM. 0: none
     resume: str = ""  # the run_id of a run to go on with, from its last checkpoint; "auto": run_id's, if there is one
     hang_timeout: float = 300.0  # seconds on the clock without a step's end after which the run is ended; 0: never
     bench: bool = False  # instead of the run: time each stage and project the whole run's time

@@ -295,7 +295,7 @@ class Bench(Bench):
 """
     (records / "bench.py").write_text((program.parent / "records" / "bench.py").read_text() + look)
     small = "train_files=train_*.bin val_files=val_*.bin num_heads=2 ngram_rows=64 val_tokens=512"
-    fast = "val_batch_size=512 window_block=4 num_scheduled_iterations=3 num_extension_iterations=1 vocabulary="
+    fast = "val_batch_size=512 window_block=4 num_scheduled_iterations=6 num_extension_iterations=1 vocabulary="
     arguments = [f"--{setting}" for setting in f"{small} {fast} preset=smoke run_id=b bench bench_steps=4".split()]
     environment = {**os.environ, "DATA_PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "train_gpt.py", *arguments]
