@@ -2760,7 +2760,10 @@ def file_state(path: Path) -> tuple[int, int] | None:
 def read_tokens(path: Path, vocab_size: int, limit: int | None = None) -> np.ndarray:
     """Token ids of a shard (its first `limit`), uint16. Raises UserError for a bad header or an id out of range."""
     count = read_header(path) if limit is None else min(limit, read_header(path))
-    tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
+    try:
+        tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
+    except OSError as error:  # gone since its header was read
+        raise UserError(f"{path}: {error.strerror}") from None
     require(len(tokens) == count, f"{path}: shrank while it was read; {FETCH}")
     if count and tokens.max() >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))

@@ -824,3 +824,12 @@ def test_a_file_that_is_no_vocabulary_is_named_with_what_would_be_right(tmp_path
         read_vocabulary(Hyperparameters(vocabulary=str(path), vocab_size=3, bos=2))
     remedy = "--vocabulary= takes the file that the data was tokenized with, or nothing, for no prefix loss"
     assert str(error.value) == f"{path}{words}; {remedy}"
+
+
+def test_a_shard_that_is_lost_behind_its_header_is_named(tmp_path, monkeypatch):
+    (path,) = write_texts(tmp_path, [text_of([100] * 6)])
+    count = train_gpt.read_header(path)
+    monkeypatch.setattr(train_gpt, "read_header", lambda path: count)
+    path.unlink()
+    with pytest.raises(UserError, match=r"\.bin: No such file"):
+        train_gpt.read_tokens(path, 50257)
