@@ -466,9 +466,8 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
             require(isinstance(betas, tuple) and len(betas) == 2, f"{row}: adam takes betas, as (0.9, 0.99)")
         elif algorithm == "rowwise":
             told = f"{row}: rowwise is sharded and takes one lr and betas of which the first is 0, as (0.0, 0.95)"
-            require(
-                sharded and len(lr) == 1 and isinstance(betas, tuple) and betas[:1] == (0,) and len(betas) == 2, told
-            )
+            fits = isinstance(betas, tuple) and len(betas) == 2 and betas[0] == 0
+            require(sharded and len(lr) == 1 and fits, told)
         else:
             require(betas is None, f"{row}: normuon takes no betas")
             require(p.dim() == 3, f"{row}: normuon is for banks of matrices, this has the shape {tuple(p.shape)}")
@@ -479,9 +478,9 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
 def check_hyperparameters(hp: Hyperparameters) -> None:
     """Raises UserError for values that could only fail later."""
     check_tables(hp)
-    positive = "num_scheduled_iterations train_max_seq_len val_tokens val_batch_size num_heads window_block adam_eps"
     told = f"--micro_batch_tokens={hp.micro_batch_tokens} must be from 1 to 2 ** 20"
     require(0 < hp.micro_batch_tokens <= 2**20, told)
+    positive = "num_scheduled_iterations train_max_seq_len val_tokens val_batch_size num_heads window_block adam_eps"
     for name in (*positive.split(), "grad_scale"):
         require(getattr(hp, name) > 0, f"--{name}={getattr(hp, name)} must be positive")
     not_negative = "num_extension_iterations val_loss_every checkpoint_every hang_timeout adam_lr adam_wd muon_lr"
@@ -1269,26 +1268,21 @@ def update_rows_kernel(
 
 
 def update_rows_triton(
-    p: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor, update: int, beta2: float, lr: float, decay: float,
-    eps: float,
-) -> Tensor:  # fmt: skip
+    p: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor, update: int, beta2: float, *rates: float
+) -> Tensor:
     """update_rows_reference, one pass."""
     n, C = grad.shape
     mean_square = torch.empty_like(v[:n])
     if n:
-        rates = math.log2(beta2), 1 - beta2, lr, decay, eps
+        rates = math.log2(beta2), 1 - beta2, *rates
         block = triton.next_power_of_2(C)
         update_rows_kernel[(n,)](p, v, last, rows, grad, mean_square, update, *rates, C, BLOCK=block, num_warps=4)
     return mean_square
 
 
-def update_rows(
-    p: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor, update: int, beta2: float, lr: float, decay: float,
-    eps: float,
-) -> Tensor:  # fmt: skip
-    """See update_rows_reference."""
-    function = update_rows_triton if p.is_cuda else update_rows_reference
-    return function(p, v, last, rows, grad, update, beta2, lr, decay, eps)
+def update_rows(p: Tensor, *rest) -> Tensor:
+    """Adam by rows, in place; arguments and result as update_rows_reference's."""
+    return (update_rows_triton if p.is_cuda else update_rows_reference)(p, *rest)
 
 
 # ---------------------------------------------------------------------------- queries, keys and values
@@ -1679,27 +1673,13 @@ def attention_backward_kv_kernel(
     grad_v_desc.store([row, head * D], grad_v.to(grad_v_desc.dtype))
 
 
-# Tiles, warps, pipeline stages and registers, where q and k are as wide as v: the best of 4 to 8 each on H100, head_dim
-# 128, windows of 128 to 1408. At 128 registers two programs share a multiprocessor, and one's exponentials overlap the
-# other's products. Then where they are narrower, not measured yet: the gradient of q leaves registers for more keys,
-# and products as narrow as 32 wait for shared memory.
-ATTENTION_TILES = (
-    dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128),
-    dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128),
-)
-ATTENTION_BACKWARD_Q_TILES = (
-    dict(BLOCK_Q=128, BLOCK_K=32, num_warps=8, num_stages=3, maxnreg=128),
-    dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128),
-)
-ATTENTION_BACKWARD_KV_TILES = (
-    dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2),
-    dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2),
-)
-
-
-def attention_options(tiles: tuple[dict, dict], q: Tensor, v: Tensor, xsa: Tensor | None) -> dict:
-    """A kernel's constants and options; tiles: where q is as wide as v, where it is narrower."""
-    return dict(XSA=xsa is not None, D_QK=q.size(2), D=v.size(2), **tiles[q.size(2) < v.size(2)])
+# Tiles, warps, pipeline stages and registers: the best of 4 to 8 each on H100, head_dim 128, windows of 128 to 1408. At
+# 128 registers two programs share a multiprocessor, and one's exponentials overlap the other's products. Where q and k
+# are narrower than v, the gradient of q leaves registers for more keys: not measured yet, nor are the others there.
+ATTENTION_TILES = dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128)
+ATTENTION_BACKWARD_Q_TILES = dict(BLOCK_Q=128, BLOCK_K=32, num_warps=8, num_stages=3, maxnreg=128)
+NARROW_BACKWARD_Q_TILES = dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128)
+ATTENTION_BACKWARD_KV_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2)
 
 
 def attention_tiles(block: int, *tensors: Tensor) -> list:
@@ -1715,7 +1695,7 @@ class CausalSelfAttention(torch.autograd.Function):
         N, H, _ = q.shape
         y, lse = v.new_empty(v.shape), q.new_empty(H, N, dtype=torch.float32)
         xsa, share = (None, None) if xsa is None else (xsa.contiguous(), torch.empty_like(lse))
-        tiles = attention_options(ATTENTION_TILES, q, v, xsa)
+        tiles = dict(XSA=xsa is not None, D_QK=q.size(2), D=v.size(2), **ATTENTION_TILES)
         q_desc, own_desc, y_desc = attention_tiles(tiles["BLOCK_Q"], q, v, y)
         k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
         attention_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
@@ -1730,19 +1710,20 @@ class CausalSelfAttention(torch.autograd.Function):
         q, k, v, y, lse, starts, ends, xsa, share = ctx.saved_tensors
         grad_y = grad_y.contiguous()
         N, H, _ = q.shape
-        sizes = (N, H, ctx.window, ctx.scale)
+        sizes, widths = (N, H, ctx.window, ctx.scale), dict(D_QK=q.size(2), D=v.size(2))
         grad_q, grad_k, grad_v = map(torch.empty_like, (q, k, v))
         delta, before_xsa, grad_xsa, factors = torch.empty_like(lse), grad_y, None, None
         if xsa is not None:
             before_xsa, grad_xsa, factors = torch.empty_like(v), torch.empty_like(xsa), lse.new_empty(3, H, N)
-        tiles = attention_options(ATTENTION_BACKWARD_Q_TILES, q, v, xsa)
+        tiles = NARROW_BACKWARD_Q_TILES if q.size(2) < v.size(2) else ATTENTION_BACKWARD_Q_TILES
+        tiles = dict(XSA=xsa is not None, **widths, **tiles)
         grad_y_desc, y_desc, q_desc, own_desc, out_desc = attention_tiles(tiles["BLOCK_Q"], grad_y, y, q, v, grad_q)
         k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
         attention_backward_q_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
             grad_y_desc, y_desc, q_desc, k_desc, v_desc, own_desc, lse, starts, xsa, share, out_desc,
             delta, before_xsa, grad_xsa, factors, *sizes, **tiles,
         )  # fmt: skip
-        tiles = attention_options(ATTENTION_BACKWARD_KV_TILES, q, v, xsa)
+        tiles = dict(XSA=xsa is not None, **widths, **ATTENTION_BACKWARD_KV_TILES)
         grad_y_desc, q_desc = attention_tiles(tiles["BLOCK_Q"], before_xsa, q)
         k_desc, v_desc, *descs = attention_tiles(tiles["BLOCK_K"], k, v, before_xsa, y, grad_k, grad_v)
         attention_backward_kv_kernel[(triton.cdiv(N, tiles["BLOCK_K"]), H)](
@@ -2904,9 +2885,7 @@ class Exchange(NamedTuple):
     Made from the text, of which every rank sees all: none need tell another what it takes.
     """
 
-    rows: (
-        Tensor  # (n,) int32, ascending: those of this rank's share that any rank takes, counted from the share's first
-    )
+    rows: Tensor  # (n,) int32, ascending: those of this rank's share that any takes, counted from the share's first
     asked: Tensor  # int32, the places in `rows` of what the first rank takes, then of what the next does, ...
     taken: list[int]  # how many of this rank's slots each rank owns: slots are in the order of the table's rows
     given: list[int]  # how many of `asked` each rank takes
@@ -2978,8 +2957,8 @@ class StepBatch(NamedTuple):
 class TrainLoader:
     """Iterates over steps; while one is computed, a thread assembles the next and copies it to the GPU.
 
-    sizes: for each step what TrainingSchedule.size gives. Every rank deals all 8
-    micro-batches of a step and keeps its own, and of the others the inputs, so that any number of ranks sees the same.
+    sizes: for each step what TrainingSchedule.size gives. Every rank deals all 8 micro-batches of a step and keeps its
+    own, and of the others what they look up, so that any number of ranks sees the same.
     When the files run out, they start over, and the epoch counts up.
     position: of the last step's batch before these, in a run that goes on.
     Raises UserError if no file can fill a step, or when a file turns out to be damaged.
@@ -3031,9 +3010,10 @@ class TrainLoader:
     def _prepare(self, size: tuple[int, ...]) -> StepBatch:
         *size, count = size
         dealt = [self.shard.assemble(span, *size) for span in self._deal(*size)]
-        # Of the whole step, so that they are the same on any number of ranks
-        targets = np.concatenate([tokens[1:] for tokens, _ in dealt])
-        classes = softmax_classes(targets, count, self.hp.padded_vocab) if count else None
+        classes = None
+        if count:  # of the whole step, so that they are the same on any number of ranks
+            targets = np.concatenate([tokens[1:] for tokens, _ in dealt])
+            classes = softmax_classes(targets, count, self.hp.padded_vocab)
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             classes = to_device([] if classes is None else [classes], self.world.device)
             together = micro_batches_together(size[0], self.hp, self.world)
@@ -3069,13 +3049,11 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
         tokens = np.append(tokens, read_tokens(path, hp.vocab_size, needed - len(tokens)))
     require(len(tokens) == needed, f"{paths[0]} ...: {len(tokens)} validation tokens instead of {needed}; {FETCH}")
     T = hp.val_batch_size // MICRO_BATCHES
-    chunks, places = (
-        [tokens[start : start + T + 1] for start in range(0, hp.val_tokens, T)],
-        np.empty(hp.ngram_rows, np.int32),
-    )
+    chunks = [tokens[start : start + T + 1] for start in range(0, hp.val_tokens, T)]
     ends = [np.concatenate(([0], 1 + np.flatnonzero(chunk[1:-1] == hp.bos), [T])) for chunk in chunks]
     dealt = [*zip(chunks, ends, strict=True)]
     groups = (dealt[i : i + world.size] for i in range(0, len(dealt), world.size))
+    places = np.empty(hp.ngram_rows, np.int32)
     return [make_micro_batches(group, 1, places, world, []) for group in groups]
 
 
