@@ -186,6 +186,8 @@ SCALARS = {
     "mlp_out": (len(LAYERS), 1.0, 5.0),  # weight of what the MLP gives
     "qkv": (len(LAYERS), 0.5, 5.0),  # scale of W_q, W_k, W_v
     "out": (len(LAYERS), 1.0, 5.0),  # scale of W_o
+    "copy_gain": (1, 1.0, 5.0),  # of the scores by which a token's document is searched for what follows it
+    "copy_sentinel": (1, 10.0, 5.0),  # score of not copying, beside what a row of weights makes of the last output
     "smear": (1, 0.0, 5.0),  # how much of the previous token's embedding is added to a token's
 }
 
@@ -216,6 +218,8 @@ PARAMETERS = (
     Row("gate_out", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
     Row("gate_bias", "adam", False, (0.2,), 0.0, (0.9, 0.99)),
     Row("value_gates", "adam", False, (1.0,), 1.0, (0.9, 0.99)),
+    Row("copy_qk", "adam", False, (1.0,), 1.0, (0.9, 0.99)),
+    Row("copy_sentinel", "adam", False, (1.0,), 1.0, (0.9, 0.99)),
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
     Row("head", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
@@ -253,6 +257,7 @@ class Hyperparameters:
     bos: int = 50256  # every document begins with this token; GPT-2's <|endoftext|>
     vocabulary: str = "data/gpt2.tiktoken"  # all other tokens, in tiktoken's form, for the prefix loss; "": without it
     ngram_rows: int = 8_388_608  # half for bigrams, half for trigrams; a half's last is for documents' first tokens
+    copy_width: int = 128  # of the queries and keys by which a token is copied from its document; 0: it is not
     num_heads: int = 6
     head_dim: int = 128
     window_block: int = 128  # tokens
@@ -323,6 +328,7 @@ PRESETS = {
         stages=tuple(stage._replace(tokens=stage.tokens // 128, classes=stage.classes and 40_960) for stage in STAGES),
         micro_batch_tokens=1024,
         ngram_rows=4096,
+        copy_width=16,
         head_dim=8,
         window_block=16,
         muon_momentum_warmup=20,
@@ -504,6 +510,8 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     require(hp.val_batch_size % MICRO_BATCHES == 0, f"--val_batch_size must be a multiple of {MICRO_BATCHES}")
     require(hp.num_heads in range(2, 1025, 2), f"--num_heads={hp.num_heads} must be even, for pairs, at most 1024")
     require(hp.head_dim in (8, 16, 32, 64, 128), f"--head_dim={hp.head_dim} must be a power of two from 8 to 128")
+    told = f"--copy_width={hp.copy_width} must be a power of two from 16 to 128, or 0 not to copy"
+    require(hp.copy_width in (0, 16, 32, 64, 128), told)
     require(hp.model_dim >= GATE_DIMS, f"--num_heads x --head_dim must be at least {GATE_DIMS}")
     told = f"--ngram_rows={hp.ngram_rows} must be a multiple of 16, two halves to shard over ranks, below 2 ** 31"
     require(0 < hp.ngram_rows < 2**31 and hp.ngram_rows % 16 == 0, told)
@@ -897,26 +905,25 @@ def softcapped(logits: Tensor) -> Tensor:
     return torch.sigmoid((widened(logits) + shift).div_(temperature)).mul_(cap)
 
 
-def cross_entropy_reference(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Per position t: sum over k of weights[k] (lse(z_t) - z_t[targets[k, t]]), but for targets of -1, which are none.
+def cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (n, T): lse(z_t) - z_t[targets[k, t]]; 0 for targets of -1, which are none. And lse (T,).
 
-    logits (T, V), targets (n, T) int, weights (n,) float32. Returns losses (T,) and lse (T,), float32 (or float64).
+    logits (T, V), targets (n, T) int; the results are float32 (or float64).
     """
     z = softcapped(logits)
     lse, picked = z.logsumexp(-1), z.gather(1, targets.T.clamp(min=0).long()).T
-    return (torch.where(targets >= 0, weights[:, None], 0) * (lse - picked)).sum(0), lse
+    return torch.where(targets >= 0, lse - picked, 0), lse
 
 
 def cross_entropy_backward_reference(
-    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
+    logits: Tensor, lse: Tensor, targets: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
 ) -> Tensor:
-    """The gradient of sum(grad * losses) with respect to the logits, over `scale`, as `dtype` (T, V)."""
+    """The gradient of sum(grad * losses), grad (n, T), with respect to the logits, over `scale`, as `dtype` (T, V)."""
     cap, shift, temperature = SOFTCAP
     sigmoid = torch.sigmoid((logits.to(lse.dtype) + shift).div_(temperature))
-    present = torch.where(targets >= 0, weights.to(lse.dtype)[:, None], 0)  # (n, T)
-    grad_z = (sigmoid * cap).sub_(lse[:, None]).exp_().mul_(present.sum(0)[:, None])
-    grad_z.scatter_add_(1, targets.T.clamp(min=0).long(), -present.T)
-    grad_z *= (grad.to(lse.dtype) * cap / (temperature * scale))[:, None]
+    grad = torch.where(targets >= 0, grad.to(lse.dtype), 0) * cap / (temperature * scale)
+    grad_z = (sigmoid * cap).sub_(lse[:, None]).exp_().mul_(grad.sum(0)[:, None])
+    grad_z.scatter_add_(1, targets.T.clamp(min=0).long(), -grad.T)
     return torch.ops.aten.sigmoid_backward(grad_z, sigmoid).to(dtype)
 
 
@@ -942,7 +949,7 @@ def cap_sigmoid(logits):
 
 @triton.jit
 def cross_entropy_kernel(
-    logits_ptr, targets_ptr, weights_ptr, losses_ptr, lse_ptr, T, V, N_TARGETS: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr, targets_ptr, losses_ptr, lse_ptr, T, V, N_TARGETS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One row. The cap bounds z, and exp(23) times the vocabulary is far inside float32: no running maximum."""
     row = tl.program_id(0)
@@ -954,24 +961,23 @@ def cross_entropy_kernel(
         s = cap_sigmoid(tl.load(logits_ptr + start + cols, mask=inside, other=0.0))
         total += tl.where(inside, tl.exp2(s * (CAP * LOG2_E)), 0.0)
     lse = tl.log(tl.sum(total))
-    loss = 0.0
     for k in tl.static_range(N_TARGETS):
-        target = tl.load(targets_ptr + k * T + row)
+        target, loss = tl.load(targets_ptr + k * T + row), 0.0
         if target >= 0:
-            loss += tl.load(weights_ptr + k) * (lse - cap_sigmoid(tl.load(logits_ptr + target)) * CAP)
-    tl.store(losses_ptr + row, loss)
+            loss = lse - cap_sigmoid(tl.load(logits_ptr + target)) * CAP
+        tl.store(losses_ptr + k * T + row, loss)
     tl.store(lse_ptr + row, lse)
 
 
 @triton.jit
 def cross_entropy_gradient(
-    logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, factor, T, V, first_row, quad, first_col,
+    logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row, quad, first_col,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Every fourth row of a tile, from row `quad` on: the gradient without the targets' terms, written and returned."""
     in_tile = 4 * tl.arange(0, ROWS // 4) + quad
     rows, cols = first_row + in_tile, first_col + tl.arange(0, COLS)
-    factor *= tl.load(sums_ptr + rows, mask=rows < T, other=0.0) * tl.load(grad_ptr + rows, mask=rows < T, other=0.0)
+    factor *= tl.load(sums_ptr + rows, mask=rows < T, other=0.0)
     lse_2 = tl.load(lse_ptr + rows, mask=rows < T, other=0.0) * LOG2_E
     # 64 bits for the tile's corner, 32 inside the tile
     corner = first_row.to(tl.int64) * V + first_col
@@ -1002,7 +1008,7 @@ def word(a, b, c, d, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def cross_entropy_backward_kernel(
-    logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
+    logits_ptr, lse_ptr, sums_ptr, out_ptr, out_t_ptr, factor, T, V,
     TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient without the targets' terms, written as it is and, if TRANSPOSED, transposed as well.
@@ -1011,7 +1017,7 @@ def cross_entropy_backward_kernel(
     then is a multiple of 4.
     """
     first_row, first_col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
-    args = (logits_ptr, lse_ptr, sums_ptr, grad_ptr, out_ptr, factor, T, V, first_row)
+    args = (logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row)
     a = cross_entropy_gradient(*args, 0, first_col, ROWS, COLS)
     b = cross_entropy_gradient(*args, 1, first_col, ROWS, COLS)
     c = cross_entropy_gradient(*args, 2, first_col, ROWS, COLS)
@@ -1027,13 +1033,12 @@ def cross_entropy_backward_kernel(
 
 @triton.jit
 def cross_entropy_targets_kernel(
-    logits_ptr, lse_ptr, sums_ptr, targets_ptr, weights_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
+    logits_ptr, lse_ptr, sums_ptr, targets_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
     N_TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradient at the targets, over what the other kernel wrote there: comparing all columns would cost more."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
-    factor *= tl.load(grad_ptr + rows, mask=rows < T, other=0.0)
     sums = tl.load(sums_ptr + rows, mask=rows < T, other=0.0)
     rows_64 = rows.to(tl.int64)
     for k in tl.static_range(N_TARGETS):
@@ -1043,40 +1048,39 @@ def cross_entropy_targets_kernel(
         d_z = sums * tl.exp2((s * CAP - lse) * LOG2_E)
         for j in tl.static_range(N_TARGETS):  # equal targets add up
             other = tl.load(targets_ptr + j * T + rows, mask=rows < T, other=-1)
-            d_z -= tl.where(other == target, tl.load(weights_ptr + j), 0.0)
+            d_z -= tl.where(other == target, tl.load(grad_ptr + j * T + rows, mask=rows < T, other=0.0), 0.0)
         grad = (factor * d_z * (s - s * s)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + rows_64 * V + target, grad, mask=inside)
         if TRANSPOSED:
             tl.store(out_t_ptr + target * T + rows, grad, mask=inside)
 
 
-def cross_entropy_triton(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_triton(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """cross_entropy_reference, one pass over contiguous logits."""
-    T, V = logits.shape
-    losses, lse = (logits.new_empty(T, dtype=torch.float32) for _ in range(2))
+    (T, V), n = logits.shape, len(targets)
+    losses, lse = (logits.new_empty(shape, dtype=torch.float32) for shape in ((n, T), T))
     BLOCK = 1024  # with 4 warps the best of 4 on H100
-    cross_entropy_kernel[(T,)](logits, targets, weights, losses, lse, T, V, len(weights), BLOCK=BLOCK, num_warps=4)
+    cross_entropy_kernel[(T,)](logits, targets, losses, lse, T, V, n, BLOCK=BLOCK, num_warps=4)
     return losses, lse
 
 
 def cross_entropy_backward_triton(
-    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
+    logits: Tensor, lse: Tensor, targets: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """cross_entropy_backward_reference, one pass over contiguous logits."""
     T, V = logits.shape
     out, out_t = empty_gradients(logits, dtype)
     factor = SOFTCAP[0] / (SOFTCAP[2] * scale)
-    sums = torch.where(targets >= 0, weights[:, None], 0).sum(0)  # by row, of the weights of the targets there are
+    sums = torch.where(targets >= 0, grad, 0).sum(0)  # by row, over the targets there are
     sizes = dict(T=T, V=V, TRANSPOSED=len(out_t) > 0)
     ROWS, COLS = 128, 64  # with 4 warps among the best two of 11 on H100
     cross_entropy_backward_kernel[(triton.cdiv(T, ROWS), triton.cdiv(V, COLS))](
-        logits, lse, sums, grad, out, out_t, factor, **sizes, INTERPRETED=not logits.is_cuda, ROWS=ROWS, COLS=COLS,
+        logits, lse, sums, out, out_t, factor, **sizes, INTERPRETED=not logits.is_cuda, ROWS=ROWS, COLS=COLS,
         num_warps=4,
     )  # fmt: skip
     cross_entropy_targets_kernel[(triton.cdiv(T, 128),)](
-        logits, lse, sums, targets, weights, grad, out, out_t, factor, **sizes, N_TARGETS=len(weights), ROWS=128,
-        num_warps=4,
-    )  # fmt: skip
+        logits, lse, sums, targets, grad, out, out_t, factor, **sizes, N_TARGETS=len(targets), ROWS=128, num_warps=4
+    )
     return out, out_t
 
 
@@ -1087,31 +1091,31 @@ def empty_gradients(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 @torch.library.custom_op("speedrun::cross_entropy", mutates_args=())
-def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (T,) and lse (T,); see cross_entropy_reference."""
-    return (cross_entropy_triton if logits.is_cuda else cross_entropy_reference)(logits, targets, weights)
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (n, T) and lse (T,); see cross_entropy_reference."""
+    return (cross_entropy_triton if logits.is_cuda else cross_entropy_reference)(logits, targets)
 
 
 @cross_entropy.register_fake
-def _(logits, targets, weights):
+def _(logits, targets):
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(2))
+    return tuple(logits.new_empty(shape, dtype=dtype) for shape in (targets.shape, len(logits)))
 
 
 @torch.library.custom_op("speedrun::cross_entropy_backward", mutates_args=())
 def cross_entropy_backward(
-    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
+    logits: Tensor, lse: Tensor, targets: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The logits' gradient over `scale` as `dtype`, see cross_entropy_backward_reference, and in FP8 its transpose."""
     if logits.is_cuda:
-        return cross_entropy_backward_triton(logits, lse, targets, weights, grad, scale, dtype)
+        return cross_entropy_backward_triton(logits, lse, targets, grad, scale, dtype)
     out, out_t = empty_gradients(logits, dtype)
-    out.copy_(cross_entropy_backward_reference(logits, lse, targets, weights, grad, scale, dtype))
+    out.copy_(cross_entropy_backward_reference(logits, lse, targets, grad, scale, dtype))
     return out, out.T.contiguous() if len(out_t) else out_t
 
 
 @cross_entropy_backward.register_fake
-def _(logits, lse, targets, weights, grad, scale, dtype):
+def _(logits, lse, targets, grad, scale, dtype):
     return empty_gradients(logits, dtype)
 
 
@@ -1122,38 +1126,38 @@ FP8_HEAD_X, FP8_HEAD, FP8_HEAD_GRAD = 100 / 448, 3.2 / 448, 0.75 / 448
 
 
 class HeadLoss(torch.autograd.Function):
-    """Softcapped multi-token cross-entropy of the logits x @ head, by position: (T, C), (C, V), (n, T) -> (T,) float32.
+    """Softcapped cross-entropy of the logits x @ head with n targets a position: (T, C), (C, V), (n, T) -> (n, T).
 
     With `grad_scale`, by which losses are multiplied, the products run in FP8: activations and weights in e4m3, the
     gradient in e5m2. The logits' gradient is written in the type its products read, only.
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, grad_scale):
+    def forward(ctx, x, head, targets, grad_scale):
         if grad_scale is None:
             logits = x @ head
         else:
             x_fp8 = (x / FP8_HEAD_X).to(torch.float8_e4m3fn)
             head_fp8, head_fp8_t = fp8_weights(head, FP8_HEAD)
             logits = fp8_product(x_fp8, head_fp8_t.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
-        losses, lse = cross_entropy(logits, targets, weights)
-        ctx.save_for_backward(logits, lse, targets, weights, *((x, head) if grad_scale is None else (x_fp8, head_fp8)))
+        losses, lse = cross_entropy(logits, targets)
+        ctx.save_for_backward(logits, lse, targets, *((x, head) if grad_scale is None else (x_fp8, head_fp8)))
         ctx.grad_scale, ctx.dtype = grad_scale, head.dtype
         return losses
 
     @staticmethod
     def backward(ctx, grad_losses):
-        logits, lse, targets, weights, x, head = ctx.saved_tensors
+        logits, lse, targets, x, head = ctx.saved_tensors
         grad_losses = grad_losses.contiguous()
         if ctx.grad_scale is None:
-            grad, _ = cross_entropy_backward(logits, lse, targets, weights, grad_losses, 1.0, logits.dtype)
-            return grad @ head.T, x.T @ grad, None, None, None
+            grad, _ = cross_entropy_backward(logits, lse, targets, grad_losses, 1.0, logits.dtype)
+            return grad @ head.T, x.T @ grad, None, None
         scale = ctx.grad_scale * FP8_HEAD_GRAD
-        grad, grad_t = cross_entropy_backward(logits, lse, targets, weights, grad_losses, scale, torch.float8_e5m2)
+        grad, grad_t = cross_entropy_backward(logits, lse, targets, grad_losses, scale, torch.float8_e5m2)
         # Not fast: these sums are over the vocabulary, and over all tokens.
         grad_x = fp8_product(grad, head.T, scale, FP8_HEAD, ctx.dtype, fast=False)
         grad_head = fp8_product(transposed(x), grad_t.T, FP8_HEAD_X, scale, ctx.dtype, fast=False)
-        return grad_x, grad_head, None, None, None
+        return grad_x, grad_head, None, None
 
 
 # ---------------------------------------------------------------------------- lookups in the embedding tables
@@ -1740,6 +1744,156 @@ def attend(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor
     return attend_reference(q, k, v, documents, window, scale, xsa)
 
 
+# ---------------------------------------------------------------------------- copying what followed in the document
+
+# A position may copy its next token from its document: it scores the positions s before it, and gives the tokens that
+# followed these, targets[s], probability exp(score), beside exp(sentinel) times the model's own distribution. So with
+#     every_t = log sum_s exp(q_t . k_s),    matching_t likewise over the s whose target is that of t,
+# the probability of the target is (exp(sentinel_t) p_t + exp(matching_t)) / (exp(sentinel_t) + exp(every_t)).
+# Sources: pointer sentinel mixtures, arXiv 1609.07843; what followed, not what stood there: arXiv 1612.04426.
+
+
+def copy_scores(q, k, documents: Documents, window: int, rows: Tensor) -> Tensor:
+    """Of positions `rows` (n,), the scores of all positions, (n, T), float32: -1e5 for those that they do not see."""
+    position = torch.arange(len(k), device=k.device)
+    first = torch.maximum(documents.starts, position - window)[rows, None]
+    seen = (position >= first) & (position < rows[:, None])
+    return (widened(q[rows]) @ widened(k).T).masked_fill(~seen, -1e5)
+
+
+def copy_sums_reference(q, k, targets, documents: Documents, window: int) -> Tensor:
+    """All pairs at once, for CPUs."""
+    scores = copy_scores(q, k, documents, window, torch.arange(len(q), device=q.device))
+    return torch.stack((scores, scores.masked_fill(targets[:, None] != targets, -1e5))).logsumexp(-1)
+
+
+@triton.jit(do_not_specialize=["N", "window"])
+def copy_kernel(
+    q_desc, k_desc, starts_ptr, targets_ptr, sums_ptr, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """The sums of BLOCK_Q queries. Where no target matches, 1e-30 stands for the sum of exponentials."""
+    row = tl.program_id(0) * BLOCK_Q
+    rows = row + tl.arange(0, BLOCK_Q)
+    begin, _, _, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
+    first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
+    q, target = q_desc.load([row, 0]), tl.load(targets_ptr + rows, mask=rows < N, other=-1)
+    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)  # the largest score so far
+    total, matching = tl.zeros((BLOCK_Q,), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
+    for col in range(begin, end, BLOCK_K):
+        cols = col + tl.arange(0, BLOCK_K)
+        seen = (cols[None, :] >= first[:, None]) & (cols[None, :] < rows[:, None])
+        same = seen & (tl.load(targets_ptr + cols, mask=cols < N, other=-2)[None, :] == target[:, None])
+        s = tl.where(seen, tl.dot(q, k_desc.load([col, 0]).T) * LOG2_E, MASKED)
+        new_top = tl.maximum(top, tl.max(s, 1))
+        p, shrink = tl.exp2(s - new_top[:, None]), tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        matching = matching * shrink + tl.sum(tl.where(same, p, 0.0), 1)
+        top = new_top
+    tl.store(sums_ptr + rows, (top + tl.log2(total)) / LOG2_E, mask=rows < N)
+    tl.store(sums_ptr + N + rows, (top + tl.log2(tl.maximum(matching, 1e-30))) / LOG2_E, mask=rows < N)
+
+
+@triton.jit
+def copy_gradient(s, seen, same, every, matching, grad_every, grad_matching):
+    """The gradient of scores s."""
+    grad = grad_every * tl.exp2((s - every) * LOG2_E)
+    return tl.where(seen, grad + tl.where(same, grad_matching * tl.exp2((s - matching) * LOG2_E), 0.0), 0.0)
+
+
+@triton.jit(do_not_specialize=["N", "window"])
+def copy_backward_q_kernel(
+    q_desc, k_desc, starts_ptr, targets_ptr, sums_ptr, grad_ptr, grad_q_desc, N, window,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCK_Q queries."""
+    row = tl.program_id(0) * BLOCK_Q
+    rows = row + tl.arange(0, BLOCK_Q)
+    begin, _, _, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
+    first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)[:, None]
+    q, target = q_desc.load([row, 0]), tl.load(targets_ptr + rows, mask=rows < N, other=-1)[:, None]
+    every = tl.load(sums_ptr + rows, mask=rows < N, other=0.0)[:, None]
+    matching = tl.load(sums_ptr + N + rows, mask=rows < N, other=0.0)[:, None]
+    grad_every = tl.load(grad_ptr + rows, mask=rows < N, other=0.0)[:, None]
+    grad_matching = tl.load(grad_ptr + N + rows, mask=rows < N, other=0.0)[:, None]
+    acc = tl.zeros((BLOCK_Q, D), tl.float32)
+    for col in range(begin, end, BLOCK_K):
+        k, cols = k_desc.load([col, 0]), col + tl.arange(0, BLOCK_K)
+        seen = (cols[None, :] >= first) & (cols[None, :] < rows[:, None])
+        same = tl.load(targets_ptr + cols, mask=cols < N, other=-2)[None, :] == target
+        grad = copy_gradient(tl.dot(q, k.T), seen, same, every, matching, grad_every, grad_matching)
+        acc = tl.dot(grad.to(k.dtype), k, acc)
+    grad_q_desc.store([row, 0], acc.to(grad_q_desc.dtype))
+
+
+@triton.jit(do_not_specialize=["N", "window"])
+def copy_backward_k_kernel(
+    q_desc, k_desc, ends_ptr, targets_ptr, sums_ptr, grad_ptr, grad_k_desc, N, window,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCK_K keys. Scores are (keys, queries), as the second product needs them."""
+    row = tl.program_id(0) * BLOCK_K
+    rows = row + tl.arange(0, BLOCK_K)
+    begin, _, _, end = query_range(ends_ptr, row, N, window, BLOCK_Q, BLOCK_K)
+    last = tl.minimum(tl.load(ends_ptr + rows, mask=rows < N, other=0) - 1, rows + window)[:, None]
+    k, target = k_desc.load([row, 0]), tl.load(targets_ptr + rows, mask=rows < N, other=-1)[:, None]
+    acc = tl.zeros((BLOCK_K, D), tl.float32)
+    for col in range(begin, end, BLOCK_Q):
+        q, cols = q_desc.load([col, 0]), col + tl.arange(0, BLOCK_Q)
+        every = tl.load(sums_ptr + cols, mask=cols < N, other=0.0)[None, :]
+        matching = tl.load(sums_ptr + N + cols, mask=cols < N, other=0.0)[None, :]
+        grad_every = tl.load(grad_ptr + cols, mask=cols < N, other=0.0)[None, :]
+        grad_matching = tl.load(grad_ptr + N + cols, mask=cols < N, other=0.0)[None, :]
+        seen = (cols[None, :] > rows[:, None]) & (cols[None, :] <= last)
+        same = tl.load(targets_ptr + cols, mask=cols < N, other=-2)[None, :] == target
+        grad = copy_gradient(tl.dot(k, q.T), seen, same, every, matching, grad_every, grad_matching)
+        acc = tl.dot(grad.to(q.dtype), q, acc)
+    grad_k_desc.store([row, 0], acc.to(grad_k_desc.dtype))
+
+
+COPY_TILES = dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2)
+COPY_BACKWARD_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2)
+
+
+class CopySums(torch.autograd.Function):
+    """copy_sums() in kernels. Widths are powers of two from 16 to 128."""
+
+    @staticmethod
+    def forward(ctx, q, k, targets, starts, ends, window):
+        (N, D), BLOCK_Q, BLOCK_K = q.shape, COPY_TILES["BLOCK_Q"], COPY_TILES["BLOCK_K"]
+        sums = q.new_empty(2, N, dtype=torch.float32)
+        q_desc, k_desc = TensorDescriptor.from_tensor(q, [BLOCK_Q, D]), TensorDescriptor.from_tensor(k, [BLOCK_K, D])
+        copy_kernel[(triton.cdiv(N, BLOCK_Q),)](q_desc, k_desc, starts, targets, sums, N, window, **COPY_TILES)
+        ctx.save_for_backward(q, k, targets, starts, ends, sums)
+        ctx.window = window
+        return sums
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, targets, starts, ends, sums = ctx.saved_tensors
+        (N, D), BLOCK_Q, BLOCK_K = q.shape, COPY_BACKWARD_TILES["BLOCK_Q"], COPY_BACKWARD_TILES["BLOCK_K"]
+        grad_q, grad_k, grad = q.new_empty(N, D), k.new_empty(N, D), grad.contiguous()
+        q_desc, grad_q_desc = (TensorDescriptor.from_tensor(t, [BLOCK_Q, D]) for t in (q, grad_q))
+        k_desc, grad_k_desc = (TensorDescriptor.from_tensor(t, [BLOCK_K, D]) for t in (k, grad_k))
+        args = targets, sums, grad
+        copy_backward_q_kernel[(triton.cdiv(N, BLOCK_Q),)](
+            q_desc, k_desc, starts, *args, grad_q_desc, N, ctx.window, D, **COPY_BACKWARD_TILES
+        )
+        copy_backward_k_kernel[(triton.cdiv(N, BLOCK_K),)](
+            q_desc, k_desc, ends, *args, grad_k_desc, N, ctx.window, D, **COPY_BACKWARD_TILES
+        )
+        return grad_q, grad_k, None, None, None, None
+
+
+def copy_sums(q, k, targets, documents: Documents, window: int) -> Tensor:
+    """every and matching (see above), (2, T) float32, of q, k (T, D), int32 targets (T,); far below 0 where of none.
+
+    A position sees those before it in its document, to `window` tokens back.
+    """
+    if q.is_cuda:
+        return CopySums.apply(q, k, targets, *documents, window)
+    return copy_sums_reference(q, k, targets, documents, window)
+
+
 # ======================================================================================================================
 # Model
 # ======================================================================================================================
@@ -1945,10 +2099,27 @@ def target_rows(
     return places[rows]  # of -1, the last one's: -1
 
 
-def head_losses(x, head, targets, left, target_weights, prefixes, classes, vocab_size: int, fp8_grad_scale):
-    """Loss of each position (T,), float32, from the last row's output (T, C); head (C, V), or its `classes` (C, P)."""
+def copy_inputs(x, qk, sentinel_weight, gain, bias):
+    """Queries and keys (T, D) of copy_sums, and sentinels (T,), float32, from the last row's output (T, C)."""
+    x = norm(x)
+    q, k = norm(F.linear(x, qk).unflatten(-1, (2, -1))).unbind(1)
+    return (gain * q.size(-1) ** -0.5 * q).to(x.dtype), k, widened(F.linear(x, sentinel_weight).squeeze(-1)) + bias
+
+
+def head_losses(
+    x, head, targets, left, target_weights, prefixes, classes, vocab_size: int, fp8_grad_scale,
+    sentinel=None, every=None, matching=None,
+):  # fmt: skip
+    """Loss of each position (T,), float32, from the last row's output (T, C); head (C, V), or its `classes` (C, P).
+
+    sentinel, every, matching: of copying the next token, (T,); see copy_sums.
+    """
     targets = target_rows(targets, left, len(target_weights), prefixes, classes, vocab_size)
-    return HeadLoss.apply(norm(x), head, targets, target_weights, fp8_grad_scale)
+    losses = HeadLoss.apply(norm(x), head, targets, fp8_grad_scale)
+    if sentinel is not None:
+        first = torch.logaddexp(sentinel, every) - torch.logaddexp(sentinel - losses[0], matching)
+        losses = torch.cat((first[None], losses[1:]))
+    return (target_weights[:, None] * losses).sum(0)
 
 
 class Ngrams(NamedTuple):
@@ -1992,7 +2163,7 @@ class GPT(nn.Module):
     def __init__(self, hp: Hyperparameters, device: torch.device, dtype: torch.dtype, compile: bool = False):
         super().__init__()
         C, V, H = hp.model_dim, hp.padded_vocab, hp.num_heads
-        self.num_heads, self.fp8_layers = H, hp.fp8 == "auto"
+        self.num_heads, self.fp8_layers, self.copy_window = H, hp.fp8 == "auto", hp.train_max_seq_len
 
         def parameter(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
@@ -2005,6 +2176,8 @@ class GPT(nn.Module):
         self.gate_out = parameter(len(gates), most_gates, GATE_HIDDEN)
         self.gate_bias = parameter(len(gates), most_gates)
         self.value_gates = parameter(len(VALUE_LAYERS), H, GATE_DIMS)
+        self.copy_qk = parameter(2 * hp.copy_width, C)
+        self.copy_sentinel = parameter(min(hp.copy_width, 1), C)
         # Of each layer's attention pairs of heads of W_q, then of W_k: their updates are made orthogonal apart; W_v and
         # W_o; and W_fc, W_proj. Padded with matrices that nobody uses until 8 ranks can share them evenly. Of a narrow
         # layer's heads the first half of the rows is used, the rest has no gradient: one bank serves any table.
@@ -2023,6 +2196,7 @@ class GPT(nn.Module):
             for matrices in (self.qk_bank, self.vo_bank, self.mlp_bank[:, 0]):
                 matrices.uniform_(-bound, bound)
             self.gate_in.uniform_(-(C**-0.5), C**-0.5)
+            self.copy_qk.normal_(std=C**-0.5)
             for bias, values in zip(self.gate_bias, gates, strict=True):
                 bias[: len(values)] = torch.tensor(values) / GATE_SCALE
             self.value_embeds.normal_(std=0.01)
@@ -2042,6 +2216,7 @@ class GPT(nn.Module):
         self.gate_network = region(gate_network)
         self.attention_inputs = region(attention_inputs)
         self.layer_outputs = region(layer_outputs)
+        self.copy_inputs = region(copy_inputs)
         self.head_losses = region(head_losses)
         self.fp8_weights = region(fp8_weights)
 
@@ -2067,14 +2242,19 @@ class GPT(nn.Module):
             made[narrow] = zip(*self.fp8_weights(together), strict=True)
         return [next(made[layer.narrow]) for layer in layers]
 
-    def layer_weights(self, fp8_grad_scale: float | None = None) -> tuple[list[LayerWeights], dict[str, list[Tensor]]]:
-        """Each layer's weights, and the learned scalars by name; fp8_grad_scale as in forward.
+    def named_scalars(self) -> dict[str, list[Tensor]]:
+        """The learned scalars, as in the table SCALARS."""
+        values = iter(self.scalars.unbind())
+        return {name: [next(values) for _ in range(count)] for name, (count, _, _) in SCALARS.items()}
+
+    def layer_weights(
+        self, scalars: dict[str, list[Tensor]], fp8_grad_scale: float | None = None
+    ) -> list[LayerWeights]:
+        """Each layer's weights; fp8_grad_scale as in forward.
 
         Banks are taken apart once, by split and unbind, whose backward joins the gradients in one pass; indexing
         layer by layer would write a bank of zeros for each.
         """
-        values = iter(self.scalars.unbind())
-        scalars = {name: [next(values) for _ in range(count)] for name, (count, _, _) in SCALARS.items()}
         mlp_fp8, qkv_fp8 = (), ()
         if self.fp8_layers and fp8_grad_scale is not None:
             both = self.fp8_weights(self.mlp_bank.detach()), zip(*self.qkv_fp8_weights(), strict=True)
@@ -2093,7 +2273,7 @@ class GPT(nn.Module):
             if layer.value_embed:
                 w = w._replace(value_gate=next(value_gates))
             weights.append(w)
-        return weights, scalars
+        return weights
 
     def forward(
         self, batch: MicroBatch, windows: dict[str, int], target_weights: Tensor, fp8_grad_scale: float | None = None,
@@ -2107,15 +2287,27 @@ class GPT(nn.Module):
         """
         x = self.output(batch, windows, fp8_grad_scale)
         left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)
-        chunks = zip(*(t.split(head_chunk or len(x)) for t in (x, batch.targets, left)), strict=True)
+        copying = ()
+        if len(self.copy_qk):
+            q, k, sentinel = self.copying(x)
+            copying = sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
+        chunks = zip(*(t.split(head_chunk or len(x)) for t in (x, batch.targets, left, *copying)), strict=True)
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
         args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
-        losses = [self.head_losses(x, head, targets, left, *args) for x, targets, left in chunks]
+        losses = [self.head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
         return losses[0] if len(losses) == 1 else torch.cat(losses)
+
+    def copying(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """copy_inputs of the stream x (T, C) behind the last row."""
+        scalars = self.named_scalars()
+        return self.copy_inputs(
+            x, self.copy_qk, self.copy_sentinel, scalars["copy_gain"][0], scalars["copy_sentinel"][0]
+        )
 
     def output(self, batch: MicroBatch, windows: dict[str, int], fp8_grad_scale: float | None = None) -> Tensor:
         """The stream (T, C) behind the last row, not normed; arguments as in forward."""
-        weights, scalars = self.layer_weights(fp8_grad_scale)
+        scalars = self.named_scalars()
+        weights = self.layer_weights(scalars, fp8_grad_scale)
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
         value_rows = iter(batch.inputs + first_rows.int()[:, None])
         slots, sign_rows = batch.ngrams
@@ -2158,7 +2350,18 @@ class GPT(nn.Module):
 
     def logits(self, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
         """Softcapped as in the loss, (T, V) float32; of these positions only. Beyond vocab_size they mean nothing."""
-        return softcapped(norm(self.output(batch, windows)[positions]) @ self.head)
+        x = self.output(batch, windows)
+        rows = torch.arange(len(x), device=x.device)[positions]
+        z = softcapped(norm(x[rows]) @ self.head)
+        if not len(self.copy_qk):
+            return z
+        q, k, sentinel = self.copying(x)
+        scores = copy_scores(q, k, batch.documents, self.copy_window, rows.reshape(-1)).view(*rows.shape, -1)
+        sentinel, every = sentinel[rows], scores.logsumexp(-1)
+        total = torch.logaddexp(sentinel, every)[..., None]
+        p = z.softmax(-1) * (sentinel[..., None] - total).exp()
+        copied = (scores - total).exp()
+        return p.scatter_add_(-1, batch.targets.long().expand_as(copied), copied).log()
 
 
 # ======================================================================================================================

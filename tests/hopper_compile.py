@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_gpt
-from train_gpt import CausalSelfAttention, Projection, SplitHeads
+from train_gpt import CausalSelfAttention, CopySums, Projection, SplitHeads
 
 T, C, H, V = 96, 768, 6, 512
 bf16 = partial(torch.zeros, dtype=torch.bfloat16)
@@ -67,10 +67,9 @@ def main() -> None:
     train_gpt.add_rows_kernel[(T,)](number(T, C), index(T), number(V, C), C, BLOCK=1024, num_warps=4)
     rows = number(V), index(V), index(T), number(T, C)
     train_gpt.update_rows_triton(bf16(V, C), *rows, 7, 0.95, 0.1, 0.1, 1e-10)
-    weights, lse, grad = number(3), number(T), number(T)
-    train_gpt.cross_entropy_triton(bf16(T, V), index(3, T), weights)
+    train_gpt.cross_entropy_triton(bf16(T, V), index(3, T))
     for dtype in (torch.bfloat16, torch.float8_e5m2):
-        train_gpt.cross_entropy_backward_triton(bf16(T, V), lse, index(3, T), weights, grad, 1.0, dtype)
+        train_gpt.cross_entropy_backward_triton(bf16(T, V), number(T), index(3, T), number(3, T), 1.0, dtype)
     for paired, documents, fp8 in ((False, True, True), (True, False, False)):
         gate, table, rotary = bf16(T, H).requires_grad_(), torch.nn.Parameter(bf16(V, C)), bf16(2 * T, 1, 64)
         args = gate, table, index(T), rotary, rotary, (index(T), index(T)) if documents else None, H, paired
@@ -78,6 +77,8 @@ def main() -> None:
     for gates in (None, bf16(T, H).requires_grad_()):
         q, k, v = (bf16(T, H, 128).requires_grad_() for _ in range(3))
         CausalSelfAttention.apply(q, k, v, index(T), index(T), 384, 0.1, gates).sum().backward()
+    q, k = bf16(T, 2, 128).requires_grad_().unbind(1)
+    CopySums.apply(q, k, index(T), index(T), index(T), 384).sum().backward()
 
 
 if __name__ == "__main__":
