@@ -1793,65 +1793,40 @@ def copy_kernel(
     tl.store(sums_ptr + N + rows, (top + tl.log2(tl.maximum(matching, 1e-30))) / LOG2_E, mask=rows < N)
 
 
-@triton.jit
-def copy_gradient(s, seen, same, every, matching, grad_every, grad_matching):
-    """The gradient of scores s."""
-    grad = grad_every * tl.exp2((s - every) * LOG2_E)
-    return tl.where(seen, grad + tl.where(same, grad_matching * tl.exp2((s - matching) * LOG2_E), 0.0), 0.0)
-
-
 @triton.jit(do_not_specialize=["N", "window"])
-def copy_backward_q_kernel(
-    q_desc, k_desc, starts_ptr, targets_ptr, sums_ptr, grad_ptr, grad_q_desc, N, window,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+def copy_backward_kernel(
+    own_desc, other_desc, starts_ptr, ends_ptr, targets_ptr, sums_ptr, grad_ptr, out_desc, N, window,
+    OF_QUERIES: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_Q queries."""
-    row = tl.program_id(0) * BLOCK_Q
-    rows = row + tl.arange(0, BLOCK_Q)
-    begin, _, _, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
-    first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)[:, None]
-    q, target = q_desc.load([row, 0]), tl.load(targets_ptr + rows, mask=rows < N, other=-1)[:, None]
-    every = tl.load(sums_ptr + rows, mask=rows < N, other=0.0)[:, None]
-    matching = tl.load(sums_ptr + N + rows, mask=rows < N, other=0.0)[:, None]
-    grad_every = tl.load(grad_ptr + rows, mask=rows < N, other=0.0)[:, None]
-    grad_matching = tl.load(grad_ptr + N + rows, mask=rows < N, other=0.0)[:, None]
-    acc = tl.zeros((BLOCK_Q, D), tl.float32)
-    for col in range(begin, end, BLOCK_K):
-        k, cols = k_desc.load([col, 0]), col + tl.arange(0, BLOCK_K)
-        seen = (cols[None, :] >= first) & (cols[None, :] < rows[:, None])
+    """The gradient of BLOCK queries, or of as many keys: the sum over s of d score(t, s) k_s, or over t of that q_t."""
+    row = tl.program_id(0) * BLOCK
+    rows = row + tl.arange(0, BLOCK)
+    if OF_QUERIES:
+        begin, _, _, end = key_range(starts_ptr, row, N, window, BLOCK, BLOCK)
+    else:
+        begin, _, _, end = query_range(ends_ptr, row, N, window, BLOCK, BLOCK)
+    own, target = own_desc.load([row, 0]), tl.load(targets_ptr + rows, mask=rows < N, other=-1)[:, None]
+    acc = tl.zeros((BLOCK, D), tl.float32)
+    for col in range(begin, end, BLOCK):
+        other, cols = other_desc.load([col, 0]), col + tl.arange(0, BLOCK)
         same = tl.load(targets_ptr + cols, mask=cols < N, other=-2)[None, :] == target
-        grad = copy_gradient(tl.dot(q, k.T), seen, same, every, matching, grad_every, grad_matching)
-        acc = tl.dot(grad.to(k.dtype), k, acc)
-    grad_q_desc.store([row, 0], acc.to(grad_q_desc.dtype))
-
-
-@triton.jit(do_not_specialize=["N", "window"])
-def copy_backward_k_kernel(
-    q_desc, k_desc, ends_ptr, targets_ptr, sums_ptr, grad_ptr, grad_k_desc, N, window,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The gradient of BLOCK_K keys. Scores are (keys, queries), as the second product needs them."""
-    row = tl.program_id(0) * BLOCK_K
-    rows = row + tl.arange(0, BLOCK_K)
-    begin, _, _, end = query_range(ends_ptr, row, N, window, BLOCK_Q, BLOCK_K)
-    last = tl.minimum(tl.load(ends_ptr + rows, mask=rows < N, other=0) - 1, rows + window)[:, None]
-    k, target = k_desc.load([row, 0]), tl.load(targets_ptr + rows, mask=rows < N, other=-1)[:, None]
-    acc = tl.zeros((BLOCK_K, D), tl.float32)
-    for col in range(begin, end, BLOCK_Q):
-        q, cols = q_desc.load([col, 0]), col + tl.arange(0, BLOCK_Q)
-        every = tl.load(sums_ptr + cols, mask=cols < N, other=0.0)[None, :]
-        matching = tl.load(sums_ptr + N + cols, mask=cols < N, other=0.0)[None, :]
-        grad_every = tl.load(grad_ptr + cols, mask=cols < N, other=0.0)[None, :]
-        grad_matching = tl.load(grad_ptr + N + cols, mask=cols < N, other=0.0)[None, :]
-        seen = (cols[None, :] > rows[:, None]) & (cols[None, :] <= last)
-        same = tl.load(targets_ptr + cols, mask=cols < N, other=-2)[None, :] == target
-        grad = copy_gradient(tl.dot(k, q.T), seen, same, every, matching, grad_every, grad_matching)
-        acc = tl.dot(grad.to(q.dtype), q, acc)
-    grad_k_desc.store([row, 0], acc.to(grad_k_desc.dtype))
+        if OF_QUERIES:
+            t, s = rows[:, None], cols[None, :]
+        else:
+            t, s = cols[None, :], rows[:, None]
+        first = tl.maximum(tl.load(starts_ptr + t, mask=t < N, other=0), t - window)
+        every = tl.load(sums_ptr + t, mask=t < N, other=0.0)
+        matching = tl.load(sums_ptr + N + t, mask=t < N, other=0.0)
+        score = tl.dot(own, other.T)
+        grad = tl.load(grad_ptr + t, mask=t < N, other=0.0) * tl.exp2((score - every) * LOG2_E)
+        of_same = tl.load(grad_ptr + N + t, mask=t < N, other=0.0) * tl.exp2((score - matching) * LOG2_E)
+        grad = tl.where((s >= first) & (s < t), grad + tl.where(same, of_same, 0.0), 0.0)
+        acc = tl.dot(grad.to(other.dtype), other, acc)
+    out_desc.store([row, 0], acc.to(out_desc.dtype))
 
 
 COPY_TILES = dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2)
-COPY_BACKWARD_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2)
+COPY_BACKWARD_TILES = dict(BLOCK=64, num_warps=4, num_stages=2)
 
 
 class CopySums(torch.autograd.Function):
@@ -1863,25 +1838,21 @@ class CopySums(torch.autograd.Function):
         sums = q.new_empty(2, N, dtype=torch.float32)
         q_desc, k_desc = TensorDescriptor.from_tensor(q, [BLOCK_Q, D]), TensorDescriptor.from_tensor(k, [BLOCK_K, D])
         copy_kernel[(triton.cdiv(N, BLOCK_Q),)](q_desc, k_desc, starts, targets, sums, N, window, **COPY_TILES)
-        ctx.save_for_backward(q, k, targets, starts, ends, sums)
+        ctx.save_for_backward(q, k, starts, ends, targets, sums)
         ctx.window = window
         return sums
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, targets, starts, ends, sums = ctx.saved_tensors
-        (N, D), BLOCK_Q, BLOCK_K = q.shape, COPY_BACKWARD_TILES["BLOCK_Q"], COPY_BACKWARD_TILES["BLOCK_K"]
-        grad_q, grad_k, grad = q.new_empty(N, D), k.new_empty(N, D), grad.contiguous()
-        q_desc, grad_q_desc = (TensorDescriptor.from_tensor(t, [BLOCK_Q, D]) for t in (q, grad_q))
-        k_desc, grad_k_desc = (TensorDescriptor.from_tensor(t, [BLOCK_K, D]) for t in (k, grad_k))
-        args = targets, sums, grad
-        copy_backward_q_kernel[(triton.cdiv(N, BLOCK_Q),)](
-            q_desc, k_desc, starts, *args, grad_q_desc, N, ctx.window, D, **COPY_BACKWARD_TILES
-        )
-        copy_backward_k_kernel[(triton.cdiv(N, BLOCK_K),)](
-            q_desc, k_desc, ends, *args, grad_k_desc, N, ctx.window, D, **COPY_BACKWARD_TILES
-        )
-        return grad_q, grad_k, None, None, None, None
+        q, k, *args = ctx.saved_tensors
+        (N, D), BLOCK, grads = q.shape, COPY_BACKWARD_TILES["BLOCK"], [q.new_empty(q.shape), k.new_empty(k.shape)]
+        q, k, *out = (TensorDescriptor.from_tensor(t, [BLOCK, D]) for t in (q, k, *grads))
+        args += [grad.contiguous()]
+        for queries, own, other, out_desc in ((True, q, k, out[0]), (False, k, q, out[1])):
+            copy_backward_kernel[(triton.cdiv(N, BLOCK),)](
+                own, other, *args, out_desc, N, ctx.window, queries, D, **COPY_BACKWARD_TILES
+            )
+        return *grads, None, None, None, None
 
 
 def copy_sums(q, k, targets, documents: Documents, window: int) -> Tensor:
