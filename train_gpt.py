@@ -46,6 +46,7 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 import uuid
 import zlib
 from collections import deque
@@ -54,10 +55,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cache, partial, reduce
+from functools import cache, cached_property, partial, reduce
 from glob import escape, glob
 from itertools import accumulate, chain, islice, pairwise, repeat, takewhile
-from operator import xor
+from operator import itemgetter, xor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -106,10 +107,10 @@ class TrainingStage(NamedTuple):
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, prefix weights
     TrainingStage(
-        1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), (0.25, 0.25), max_seq_len=896, classes=16_384
+        1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), (0.25, 0.25), max_seq_len=896, classes=12_288
     ),
-    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0), classes=20_480),
-    TrainingStage(0.75, 196_608, 5, 11, 1.5, (1.0,), (1.0,), classes=24_576, untie=True),
+    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0), classes=17_408),
+    TrainingStage(0.75, 196_608, 5, 11, 1.5, (1.0,), (1.0,), classes=20_992, untie=True),
     TrainingStage(0.25, 196_608, 5, 11, 1.5, (1.0,), (1.0,)),  # with all classes, to put right what some left out
     TrainingStage(None, 196_608, 6, 13, 1.5, (1.0,), (1.0,)),  # its learning rate is lr_end
 )
@@ -148,13 +149,13 @@ LAYERS = (
     Layer("short", narrow=True, value_embed=True, xsa=True, adds=X0 | NGRAMS),
     Layer("short", narrow=True, paired=True, value_embed=True, adds=X0 | NGRAMS),
     Layer("long", key_offset=True, xsa=True, head_gates=True, adds=X0 | NGRAMS, keep="early"),
-    Layer("short", narrow=True, xsa=True, adds=X0 | NGRAMS, gates=True),
+    Layer(None, adds=X0 | NGRAMS, gates=True),
     Layer("short", narrow=True, paired=True, adds=X0 | NGRAMS),
     Layer(None, adds=dict(early=0.09)),
     Layer("short", narrow=True, xsa=True, adds=X0 | NGRAMS, keep="middle"),
     # Late layers look for what they need in the middle of the model: their own work is on the prediction.
     Layer("short", narrow=True, value_embed=True, reads="middle", adds=X0 | NGRAMS),
-    Layer("short", narrow=True, paired=True, value_embed=True, reads="middle", adds=X0 | NGRAMS, keep="late"),
+    Layer(None, adds=X0 | NGRAMS, keep="late"),
     Layer("long", key_offset=True, value_embed=True, head_gates=True, reads="middle", gates=True,
           values=dict(start=0.0, middle=0.0, late=0.0), adds=dict(start=0.0, middle=0.0, late=0.0) | NGRAMS),
     # After the last layer much of what the middle has put into the stream is taken out again.
@@ -187,7 +188,7 @@ SCALARS = {
     "qkv": (len(LAYERS), 0.5, 5.0),  # scale of W_q, W_k, W_v
     "out": (len(LAYERS), 1.0, 5.0),  # scale of W_o
     "copy_gain": (1, 1.0, 5.0),  # of the scores by which a token's document is searched for what follows it
-    "copy_sentinel": (1, 10.0, 5.0),  # score of not copying, beside what a row of weights makes of the last output
+    "copy_sentinel": (1, 15.0, 5.0),  # score of not copying, beside what a row of weights makes of the last output
     "smear": (1, 0.0, 5.0),  # how much of the previous token's embedding is added to a token's
 }
 
@@ -218,8 +219,8 @@ PARAMETERS = (
     Row("gate_out", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
     Row("gate_bias", "adam", False, (0.2,), 0.0, (0.9, 0.99)),
     Row("value_gates", "adam", False, (1.0,), 1.0, (0.9, 0.99)),
-    Row("copy_qk", "adam", False, (1.0,), 1.0, (0.9, 0.99)),
-    Row("copy_sentinel", "adam", False, (1.0,), 1.0, (0.9, 0.99)),
+    Row("copy_qk", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
+    Row("copy_sentinel", "adam", False, (0.05,), 1.0, (0.9, 0.99)),
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
     Row("head", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
@@ -246,7 +247,7 @@ class Hyperparameters:
     val_tokens: int = 10_485_760  # fixed by the rules
     val_batch_size: int = 2_097_152  # a validation step; each of its 8 chunks is a micro-batch
     # length of the run
-    num_scheduled_iterations: int = 2080  # shared by the stages
+    num_scheduled_iterations: int = 2144  # shared by the stages
     num_extension_iterations: int = 64  # at the final learning rate, with longer windows
     length: float = 1.0  # times these two and the momentum's two below: 0.25 is the same run in small
     cooldown_frac: float = 0.6  # of the scheduled iterations
@@ -255,11 +256,14 @@ class Hyperparameters:
     # model
     vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
     bos: int = 50256  # every document begins with this token; GPT-2's <|endoftext|>
-    vocabulary: str = "data/gpt2.tiktoken"  # all other tokens, in tiktoken's form, for the prefix loss; "": without it
+    vocabulary: str = (
+        "data/gpt2.tiktoken"  # all others, in tiktoken's form, for prefixes and spellings; "": without them
+    )
     ngram_rows: int = 8_388_608  # half for bigrams, half for trigrams; a half's last is for documents' first tokens
     copy_width: int = 128  # of the queries and keys by which a token is copied from its document; 0: it is not
     num_heads: int = 6
     head_dim: int = 128
+    mlp_ratio: int = 3  # hidden units of an MLP, times the model's width
     window_block: int = 128  # tokens
     dtype: str = "auto"  # "bfloat16" on a GPU, "float32" on a CPU
     fp8: str = "auto"  # training's products in FP8, on compute capability >= 8.9; "head": the head's only; "off": none
@@ -270,8 +274,8 @@ class Hyperparameters:
     muon_lr: float = 0.023
     muon_wd: float = 1.2
     muon_beta2: float = 0.95
-    muon_momentum_warmup: int = 464  # steps from 0.85 to 0.95
-    muon_momentum_cooldown: int = 308  # the last steps, back to 0.85
+    muon_momentum_warmup: int = 480  # steps from 0.85 to 0.95
+    muon_momentum_cooldown: int = 320  # the last steps, back to 0.85
     grad_scale: float = 2.0  # of the loss, over the 8 micro-batches of a step; slightly better than 1 for FP8 and bf16
     # run
     run_id: str = ""  # names log and checkpoint; a fresh UUID if empty
@@ -698,11 +702,14 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, addend: Tensor | None = Non
 # ---------------------------------------------------------------------------- products in FP8
 
 # Scales of the layers' tensors in FP8: what a 1 stands for; e4m3 ends at 448. A normed row of C has no number beyond
-# sqrt(C), so that FP8_X is for widths up to 1024; in a quarter run weights stayed below 2 and hidden activations, which
-# may grow with C, below 1,700. Room to grow costs little, as FP8 is a floating point, down to 2^-10 of a scale: what is
-# less becomes 0. Beyond the end compiled code clips; PyTorch 2.11's own conversion to e4m3 makes NaN. Gradients are in
-# e5m2; FP8_GRAD is their scale where losses are not multiplied before backward.
-FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 16.0, 2.0**-6
+# sqrt(C), so that FP8_X is for widths up to 1024; weights stayed below 3.1 in a half run. The first layer's hidden
+# activations grow with the length of a run, to 13,000 in a half run; with room to 3,584 only, it ended up to 46 mn
+# worse. Room costs little, as FP8 is a floating point, down to 2^-10 of a scale: what is less becomes 0. Beyond the end
+# kernels and compiled code clip (where training is in bf16 too, so that both compute the same); PyTorch 2.11's own
+# conversion to e4m3 makes NaN. Gradients are in e5m2; FP8_GRAD is their scale where losses are not multiplied before
+# backward.
+FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 64.0, 2.0**-6
+MAX_HIDDEN = 448 * FP8_HIDDEN
 kept_full = cache(torch.full)
 
 
@@ -862,7 +869,7 @@ def _(x, weight, hidden=None, scale=1.0):
 
 
 class MLP(torch.autograd.Function):
-    """relu(x W_fc^T)^2 W_proj for x (T, C) and W_fc, W_proj (4C, C).
+    """relu(x W_fc^T)^2 W_proj for x (T, C) and W_fc, W_proj (F, C).
 
     With a Projection's fp8, fp8_t and grad_scale all products run in FP8; what is kept for the backward pass is, too.
     """
@@ -871,7 +878,7 @@ class MLP(torch.autograd.Function):
     def forward(ctx, x, w_fc, w_proj, fp8=None, fp8_t=None, grad_scale=None):
         ctx.grad_scale = grad_scale
         if fp8 is None:
-            hidden = linear_relu2(x, w_fc)  # (T, 4C)
+            hidden = linear_relu2(x, w_fc).clamp(max=MAX_HIDDEN)  # (T, F)
             ctx.save_for_backward(x, hidden, w_fc, w_proj)
             return hidden @ w_proj
         x_fp8 = (x / FP8_X).to(torch.float8_e4m3fn)
@@ -1677,12 +1684,11 @@ def attention_backward_kv_kernel(
     grad_v_desc.store([row, head * D], grad_v.to(grad_v_desc.dtype))
 
 
-# Tiles, warps, pipeline stages and registers: the best of 4 to 8 each on H100, head_dim 128, windows of 128 to 1408. At
-# 128 registers two programs share a multiprocessor, and one's exponentials overlap the other's products. Where q and k
-# are narrower than v, the gradient of q leaves registers for more keys: not measured yet, nor are the others there.
-ATTENTION_TILES = dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128)
-ATTENTION_BACKWARD_Q_TILES = dict(BLOCK_Q=128, BLOCK_K=32, num_warps=8, num_stages=3, maxnreg=128)
-NARROW_BACKWARD_Q_TILES = dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2, maxnreg=128)
+# Tiles, warps, pipeline stages and registers: the best of 6 to 8 each on H100 for values 128 wide, queries and keys as
+# wide or half, windows of 128 to 1408, with and without XSA. With 168 registers or fewer, three programs share a
+# multiprocessor, and one's exponentials overlap the others' products.
+ATTENTION_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=3)
+ATTENTION_BACKWARD_Q_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2, maxnreg=168)
 ATTENTION_BACKWARD_KV_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2)
 
 
@@ -1719,8 +1725,7 @@ class CausalSelfAttention(torch.autograd.Function):
         delta, before_xsa, grad_xsa, factors = torch.empty_like(lse), grad_y, None, None
         if xsa is not None:
             before_xsa, grad_xsa, factors = torch.empty_like(v), torch.empty_like(xsa), lse.new_empty(3, H, N)
-        tiles = NARROW_BACKWARD_Q_TILES if q.size(2) < v.size(2) else ATTENTION_BACKWARD_Q_TILES
-        tiles = dict(XSA=xsa is not None, **widths, **tiles)
+        tiles = dict(XSA=xsa is not None, **widths, **ATTENTION_BACKWARD_Q_TILES)
         grad_y_desc, y_desc, q_desc, own_desc, out_desc = attention_tiles(tiles["BLOCK_Q"], grad_y, y, q, v, grad_q)
         k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
         attention_backward_q_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
@@ -1825,7 +1830,8 @@ def copy_backward_kernel(
     out_desc.store([row, 0], acc.to(out_desc.dtype))
 
 
-COPY_TILES = dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2)
+# The best of 7 each on H100, for a width of 128
+COPY_TILES = dict(BLOCK_Q=64, BLOCK_K=128, num_warps=4, num_stages=2)
 COPY_BACKWARD_TILES = dict(BLOCK=64, num_warps=4, num_stages=2)
 
 
@@ -1920,7 +1926,7 @@ class LayerWeights(NamedTuple):
     # layers with an MLP
     mlp_resid: Tensor | None = None
     mlp_out: Tensor | None = None
-    mlp: Projection | None = None  # W_fc, W_proj, (2, 4C, C)
+    mlp: Projection | None = None  # W_fc, W_proj, (2, F, C)
     # layers with attention
     attn_resid: Tensor | None = None
     qkv_lambda: Tensor | None = None
@@ -2072,7 +2078,7 @@ def target_rows(
 
 def copy_inputs(x, qk, sentinel_weight, gain, bias):
     """Queries and keys (T, D) of copy_sums, and sentinels (T,), float32, from the last row's output (T, C)."""
-    x = norm(x)
+    x = norm(x).detach()
     q, k = norm(F.linear(x, qk).unflatten(-1, (2, -1))).unbind(1)
     return (gain * q.size(-1) ** -0.5 * q).to(x.dtype), k, widened(F.linear(x, sentinel_weight).squeeze(-1)) + bias
 
@@ -2154,7 +2160,7 @@ class GPT(nn.Module):
         # layer's heads the first half of the rows is used, the rest has no gradient: one bank serves any table.
         self.qk_bank = parameter(round_up(len(ATTENTION_LAYERS) * H, 8), 2 * hp.head_dim, C)
         self.vo_bank = parameter(round_up(len(ATTENTION_LAYERS) * 2, 8), C, C)
-        self.mlp_bank = parameter(round_up(len(MLP_LAYERS), 4), 2, 4 * C, C)
+        self.mlp_bank = parameter(round_up(len(MLP_LAYERS), 4), 2, hp.mlp_ratio * C, C)
         self.head = parameter(C, V)
         self.embed = parameter(V, C)  # tied to the head at first, see Optimizer
         self.value_embeds = parameter(len(VALUE_LAYERS) * V, C)
@@ -3092,23 +3098,29 @@ def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray) -> t
 
 
 def make_micro_batches(
-    dealt: list[tuple[np.ndarray, np.ndarray]], together: int, places: np.ndarray, world: World, classes: list[Tensor]
-) -> tuple[list[MicroBatch], Exchange]:
-    """This rank's micro-batches of those that are dealt to all ranks, joined, on its device, and their exchange."""
+    dealt: list[tuple[np.ndarray, np.ndarray]], together: int, spelled: np.ndarray, places: np.ndarray, world: World,
+    classes: list[Tensor],
+) -> tuple[list[MicroBatch], Exchange]:  # fmt: skip
+    """This rank's micro-batches of those that are dealt to all ranks, joined, on its device, and their exchange.
+
+    spelled: see spellings. places: scratch memory, see exchange_rows.
+    """
     joined = [[*join_micro_batches(dealt[rank :: world.size], together)] for rank in range(world.size)]
-    rows = [[ngram_rows(inputs, starts, len(places)) for inputs, _, starts, _ in batches] for batches in joined]
+    rows = [[ngram_rows(spelled[inputs], starts, len(places)) for inputs, _, starts, _ in b] for b in joined]
     slots, (*indices, taken, given) = exchange_rows([np.concatenate(r, 1) for r in rows], world.rank, places)
     own, batches = joined[world.rank], []
     for arrays, part in zip(own, np.split(slots, len(own), 1), strict=True):
-        arrays += [part, ngram_signs(arrays[0], arrays[2])]
+        arrays += [part, ngram_signs(spelled[arrays[0]], arrays[2])]
         batches.append(MicroBatch.of([*to_device(arrays, world.device), *classes]))
     return batches, Exchange(*to_device(indices, world.device), taken, given)
 
 
-def make_micro_batch(tokens: np.ndarray, ends: np.ndarray, rows: int, device: torch.device) -> MicroBatch:
+def make_micro_batch(
+    tokens: np.ndarray, ends: np.ndarray, spelled: np.ndarray, rows: int, device: torch.device
+) -> MicroBatch:
     """One on the device, for a model with all `rows` of the n-grams; tokens (T + 1,), ends cumulative from 0 to T."""
     arrays = inputs, _, starts, _ = next(join_micro_batches([(tokens, ends)], 1))
-    arrays = *arrays, ngram_rows(inputs, starts, rows), ngram_signs(inputs, starts)
+    arrays = *arrays, ngram_rows(spelled[inputs], starts, rows), ngram_signs(spelled[inputs], starts)
     return MicroBatch.of(to_device(arrays, device))
 
 
@@ -3155,6 +3167,11 @@ class TrainLoader:
         self.assembler = ThreadPoolExecutor(1, "micro-batches", set_device)
         self.ahead = self.assembler.submit(self._prepare, sizes[0])
 
+    @cached_property
+    def spelled(self) -> np.ndarray:
+        """In a run made on the clock, by the thread that makes the first step's micro-batches."""
+        return spellings(self.hp)
+
     def _load(self, number: int, scan_all: bool = True) -> Shard:
         path = self.reading = self.paths[number % len(self.paths)]
         if file_state(path) not in (self.found[path], None):  # one that is gone is named when it is read
@@ -3191,7 +3208,7 @@ class TrainLoader:
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             classes = to_device([] if classes is None else [classes], self.world.device)
             together = micro_batches_together(size[0], self.hp, self.world)
-            made = make_micro_batches(dealt, together, self.places, self.world, classes)
+            made = make_micro_batches(dealt, together, self.spelled, self.places, self.world, classes)
             if self.stream:
                 self.stream.synchronize()  # in this thread; the main thread never waits for a copy
         position = self.files_begun, self.shard.next_document
@@ -3227,16 +3244,16 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
     ends = [np.concatenate(([0], 1 + np.flatnonzero(chunk[1:-1] == hp.bos), [T])) for chunk in chunks]
     dealt = [*zip(chunks, ends, strict=True)]
     groups = (dealt[i : i + world.size] for i in range(0, len(dealt), world.size))
-    places = np.empty(hp.ngram_rows, np.int32)
-    return [make_micro_batches(group, 1, places, world, []) for group in groups]
+    spelled, places = spellings(hp), np.empty(hp.ngram_rows, np.int32)
+    return [make_micro_batches(group, 1, spelled, places, world, []) for group in groups]
 
 
 def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
-    """The ids of tokens by their bytes, from a file in tiktoken's form; none where no stage weighs prefixes.
+    """The ids of tokens by their bytes, from a file in tiktoken's form; none where there is none.
 
     A file that DATA_PATH lacks is looked for beside this program. Raises UserError for one that can't be used.
     """
-    if not hp.vocabulary or not any(any(stage.prefix_weights) for stage in hp.stages):
+    if not hp.vocabulary:
         return {}
     paths = [folder / hp.vocabulary for folder in (ROOT, Path(__file__).resolve().parent)]
     path, ids, number = next((path for path in paths if path.exists()), paths[0]), {}, 0
@@ -3254,6 +3271,25 @@ def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
     told = f"its {len(ids):,} tokens have not the ranks 0 to {hp.vocab_size - 2}, for --vocab_size={hp.vocab_size}"
     require(sorted(ids.values()) == [*range(hp.vocab_size - 1)], f"{path}: {told}; {remedy}")
     return ids
+
+
+def spellings(hp: Hyperparameters) -> np.ndarray:
+    """(V,) int32: of each token the first that is spelled like it but for case, accents and space around it.
+
+    N-grams that differ in these only share a row. Without a vocabulary, each token is its own. Source: the public
+    speedrun's PR 375, 2026.
+    """
+    spelled, first = np.arange(hp.padded_vocab, dtype=np.int32), {}
+    for token, i in sorted(read_vocabulary(hp).items(), key=itemgetter(1)):
+        with suppress(UnicodeDecodeError):  # a part of a character stays as it is
+            text = token.decode()
+            if not text.isascii():
+                letters = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
+                text = "".join(c for c in letters if not unicodedata.combining(c))
+            words = text.lower().split()
+            if words or token.isspace():
+                spelled[i] = first.setdefault(" ".join(words), i)
+    return spelled
 
 
 def prefix_table(hp: Hyperparameters) -> Tensor:
@@ -3990,11 +4026,12 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Hyp
 def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, top_k=0, seed=0) -> Iterator[int]:
     """What follows a document's tokens, one by one, with BOS at the end. Temperature 0: the likeliest; top_k 0: all."""
     draws, count = torch.Generator().manual_seed(seed), min(top_k or hp.vocab_size, hp.vocab_size)
+    spelled = spellings(hp)
     while True:  # each from the whole text, or its end, as far as the rotary tables reach: slow, but one forward pass
         seen = tokens[15 - len(model.yarn.position) // 2 :]
         n, fill = len(seen), -len(seen) % 16 * [hp.bos]  # a document behind it, which it does not see: whole tiles
         ends = np.array([0, n, n + len(fill)])
-        batch = make_micro_batch(np.array([*seen, *fill, 0]), ends, hp.ngram_rows, model.head.device)
+        batch = make_micro_batch(np.array([*seen, *fill, 0]), ends, spelled, hp.ngram_rows, model.head.device)
         z, ids = model.logits(batch, windows, n - 1)[: hp.vocab_size].double().cpu().topk(count if temperature else 1)
         drawn = torch.multinomial((z - z[0]).div(temperature or 1).softmax(-1), 1, generator=draws)
         yield (tokens := [*tokens, ids[drawn].item()])[-1]
