@@ -256,9 +256,7 @@ class Hyperparameters:
     # model
     vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
     bos: int = 50256  # every document begins with this token; GPT-2's <|endoftext|>
-    vocabulary: str = (
-        "data/gpt2.tiktoken"  # all others, in tiktoken's form, for prefixes and spellings; "": without them
-    )
+    vocabulary: str = "data/gpt2.tiktoken"  # all others, in tiktoken's form, for prefixes and spellings; "": none
     ngram_rows: int = 8_388_608  # half for bigrams, half for trigrams; a half's last is for documents' first tokens
     copy_width: int = 128  # of the queries and keys by which a token is copied from its document; 0: it is not
     num_heads: int = 6
