@@ -192,7 +192,7 @@ def test_the_products_are_those_that_a_forward_pass_computes(programs, name, mon
     run = run_of(program, *SMALL)
     model = program.GPT(run.hp, torch.device("cpu"), torch.float32)
     tokens = np.random.randint(300, size=T + 1)
-    batch = program.make_micro_batch(tokens, np.array([0, T]), run.hp.ngram_rows, torch.device("cpu"))
+    batch = program.make_micro_batch(tokens, np.array([0, T]), np.arange(65536), run.hp.ngram_rows, torch.device("cpu"))
     model.ngrams = torch.zeros(model.ngram_shape)
     monkeypatch.setattr(program, "linear_relu2", program.linear_relu2_reference)  # nobody looks into an operator
     monkeypatch.setattr(program, "attend", lambda q, k, v, *rest: v)  # counted by itself

@@ -18,7 +18,6 @@ from shard_files import BOS, text_of, write_shard
 
 import train_gpt
 from train_gpt import (
-    STAGES,
     Hyperparameters,
     TrainLoader,
     UserError,
@@ -26,6 +25,7 @@ from train_gpt import (
     make_micro_batch,
     prefix_table,
     read_vocabulary,
+    spellings,
     validation_batches,
 )
 
@@ -437,7 +437,7 @@ def test_a_micro_batch_can_hold_thousands_of_documents_of_one_token(tmp_path):
 
 def micro_batch_of(lengths):
     tokens = np.array([*text_of(lengths), BOS], dtype=np.uint16)
-    return make_micro_batch(tokens, np.array([0, *accumulate(lengths)]), 64, torch.device("cpu"))
+    return make_micro_batch(tokens, np.array([0, *accumulate(lengths)]), np.arange(65536), 64, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("T", [1, 300, 16_384, 49_152, 262_144])
@@ -793,12 +793,42 @@ def test_prefixes_in_gpt2s_vocabulary_which_comes_with_the_program(tmp_path, mon
         assert table[i] == (ids[max(shorter, key=len)] if shorter else -1)
 
 
-@pytest.mark.parametrize(
-    "values", [dict(vocabulary=""), dict(stages=tuple(s._replace(prefix_weights=(0, 0)) for s in STAGES))]
-)
-def test_without_prefix_loss_there_is_no_prefix_and_no_file_is_read(tmp_path, monkeypatch, values):
-    hp = Hyperparameters(**{"vocabulary": str(tmp_path / "none"), **values})
+def test_without_a_vocabulary_no_token_has_a_prefix_and_each_its_own_spelling():
+    hp = Hyperparameters(vocabulary="")
     assert (prefix_table(hp) == -1).all() and len(prefix_table(hp)) == 50304
+    assert spellings(hp).tolist() == [*range(50304)]
+
+
+def test_spellings_differ_in_case_accents_and_space_around_only(tmp_path):
+    # Among them a part of a character, one that is an accent only, ligatures, and an e with the accent apart
+    tokens = [
+        "the",
+        " The",
+        "THE\n",
+        "th",
+        b"\xc3",
+        " ",
+        "\n\t",
+        "\u0301",
+        "\u00e9",
+        " e",
+        "e\u0301",
+        "\ufb01",
+        "fi",
+        "a  B",
+        "A b ",
+    ]
+    tokens = [t if isinstance(t, bytes) else t.encode() for t in tokens]
+    found = spellings(vocabulary(tmp_path / "own.tiktoken", tokens))
+    assert found.dtype == np.int32
+    assert found[: len(tokens)].tolist() == [0, 0, 0, 3, 4, 5, 5, 7, 8, 8, 8, 11, 11, 13, 13]
+    assert found[len(tokens) :].tolist() == [*range(len(tokens), len(found))]
+
+
+def test_gpt2s_tokens_have_as_many_spellings_as_the_public_record_counts():
+    found = spellings(Hyperparameters())
+    assert len({*found[:50257].tolist()}) in range(32_900, 33_100)  # 32,980 there, with another rule for line ends
+    assert (found <= np.arange(50304)).all() and (found[found] == found).all() and found[50256] == 50256
 
 
 @pytest.mark.parametrize(

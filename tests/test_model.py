@@ -473,8 +473,8 @@ def test_joined_micro_batches_have_the_losses_and_gradients_that_they_have_apart
     def losses_and_gradients(joined):
         model.zero_grad()
         model.ngrams = table.to(dtype).requires_grad_()
-        places = np.empty(HP.ngram_rows, np.int32)
-        batches, exchange = train_gpt.make_micro_batches(dealt, joined, places, train_gpt.World(), classes)
+        spelled, places = np.arange(HP.padded_vocab), np.empty(HP.ngram_rows, np.int32)
+        batches, exchange = train_gpt.make_micro_batches(dealt, joined, spelled, places, train_gpt.World(), classes)
         model.ngrams = model.ngrams.detach()[exchange.rows].requires_grad_()
         assert [len(batch.inputs) for batch in batches] == [20 * joined] * (4 // joined)
         losses = [model(batch, WINDOWS, weights, prefix=True) for batch in batches]

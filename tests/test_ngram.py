@@ -78,9 +78,11 @@ def step_of(tmp_path, rank, ranks, **overrides):
     return hp, batch
 
 
-def plain_rows_of(batch, rows):
-    """By hand, of the micro-batches apart, as they were dealt."""
-    return [plain_ngrams(b.inputs.tolist(), rows, {*b.documents.starts.tolist()}) for b in batch.micro_batches]
+def plain_rows_of(batch, hp):
+    """By hand, of the micro-batches apart, as they were dealt; tokens count as the first that is spelled alike."""
+    spelled = [train_gpt.spellings(hp)[b.inputs.numpy()].tolist() for b in batch.micro_batches]
+    starts = [{*b.documents.starts.tolist()} for b in batch.micro_batches]
+    return [plain_ngrams(tokens, hp.ngram_rows, of) for tokens, of in zip(spelled, starts, strict=True)]
 
 
 @pytest.mark.parametrize("joined", [1, 96, 1024])
@@ -103,11 +105,11 @@ def test_slots_stand_for_the_rows_that_ranks_give_each_other(tmp_path, ranks, jo
         cache = [row for owner in range(ranks) for row in given[owner][rank]]
         assert batch.exchange.taken == [len(given[owner][rank]) for owner in range(ranks)]
         assert cache == sorted({*cache})
-        for b, (rows, signs) in zip(batch.micro_batches, plain_rows_of(batch, hp.ngram_rows), strict=True):
+        for b, (rows, signs) in zip(batch.micro_batches, plain_rows_of(batch, hp), strict=True):
             assert np.array(cache)[b.ngrams.slots.numpy()].tolist() == [*rows]
             assert b.ngrams.signs.tolist() == [*signs]
             assert b.ngrams.slots.dtype == b.ngrams.signs.dtype == torch.int32
-        assert {*cache} == {row for rows, _ in plain_rows_of(batch, 512) for of_order in rows for row in of_order}
+        assert {*cache} == {row for rows, _ in plain_rows_of(batch, hp) for of_order in rows for row in of_order}
         assert len(cache) <= train_gpt.ngram_slots(hp, World(rank, rank, ranks))
 
 

@@ -39,8 +39,8 @@ SPEEDRUN = TrainingSchedule(Hyperparameters())
 # ---------------------------------------------------------------------------- stages
 
 
-def test_four_stages_that_share_2080_steps_are_followed_by_an_extension_of_64():
-    assert SPEEDRUN.starts == (0, 693, 1386, 1906, 2080) and SPEEDRUN.hp.total_steps == 2144
+def test_four_stages_that_share_2144_steps_are_followed_by_an_extension_of_64():
+    assert SPEEDRUN.starts == (0, 714, 1428, 1964, 2144) and SPEEDRUN.hp.total_steps == 2208
     assert [stage.share for stage in STAGES] == [1, 1, 0.75, 0.25, None]
 
 
@@ -52,52 +52,52 @@ def test_stages_are_thirds_rounded_down_the_last_in_two_parts_of_which_the_secon
 
 
 def test_embedding_and_head_untie_at_the_first_odd_step_of_stage_3():
-    for scheduled, step in ((2080, 1387), (380, 253), (1512, 1009), (1518, 1013), (4, 3), (6, 5)):
+    for scheduled, step in ((2144, 1429), (380, 253), (1512, 1009), (1518, 1013), (4, 3), (6, 5)):
         assert TrainingSchedule(Hyperparameters(num_scheduled_iterations=scheduled)).untie_step == step
 
 
 def test_the_batch_grows_from_65536_tokens_to_three_times_that():
     assert [stage.tokens for stage in STAGES] == [65_536, 131_072, 196_608, 196_608, 196_608]
-    tokens = sum(SPEEDRUN.stage(step).tokens for step in range(2144))
-    assert tokens == 693 * (65_536 + 131_072) + (694 + 64) * 196_608
+    tokens = sum(SPEEDRUN.stage(step).tokens for step in range(2208))
+    assert tokens == 714 * (65_536 + 131_072) + (716 + 64) * 196_608
 
 
 def test_documents_are_cut_at_896_tokens_in_the_first_stage_and_at_2048_then():
-    sizes = [SPEEDRUN.size(step) for step in (0, 692, 693, 1386, 1906, 2080)]
+    sizes = [SPEEDRUN.size(step) for step in (0, 713, 714, 1428, 1964, 2144)]
     expected = [(8192, 896), (8192, 896), (16_384, 2048), *3 * [(24_576, 2048)]]
     assert [size[:2] for size in sizes] == expected
 
 
-def test_the_softmax_has_16384_classes_at_first_then_24576_and_all_in_the_last_238_steps():
-    classes = [SPEEDRUN.size(step)[2] for step in (0, 692, 693, 1385, 1386, 1905, 1906, 2080, 2143)]
-    assert classes == [16_384, 16_384, 20_480, 20_480, 24_576, 24_576, 0, 0, 0]  # 0: all
+def test_the_softmax_has_12288_classes_at_first_then_20992_and_all_in_the_last_244_steps():
+    classes = [SPEEDRUN.size(step)[2] for step in (0, 713, 714, 1427, 1428, 1963, 1964, 2144, 2207)]
+    assert classes == [12_288, 12_288, 17_408, 17_408, 20_992, 20_992, 0, 0, 0]  # 0: all
 
 
 def test_windows_grow_from_stage_to_stage_and_once_more_for_the_final_validation():
-    windows = [SPEEDRUN.windows(step) for step in (0, 693, 1386, 1906, 2080)]
+    windows = [SPEEDRUN.windows(step) for step in (0, 714, 1428, 1964, 2144)]
     assert [w["short"] for w in windows] == [128, 384, 640, 640, 768]
     assert [w["long"] for w in windows] == [384, 896, 1408, 1408, 1664]
     assert SPEEDRUN.window_tokens(*FINAL_WINDOWS) == {"short": 768, "long": 2560}
 
 
-def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_832_to_15_hundredths():
-    assert [SPEEDRUN.lr(step) for step in (0, 692, 693, 831, 832)] == [0.85, 0.85, 1.2, 1.2, 1.2]
-    for step, multiplier in ((833, 1.2), (1385, 1.2), (1386, 1.5), (1906, 1.5), (2079, 1.5)):
-        t = (step - 832) / (2080 - 832)
+def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_857_to_15_hundredths():
+    assert [SPEEDRUN.lr(step) for step in (0, 713, 714, 856, 857)] == [0.85, 0.85, 1.2, 1.2, 1.2]
+    for step, multiplier in ((858, 1.2), (1427, 1.2), (1428, 1.5), (1964, 1.5), (2143, 1.5)):
+        t = (step - 857) / (2144 - 857)
         assert SPEEDRUN.lr(step) == pytest.approx((1 - t) * multiplier + 0.15 * t, rel=1e-12)
-    assert {SPEEDRUN.lr(step) for step in (2080, 2100, 2143)} == {0.15}
+    assert {SPEEDRUN.lr(step) for step in (2144, 2170, 2207)} == {0.15}
 
 
-def test_momentum_rises_over_464_steps_and_falls_back_over_the_last_308():
-    expected = {0: 0.85, 232: 0.90, 463: 0.85 + 0.1 * 463 / 464, 464: 0.95, 465: 0.95, 1000: 0.95}
-    expected |= {1835: 0.95, 1836: 0.95, 1837: 0.95 - 0.1 / 308, 1990: 0.90, 2143: 0.85 + 0.1 / 308}
+def test_momentum_rises_over_480_steps_and_falls_back_over_the_last_320():
+    expected = {0: 0.85, 240: 0.90, 479: 0.85 + 0.1 * 479 / 480, 480: 0.95, 481: 0.95, 1000: 0.95}
+    expected |= {1887: 0.95, 1888: 0.95, 1889: 0.95 - 0.1 / 320, 2048: 0.90, 2207: 0.85 + 0.1 / 320}
     assert {step: SPEEDRUN.momentum(step) for step in expected} == pytest.approx(expected, rel=1e-12)
 
 
 def test_three_next_tokens_and_a_prefix_are_predicted_at_first_and_one_token_at_last():
-    expected = {0: [1, 0.5, 0.25, 0.25], 231: [1, 0.5, 0.25 * 2 / 3, 0.25], 692: [1, 0.5, 0.25 / 693, 0.25]}
-    expected |= {693: [1, 0.5, 0.25], 924: [1, 0.5 * 2 / 3, 0.25 * 2 / 3], 1385: [1, 0.5 / 693, 0.25 / 693]}
-    expected |= {1386: [1], 1906: [1], 2080: [1], 2143: [1]}
+    expected = {0: [1, 0.5, 0.25, 0.25], 238: [1, 0.5, 0.25 * 2 / 3, 0.25], 713: [1, 0.5, 0.25 / 714, 0.25]}
+    expected |= {714: [1, 0.5, 0.25], 952: [1, 0.5 * 2 / 3, 0.25 * 2 / 3], 1427: [1, 0.5 / 714, 0.25 / 714]}
+    expected |= {1428: [1], 1964: [1], 2144: [1], 2207: [1]}
     for step, weights in expected.items():
         assert SPEEDRUN.target_weights(step) == pytest.approx(weights, rel=1e-9)
 
@@ -109,20 +109,20 @@ def those(condition):
     return [i for i, layer in enumerate(LAYERS) if condition(layer)]
 
 
-def test_eleven_layers_ten_with_attention_between_a_row_at_the_start_and_one_at_the_end():
+def test_eleven_layers_eight_with_attention_between_a_row_at_the_start_and_one_at_the_end():
     assert len(LAYERS) == 13 and those(lambda layer: not layer.mlp) == [0, 12]
-    assert those(lambda layer: layer.window is None) == [0, 7, 12]
+    assert those(lambda layer: layer.window is None) == [0, 5, 7, 10, 12]
     assert those(lambda layer: layer.window == "long") == those(lambda layer: layer.key_offset) == [4, 11]
     assert those(lambda layer: layer.head_gates) == [4, 11]
-    assert those(lambda layer: layer.paired) == [1, 3, 6, 10]
-    assert those(lambda layer: layer.value_embed) == [2, 3, 9, 10, 11]
-    assert those(lambda layer: layer.xsa) == [2, 4, 5, 8]
+    assert those(lambda layer: layer.paired) == [1, 3, 6]
+    assert those(lambda layer: layer.value_embed) == [2, 3, 9, 11]
+    assert those(lambda layer: layer.xsa) == [2, 4, 8]
 
 
 def test_four_outputs_are_kept_and_four_networks_say_how_much_of_them_is_added_where():
     assert {layer.keep: i for i, layer in enumerate(LAYERS) if layer.keep} == dict(start=0, early=4, middle=8, late=10)
     assert those(lambda layer: layer.gates) == [0, 5, 11, 12]
-    assert {i: LAYERS[i].reads for i in those(lambda layer: layer.reads)} == dict.fromkeys((9, 10, 11), "middle")
+    assert {i: LAYERS[i].reads for i in those(lambda layer: layer.reads)} == dict.fromkeys((9, 11), "middle")
     assert {i: LAYERS[i].values for i in those(lambda layer: layer.values)} == {11: dict(start=0, middle=0, late=0)}
     ngrams, both = dict(ngrams=0.05), dict(x0=0.0, ngrams=0.05)
     assert {i: layer.adds for i, layer in enumerate(LAYERS)} == {
@@ -147,13 +147,13 @@ def test_parameters_have_the_records_shapes():
         "gate_in": (4, 64, 768),
         "gate_out": (4, 26, 64),  # the first network, of rows 0 to 4, has the most: 1 + 1 + (6 + 2) + 2 + (6 + 6 + 2)
         "gate_bias": (4, 26),
-        "value_gates": (5, 6, 12),
-        "qk_bank": (64, 256, 768),  # ten layers' three pairs of heads, for queries and keys
-        "vo_bank": (24, 768, 768),
-        "mlp_bank": (12, 2, 3072, 768),
+        "value_gates": (4, 6, 12),
+        "qk_bank": (48, 256, 768),  # eight layers' three pairs of heads, for queries and keys
+        "vo_bank": (16, 768, 768),
+        "mlp_bank": (12, 2, 2304, 768),
         "head": (768, 50304),
         "embed": (50304, 768),
-        "value_embeds": (5 * 50304, 768),
+        "value_embeds": (4 * 50304, 768),
     }
     assert model.tensors()["ngrams"].shape == (8_388_608, 768)
     # All layers' products with weights, in FP8 all but W_o
@@ -202,7 +202,7 @@ def test_the_speedruns_hyperparameters():
         micro_batch_tokens=32_768,
         val_tokens=10_485_760,
         val_batch_size=2_097_152,
-        num_scheduled_iterations=2080,
+        num_scheduled_iterations=2144,
         num_extension_iterations=64,
         length=1.0,
         cooldown_frac=0.6,
@@ -213,6 +213,7 @@ def test_the_speedruns_hyperparameters():
         ngram_rows=8_388_608,
         num_heads=6,
         head_dim=128,
+        mlp_ratio=3,
         window_block=128,
         adam_lr=0.008,
         adam_eps=1e-10,
@@ -220,8 +221,8 @@ def test_the_speedruns_hyperparameters():
         muon_lr=0.023,
         muon_wd=1.2,
         muon_beta2=0.95,
-        muon_momentum_warmup=464,
-        muon_momentum_cooldown=308,
+        muon_momentum_warmup=480,
+        muon_momentum_cooldown=320,
         grad_scale=2.0,
         val_loss_every=250,
         seed=0,
