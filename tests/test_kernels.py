@@ -882,10 +882,13 @@ def losses_with_copying(targets, documents, window, V, fp8_grad_scale=None):
 
 
 LOSSES_ENDS, LOSSES_WINDOW, LOSSES_INPUTS = [0, 1, 60, 97], 40, ("x", "w_qk", "w_sentinel", "gain", "bias", "head")
+# In bf16 scores up to 30 are off by 1 % before they are exponents. Measured in four draws: 4e-15, 5e-6, 1.1e-2, but for
+# the gradient of the bias, which cancels.
 LOSSES_CASES = [
-    pytest.param("cpu", torch.float64, 1e-11, id="cpu-float64"),
+    pytest.param("cpu", torch.float64, EXACT_TOLERANCE, id="cpu-float64"),
     pytest.param("cpu", torch.float32, 2e-5, id="cpu-float32"),
-    pytest.param("cuda", torch.bfloat16, 2e-2, marks=pytest.mark.gpu, id="cuda-bfloat16"),
+    pytest.param("cpu", torch.bfloat16, 3e-2, id="cpu-bfloat16"),
+    pytest.param("cuda", torch.bfloat16, 3e-2, marks=pytest.mark.gpu, id="cuda-bfloat16"),
 ]
 
 

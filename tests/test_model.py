@@ -475,6 +475,41 @@ def test_targets_end_with_the_first_token_behind_a_document(t, changed):
     assert (losses != others).nonzero().flatten().tolist() == changed
 
 
+@pytest.mark.parametrize(
+    "s, t, copied", [(20, 30, True), (29, 30, True), (14, 30, True), (14, 31, False), (12, 13, False), (31, 30, False)]
+)
+def test_a_target_is_copied_from_earlier_ones_of_its_document_as_far_as_the_longest_one_goes(s, t, copied):
+    model, tokens = random_model(), torch.randperm(HP.vocab_size, dtype=torch.int32)[: T + 1]  # none twice
+    inputs, targets, others = tokens[:-1], tokens[1:], tokens[1:].clone()
+    others[s] = targets[t]
+    losses, of_others = (losses_of(model, inputs, of) for of in (targets, others))
+    changed = {*(losses != of_others).nonzero().flatten().tolist()} - {
+        s,
+        s - 1,
+        s - 2,
+    }  # without those it is a target of
+    assert changed == ({t} if copied else set())
+    assert of_others[t] < losses[t] or not copied
+
+
+def test_without_copying_there_are_no_parameters_of_it_and_losses_are_the_softmaxs():
+    copying, tokens = random_model(), random_tokens()
+    hp = replace(HP, copy_width=0)
+    model = GPT(hp, CPU, torch.float32).double()
+    kept = {name: p for name, p in copying.state_dict().items() if not name.startswith("copy_")}
+    unset = model.load_state_dict(kept, strict=False).missing_keys
+    model.ngrams = copying.ngrams
+    assert {*unset} == {"copy_qk", "copy_sentinel"} and not any(model.get_parameter(name).numel() for name in unset)
+    logits = model.logits(batch_of(tokens[:-1], tokens[1:]), WINDOWS)
+    h = plain_output(parameters_of(model), model.signs, tokens[:-1])
+    assert relative_error(logits, 23 * torch.sigmoid((h @ model.head + 5) / 7.5)) < EXACT_TOLERANCE
+    losses = losses_of(model, tokens[:-1], tokens[1:], weights=(1.0,))
+    assert relative_error(losses, F.cross_entropy(logits, tokens[1:].long(), reduction="none")) < EXACT_TOLERANCE
+    losses.sum().backward()
+    slots = train_gpt.Optimizer(model, hp, train_gpt.World(), 0).slots
+    assert not {*unset} & {*slots}
+
+
 # Four micro-batches, with documents of one and of two tokens at either end; the last of one may hold its target only.
 DEALT_ENDS = [[0, 1, 3, 20], [0, 17, 18, 20], [0, 20, 20], [0, 9, 18, 20]]
 
@@ -769,6 +804,12 @@ def test_value_embeddings_start_normal_with_std_a_hundredth(wide_model):
     for table in wide_model.value_embeds.detach().split(1024):
         assert table.std().item() == pytest.approx(0.01, rel=0.02)
         assert table.abs().max() > 0.01 * 3.5  # not uniform
+
+
+def test_what_copying_looks_for_starts_normal_with_one_over_root_width(wide_model):
+    weights = wide_model.copy_qk.detach()
+    assert weights.std().item() == pytest.approx(WIDE.model_dim**-0.5, rel=0.02)
+    assert weights.abs().max() > WIDE.model_dim**-0.5 * 3.5  # not uniform
 
 
 def test_head_starts_normal_and_the_embedding_as_its_transpose(wide_model):
