@@ -36,7 +36,7 @@ UNTIMED_STEPS, PROFILED_STEPS = 2, 2  # at a stage's start, among them the untyi
 KERNEL_CATEGORIES = {
     "communication": r"(?i)nccl|gloo|c10d::",
     "optimizer": r"symmetric_product|update_rows",
-    "loss": r"cross_entropy",
+    "loss": r"cross_entropy|\bcopy_(kernel|backward)",
     "attention": r"flash|attention|split_heads",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|linear_relu2|aten::\w*mm\b",
     "memory": r"(?i)memcpy|memset|aten::(copy_|zero_|fill_)",

@@ -87,7 +87,8 @@ def forward_flop(run: Run, windows: dict[str, int], classes: int) -> dict[str, i
     """FLOP a token of the forward pass, by part; backward takes twice as many. windows: tokens, by name.
 
     2 for each weight that a token is multiplied by. A query meets the keys of its window and its own, in paired layers
-    those of two heads, half as far back; as if no document began within. Without what is done number by number.
+    those of two heads, half as far back; as if no document began within. One that may copy meets the keys before it in
+    the longest document, half of these on the average. Without what is done number by number.
     """
     program, hp, p = run.train_gpt, run.hp, run.parameters
     layers, C, heads = [layer for layer in program.LAYERS if layer.window], hp.model_dim, hp.num_heads
@@ -100,6 +101,9 @@ def forward_flop(run: Run, windows: dict[str, int], classes: int) -> dict[str, i
     flop["MLP"] = 2 * len(program.MLP_LAYERS) * p["mlp_bank"][0].numel()
     hidden = len(p["gate_in"]) * C + sum(gates_of(run, network) for network in program.NETWORK_LAYERS)
     flop["gates"] = 2 * (program.GATE_HIDDEN * hidden + p["smear_gate"].numel() + p["value_gates"].numel())
+    if hp.copy_width:
+        flop["copying's projections"] = 2 * (p["copy_qk"].numel() + p["copy_sentinel"].numel())
+        flop["copying, scores"] = hp.copy_width * (hp.train_max_seq_len - 1)
     return flop | {"head": 2 * C * classes}
 
 
@@ -148,7 +152,8 @@ def kept_bytes(run: Run, stage, tokens: int) -> dict[str, int]:
     """An estimate of what the backward pass of a micro-batch of so many tokens finds kept when it begins, by part.
 
     Of attention what is projected, q, k, v before and after the norm, and the result; of an MLP both its operands; of
-    the stream (T, C) what goes into the compiled regions of a layer and what rows keep; the logits and their gradient.
+    the stream (T, C) what goes into the compiled regions of a layer and what rows keep; of copying q and k before and
+    after the norm; the logits and their gradient.
     """
     size, C, layers = run.dtype.itemsize, run.hp.model_dim, run.train_gpt.LAYERS
     product = 1 if "layers" in run.fp8 else size
@@ -157,6 +162,7 @@ def kept_bytes(run: Run, stage, tokens: int) -> dict[str, int]:
         "attention": tokens * len(run.train_gpt.ATTENTION_LAYERS) * C * (product + 7 * size),
         "MLP": tokens * len(run.train_gpt.MLP_LAYERS) * 5 * C * product,
         "stream": tokens * stream * C * size,
+        "copying": tokens * 4 * run.hp.copy_width * size,
         "logits": tokens * run.classes(stage) * (size + (2 if "head" in run.fp8 else size)),
     }
 
@@ -357,7 +363,8 @@ def architecture_svg(run: Run) -> str:
         *(picture.rule(34, y - PITCH / 2, RIGHT, y - PITCH / 2, "grid") for y in map(row_y, range(len(layers) + 1))),
         picture.rule(60, row_y(-1), 60, end, "ink", ' stroke-width="2"'),
     ]
-    for y, words in ((row_y(-1), "embeddings, normed"), (end, f"norm, head: {hp.padded_vocab:,} logits")):
+    copying = f", mixed with copying {hp.copy_width} wide" if hp.copy_width else ""
+    for y, words in ((row_y(-1), "embeddings, normed"), (end, f"norm, head: {hp.padded_vocab:,} logits{copying}")):
         lines += [
             picture.rule(60, y, ATTENTION, y, "ink", ' stroke-width="2"'),
             *box(ATTENTION, y, 406, words, "quiet"),

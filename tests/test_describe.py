@@ -195,12 +195,13 @@ def test_the_products_are_those_that_a_forward_pass_computes(programs, name, mon
     batch = program.make_micro_batch(tokens, np.array([0, T]), np.arange(65536), run.hp.ngram_rows, torch.device("cpu"))
     model.ngrams = torch.zeros(model.ngram_shape)
     monkeypatch.setattr(program, "linear_relu2", program.linear_relu2_reference)  # nobody looks into an operator
-    monkeypatch.setattr(program, "attend", lambda q, k, v, *rest: v)  # counted by itself
+    monkeypatch.setattr(program, "attend", lambda q, k, v, *rest: v)  # counted by themselves
+    monkeypatch.setattr(program, "copy_sums", lambda q, *rest: q.new_zeros(2, T))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(batch, dict(short=16, long=32), torch.ones(1))
     counted = counter.get_total_flops()
     flop = describe.forward_flop(run, dict(short=16, long=32), run.hp.padded_vocab)
-    told = sum(n for part, n in flop.items() if not part.startswith("attention, "))
+    told = sum(n for part, n in flop.items() if not part.startswith(("attention, ", "copying, ")))
     by_sums = 2 * (model.smear_gate.numel() + model.value_gates.numel())  # not as products, see Gate
     assert counted == T * (told - by_sums)
     C = run.hp.model_dim
@@ -219,6 +220,20 @@ def test_a_query_meets_the_keys_of_its_window_and_its_own(paired):
     short = [layer for layer in train_gpt.LAYERS if layer.window == "short"]
     flop = describe.forward_flop(run, dict(short=window, long=9), 16)["attention, short windows"]
     assert flop == sum(2 * (64 + 128 if a.narrow else 2 * 128) for a in short) * run.hp.num_heads * keys
+
+
+@pytest.mark.parametrize("width", [0, 16, 64])
+def test_a_position_that_may_copy_meets_the_keys_before_it_in_the_longest_document(width):
+    run = run_of(train_gpt, f"--copy_width={width}", "--train_max_seq_len=24")
+    flop, T = describe.forward_flop(run, dict(short=5, long=9), 16), 24
+    assert {part for part in flop if "copying" in part} == (
+        {"copying's projections", "copying, scores"} if width else set()
+    )
+    documents = train_gpt.Documents(torch.zeros(T, dtype=torch.int32), torch.full((T,), T, dtype=torch.int32))
+    k, window = torch.zeros(T, width), train_gpt.GPT(run.hp, torch.device("meta"), torch.float32).copy_window
+    keys = int((train_gpt.copy_scores(k, k, documents, window, torch.arange(T)) == 0).sum())
+    assert flop.get("copying, scores", 0) == 2 * width * keys / T
+    assert describe.kept_bytes(run, run.hp.stages[0], 10)["copying"] == 10 * 4 * width * 2  # q and k, twice, in bf16
 
 
 def test_training_takes_three_times_the_forward_pass_for_each_token(programs):
