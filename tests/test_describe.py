@@ -205,7 +205,7 @@ def test_the_products_are_those_that_a_forward_pass_computes(programs, name, mon
     by_sums = 2 * (model.smear_gate.numel() + model.value_gates.numel())  # not as products, see Gate
     assert counted == T * (told - by_sums)
     C = run.hp.model_dim
-    assert flop["MLP"] == sum(layer.mlp for layer in program.LAYERS) * 2 * (C * 4 * C + 4 * C * C)
+    assert flop["MLP"] == sum(layer.mlp for layer in program.LAYERS) * 4 * C * run.hp.mlp_ratio * C
 
 
 @pytest.mark.parametrize("paired", [False, True])

@@ -61,7 +61,7 @@ def random_model():
         for name, p in model.named_parameters():
             if name == "scalars":
                 p.add_(0.3 * torch.randn_like(p))
-                of_scalars(p)["copy_sentinel"] -= 8  # else little is copied
+                of_scalars(p)["copy_sentinel"] -= 13  # else little is copied
             else:
                 p.normal_(std=1.0 if "gate" in name else 0.2)
     model.ngrams = (0.2 * torch.randn(HP.ngram_rows, HP.model_dim, dtype=torch.float64)).requires_grad_()
@@ -229,7 +229,8 @@ def plain_softmax(p, h, classes=slice(None)):
 
 
 def plain_copying(p, h, targets):
-    """Probability of the model's own distribution (T,), and of copying from each position, (T, T)."""
+    """Probability of the model's own distribution (T,), and of copying from each position, (T, T); no gradient to h."""
+    h = h.detach()
     scalars = of_scalars(p["scalars"])
     q, k = (plain_rms_norm(h @ w.T) for w in p["copy_qk"].split(HP.copy_width))
     scores = (scalars["copy_gain"] / HP.copy_width**0.5 * q @ k.T).exp()
@@ -281,10 +282,10 @@ EDITED_LAYERS = {
     "one more layer": [*LAYERS[:5], Layer("short", xsa=True, adds=X0 | NGRAMS), *LAYERS[5:]],
     "another skip": changed(row2=dict(keep="second"), row8=dict(adds=X0 | NGRAMS | dict(second=0.3))),
     "attention reads another output": changed(
-        row3=dict(reads="x0"), row9=dict(reads="early"), row10=dict(reads="start")
+        row3=dict(reads="x0"), row9=dict(reads="early"), row11=dict(reads="start")
     ),
     "outputs added to another layer's values": changed(row8=dict(values=dict(early=0.2, x0=-0.1))),
-    "outputs added to the values of pairs": changed(row10=dict(values=dict(early=0.2, ngrams=-0.1))),
+    "outputs added to the values of pairs": changed(row6=dict(values=dict(early=0.2, ngrams=-0.1))),
     "an MLP at the end": changed(row12=dict(mlp=True)),
     "no MLP": changed(all=dict(mlp=False)),
     "attention at the end": [*LAYERS, Layer("long", reads="late", head_gates=True, adds=X0, keep="end")],
@@ -743,7 +744,7 @@ def test_parameters_have_the_shapes_and_types_that_checkpoints_and_optimizer_exp
         "copy_sentinel": (1, C),
         "qk_bank": (attention * H + -attention * H % 8, 2 * D, C),  # banks in eights
         "vo_bank": (2 * attention + -2 * attention % 8, C, C),
-        "mlp_bank": (mlps + -mlps % 4, 2, 4 * C, C),
+        "mlp_bank": (mlps + -mlps % 4, 2, WIDE.mlp_ratio * C, C),
         "head": (C, 1024),
         "embed": (1024, C),
         "value_embeds": (values * 1024, C),
