@@ -44,7 +44,7 @@ EDITS = {
     "no prefix loss": [(r", \(0.25, 0.[0-9]+\)", "")],
     "a softmax over some classes": [(r"classes=[\d_]+", "classes=320")],
     "a main stage more": [
-        (STAGE_ROW, r"\g<0>    TrainingStage(1, 131_072, 2, 5, 1.2, (1.0, 0.5), (1.0, 0.0))," + "\n")
+        (STAGE_ROW, r"\g<0>    TrainingStage(1, 131_072, 2, 30, 1.2, (1.0, 0.5), (1.0, 0.0))," + "\n")
     ],
     "a main stage fewer": [(STAGE_ROW, "")],
 }
