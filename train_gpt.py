@@ -20,7 +20,7 @@ Contents, in reading order (search for the banner):
     Train             warm-up, the loop, validation, the clock
 What never runs on the clock:
     Log               the run's log file and the terminal
-    Checkpoints       what a killed run goes on from; a trained model, and what it writes
+    Checkpoints       what a killed run goes on from; what a trained model writes
     Watch             signals, hangs, the failures of other ranks: one message, and no process left
     World check       everything that can be wrong, found in two seconds
     main              a run from its arguments to its end; --bench, --profile and --describe take a file of records/
@@ -3791,25 +3791,6 @@ def settings_of(path: Path, content: dict) -> Hyperparameters:
     check_hyperparameters(hp)
     require(list(hp.stages) == content["stages"], f"{path}: the run had other STAGES than the table in train_gpt.py")
     return hp
-
-
-@torch.no_grad()
-def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Hyperparameters, dict[str, int]]:
-    """A checkpoint's model, hyperparameters, and windows, as its run's validation there has them. Raises UserError."""
-    content, device = read_checkpoint(path), torch.device(device)
-    pieces = read_pieces(path, content)
-    schedule, step = TrainingSchedule(settings_of(path, content)), content["step"]
-    for place in (torch.device("meta"), device):  # first the shapes alone: a stranger's may take any memory
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is drawn is of no use
-            model = GPT(schedule.hp, place, choose_dtype(schedule.hp, World(device=device)))
-        for name, p in model.named_parameters():
-            copy_saved(p, content["model"].get(name), f"{path}: {name}", partial(Tensor.to, dtype=p.dtype))
-        model.ngrams = torch.empty(model.ngram_shape, dtype=model.embed.dtype, device=place)
-        for part, piece, name in zip(model.ngrams.chunk(len(pieces)), pieces, piece_paths(path), strict=True):
-            copy_saved(part, piece.get("p"), f"{name}: ngrams", partial(Tensor.to, dtype=part.dtype))
-    for windows in pairwise(schedule.long_windows[: schedule.stage_index(max(step - 1, 0)) + 1]):
-        model.yarn.grow(*windows)
-    return model, schedule.hp, schedule.val_windows(step)
 
 
 @torch.no_grad()
