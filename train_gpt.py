@@ -50,7 +50,7 @@ import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -2690,7 +2690,6 @@ class Optimizer:
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 FILES = ["train_files", "val_files"]  # the settings that name them
-FIRST_SCAN = 6_000_000  # tokens of the first shard searched for documents before the first step; a thread does the rest
 FETCH = "fetch it again: python data/cached_fineweb10B.py, or make shards with data/tokenize_text.py"
 
 
@@ -2755,36 +2754,13 @@ def read_tokens(path: Path, vocab_size: int, limit: int | None = None) -> np.nda
 
 
 class Shard:
-    """A shard in memory and its documents, dealt out front to back in micro-batches.
+    """A shard in memory and its documents, dealt out front to back in micro-batches."""
 
-    The index of documents covers the first FIRST_SCAN tokens at once and the rest when a thread is through; the part
-    known at first is a prefix of the whole, so that the two can be swapped at any time.
-    """
-
-    def __init__(self, path: Path, hp: Hyperparameters, scan_all: bool):
-        self.hp, self.tokens = hp, read_tokens(path, hp.vocab_size)
-        self.next_document, self.summed = 0, (0, 0, None)
-        self.whole_index: Future | None = None
-        if scan_all or len(self.tokens) <= FIRST_SCAN:
-            self.index = self._scan(len(self.tokens))
-        else:
-            starts, lengths = self._scan(FIRST_SCAN)
-            self.index = starts[:-1], lengths[:-1]  # the last document may go on
-            pool = ThreadPoolExecutor(1, "shard index")
-            self.whole_index = pool.submit(self._scan, len(self.tokens))
-            pool.shutdown(wait=False)
-
-    def _scan(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """Start and length of each document."""
-        starts = np.flatnonzero(self.tokens[:limit] == self.hp.bos)
-        return starts, np.diff(starts, append=limit)
-
-    def _ends(self, max_seq_len: int) -> np.ndarray:
-        """For each document the sum of lengths, as cut, up to its end; made once for as long as the index stays."""
-        if self.summed[:2] != (max_seq_len, len(self.index[1])):
-            ends = np.cumsum(np.minimum(self.index[1], max_seq_len))
-            self.summed = max_seq_len, len(ends), ends
-        return self.summed[2]
+    def __init__(self, path: Path, hp: Hyperparameters):
+        self.tokens, self.next_document = read_tokens(path, hp.vocab_size), 0
+        self.starts = np.flatnonzero(self.tokens == hp.bos)
+        self.lengths = np.diff(self.starts, append=len(self.tokens))
+        self.cut, self.ends = 0, self.starts  # the sums of lengths, as cut, up to each document's end; 0: none yet
 
     def deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[int, int]] | None:
         """Spans of documents of the next 8 micro-batches of num_tokens + 1 tokens; None when the shard can't fill them.
@@ -2792,18 +2768,14 @@ class Shard:
         A span is (first, last + 1); its last document is cut where the micro-batch is full, and the next span begins
         at the next document. A deal that can't be filled is dropped whole.
         """
-        if self.whole_index and self.whole_index.done():
-            self.index, self.whole_index = self.whole_index.result(), None
-        ends = self._ends(max_seq_len)
+        if self.cut != max_seq_len:
+            self.cut, self.ends = max_seq_len, np.cumsum(np.minimum(self.lengths, max_seq_len))
         spans, first = [], self.next_document
         for _ in range(MICRO_BATCHES):
-            before = ends[first - 1] if first else 0
-            last = int(np.searchsorted(ends, before + num_tokens + 1))
-            if last >= len(ends):
-                if not self.whole_index:
-                    return None
-                self.index, self.whole_index = self.whole_index.result(), None  # only now is it needed
-                return self.deal(num_tokens, max_seq_len)
+            before = self.ends[first - 1] if first else 0
+            last = int(np.searchsorted(self.ends, before + num_tokens + 1))
+            if last >= len(self.ends):
+                return None
             spans.append((first, last + 1))
             first = last + 1
         self.next_document = first
@@ -2811,7 +2783,7 @@ class Shard:
 
     def assemble(self, span: tuple[int, int], num_tokens: int, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """The num_tokens + 1 tokens of a span and the documents' cumulative ends within num_tokens, 0 first."""
-        starts, lengths = (array[slice(*span)] for array in self.index)
+        starts, lengths = self.starts[slice(*span)], self.lengths[slice(*span)]
         lengths = np.minimum(lengths, max_seq_len)
         pieces = [self.tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
         ends = np.minimum(np.cumsum(lengths), num_tokens)
@@ -2970,7 +2942,7 @@ class TrainLoader:
         self.paths, self.sizes, self.hp, self.world = paths, sizes, hp, world
         self.found = {path: file_state(path) for path in paths}
         self.files_begun, document = position
-        self.shard = self._load(self.files_begun - 1, scan_all=document > 0)
+        self.shard = self._load(self.files_begun - 1)
         self.shard.next_document = document
         self.reader = ThreadPoolExecutor(1, "next shard")
         self.next_shard = self.reader.submit(self._load, self.files_begun)
@@ -2981,11 +2953,11 @@ class TrainLoader:
         self.assembler = ThreadPoolExecutor(1, "micro-batches", set_device)
         self.ahead = self.assembler.submit(self._prepare, sizes[0])
 
-    def _load(self, number: int, scan_all: bool = True) -> Shard:
+    def _load(self, number: int) -> Shard:
         path = self.reading = self.paths[number % len(self.paths)]
         if file_state(path) not in (self.found[path], None):  # one that is gone is named when it is read
             raise UserError(f"{path}: changed since the run began")
-        return Shard(path, self.hp, scan_all)
+        return Shard(path, self.hp)
 
     def _wait(self) -> StepBatch:
         try:  # less than the timeout of the watch, which could not name the file
