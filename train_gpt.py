@@ -356,10 +356,7 @@ def require(condition: object, message: str) -> None:
 
 
 def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameters, dict[str, object]]:
-    """`--name=value` arguments over the preset's values over the defaults; `--name` alone sets a bool to true.
-
-    Returns the hyperparameters and what was overridden, by name. Raises UserError for unknown names and bad values.
-    """
+    """Arguments over the preset's values over the defaults, and the arguments' values by name. Raises UserError."""
     types = {field.name: field.type for field in fields(Hyperparameters)}
     overrides: dict[str, object] = {}
     for argument in arguments:
@@ -462,15 +459,13 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
         told = "'rowwise'" if name == "ngrams" else "'adam' or 'normuon'"
         require(algorithm in ALGORITHMS and f"'{algorithm}'" in told, f"{row}: algorithm is {told}")
         require(isinstance(lr, tuple) and lr, f"{row}: lr={lr} is no tuple, as (1.0,)")
-        if algorithm == "adam":
-            require(isinstance(betas, tuple) and len(betas) == 2, f"{row}: adam takes betas, as (0.9, 0.99)")
-        elif algorithm == "rowwise":
-            told = f"{row}: rowwise is sharded and takes one lr and betas of which the first is 0, as (0.0, 0.95)"
-            fits = isinstance(betas, tuple) and len(betas) == 2 and betas[0] == 0
-            require(sharded and len(lr) == 1 and fits, told)
-        else:
-            require(betas is None, f"{row}: normuon takes no betas")
-            require(p.dim() == 3, f"{row}: normuon is for banks of matrices, this has the shape {tuple(p.shape)}")
+        pair = isinstance(betas, tuple) and len(betas) == 2
+        require(pair or algorithm != "adam", f"{row}: adam takes betas, as (0.9, 0.99)")
+        told = f"{row}: rowwise is sharded and takes one lr and betas of which the first is 0, as (0.0, 0.95)"
+        require((pair and betas[0] == 0 and sharded and len(lr) == 1) or algorithm != "rowwise", told)
+        require(betas is None or algorithm != "normuon", f"{row}: normuon takes no betas")
+        told = f"{row}: normuon is for banks of matrices, this has the shape {tuple(p.shape)}"
+        require(p.dim() == 3 or algorithm != "normuon", told)
         told = f"{row}: sharded, but its first dimension {len(p)} does not divide by {MICRO_BATCHES}, the most ranks"
         require(not sharded or len(p) % MICRO_BATCHES == 0, told)
 
@@ -478,8 +473,7 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
 def check_hyperparameters(hp: Hyperparameters) -> None:
     """Raises UserError for values that could only fail later."""
     check_tables(hp)
-    told = f"--micro_batch_tokens={hp.micro_batch_tokens} must be from 1 to 2 ** 20"
-    require(0 < hp.micro_batch_tokens <= 2**20, told)
+    require(0 < hp.micro_batch_tokens <= 2**20, f"--micro_batch_tokens={hp.micro_batch_tokens}: from 1 to 2 ** 20")
     positive = "num_scheduled_iterations train_max_seq_len val_tokens val_batch_size num_heads window_block adam_eps"
     for name in (*positive.split(), "grad_scale"):
         require(getattr(hp, name) > 0, f"--{name}={getattr(hp, name)} must be positive")
@@ -531,9 +525,8 @@ UNDER_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the
 def environment_number(name: str, default: int, least: int, most: int) -> int:
     """A number that torchrun sets. Raises UserError for anything else."""
     text = os.environ.get(name, str(default))
-    if not text.isdecimal() or not least <= int(text) <= most:
-        told = f"expected a whole number from {least} to {most}; torchrun sets it, and a single process needs none"
-        raise UserError(f"{name}={text!r} in the environment: {told}")
+    told = f"expected a whole number from {least} to {most}; torchrun sets it, and a single process needs none"
+    require(text.isdecimal() and least <= int(text) <= most, f"{name}={text!r} in the environment: {told}")
     return int(text)
 
 
@@ -2697,11 +2690,9 @@ def find_files(pattern: str) -> list[Path]:
     """The files of a glob pattern relative to ROOT, sorted. Raises UserError when there is none."""
     below = os.path.join(escape(str(ROOT)), pattern)  # an absolute pattern stays as it is
     paths = sorted(map(Path, glob(below) or glob(below.replace("[", "[[]"))))  # "[" may be meant as a letter
-    if not paths:
-        raise UserError(
-            f"no data files match {ROOT / pattern}: get FineWeb with python data/cached_fineweb10B.py, an offline "
-            "sample with python data/sample.py, or set DATA_PATH to the folder that holds data/"
-        )
+    remedy = "get FineWeb with python data/cached_fineweb10B.py, an offline sample with python data/sample.py"
+    told = f"no data files match {ROOT / pattern}: {remedy}, or set DATA_PATH to the folder that holds data/"
+    require(paths, told)
     return paths
 
 
@@ -2714,11 +2705,10 @@ def read_header(path: Path) -> int:
     require(size >= HEADER_BYTES, f"{path}: truncated, {size} bytes are less than a header's {HEADER_BYTES}; {FETCH}")
     magic, version, tokens = header.tolist()
     require(magic == SHARD_MAGIC, f"{path}: not a token shard, magic number {magic} instead of {SHARD_MAGIC}; {FETCH}")
-    if version != SHARD_VERSION:
-        raise UserError(f"{path}: shard version {version}, this program reads version {SHARD_VERSION}; {FETCH}")
-    if tokens < 0 or size != HEADER_BYTES + 2 * tokens:
-        held = (size - HEADER_BYTES) // 2
-        raise UserError(f"{path}: the header promises {tokens} tokens, the file holds {held}; {FETCH}")
+    told = f"{path}: shard version {version}, this program reads version {SHARD_VERSION}; {FETCH}"
+    require(version == SHARD_VERSION, told)
+    told = f"{path}: the header promises {tokens} tokens, the file holds {(size - HEADER_BYTES) // 2}; {FETCH}"
+    require(size == HEADER_BYTES + 2 * tokens, told)
     return tokens
 
 
@@ -2747,9 +2737,8 @@ def read_tokens(path: Path, vocab_size: int, limit: int | None = None) -> np.nda
     require(len(tokens) == count, f"{path}: shrank while it was read; {FETCH}")
     if count and tokens.max() >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
-        raise UserError(
-            f"{path}: token id {tokens[at]} at position {at}, the vocabulary ends at {vocab_size - 1}; {FETCH}"
-        )
+        told = f"token id {tokens[at]} at position {at}, the vocabulary ends at {vocab_size - 1}"
+        raise UserError(f"{path}: {told}; {FETCH}")
     return tokens
 
 
@@ -2795,7 +2784,7 @@ def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndar
 
     So the text alone decides, on any number of ranks. Source: sampled softmax, arXiv 1412.2007; here evenly spread over
     the vocabulary, which is sorted by frequency. What is left out is not made up for: counting a class for those that
-    are not there is right on average, and worse. None for more targets than classes: the softmax is over all then.
+    are not there is right on average, and worse. None, for a softmax over all, where there are more targets.
     """
     taken = np.bincount(targets, minlength=vocab_size) > 0
     others = np.flatnonzero(~taken)
@@ -2929,16 +2918,12 @@ class StepBatch(NamedTuple):
 class TrainLoader:
     """Iterates over steps; while one is computed, a thread assembles the next and copies it to the GPU.
 
-    sizes: for each step what TrainingSchedule.size gives. Every rank deals all 8 micro-batches of a step and keeps its
-    own, and of the others what they look up, so that any number of ranks sees the same.
-    When the files run out, they start over, and the epoch counts up.
-    position: of the last step's batch before these, in a run that goes on.
-    Raises UserError if no file can fill a step, or when a file turns out to be damaged.
+    Every rank deals all 8 micro-batches of a step and keeps its own, and of the others what they look up, so that any
+    number of ranks sees the same. When the files run out, they start over. sizes: of the steps, see
+    TrainingSchedule.size; position: of the batch before. Raises UserError for files damaged or too small for a step.
     """
 
-    def __init__(
-        self, paths: list[Path], sizes: list[tuple[int, ...]], hp: Hyperparameters, world: World, position=(1, 0)
-    ):
+    def __init__(self, paths: list[Path], sizes: list[tuple], hp: Hyperparameters, world: World, position=(1, 0)):
         self.paths, self.sizes, self.hp, self.world = paths, sizes, hp, world
         self.found = {path: file_state(path) for path in paths}
         self.files_begun, document = position
@@ -2982,10 +2967,8 @@ class TrainLoader:
     def _prepare(self, size: tuple[int, ...]) -> StepBatch:
         *size, count = size
         dealt = [self.shard.assemble(span, *size) for span in self._deal(*size)]
-        classes = None
-        if count:  # of the whole step, so that they are the same on any number of ranks
-            targets = np.concatenate([tokens[1:] for tokens, _ in dealt])
-            classes = softmax_classes(targets, count, self.hp.padded_vocab)
+        targets = np.concatenate([tokens[1:] for tokens, _ in dealt])  # of all ranks: classes are the same on each
+        classes = softmax_classes(targets, count, self.hp.padded_vocab)
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             classes = to_device([] if classes is None else [classes], self.world.device)
             together = micro_batches_together(size[0], self.hp, self.world)
@@ -3012,10 +2995,7 @@ class TrainLoader:
 
 
 def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> list[tuple[list[MicroBatch], Exchange]]:
-    """This rank's chunks of the first val_tokens tokens, cut at fixed offsets whatever the number of ranks.
-
-    Raises UserError when the files hold fewer than val_tokens + 1 tokens.
-    """
+    """This rank's chunks of the first val_tokens, the same for any number of ranks. Raises UserError for fewer."""
     needed, tokens = hp.val_tokens + 1, np.empty(0, np.uint16)
     for path in paths:
         tokens = np.append(tokens, read_tokens(path, hp.vocab_size, needed - len(tokens)))
@@ -3061,10 +3041,8 @@ def prefix_table(hp: Hyperparameters) -> Tensor:
     """
     ids, prefixes = read_vocabulary(hp), [-1] * hp.padded_vocab
     for token, i in ids.items():
-        prefix = token[:-1]
-        while prefix and prefix not in ids:
-            prefix = prefix[:-1]
-        prefixes[i] = ids.get(prefix, -1)
+        shorter = (token[:length] for length in range(len(token) - 1, 0, -1))
+        prefixes[i] = next((ids[prefix] for prefix in shorter if prefix in ids), -1)
     return torch.tensor(prefixes, dtype=torch.int32)
 
 
@@ -3509,10 +3487,7 @@ class Terminal:
 
 
 class Log:
-    """The run's log file, and the same lines on the terminal; on rank 0, elsewhere silent.
-
-    On a terminal, steps move a progress bar and only the other lines are printed.
-    """
+    """The log file, and the same lines on the terminal, but that a bar shows the steps there; only rank 0 writes."""
 
     def __init__(self, hp: Hyperparameters, world: World):
         self.path = Path(hp.log_dir) / f"{hp.run_id}.txt"
@@ -3651,10 +3626,7 @@ def try_to_write(path: Path, content: dict) -> tuple[str, str]:
 
 
 def write_checkpoint(path: Path, content: dict) -> str:
-    """A file for torch.load, then 32 bytes of SHA-256; whole or not at all, also when the machine dies meanwhile.
-
-    Returns the checksum.
-    """
+    """A file for torch.load, then its SHA-256, which is returned; whole or not at all, also when the machine dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, digest = path.with_suffix(".part"), hashlib.sha256()
     try:
@@ -3780,10 +3752,7 @@ def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, 
 
 
 def files_of(hp: Hyperparameters, checkpoint: dict | None = None) -> dict[str, list[Path]]:
-    """Train and validation files: all that match, or, in a run that goes on, those that it began with.
-
-    Raises UserError for one that is no longer there.
-    """
+    """Train and validation files: all that match, or those that a run to go on with began with. Raises UserError."""
     files = {name: find_files(getattr(hp, name)) for name in FILES}
     for name, shards in checkpoint["shards"].items() if checkpoint else ():
         there = [path for path in files[name] if any(shard.startswith(f"{path.name}, ") for shard in shards)]
@@ -4082,10 +4051,7 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
 
 
 def check_agreement(hp: Hyperparameters, overrides: dict, world: World, shards: dict, checkpoint: dict | None) -> str:
-    """Compares what the ranks were started with: settings as resolved, source, versions, data. Returns rank 0's run_id.
-
-    Raises UserError, the same on all ranks, that names what differs and where.
-    """
+    """Rank 0's run_id. Raises UserError, alike on all ranks, that names what they were not started alike with."""
     own = ("log_dir", "vocabulary", *FILES)  # a host's
     facts = {f"--{name}": getattr(hp, name) for name in SETTINGS if name not in own}
     facts["--vocabulary's table of prefixes"] = prefixes_in_words(prefix_table(hp))

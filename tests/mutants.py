@@ -284,8 +284,8 @@ PLANTED = {
         ("untied: the second moment starts anew", '        for state in ("m", "v"):\n            full',
          '        for state in ("m",):\n            full', "test_optimizer.py test_the_embedding_goes_on"),
         # Data
-        ("a shard may be longer than its header says", "size != HEADER_BYTES + 2 * tokens",
-         "size < HEADER_BYTES + 2 * tokens", "test_loader.py test_a_file_that_is_not_a_whole_shard"),
+        ("a shard may be longer than its header says", "size == HEADER_BYTES + 2 * tokens",
+         "size >= HEADER_BYTES + 2 * tokens", "test_loader.py test_a_file_that_is_not_a_whole_shard"),
         ("the first id beyond the vocabulary is read", "if count and tokens.max() >= vocab_size:",
          "if count and tokens.max() > vocab_size:", "test_loader.py test_an_id_outside"),
         ("a micro-batch lacks its last target", "np.searchsorted(self.ends, before + num_tokens + 1)",
@@ -329,7 +329,8 @@ PLANTED = {
          "edges, lengths = ends,", "test_loader.py test_joined_micro_batches"),
         ("joined: a token more than is allowed", "n * num_tokens <= hp.micro_batch_tokens",
          "n * num_tokens <= hp.micro_batch_tokens + 1", "test_loader.py test_as_many_micro_batches"),
-        ("a token is its own prefix", "prefix = token[:-1]", "prefix = token", "test_loader.py test_a_tokens_prefix"),
+        ("a token is its own prefix", "range(len(token) - 1, 0, -1)", "range(len(token), 0, -1)",
+         "test_loader.py test_a_tokens_prefix"),
         # Schedule
         ("unties on an even step", "next(untie, hp.total_steps) | 1", "next(untie, hp.total_steps)",
          "test_schedule.py untie"),
