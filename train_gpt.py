@@ -386,8 +386,7 @@ def help_text() -> str:
 
 def parse_value(name: str, kind: type, text: str) -> object:
     """The text of --name=text as the type of the field."""
-    if kind not in (str, int, float, bool, tuple[int, ...]):
-        raise UserError(f"--{name} is a table: edit it at the top of train_gpt.py")
+    require(name in SETTINGS, f"--{name} is a table: edit it at the top of train_gpt.py")
     if name in ("train_files", "val_files", "vocabulary", "log_dir"):
         return os.path.expanduser(text)
     try:
@@ -4009,8 +4008,7 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
         require(hasattr(triton, "__version__"), f"Triton is missing, the kernels need it: {INSTALL}")
         compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
         require(compiler, "Triton needs a C compiler, there is none: apt install gcc python3-dev")
-        nccl = world.size == 1 or dist.is_nccl_available()
-        require(nccl, f"PyTorch has no NCCL, which several GPUs need: {INSTALL}, on Linux")
+        require(world.size == 1 or dist.is_nccl_available(), f"no NCCL, which several GPUs need: {INSTALL}, on Linux")
         gpu = torch.cuda.get_device_properties(world.device)
         told = f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}: the kernels take {OLDEST_GPU}.0 or newer"
         require(gpu.major >= OLDEST_GPU, told)
@@ -4029,10 +4027,9 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
         told = f"--ngram_rows={hp.ngram_rows}: they take {table:.1f} GiB of each rank, {free:.0f} are free and about "
         told += f"{needed:.0f} are needed for all else: give --ngram_rows={rows}, or use more GPUs"
         require(table + cache < free or rows < 16, told)
-        needed += table
-        if free < needed:
-            remedy = "lower --micro_batch_tokens or the tokens in STAGES"
-            notes = [f"note: about {needed:.0f} GiB are needed, {free:.0f} are free: {remedy}"]
+        remedy = "lower --micro_batch_tokens or the tokens in STAGES"
+        told = f"note: about {needed + table:.0f} GiB are needed, {free:.0f} are free: {remedy}"
+        notes = [told] if free < needed + table else []
     total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
     length = f" (--length={hp.length:g}; momentum {schedule.warmup}, {schedule.cooldown})" if hp.length != 1 else ""
     dtype, products = str(choose_dtype(hp, world)).removeprefix("torch."), "head" if hp.fp8 == "head" else "products"
