@@ -357,15 +357,15 @@ def require(condition: object, message: str) -> None:
 
 def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameters, dict[str, object]]:
     """Arguments over the preset's values over the defaults, and the arguments' values by name. Raises UserError."""
-    types = {field.name: field.type for field in fields(Hyperparameters)}
     overrides: dict[str, object] = {}
     for argument in arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
-        if not equals and types.get(name) is bool:  # given bare
+        if not equals and name in SETTINGS and SETTINGS[name].type is bool:  # given bare
             equals, text = "=", "true"
         require(argument.startswith("--") and equals, f"argument {argument!r} is not of the form --name=value")
-        require(name in types, f"unknown hyperparameter --{name}; there are: {', '.join(SETTINGS)}")
-        overrides[name] = parse_value(name, types[name], text)
+        require(name != "stages", "--stages is a table: edit it at the top of train_gpt.py")
+        require(name in SETTINGS, f"unknown hyperparameter --{name}; there are: {', '.join(SETTINGS)}")
+        overrides[name] = parse_value(name, text)
     preset = overrides.get("preset", "auto")
     if preset == "auto":
         preset = "speedrun" if has_gpu else "smoke"
@@ -384,9 +384,9 @@ def help_text() -> str:
     return "\n".join([*usage.splitlines()[:7], "Hyperparameters and their defaults:", *lines])
 
 
-def parse_value(name: str, kind: type, text: str) -> object:
-    """The text of --name=text as the type of the field."""
-    require(name in SETTINGS, f"--{name} is a table: edit it at the top of train_gpt.py")
+def parse_value(name: str, text: str) -> object:
+    """The text of --name=text as the type of the setting."""
+    kind = SETTINGS[name].type
     if name in ("train_files", "val_files", "vocabulary", "log_dir"):
         return os.path.expanduser(text)
     try:
@@ -420,8 +420,7 @@ def check_tables(hp: Hyperparameters) -> None:
         require(min(stage.short_window, stage.long_window) > 0, f"{row}: a window has at least 1 block")
         require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
         require(first == last > 0, f"{row}: {first} multi-token weights at the start, {last} at the end: as many, > 0")
-        told = f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16"
-        require(stage.classes >= 0 and stage.classes % 16 == 0, told)
+        require(stage.classes in range(0, 2**20, 16), f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16")
         told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
         require(isinstance(stage.prefix_weights, tuple) and len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
@@ -581,8 +580,7 @@ class World(NamedTuple):
     def from_environment() -> "World":
         """Raises UserError for a number of processes that does not divide 8, or with more processes than GPUs."""
         size = environment_number("WORLD_SIZE", 1, 1, 1_000_000)
-        told = f"{size} processes do not divide the 8 micro-batches of a step: start 1, 2, 4 or 8"
-        require(MICRO_BATCHES % size == 0, told)
+        require(MICRO_BATCHES % size == 0, f"{size} processes do not divide 8 micro-batches: start 1, 2, 4 or 8")
         rank, local_rank = (environment_number(name, 0, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
         local_size = environment_number("LOCAL_WORLD_SIZE", 1, 1, size)
         if not torch.cuda.is_available():
@@ -2771,8 +2769,7 @@ class Shard:
 
     def assemble(self, span: tuple[int, int], num_tokens: int, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """The num_tokens + 1 tokens of a span and the documents' cumulative ends within num_tokens, 0 first."""
-        starts, lengths = self.starts[slice(*span)], self.lengths[slice(*span)]
-        lengths = np.minimum(lengths, max_seq_len)
+        starts, lengths = self.starts[slice(*span)], np.minimum(self.lengths[slice(*span)], max_seq_len)
         pieces = [self.tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
         ends = np.minimum(np.cumsum(lengths), num_tokens)
         return np.concatenate(pieces)[: num_tokens + 1], np.concatenate(([0], ends))
@@ -2826,12 +2823,8 @@ def ngram_hashes(tokens: np.ndarray, starts: np.ndarray, kind: int) -> Iterator[
 
 def ngram_rows(tokens: np.ndarray, starts: np.ndarray, rows: int) -> np.ndarray:
     """Rows of the table, (orders, T) int32; a part's last row is for n-grams that begin ahead of their document."""
-    last, found = rows // len(NGRAM_FACTORS) - 1, []
-    for k, (hashed, none) in enumerate(ngram_hashes(tokens, starts, 0)):
-        hashed %= last
-        hashed[none] = last
-        found.append(hashed + k * (last + 1))
-    return np.stack(found)
+    last, hashes = rows // len(NGRAM_FACTORS) - 1, enumerate(ngram_hashes(tokens, starts, 0))
+    return np.stack([np.where(none, last, hashed % last) + k * (last + 1) for k, (hashed, none) in hashes])
 
 
 def ngram_signs(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -3494,7 +3487,6 @@ class Log:
         if world.rank:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open("a+b" if hp.resume else "x+b")
             if self.file.tell() and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
                 self.unwritten = b"\n"  # ends a line that was cut short, perhaps by a disk that still is full
@@ -3507,6 +3499,7 @@ class Log:
             self.bar = tqdm(total=hp.total_steps, unit="step", smoothing=0.05, dynamic_ncols=True)
 
     def _open(self, mode: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, mode, buffering=0)  # noqa: SIM115 - for the whole run
         try:  # the kernel takes the lock back however this process ends; on NFS it holds for all hosts
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3524,7 +3517,6 @@ class Log:
         self.unwritten += text.encode(errors="replace") + b"\n"
         try:
             if os.fstat(self.file.fileno()).st_nlink == 0:  # removed: what it held is still there to be copied
-                self.path.parent.mkdir(parents=True, exist_ok=True)
                 old = self.file
                 self._open("x+b")
                 old.seek(0)
