@@ -20,7 +20,7 @@ Contents, in reading order (search for the banner):
     Train             warm-up, the loop, validation, the clock
 What never runs on the clock:
     Log               the run's log file and the terminal
-    Checkpoints       what a killed run goes on from; a trained model, and what it writes
+    Checkpoints       what a killed run goes on from; what a trained model writes
     Watch             signals, hangs, the failures of other ranks: one message, and no process left
     World check       everything that can be wrong, found in two seconds
     main              a run from its arguments to its end; --bench, --profile and --describe take a file of records/
@@ -51,7 +51,7 @@ import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -364,19 +364,16 @@ def require(condition: object, message: str) -> None:
 
 
 def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameters, dict[str, object]]:
-    """`--name=value` arguments over the preset's values over the defaults; `--name` alone sets a bool to true.
-
-    Returns the hyperparameters and what was overridden, by name. Raises UserError for unknown names and bad values.
-    """
-    types = {field.name: field.type for field in fields(Hyperparameters)}
+    """Arguments over the preset's values over the defaults, and the arguments' values by name. Raises UserError."""
     overrides: dict[str, object] = {}
     for argument in arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
-        if not equals and types.get(name) is bool:  # given bare
+        if not equals and name in SETTINGS and SETTINGS[name].type is bool:  # given bare
             equals, text = "=", "true"
         require(argument.startswith("--") and equals, f"argument {argument!r} is not of the form --name=value")
-        require(name in types, f"unknown hyperparameter --{name}; there are: {', '.join(SETTINGS)}")
-        overrides[name] = parse_value(name, types[name], text)
+        require(name != "stages", "--stages is a table: edit it at the top of train_gpt.py")
+        require(name in SETTINGS, f"unknown hyperparameter --{name}; there are: {', '.join(SETTINGS)}")
+        overrides[name] = parse_value(name, text)
     preset = overrides.get("preset", "auto")
     if preset == "auto":
         preset = "speedrun" if has_gpu else "smoke"
@@ -395,10 +392,9 @@ def help_text() -> str:
     return "\n".join([*usage.splitlines()[:7], "Hyperparameters and their defaults:", *lines])
 
 
-def parse_value(name: str, kind: type, text: str) -> object:
-    """The text of --name=text as the type of the field."""
-    if kind not in (str, int, float, bool, tuple[int, ...]):
-        raise UserError(f"--{name} is a table: edit it at the top of train_gpt.py")
+def parse_value(name: str, text: str) -> object:
+    """The text of --name=text as the type of the setting."""
+    kind = SETTINGS[name].type
     if name in ("train_files", "val_files", "vocabulary", "log_dir"):
         return os.path.expanduser(text)
     try:
@@ -432,8 +428,7 @@ def check_tables(hp: Hyperparameters) -> None:
         require(min(stage.short_window, stage.long_window) > 0, f"{row}: a window has at least 1 block")
         require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
         require(first == last > 0, f"{row}: {first} multi-token weights at the start, {last} at the end: as many, > 0")
-        told = f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16"
-        require(stage.classes >= 0 and stage.classes % 16 == 0, told)
+        require(stage.classes in range(0, 2**20, 16), f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16")
         told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
         require(isinstance(stage.prefix_weights, tuple) and len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
@@ -470,15 +465,13 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
         told = "'rowwise'" if name == "ngrams" else "'adam' or 'normuon'"
         require(algorithm in ALGORITHMS and f"'{algorithm}'" in told, f"{row}: algorithm is {told}")
         require(isinstance(lr, tuple) and lr, f"{row}: lr={lr} is no tuple, as (1.0,)")
-        if algorithm == "adam":
-            require(isinstance(betas, tuple) and len(betas) == 2, f"{row}: adam takes betas, as (0.9, 0.99)")
-        elif algorithm == "rowwise":
-            told = f"{row}: rowwise is sharded and takes one lr and betas of which the first is 0, as (0.0, 0.95)"
-            fits = isinstance(betas, tuple) and len(betas) == 2 and betas[0] == 0
-            require(sharded and len(lr) == 1 and fits, told)
-        else:
-            require(betas is None, f"{row}: normuon takes no betas")
-            require(p.dim() == 3, f"{row}: normuon is for banks of matrices, this has the shape {tuple(p.shape)}")
+        pair = isinstance(betas, tuple) and len(betas) == 2
+        require(pair or algorithm != "adam", f"{row}: adam takes betas, as (0.9, 0.99)")
+        told = f"{row}: rowwise is sharded and takes one lr and betas of which the first is 0, as (0.0, 0.95)"
+        require((pair and betas[0] == 0 and sharded and len(lr) == 1) or algorithm != "rowwise", told)
+        require(betas is None or algorithm != "normuon", f"{row}: normuon takes no betas")
+        told = f"{row}: normuon is for banks of matrices, this has the shape {tuple(p.shape)}"
+        require(p.dim() == 3 or algorithm != "normuon", told)
         told = f"{row}: sharded, but its first dimension {len(p)} does not divide by {MICRO_BATCHES}, the most ranks"
         require(not sharded or len(p) % MICRO_BATCHES == 0, told)
 
@@ -486,8 +479,7 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
 def check_hyperparameters(hp: Hyperparameters) -> None:
     """Raises UserError for values that could only fail later."""
     check_tables(hp)
-    told = f"--micro_batch_tokens={hp.micro_batch_tokens} must be from 1 to 2 ** 20"
-    require(0 < hp.micro_batch_tokens <= 2**20, told)
+    require(0 < hp.micro_batch_tokens <= 2**20, f"--micro_batch_tokens={hp.micro_batch_tokens}: from 1 to 2 ** 20")
     positive = "num_scheduled_iterations train_max_seq_len val_tokens val_batch_size num_heads window_block adam_eps"
     for name in (*positive.split(), "grad_scale"):
         require(getattr(hp, name) > 0, f"--{name}={getattr(hp, name)} must be positive")
@@ -541,9 +533,8 @@ UNDER_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the
 def environment_number(name: str, default: int, least: int, most: int) -> int:
     """A number that torchrun sets. Raises UserError for anything else."""
     text = os.environ.get(name, str(default))
-    if not text.isdecimal() or not least <= int(text) <= most:
-        told = f"expected a whole number from {least} to {most}; torchrun sets it, and a single process needs none"
-        raise UserError(f"{name}={text!r} in the environment: {told}")
+    told = f"expected a whole number from {least} to {most}; torchrun sets it, and a single process needs none"
+    require(text.isdecimal() and least <= int(text) <= most, f"{name}={text!r} in the environment: {told}")
     return int(text)
 
 
@@ -599,8 +590,7 @@ class World(NamedTuple):
     def from_environment() -> "World":
         """Raises UserError for a number of processes that does not divide 8, or with more processes than GPUs."""
         size = environment_number("WORLD_SIZE", 1, 1, 1_000_000)
-        told = f"{size} processes do not divide the 8 micro-batches of a step: start 1, 2, 4 or 8"
-        require(MICRO_BATCHES % size == 0, told)
+        require(MICRO_BATCHES % size == 0, f"{size} processes do not divide 8 micro-batches: start 1, 2, 4 or 8")
         rank, local_rank = (environment_number(name, 0, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
         local_size = environment_number("LOCAL_WORLD_SIZE", 1, 1, size)
         if not torch.cuda.is_available():
@@ -2868,7 +2858,6 @@ class Optimizer:
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 FILES = ["train_files", "val_files"]  # the settings that name them
-FIRST_SCAN = 6_000_000  # tokens of the first shard searched for documents before the first step; a thread does the rest
 FETCH = "fetch it again: python data/cached_fineweb10B.py, or make shards with data/tokenize_text.py"
 
 
@@ -2876,11 +2865,9 @@ def find_files(pattern: str) -> list[Path]:
     """The files of a glob pattern relative to ROOT, sorted. Raises UserError when there is none."""
     below = os.path.join(escape(str(ROOT)), pattern)  # an absolute pattern stays as it is
     paths = sorted(map(Path, glob(below) or glob(below.replace("[", "[[]"))))  # "[" may be meant as a letter
-    if not paths:
-        raise UserError(
-            f"no data files match {ROOT / pattern}: get FineWeb with python data/cached_fineweb10B.py, an offline "
-            "sample with python data/sample.py, or set DATA_PATH to the folder that holds data/"
-        )
+    remedy = "get FineWeb with python data/cached_fineweb10B.py, an offline sample with python data/sample.py"
+    told = f"no data files match {ROOT / pattern}: {remedy}, or set DATA_PATH to the folder that holds data/"
+    require(paths, told)
     return paths
 
 
@@ -2893,11 +2880,10 @@ def read_header(path: Path) -> int:
     require(size >= HEADER_BYTES, f"{path}: truncated, {size} bytes are less than a header's {HEADER_BYTES}; {FETCH}")
     magic, version, tokens = header.tolist()
     require(magic == SHARD_MAGIC, f"{path}: not a token shard, magic number {magic} instead of {SHARD_MAGIC}; {FETCH}")
-    if version != SHARD_VERSION:
-        raise UserError(f"{path}: shard version {version}, this program reads version {SHARD_VERSION}; {FETCH}")
-    if tokens < 0 or size != HEADER_BYTES + 2 * tokens:
-        held = (size - HEADER_BYTES) // 2
-        raise UserError(f"{path}: the header promises {tokens} tokens, the file holds {held}; {FETCH}")
+    told = f"{path}: shard version {version}, this program reads version {SHARD_VERSION}; {FETCH}"
+    require(version == SHARD_VERSION, told)
+    told = f"{path}: the header promises {tokens} tokens, the file holds {(size - HEADER_BYTES) // 2}; {FETCH}"
+    require(size == HEADER_BYTES + 2 * tokens, told)
     return tokens
 
 
@@ -2926,43 +2912,19 @@ def read_tokens(path: Path, vocab_size: int, limit: int | None = None) -> np.nda
     require(len(tokens) == count, f"{path}: shrank while it was read; {FETCH}")
     if count and tokens.max() >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
-        raise UserError(
-            f"{path}: token id {tokens[at]} at position {at}, the vocabulary ends at {vocab_size - 1}; {FETCH}"
-        )
+        told = f"token id {tokens[at]} at position {at}, the vocabulary ends at {vocab_size - 1}"
+        raise UserError(f"{path}: {told}; {FETCH}")
     return tokens
 
 
 class Shard:
-    """A shard in memory and its documents, dealt out front to back in micro-batches.
+    """A shard in memory and its documents, dealt out front to back in micro-batches."""
 
-    The index of documents covers the first FIRST_SCAN tokens at once and the rest when a thread is through; the part
-    known at first is a prefix of the whole, so that the two can be swapped at any time.
-    """
-
-    def __init__(self, path: Path, hp: Hyperparameters, scan_all: bool):
-        self.hp, self.tokens = hp, read_tokens(path, hp.vocab_size)
-        self.next_document, self.summed = 0, (0, 0, None)
-        self.whole_index: Future | None = None
-        if scan_all or len(self.tokens) <= FIRST_SCAN:
-            self.index = self._scan(len(self.tokens))
-        else:
-            starts, lengths = self._scan(FIRST_SCAN)
-            self.index = starts[:-1], lengths[:-1]  # the last document may go on
-            pool = ThreadPoolExecutor(1, "shard index")
-            self.whole_index = pool.submit(self._scan, len(self.tokens))
-            pool.shutdown(wait=False)
-
-    def _scan(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """Start and length of each document."""
-        starts = np.flatnonzero(self.tokens[:limit] == self.hp.bos)
-        return starts, np.diff(starts, append=limit)
-
-    def _ends(self, max_seq_len: int) -> np.ndarray:
-        """For each document the sum of lengths, as cut, up to its end; made once for as long as the index stays."""
-        if self.summed[:2] != (max_seq_len, len(self.index[1])):
-            ends = np.cumsum(np.minimum(self.index[1], max_seq_len))
-            self.summed = max_seq_len, len(ends), ends
-        return self.summed[2]
+    def __init__(self, path: Path, hp: Hyperparameters):
+        self.tokens, self.next_document = read_tokens(path, hp.vocab_size), 0
+        self.starts = np.flatnonzero(self.tokens == hp.bos)
+        self.lengths = np.diff(self.starts, append=len(self.tokens))
+        self.cut, self.ends = 0, self.starts  # the sums of lengths, as cut, up to each document's end; 0: none yet
 
     def deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[int, int]] | None:
         """Spans of documents of the next 8 micro-batches of num_tokens + 1 tokens; None when the shard can't fill them.
@@ -2970,18 +2932,14 @@ class Shard:
         A span is (first, last + 1); its last document is cut where the micro-batch is full, and the next span begins
         at the next document. A deal that can't be filled is dropped whole.
         """
-        if self.whole_index and self.whole_index.done():
-            self.index, self.whole_index = self.whole_index.result(), None
-        ends = self._ends(max_seq_len)
+        if self.cut != max_seq_len:
+            self.cut, self.ends = max_seq_len, np.cumsum(np.minimum(self.lengths, max_seq_len))
         spans, first = [], self.next_document
         for _ in range(MICRO_BATCHES):
-            before = ends[first - 1] if first else 0
-            last = int(np.searchsorted(ends, before + num_tokens + 1))
-            if last >= len(ends):
-                if not self.whole_index:
-                    return None
-                self.index, self.whole_index = self.whole_index.result(), None  # only now is it needed
-                return self.deal(num_tokens, max_seq_len)
+            before = self.ends[first - 1] if first else 0
+            last = int(np.searchsorted(self.ends, before + num_tokens + 1))
+            if last >= len(self.ends):
+                return None
             spans.append((first, last + 1))
             first = last + 1
         self.next_document = first
@@ -2989,8 +2947,7 @@ class Shard:
 
     def assemble(self, span: tuple[int, int], num_tokens: int, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """The num_tokens + 1 tokens of a span and the documents' cumulative ends within num_tokens, 0 first."""
-        starts, lengths = (array[slice(*span)] for array in self.index)
-        lengths = np.minimum(lengths, max_seq_len)
+        starts, lengths = self.starts[slice(*span)], np.minimum(self.lengths[slice(*span)], max_seq_len)
         pieces = [self.tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
         ends = np.minimum(np.cumsum(lengths), num_tokens)
         return np.concatenate(pieces)[: num_tokens + 1], np.concatenate(([0], ends))
@@ -3001,7 +2958,7 @@ def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndar
 
     So the text alone decides, on any number of ranks. Source: sampled softmax, arXiv 1412.2007; here evenly spread over
     the vocabulary, which is sorted by frequency. What is left out is not made up for: counting a class for those that
-    are not there is right on average, and worse. None for more targets than classes: the softmax is over all then.
+    are not there is right on average, and worse. None, for a softmax over all, where there are more targets.
     """
     taken = np.bincount(targets, minlength=vocab_size) > 0
     others = np.flatnonzero(~taken)
@@ -3044,12 +3001,8 @@ def ngram_hashes(tokens: np.ndarray, starts: np.ndarray, kind: int) -> Iterator[
 
 def ngram_rows(tokens: np.ndarray, starts: np.ndarray, rows: int) -> np.ndarray:
     """Rows of the table, (orders, T) int32; a part's last row is for n-grams that begin ahead of their document."""
-    last, found = rows // len(NGRAM_FACTORS) - 1, []
-    for k, (hashed, none) in enumerate(ngram_hashes(tokens, starts, 0)):
-        hashed %= last
-        hashed[none] = last
-        found.append(hashed + k * (last + 1))
-    return np.stack(found)
+    last, hashes = rows // len(NGRAM_FACTORS) - 1, enumerate(ngram_hashes(tokens, starts, 0))
+    return np.stack([np.where(none, last, hashed % last) + k * (last + 1) for k, (hashed, none) in hashes])
 
 
 def ngram_signs(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -3141,20 +3094,16 @@ class StepBatch(NamedTuple):
 class TrainLoader:
     """Iterates over steps; while one is computed, a thread assembles the next and copies it to the GPU.
 
-    sizes: for each step what TrainingSchedule.size gives. Every rank deals all 8 micro-batches of a step and keeps its
-    own, and of the others what they look up, so that any number of ranks sees the same.
-    When the files run out, they start over, and the epoch counts up.
-    position: of the last step's batch before these, in a run that goes on.
-    Raises UserError if no file can fill a step, or when a file turns out to be damaged.
+    Every rank deals all 8 micro-batches of a step and keeps its own, and of the others what they look up, so that any
+    number of ranks sees the same. When the files run out, they start over. sizes: of the steps, see
+    TrainingSchedule.size; position: of the batch before. Raises UserError for files damaged or too small for a step.
     """
 
-    def __init__(
-        self, paths: list[Path], sizes: list[tuple[int, ...]], hp: Hyperparameters, world: World, position=(1, 0)
-    ):
+    def __init__(self, paths: list[Path], sizes: list[tuple], hp: Hyperparameters, world: World, position=(1, 0)):
         self.paths, self.sizes, self.hp, self.world = paths, sizes, hp, world
         self.found = {path: file_state(path) for path in paths}
         self.files_begun, document = position
-        self.shard = self._load(self.files_begun - 1, scan_all=document > 0)
+        self.shard = self._load(self.files_begun - 1)
         self.shard.next_document = document
         self.reader = ThreadPoolExecutor(1, "next shard")
         self.next_shard = self.reader.submit(self._load, self.files_begun)
@@ -3170,11 +3119,11 @@ class TrainLoader:
         """In a run made on the clock, by the thread that makes the first step's micro-batches."""
         return spellings(self.hp)
 
-    def _load(self, number: int, scan_all: bool = True) -> Shard:
+    def _load(self, number: int) -> Shard:
         path = self.reading = self.paths[number % len(self.paths)]
         if file_state(path) not in (self.found[path], None):  # one that is gone is named when it is read
             raise UserError(f"{path}: changed since the run began")
-        return Shard(path, self.hp, scan_all)
+        return Shard(path, self.hp)
 
     def _wait(self) -> StepBatch:
         try:  # less than the timeout of the watch, which could not name the file
@@ -3199,10 +3148,8 @@ class TrainLoader:
     def _prepare(self, size: tuple[int, ...]) -> StepBatch:
         *size, count = size
         dealt = [self.shard.assemble(span, *size) for span in self._deal(*size)]
-        classes = None
-        if count:  # of the whole step, so that they are the same on any number of ranks
-            targets = np.concatenate([tokens[1:] for tokens, _ in dealt])
-            classes = softmax_classes(targets, count, self.hp.padded_vocab)
+        targets = np.concatenate([tokens[1:] for tokens, _ in dealt])  # of all ranks: classes are the same on each
+        classes = softmax_classes(targets, count, self.hp.padded_vocab)
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             classes = to_device([] if classes is None else [classes], self.world.device)
             together = micro_batches_together(size[0], self.hp, self.world)
@@ -3229,10 +3176,7 @@ class TrainLoader:
 
 
 def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> list[tuple[list[MicroBatch], Exchange]]:
-    """This rank's chunks of the first val_tokens tokens, cut at fixed offsets whatever the number of ranks.
-
-    Raises UserError when the files hold fewer than val_tokens + 1 tokens.
-    """
+    """This rank's chunks of the first val_tokens, the same for any number of ranks. Raises UserError for fewer."""
     needed, tokens = hp.val_tokens + 1, np.empty(0, np.uint16)
     for path in paths:
         tokens = np.append(tokens, read_tokens(path, hp.vocab_size, needed - len(tokens)))
@@ -3297,10 +3241,8 @@ def prefix_table(hp: Hyperparameters) -> Tensor:
     """
     ids, prefixes = read_vocabulary(hp), [-1] * hp.padded_vocab
     for token, i in ids.items():
-        prefix = token[:-1]
-        while prefix and prefix not in ids:
-            prefix = prefix[:-1]
-        prefixes[i] = ids.get(prefix, -1)
+        shorter = (token[:length] for length in range(len(token) - 1, 0, -1))
+        prefixes[i] = next((ids[prefix] for prefix in shorter if prefix in ids), -1)
     return torch.tensor(prefixes, dtype=torch.int32)
 
 
@@ -3745,10 +3687,7 @@ class Terminal:
 
 
 class Log:
-    """The run's log file, and the same lines on the terminal; on rank 0, elsewhere silent.
-
-    On a terminal, steps move a progress bar and only the other lines are printed.
-    """
+    """The log file, and the same lines on the terminal, but that a bar shows the steps there; only rank 0 writes."""
 
     def __init__(self, hp: Hyperparameters, world: World):
         self.path = Path(hp.log_dir) / f"{hp.run_id}.txt"
@@ -3756,7 +3695,6 @@ class Log:
         if world.rank:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open("a+b" if hp.resume else "x+b")
             if self.file.tell() and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
                 self.unwritten = b"\n"  # ends a line that was cut short, perhaps by a disk that still is full
@@ -3769,6 +3707,7 @@ class Log:
             self.bar = tqdm(total=hp.total_steps, unit="step", smoothing=0.05, dynamic_ncols=True)
 
     def _open(self, mode: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, mode, buffering=0)  # noqa: SIM115 - for the whole run
         try:  # the kernel takes the lock back however this process ends; on NFS it holds for all hosts
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3786,7 +3725,6 @@ class Log:
         self.unwritten += text.encode(errors="replace") + b"\n"
         try:
             if os.fstat(self.file.fileno()).st_nlink == 0:  # removed: what it held is still there to be copied
-                self.path.parent.mkdir(parents=True, exist_ok=True)
                 old = self.file
                 self._open("x+b")
                 old.seek(0)
@@ -3887,10 +3825,7 @@ def try_to_write(path: Path, content: dict) -> tuple[str, str]:
 
 
 def write_checkpoint(path: Path, content: dict) -> str:
-    """A file for torch.load, then 32 bytes of SHA-256; whole or not at all, also when the machine dies meanwhile.
-
-    Returns the checksum.
-    """
+    """A file for torch.load, then its SHA-256, which is returned; whole or not at all, also when the machine dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, digest = path.with_suffix(".part"), hashlib.sha256()
     try:
@@ -4002,25 +3937,6 @@ def settings_of(path: Path, content: dict) -> Hyperparameters:
 
 
 @torch.no_grad()
-def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Hyperparameters, dict[str, int]]:
-    """A checkpoint's model, hyperparameters, and windows, as its run's validation there has them. Raises UserError."""
-    content, device = read_checkpoint(path), torch.device(device)
-    pieces = read_pieces(path, content)
-    schedule, step = TrainingSchedule(settings_of(path, content)), content["step"]
-    for place in (torch.device("meta"), device):  # first the shapes alone: a stranger's may take any memory
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is drawn is of no use
-            model = GPT(schedule.hp, place, choose_dtype(schedule.hp, World(device=device)))
-        for name, p in model.named_parameters():
-            copy_saved(p, content["model"].get(name), f"{path}: {name}", partial(Tensor.to, dtype=p.dtype))
-        model.ngrams = torch.empty(model.ngram_shape, dtype=model.embed.dtype, device=place)
-        for part, piece, name in zip(model.ngrams.chunk(len(pieces)), pieces, piece_paths(path), strict=True):
-            copy_saved(part, piece.get("p"), f"{name}: ngrams", partial(Tensor.to, dtype=part.dtype))
-    for windows in pairwise(schedule.long_windows[: schedule.stage_index(max(step - 1, 0)) + 1]):
-        model.yarn.grow(*windows)
-    return model, schedule.hp, schedule.val_windows(step)
-
-
-@torch.no_grad()
 def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, top_k=0, seed=0) -> Iterator[int]:
     """What follows a document's tokens, one by one, with BOS at the end. Temperature 0: the likeliest; top_k 0: all."""
     draws, count = torch.Generator().manual_seed(seed), min(top_k or hp.vocab_size, hp.vocab_size)
@@ -4036,10 +3952,7 @@ def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, 
 
 
 def files_of(hp: Hyperparameters, checkpoint: dict | None = None) -> dict[str, list[Path]]:
-    """Train and validation files: all that match, or, in a run that goes on, those that it began with.
-
-    Raises UserError for one that is no longer there.
-    """
+    """Train and validation files: all that match, or those that a run to go on with began with. Raises UserError."""
     files = {name: find_files(getattr(hp, name)) for name in FILES}
     for name, shards in checkpoint["shards"].items() if checkpoint else ():
         there = [path for path in files[name] if any(shard.startswith(f"{path.name}, ") for shard in shards)]
@@ -4296,8 +4209,7 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
         require(hasattr(triton, "__version__"), f"Triton is missing, the kernels need it: {INSTALL}")
         compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
         require(compiler, "Triton needs a C compiler, there is none: apt install gcc python3-dev")
-        nccl = world.size == 1 or dist.is_nccl_available()
-        require(nccl, f"PyTorch has no NCCL, which several GPUs need: {INSTALL}, on Linux")
+        require(world.size == 1 or dist.is_nccl_available(), f"no NCCL, which several GPUs need: {INSTALL}, on Linux")
         gpu = torch.cuda.get_device_properties(world.device)
         told = f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}: the kernels take {OLDEST_GPU}.0 or newer"
         require(gpu.major >= OLDEST_GPU, told)
@@ -4316,10 +4228,9 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
         told = f"--ngram_rows={hp.ngram_rows}: they take {table:.1f} GiB of each rank, {free:.0f} are free and about "
         told += f"{needed:.0f} are needed for all else: give --ngram_rows={rows}, or use more GPUs"
         require(table + cache < free or rows < 16, told)
-        needed += table
-        if free < needed:
-            remedy = "lower --micro_batch_tokens or the tokens in STAGES"
-            notes = [f"note: about {needed:.0f} GiB are needed, {free:.0f} are free: {remedy}"]
+        remedy = "lower --micro_batch_tokens or the tokens in STAGES"
+        told = f"note: about {needed + table:.0f} GiB are needed, {free:.0f} are free: {remedy}"
+        notes = [told] if free < needed + table else []
     total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
     length = f" (--length={hp.length:g}; momentum {schedule.warmup}, {schedule.cooldown})" if hp.length != 1 else ""
     dtype, products = str(choose_dtype(hp, world)).removeprefix("torch."), "head" if hp.fp8 == "head" else "products"
@@ -4338,10 +4249,7 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
 
 
 def check_agreement(hp: Hyperparameters, overrides: dict, world: World, shards: dict, checkpoint: dict | None) -> str:
-    """Compares what the ranks were started with: settings as resolved, source, versions, data. Returns rank 0's run_id.
-
-    Raises UserError, the same on all ranks, that names what differs and where.
-    """
+    """Rank 0's run_id. Raises UserError, alike on all ranks, that names what they were not started alike with."""
     own = ("log_dir", "vocabulary", *FILES)  # a host's
     facts = {f"--{name}": getattr(hp, name) for name in SETTINGS if name not in own}
     facts["--vocabulary's table of prefixes"] = prefixes_in_words(prefix_table(hp))

@@ -17,7 +17,8 @@ import argparse
 import codecs
 import math
 import sys
-from itertools import islice, takewhile
+from functools import partial
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 
 from rerun import ROOT, Refusal
@@ -28,11 +29,31 @@ sys.path.insert(0, str(ROOT / "data"))
 import torch
 from shards import DataError, home_path
 from tokenize_text import encoding_from, utf8
+from torch import Tensor
 
 import train_gpt
-from train_gpt import Hyperparameters, UserError
+from train_gpt import GPT, Hyperparameters, TrainingSchedule, UserError, World, copy_saved, piece_paths
 
 SMALL = 256  # a model of this width or less has so little to do that threads only wait for each other
+
+
+@torch.no_grad()
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Hyperparameters, dict[str, int]]:
+    """A checkpoint's model, hyperparameters, and windows, as its run's validation there has them. Raises UserError."""
+    content, device = train_gpt.read_checkpoint(path), torch.device(device)
+    pieces = train_gpt.read_pieces(path, content)
+    schedule, step = TrainingSchedule(train_gpt.settings_of(path, content)), content["step"]
+    for place in (torch.device("meta"), device):  # first the shapes alone: a stranger's may take any memory
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is drawn is of no use
+            model = GPT(schedule.hp, place, train_gpt.choose_dtype(schedule.hp, World(device=device)))
+        for name, p in model.named_parameters():
+            copy_saved(p, content["model"].get(name), f"{path}: {name}", partial(Tensor.to, dtype=p.dtype))
+        model.ngrams = torch.empty(model.ngram_shape, dtype=model.embed.dtype, device=place)
+        for part, piece, name in zip(model.ngrams.chunk(len(pieces)), pieces, piece_paths(path), strict=True):
+            copy_saved(part, piece.get("p"), f"{name}: ngrams", partial(Tensor.to, dtype=part.dtype))
+    for windows in pairwise(schedule.long_windows[: schedule.stage_index(max(step - 1, 0)) + 1]):
+        model.yarn.grow(*windows)
+    return model, schedule.hp, schedule.val_windows(step)
 
 
 class Vocabulary:
@@ -76,7 +97,7 @@ def printable(text: str) -> str:
 
 def sample(options: argparse.Namespace) -> None:
     """Prints the prompt and, token by token, what follows. Raises Refusal, UserError and DataError."""
-    model, hp, windows = train_gpt.load_model(options.checkpoint, options.device)
+    model, hp, windows = load_model(options.checkpoint, options.device)
     vocabulary = Vocabulary(hp, options.vocabulary)
     tokens = [hp.bos, *vocabulary.encode(options.prompt)]
     if hp.model_dim <= SMALL:

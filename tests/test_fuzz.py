@@ -65,7 +65,7 @@ def test_any_bytes_are_a_shard_or_an_error_that_names_the_file(folder, header, b
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=60), st.integers(1, 40), st.integers(1, 64))
 def test_any_lengths_of_documents_are_dealt_or_refused(folder, lengths, num_tokens, max_seq_len):
     path = write_shard(folder / "lengths.bin", text_of(lengths))
-    shard = train_gpt.Shard(path, train_gpt.Hyperparameters(), scan_all=True)
+    shard = train_gpt.Shard(path, train_gpt.Hyperparameters())
     while spans := shard.deal(num_tokens, max_seq_len):
         for span in spans:
             tokens, ends = shard.assemble(span, num_tokens, max_seq_len)

@@ -382,15 +382,11 @@ length_lists = st.builds(
     ahead=st.integers(0, 4),
     sizes=st.lists(st.tuples(st.integers(1, 8) | st.integers(1, 60), st.integers(1, 80)), min_size=1, max_size=6),
     size=st.sampled_from([1, 2, 4, 8]),
-    first_scan=st.integers(1, 2000),
 )
-def test_any_lengths_of_documents_with_any_cuts_are_dealt_as_by_the_plain_dealer(
-    lengths, ahead, sizes, size, first_scan
-):
+def test_any_lengths_of_documents_with_any_cuts_are_dealt_as_by_the_plain_dealer(lengths, ahead, sizes, size):
     texts = [[5] * ahead + text_of(of_file, 1000 * i) for i, of_file in enumerate(lengths)]
     expected = deal_by_hand(texts, sizes)
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "FIRST_SCAN", first_scan)
+    with tempfile.TemporaryDirectory() as folder:
         paths = write_texts(folder, texts)
         if expected[-1] is None:
             with pytest.raises(UserError, match="can fill a step"):
@@ -488,87 +484,6 @@ def test_a_run_says_in_its_log_at_which_step_the_files_start_over(tmp_path, caps
     lines = [line for line in log.path.read_text().splitlines() if line.startswith("epoch")]
     begins = {epoch: epochs.index(epoch) for epoch in epochs if epoch > 1}
     assert lines == [f"epoch {e}: the train files ran out at step {s} and start over" for e, s in begins.items()]
-
-
-@pytest.fixture
-def blocked_scan(monkeypatch):
-    """Scans beyond FIRST_SCAN, here 4000 tokens, wait for an event."""
-    release, scan = threading.Event(), train_gpt.Shard._scan
-    release.waits = release.timeouts = 0
-
-    def waiting_scan(self, limit):
-        if limit > train_gpt.FIRST_SCAN:
-            release.waits += 1
-            release.timeouts += not release.wait(20)
-        return scan(self, limit)
-
-    monkeypatch.setattr(train_gpt, "FIRST_SCAN", 4000)
-    monkeypatch.setattr(train_gpt.Shard, "_scan", waiting_scan)
-    yield release
-    release.set()
-
-
-def test_early_steps_do_not_wait_for_the_whole_index_of_the_first_shard(tmp_path, blocked_scan):
-    texts = [text_of(ordinary_lengths(4, 400)), text_of(ordinary_lengths(5, 200))]
-    paths, sizes = write_texts(tmp_path, texts), [40] * 60
-    expected = deal_by_hand(texts, sizes, 64)
-    loader = load(paths, sizes)
-    steps = iter(loader)
-    early = [next(steps) for _ in range(4)]
-    assert loader.shard.whole_index is not None and not loader.shard.whole_index.done()
-    assert blocked_scan.waits and not blocked_scan.timeouts
-    blocked_scan.set()
-    later = list(steps)
-    assert loader.files_begun > 1  # the whole of the first shard was used
-    for batch, hand in zip(early + later, expected, strict=True):
-        assert_dealt((batch.epoch, batch.micro_batches), hand)
-
-
-def test_the_document_in_which_the_first_scan_ends_is_dealt_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt, "FIRST_SCAN", 230)  # 13 tokens into the last of 8 documents
-    (path,) = write_texts(tmp_path, [text_of([31] * 7 + [100])])
-    shard = train_gpt.Shard(path, Hyperparameters(), scan_all=False)
-    whole = shard.whole_index.result()
-    shard.whole_index = SimpleNamespace(done=lambda: False, result=lambda: whole)  # not before it is waited for
-    assert shard.deal(30, 2048) == [(i, i + 1) for i in range(8)]
-
-
-def test_the_cut_changes_while_the_whole_index_is_still_being_made(tmp_path, blocked_scan):
-    texts = [text_of(ordinary_lengths(4, 400)), text_of(ordinary_lengths(5, 200))]
-    paths, sizes = write_texts(tmp_path, texts), [*[(40, 30)] * 3, *[(40, 64)] * 3, *[(40, 20)] * 60]
-    loader = load(paths, sizes, max_seq_len=None)
-    steps = iter(loader)
-    early = [next(steps) for _ in range(5)]  # with one ahead: of both of the first two cuts, and one of the third
-    assert loader.shard.whole_index is not None and not loader.shard.whole_index.done()
-    assert blocked_scan.waits and not blocked_scan.timeouts
-    blocked_scan.set()
-    later = list(steps)
-    assert loader.files_begun > 1
-    for batch, hand in zip(early + later, deal_by_hand(texts, sizes), strict=True):
-        assert_dealt((batch.epoch, batch.micro_batches), hand)
-
-
-def test_the_whole_index_is_swapped_in_as_soon_as_it_is_ready(tmp_path, blocked_scan):
-    text = text_of(ordinary_lengths(4, 400))
-    (path,) = write_texts(tmp_path, [text])
-    shard = train_gpt.Shard(path, Hyperparameters(), scan_all=False)
-    whole = train_gpt.Shard._scan
-    first_part = len(shard.index[0])
-    assert shard.deal(40, 64) and len(shard.index[0]) == first_part
-    blocked_scan.set()
-    assert wait_until(lambda: shard.whole_index.done())
-    assert shard.deal(40, 64) and shard.whole_index is None
-    for swapped, scanned, part in zip(shard.index, whole(shard, len(text)), (first_part,) * 2, strict=True):
-        assert len(swapped) > part and np.array_equal(swapped, scanned)
-
-
-def test_a_deal_beyond_the_first_part_of_the_index_waits_for_the_whole(tmp_path, blocked_scan):
-    (path,) = write_texts(tmp_path, [text_of([20] * 1000)])
-    shard = train_gpt.Shard(path, Hyperparameters(), scan_all=False)
-    threading.Timer(0.2, blocked_scan.set).start()
-    spans = shard.deal(1000, 64)  # 8 x 51 documents; the first 4000 tokens hold 199 whole ones
-    assert spans == [(51 * i, 51 * i + 51) for i in range(8)]
-    assert not blocked_scan.timeouts
 
 
 def test_the_next_shard_is_read_while_the_first_is_dealt(two_texts, monkeypatch):

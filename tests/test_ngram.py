@@ -19,6 +19,7 @@ from conftest import relative_error
 from small_run import small_hyperparameters, write_text
 from test_kernels import interpreted, poisoned_memory
 from test_model import plain_ngrams
+from test_sample import load_model
 
 import train_gpt
 from train_gpt import Hyperparameters, Log, Progress, Trainer, TrainLoader, UserError, World, find_files
@@ -502,7 +503,7 @@ def test_a_piece_that_is_missing_or_damaged_is_named_and_an_earlier_checkpoint_i
         assert len(lines) == 2 and lines[0].startswith(f"checkpoint not used: {tmp_path}/small_step000008_rows3.pt: ")
         assert words in lines[0]
         with pytest.raises(UserError, match="rows3"):
-            train_gpt.load_model(later)
+            load_model(later)
 
 
 def test_pieces_go_with_their_checkpoint_and_those_without_one_at_the_next(tmp_path):
@@ -549,7 +550,7 @@ def test_a_loaded_model_has_the_whole_table_and_a_final_one_has_no_states(tmp_pa
     assert all({*piece} == {"p"} for piece in restored(final)["rows"])
     with small_preset():
         for each in (path, final):
-            model, _, _ = train_gpt.load_model(each)
+            model, _, _ = load_model(each)
             assert torch.equal(model.ngrams, trainer.ngrams.algorithm.p) and model.ngrams.any()
 
 

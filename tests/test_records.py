@@ -750,7 +750,7 @@ def test_a_damaged_log_is_reported(noise, start, size):
 
 # --------------------------------------------------------------------------------------------------------------- rules
 
-DATA = "FIRST_SCAN = 6_000_000"  # in the data section
+DATA = "SHARD_VERSION, HEADER_BYTES = 20240520, 1,"  # in the data section
 RULES = {
     "enough runs for p < 0.01": (dict(losses=LOSSES[:4]), "too few to show a loss below 3.28"),
     "10,485,760 validation tokens": (
@@ -768,7 +768,7 @@ RULES = {
         "with extra compile flags",
     ),
     "data section unchanged": (
-        dict(source=SOURCE.replace(DATA, "FIRST_SCAN = 7_000_000")),
+        dict(source=SOURCE.replace(DATA, "SHARD_VERSION, HEADER_BYTES = 20240520, 2,")),
         "with another data section",
     ),
 }

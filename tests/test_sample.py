@@ -1,4 +1,4 @@
-"""A trained model, loaded again and asked to write: load_model and generate of train_gpt.py, and records/sample.py."""
+"""A trained model, loaded again and asked to write: generate of train_gpt.py, and records/sample.py."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ import small_run
 import torch
 
 import train_gpt
-from train_gpt import BetweenSteps, Log, Trainer, UserError, World, generate, load_model
+from train_gpt import BetweenSteps, Log, Trainer, UserError, World, generate
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "records"))
@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "records"))
 spec = importlib.util.spec_from_file_location("records_sample", ROOT / "records" / "sample.py")
 sample = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sample)
+load_model = sample.load_model
 
 STEPS = small_run.STEPS
 CPU = torch.device("cpu")
