@@ -845,10 +845,8 @@ def test_copy_kernels_are_the_plain_formulas_and_their_gradients(ends, window, t
 def test_copy_kernels_tell_that_nothing_matches_and_give_it_no_gradient(device, dtype):
     (q, k), _ = copy_sums_inputs([0, 1, 140], 2, 1.0, device, dtype)
     targets = torch.arange(140, dtype=torch.int32, device=device)
-    documents, grad_out = (
-        documents_of([0, 1, 140], device),
-        torch.stack((torch.zeros(140), torch.randn(140))).to(device),
-    )
+    documents = documents_of([0, 1, 140], device)
+    grad_out = torch.tensor([[0.0], [1.0]], device=device).expand(2, 140)  # of matching only
     sums, *gradients = with_gradients(
         lambda q, k: train_gpt.CopySums.apply(q, k, targets, *documents, 50), (q, k), grad_out
     )
@@ -875,22 +873,22 @@ def plain_rms_norm(x):
     return x / (x.square().mean(-1, keepdim=True) + train_gpt.NORM_EPS).sqrt()
 
 
-def losses_with_copying(targets, documents, window, V, fp8_grad_scale=None):
+def losses_with_copying(targets, documents, window, V):
     """The program's."""
     left, weights = documents.ends - 1 - torch.arange(len(targets), device=targets.device), targets.new_ones(1).float()
 
     def losses(x, w_qk, w_sentinel, gain, bias, head):
         q, k, sentinel = train_gpt.copy_inputs(x, w_qk, w_sentinel, gain, bias)
         every, matching = train_gpt.copy_sums(q, k, targets, documents, window)
-        args = targets, left, weights, None, None, V, fp8_grad_scale
+        args = targets, left, weights, None, None, V, None
         return train_gpt.head_losses(x, head, *args, sentinel, every, matching)
 
     return losses
 
 
 LOSSES_ENDS, LOSSES_WINDOW, LOSSES_INPUTS = [0, 1, 60, 97], 40, ("x", "w_qk", "w_sentinel", "gain", "bias", "head")
-# In bf16 scores up to 30 are off by 1 % before they are exponents. Measured in four draws: 4e-15, 5e-6, 1.1e-2, but for
-# the gradient of the bias, which cancels.
+# In bf16 q and k are rounded, and the exponentials of scores up to 30 make the error larger. Measured in four draws:
+# 4e-15, 5e-6, 1.1e-2; 2.9e-2 for the gradient of the bias, a sum that cancels.
 LOSSES_CASES = [
     pytest.param("cpu", torch.float64, EXACT_TOLERANCE, id="cpu-float64"),
     pytest.param("cpu", torch.float32, 2e-5, id="cpu-float32"),
