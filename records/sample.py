@@ -17,6 +17,7 @@ import argparse
 import codecs
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise, takewhile
 from pathlib import Path
@@ -103,6 +104,8 @@ def sample(options: argparse.Namespace) -> None:
     if hp.model_dim <= SMALL:
         torch.set_num_threads(1)
     print(printable(options.prompt), end="", flush=True)
+    if options.vocabulary:
+        hp = replace(hp, vocabulary=str(options.vocabulary))  # also for the spellings, by which n-grams are looked up
     made = train_gpt.generate(model, hp, windows, tokens, options.temperature, options.top_k, options.seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in islice(takewhile(lambda token: token != hp.bos, made), options.tokens):
