@@ -609,8 +609,10 @@ def test_compiled_copy_inputs_equal_eager():
     inputs = [normal(*shape, device=DEVICE, dtype=OPERATOR_DTYPE) for shape in shapes]
     inputs += [torch.tensor(number, device=DEVICE) for number in (0.7, 2.0)]
 
+    x, *inputs = inputs  # x takes no gradient
+
     def copy_inputs(*inputs):
-        q, k, sentinel = train_gpt.copy_inputs(*inputs)
+        q, k, sentinel = train_gpt.copy_inputs(x, *inputs)
         return torch.cat((q, k, sentinel[:, None]), 1)
 
     grad_out = torch.randn(T, 2 * D + 1, device=DEVICE)
@@ -860,8 +862,9 @@ def plain_losses_with_copying(targets, ends, window):
 
     def losses(x, w_qk, w_sentinel, gain, bias, head):
         h = plain_rms_norm(x)
-        q, k = (plain_rms_norm(h @ w.T) for w in w_qk.chunk(2))
-        sentinel = (h @ w_sentinel[0] + bias).exp()
+        seen = h.detach()  # copying sends no gradient into the model
+        q, k = (plain_rms_norm(seen @ w.T) for w in w_qk.chunk(2))
+        sentinel = (seen @ w_sentinel[0] + bias).exp()
         every, matching = plain_copy_sums(q * gain / q.shape[1] ** 0.5, k, targets, ends, window).exp()
         p = (-plain_loss(h @ head, targets[None])[0]).exp()
         return -((sentinel * p + matching) / (sentinel + every)).log()
