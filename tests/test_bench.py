@@ -44,7 +44,7 @@ def speedrun():
 def products_of(hp):
     """FLOP a token in the layers, in those of their products that FP8 takes (all but W_o), and in the head."""
     square = 6 * hp.model_dim**2
-    mlp = 2 * 4 * sum(layer.mlp for layer in LAYERS) * square
+    mlp = 2 * hp.mlp_ratio * sum(layer.mlp for layer in LAYERS) * square
     attention = sum(layer.window is not None for layer in LAYERS) * square
     saved = sum(layer.narrow for layer in LAYERS) * square  # half of W_q and of W_k
     return mlp + 4 * attention - saved, mlp + 3 * attention - saved, 6 * hp.model_dim * hp.padded_vocab
@@ -69,7 +69,7 @@ def test_a_product_takes_six_flop_a_token_and_weight(speedrun):
         ("loss", "cross_entropy_kernel"),
         ("loss", "cross_entropy_backward_kernel"),
         ("loss", "copy_kernel"),
-        ("loss", "copy_backward_k_kernel"),
+        ("loss", "copy_backward_kernel"),
         ("elementwise", "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::Tensor"),
         ("attention", "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, cutlass::bfloat16_t"),
         ("attention", "void pytorch_flash::flash_bwd_dot_do_o_kernel<true, Flash_bwd_kernel_traits<128, 64, 128, 8"),

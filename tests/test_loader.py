@@ -548,7 +548,8 @@ def test_threads_end_when_the_last_step_is_taken_and_when_the_iteration_is_given
 
 
 def test_documents_begin_with_the_bos_that_is_given(tmp_path):
-    hp = Hyperparameters(vocab_size=10, bos=3, val_tokens=80, val_batch_size=80, micro_batch_tokens=9)
+    values = dict(vocab_size=10, vocabulary="", val_tokens=80, val_batch_size=80, micro_batch_tokens=9)
+    hp = Hyperparameters(bos=3, **values)
     tokens = [3, 5, 6, 7, 8] * 40
     (path,) = write_texts(tmp_path, [tokens])
     for batch in TrainLoader([path], [(9, 64, 0)], hp, World()):
@@ -556,7 +557,7 @@ def test_documents_begin_with_the_bos_that_is_given(tmp_path):
         assert {tuple(ends_of(b)) for b in batch.micro_batches} == {(0, 5, 9)}
     assert [ends_of(b) for b in validation_chunks([path], hp, World())] == [[0, 5, 10]] * 8
     with pytest.raises(UserError, match="documents that begin with token 4 and count up to 64"):
-        next(iter(TrainLoader([path], [(9, 64, 0)], Hyperparameters(vocab_size=10, bos=4), World())))
+        next(iter(TrainLoader([path], [(9, 64, 0)], Hyperparameters(bos=4, **values), World())))
 
 
 # --------------------------------------------------------------------------------------------------------- validation
