@@ -247,7 +247,7 @@ class Hyperparameters:
     val_tokens: int = 10_485_760  # fixed by the rules
     val_batch_size: int = 2_097_152  # a validation step; each of its 8 chunks is a micro-batch
     # length of the run
-    num_scheduled_iterations: int = 2144  # shared by the stages
+    num_scheduled_iterations: int = 2208  # shared by the stages
     num_extension_iterations: int = 64  # at the final learning rate, with longer windows
     length: float = 1.0  # times these two and the momentum's two below: 0.25 is the same run in small
     cooldown_frac: float = 0.6  # of the scheduled iterations

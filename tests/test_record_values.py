@@ -39,8 +39,8 @@ SPEEDRUN = TrainingSchedule(Hyperparameters())
 # ---------------------------------------------------------------------------- stages
 
 
-def test_four_stages_that_share_2144_steps_are_followed_by_an_extension_of_64():
-    assert SPEEDRUN.starts == (0, 714, 1428, 1964, 2144) and SPEEDRUN.hp.total_steps == 2208
+def test_four_stages_that_share_2208_steps_are_followed_by_an_extension_of_64():
+    assert SPEEDRUN.starts == (0, 736, 1472, 2024, 2208) and SPEEDRUN.hp.total_steps == 2272
     assert [stage.share for stage in STAGES] == [1, 1, 0.75, 0.25, None]
 
 
@@ -52,52 +52,52 @@ def test_stages_are_thirds_rounded_down_the_last_in_two_parts_of_which_the_secon
 
 
 def test_embedding_and_head_untie_at_the_first_odd_step_of_stage_3():
-    for scheduled, step in ((2144, 1429), (380, 253), (1512, 1009), (1518, 1013), (4, 3), (6, 5)):
+    for scheduled, step in ((2208, 1473), (380, 253), (1512, 1009), (1518, 1013), (4, 3), (6, 5)):
         assert TrainingSchedule(Hyperparameters(num_scheduled_iterations=scheduled)).untie_step == step
 
 
 def test_the_batch_grows_from_65536_tokens_to_three_times_that():
     assert [stage.tokens for stage in STAGES] == [65_536, 131_072, 196_608, 196_608, 196_608]
-    tokens = sum(SPEEDRUN.stage(step).tokens for step in range(2208))
-    assert tokens == 714 * (65_536 + 131_072) + (716 + 64) * 196_608
+    tokens = sum(SPEEDRUN.stage(step).tokens for step in range(2272))
+    assert tokens == 736 * (65_536 + 131_072) + (736 + 64) * 196_608
 
 
 def test_documents_are_cut_at_896_tokens_in_the_first_stage_and_at_2048_then():
-    sizes = [SPEEDRUN.size(step) for step in (0, 713, 714, 1428, 1964, 2144)]
+    sizes = [SPEEDRUN.size(step) for step in (0, 735, 736, 1472, 2024, 2208)]
     expected = [(8192, 896), (8192, 896), (16_384, 2048), *3 * [(24_576, 2048)]]
     assert [size[:2] for size in sizes] == expected
 
 
-def test_the_softmax_has_12288_classes_at_first_then_20992_and_all_in_the_last_244_steps():
-    classes = [SPEEDRUN.size(step)[2] for step in (0, 713, 714, 1427, 1428, 1963, 1964, 2144, 2207)]
+def test_the_softmax_has_12288_classes_at_first_then_20992_and_all_in_the_last_248_steps():
+    classes = [SPEEDRUN.size(step)[2] for step in (0, 735, 736, 1471, 1472, 2023, 2024, 2208, 2271)]
     assert classes == [12_288, 12_288, 17_408, 17_408, 20_992, 20_992, 0, 0, 0]  # 0: all
 
 
 def test_windows_grow_from_stage_to_stage_and_once_more_for_the_final_validation():
-    windows = [SPEEDRUN.windows(step) for step in (0, 714, 1428, 1964, 2144)]
+    windows = [SPEEDRUN.windows(step) for step in (0, 736, 1472, 2024, 2208)]
     assert [w["short"] for w in windows] == [128, 384, 640, 640, 768]
     assert [w["long"] for w in windows] == [384, 896, 1408, 1408, 1664]
     assert SPEEDRUN.window_tokens(*FINAL_WINDOWS) == {"short": 768, "long": 2560}
 
 
-def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_857_to_15_hundredths():
-    assert [SPEEDRUN.lr(step) for step in (0, 713, 714, 856, 857)] == [0.85, 0.85, 1.2, 1.2, 1.2]
-    for step, multiplier in ((858, 1.2), (1427, 1.2), (1428, 1.5), (1964, 1.5), (2143, 1.5)):
-        t = (step - 857) / (2144 - 857)
+def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_883_to_15_hundredths():
+    assert [SPEEDRUN.lr(step) for step in (0, 735, 736, 882, 883)] == [0.85, 0.85, 1.2, 1.2, 1.2]
+    for step, multiplier in ((884, 1.2), (1471, 1.2), (1472, 1.5), (2024, 1.5), (2207, 1.5)):
+        t = (step - 883) / (2208 - 883)
         assert SPEEDRUN.lr(step) == pytest.approx((1 - t) * multiplier + 0.15 * t, rel=1e-12)
-    assert {SPEEDRUN.lr(step) for step in (2144, 2170, 2207)} == {0.15}
+    assert {SPEEDRUN.lr(step) for step in (2208, 2240, 2271)} == {0.15}
 
 
 def test_momentum_rises_over_480_steps_and_falls_back_over_the_last_320():
     expected = {0: 0.85, 240: 0.90, 479: 0.85 + 0.1 * 479 / 480, 480: 0.95, 481: 0.95, 1000: 0.95}
-    expected |= {1887: 0.95, 1888: 0.95, 1889: 0.95 - 0.1 / 320, 2048: 0.90, 2207: 0.85 + 0.1 / 320}
+    expected |= {1951: 0.95, 1952: 0.95, 1953: 0.95 - 0.1 / 320, 2112: 0.90, 2271: 0.85 + 0.1 / 320}
     assert {step: SPEEDRUN.momentum(step) for step in expected} == pytest.approx(expected, rel=1e-12)
 
 
 def test_three_next_tokens_and_a_prefix_are_predicted_at_first_and_one_token_at_last():
-    expected = {0: [1, 0.5, 0.25, 0.25], 238: [1, 0.5, 0.25 * 2 / 3, 0.25], 713: [1, 0.5, 0.25 / 714, 0.25]}
-    expected |= {714: [1, 0.5, 0.25], 952: [1, 0.5 * 2 / 3, 0.25 * 2 / 3], 1427: [1, 0.5 / 714, 0.25 / 714]}
-    expected |= {1428: [1], 1964: [1], 2144: [1], 2207: [1]}
+    expected = {0: [1, 0.5, 0.25, 0.25], 368: [1, 0.5, 0.125, 0.25], 735: [1, 0.5, 0.25 / 736, 0.25]}
+    expected |= {736: [1, 0.5, 0.25], 1104: [1, 0.25, 0.125], 1471: [1, 0.5 / 736, 0.25 / 736]}
+    expected |= {1472: [1], 2024: [1], 2208: [1], 2271: [1]}
     for step, weights in expected.items():
         assert SPEEDRUN.target_weights(step) == pytest.approx(weights, rel=1e-9)
 
@@ -207,7 +207,7 @@ def test_the_speedruns_hyperparameters():
         micro_batch_tokens=32_768,
         val_tokens=10_485_760,
         val_batch_size=2_097_152,
-        num_scheduled_iterations=2144,
+        num_scheduled_iterations=2208,
         num_extension_iterations=64,
         length=1.0,
         cooldown_frac=0.6,
