@@ -94,6 +94,8 @@ PLANTED = {
          "test_kernels.py test_linear_relu2_kernel_is_relu 128-256-64-cpu-float32"),
         ("MLP: the derivative of a square without its 2", "linear_relu2(grad_out, w_proj, hidden, 2.0)",
          "linear_relu2(grad_out, w_proj, hidden, 1.0)", "test_kernels.py test_mlp_has_the_value cpu-float32"),
+        ("MLP: in bf16 hidden activations have no end", "hidden = linear_relu2(x, w_fc).clamp(max=MAX_HIDDEN)",
+         "hidden = linear_relu2(x, w_fc)", "test_kernels.py test_hidden_activations cpu-float32"),
         ("MLP in FP8: the scale of hidden activations is not undone",
          "fp8_product(hidden, fp8_t[1].T, FP8_HIDDEN, FP8_WEIGHT,", "fp8_product(hidden, fp8_t[1].T, 1.0, FP8_WEIGHT,",
          "test_kernels.py test_mlp_in_fp8_is_the_plain"),

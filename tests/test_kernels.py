@@ -339,6 +339,24 @@ def test_mlp_in_fp8_is_the_plain_formula_within_the_quantisation(device):
         assert slope.item() == pytest.approx(1, abs=FP8_MLP_SLOPE_TOLERANCE), name
 
 
+@pytest.mark.parametrize(
+    "device, function, tolerance",
+    [
+        pytest.param("cpu", MLP.apply, 1e-5, id="cpu-float32"),
+        pytest.param("cuda", MLP.apply, BF16_CHAIN_TOLERANCE, marks=pytest.mark.gpu, id="cuda-bfloat16"),
+        pytest.param("cuda", fp8_mlp(0.25), 8e-2, marks=[pytest.mark.gpu, needs_fp8_gpu], id="cuda-float8"),
+    ],
+)
+def test_hidden_activations_end_where_fp8_does_in_any_type(device, function, tolerance):
+    (x, w_fc, w_proj), _ = mlp_inputs(device, 0.25)
+    w_fc[:3] = 7 * x[:3].sign()  # squared, three tokens go five times beyond the end
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    out = function(x.to(dtype), w_fc.to(dtype), w_proj.to(dtype))
+    hidden = F.relu(x.double() @ w_fc.double().T).square()
+    assert (hidden.amax(1) > 2 * train_gpt.MAX_HIDDEN).sum() >= 3
+    assert relative_error(out, hidden.clamp(max=28_672) @ w_proj.double()) < tolerance
+
+
 @pytest.mark.parametrize("device", ["cpu", FP8_DEVICES[1]])
 def test_gradients_of_the_fp8_mlp_do_not_depend_on_the_scale_of_the_loss(device):
     def gradients(grad_scale):
