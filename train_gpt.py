@@ -6,8 +6,8 @@ Train a 124M-parameter-class GPT from scratch on FineWeb to 3.28 validation loss
     python train_gpt.py --bench --profile                       # no run: time and profile some steps of each stage
     python train_gpt.py --describe                              # no run: what would run, from the tables
 
-The mathematics began as that of the public modded-nanogpt speedrun record of 2026-01-30 (97.77 s on 8 H100s).
-What this file measures as today stands in README.md and records/.
+The mathematics began as that of the seed record: the public modded-nanogpt speedrun's of 2026-01-30 (97.77 s on 8
+H100s). What was measured of this file as it is today stands in README.md and records/.
 
 Contents, in reading order (search for the banner):
     Hyperparameters   the tables a speedrunner edits: numbers, stages, layers, learned scalars and parameters
@@ -30,7 +30,7 @@ Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, 
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy CPU, threads that spin while they wait stop each other
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # CPU threads that spin while they wait hold up the others
 
 import base64
 import ctypes
@@ -81,29 +81,31 @@ ROOT = Path(os.path.expanduser(os.environ.get("DATA_PATH") or Path(__file__).res
 # ======================================================================================================================
 # Hyperparameters
 # ======================================================================================================================
+# First the tables, one row for each stage, layer, kind of scalar and parameter, then every other number of a run. To
+# add one is to add a row; rows that could not work are refused, in words, by the checks at the end.
 
-MICRO_BATCHES = 8  # a step, dealt over all ranks: the gradient is the same quantity on 1, 2, 4 or 8 GPUs
+MICRO_BATCHES = 8  # in every step, dealt out to the ranks: 1, 2, 4 or 8 GPUs compute the same gradient
 
 
 class TrainingStage(NamedTuple):
     """One row a stage of training; each has its own tensor shapes, hence its own compiled graphs."""
 
-    share: float | None  # of the scheduled iterations, beside the other rows'; None: the extension, always the last row
-    tokens: int  # a step, over all ranks
+    share: float | None  # of the scheduled iterations, relative to the other rows; None: the extension, the last row
+    tokens: int  # in a step, over all ranks
     short_window: int  # attention windows, in blocks of `window_block` tokens
     long_window: int
-    lr: float  # learning-rate multiplier, about (batch growth) ** 0.5
+    lr: float  # learning-rate multiplier; grows about as the square root of the batch
     target_weights: tuple[float, ...]  # multi-token prediction: weight of the 1st, 2nd, 3rd next token at the start ...
     target_weights_end: tuple[float, ...]  # ... and at the end of the stage
-    prefix_weights: tuple[float, float] = (0.0, 0.0)  # at start and end: of the next token's prefix, see prefix_table
-    max_seq_len: int = 1 << 30  # documents are cut here, and at train_max_seq_len
-    classes: int = 0  # of the vocabulary, in the softmax of a step, all its targets among them; 0: all there are
-    untie: bool = False  # head and embedding are one until this stage; where no row says so, to the end
+    prefix_weights: tuple[float, float] = (0.0, 0.0)  # of the next token's prefix (see prefix_table), at start and end
+    max_seq_len: int = 1 << 30  # documents are cut at this length or at train_max_seq_len, whichever is less
+    classes: int = 0  # tokens of the vocabulary in a step's softmax, its targets among them (softmax_classes); 0: all
+    untie: bool = False  # head and embedding are one matrix until this stage; if no row says so, to the end
 
 
-# Small batches and short windows learn the cheap things cheaply; the extension runs at the final learning rate. A token
-# costs nearly the same in small batches as in large ones, and in small ones teaches more: half as large for the same
-# number of tokens, they were 0.06 ahead at the end of a quarter run. Smaller still won little.
+# What is easy to learn is learnt from small batches and short windows first. A token costs nearly the same in a small
+# batch as in a large one and teaches more: with half the seed record's batches, at the same number of tokens, a quarter
+# run ended 0.06 lower. Still smaller ones won little.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, prefix weights
     TrainingStage(
@@ -111,8 +113,8 @@ STAGES = (
     ),
     TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0), classes=17_408),
     TrainingStage(0.75, 196_608, 5, 11, 1.5, (1.0,), (1.0,), classes=20_992, untie=True),
-    TrainingStage(0.25, 196_608, 5, 11, 1.5, (1.0,), (1.0,)),  # with all classes, to put right what some left out
-    TrainingStage(None, 196_608, 6, 13, 1.5, (1.0,), (1.0,)),  # its learning rate is lr_end
+    TrainingStage(0.25, 196_608, 5, 11, 1.5, (1.0,), (1.0,)),  # all classes, to correct those that were left out before
+    TrainingStage(None, 196_608, 6, 13, 1.5, (1.0,), (1.0,)),  # at the learning rate lr_end, whatever lr is
 )
 FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
 
@@ -120,31 +122,31 @@ FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
 class Layer(NamedTuple):
     """One row a layer: reading the table is reading the architecture.
 
-    A layer adds to the stream what attention gives, then outputs that earlier rows keep, each times a gate, then what
-    its MLP gives. "x0" is the normed embedding of a token, "ngrams" the sum of those of the bigram and the trigram
-    that end with it.
+    A layer adds to the residual stream, in this order: attention, kept outputs of earlier rows, each times a gate, and
+    its MLP. Two outputs are kept before the first row: "x0", the normed embedding of a token, and "ngrams", the sum of
+    the embeddings of the bigram and the trigram that end with it.
     """
 
     window: str | None = "short"  # which of the stage's windows attention uses; None: a layer without attention
-    narrow: bool = False  # queries and keys half as wide as values: the half that turns with the position
+    narrow: bool = False  # queries and keys half as wide as values: only the half that rotates with the position
     paired: bool = False  # heads interleaved along time in pairs, so that a query sees both heads' keys
-    key_offset: bool = False  # the stationary half of a key comes from the previous token
+    key_offset: bool = False  # the half of a key that does not rotate comes from the previous token
     value_embed: bool = False  # adds a gated embedding of the token to the values
-    xsa: bool = False  # takes the token's own value out of what attention gives it, as far as tanh(gate) of a head says
+    xsa: bool = False  # takes the part along the token's own value out of what attention gives, times tanh(a gate)
     head_gates: bool = False  # multiplies what each head gives by a gate
     reads: str | None = None  # attention reads this kept output instead of the stream
-    values: dict[str, float] = {}  # noqa: RUF012 - kept outputs that are added to the values: name, gate at the start
-    adds: dict[str, float] = {}  # noqa: RUF012 - ... that are added to the stream
+    values: dict[str, float] = {}  # noqa: RUF012 - kept outputs added to the values: name and its gate's initial value
+    adds: dict[str, float] = {}  # noqa: RUF012 - ... added to the stream
     mlp: bool = True
-    # Here a network reads the stream, not normed, for the gates of this row and those up to the next network. It can
-    # weigh what has been kept until here.
+    # At this row a small network computes, from the stream (not normed), the gates of this row and of those up to the
+    # next such row. They can only be for what earlier rows have kept. Source: MUDD, arXiv 2502.12170 (2025).
     gates: bool = False
     keep: str | None = None  # the name under which the row's output is kept
 
 
 X0, NGRAMS = dict(x0=0.0), dict(ngrams=0.05)
 LAYERS = (
-    Layer(None, adds=NGRAMS, mlp=False, gates=True, keep="start"),  # ahead of the first layer
+    Layer(None, adds=NGRAMS, mlp=False, gates=True, keep="start"),  # no layer yet: n-grams alone
     Layer("short", narrow=True, paired=True, adds=X0),
     Layer("short", narrow=True, value_embed=True, xsa=True, adds=X0 | NGRAMS),
     Layer("short", narrow=True, paired=True, value_embed=True, adds=X0 | NGRAMS),
@@ -153,42 +155,42 @@ LAYERS = (
     Layer("short", narrow=True, paired=True, adds=X0 | NGRAMS),
     Layer(None, adds=dict(early=0.09)),
     Layer("short", narrow=True, xsa=True, adds=X0 | NGRAMS, keep="middle"),
-    # Late layers look for what they need in the middle of the model: their own work is on the prediction.
+    # Late layers' attention reads the middle of the model: the stream is by now about the prediction.
     Layer("short", narrow=True, value_embed=True, reads="middle", adds=X0 | NGRAMS),
     Layer(None, adds=X0 | NGRAMS, keep="late"),
     Layer("long", key_offset=True, value_embed=True, head_gates=True, reads="middle", gates=True,
           values=dict(start=0.0, middle=0.0, late=0.0), adds=dict(start=0.0, middle=0.0, late=0.0) | NGRAMS),
-    # After the last layer much of what the middle has put into the stream is taken out again.
+    # After the last layer: much of what the middle has put into the stream is subtracted, as in the seed record.
     Layer(None, adds=dict(start=0.0, early=0.0, middle=-0.5, late=0.0), mlp=False, gates=True),
 )  # fmt: skip
-XSA_GATE, HEAD_GATE = 0.0, 0.25  # at the start
-NARROW_SCALE = 1.2  # of a narrow layer's softmax, times the others'
+XSA_GATE, HEAD_GATE = 0.0, 0.25  # initial values
+NARROW_SCALE = 1.2  # attention's softmax scale in narrow layers, relative to the others
 GATE_HIDDEN, GATE_SCALE = 64, 0.1  # hidden units of a gate network; what its results are multiplied by
-GATE_DIMS = 12  # the gates of smear and value embeddings look at the first 12 dimensions of their input only
-# Rows of n-grams are found by hashing, an equal part of the table for each order. By order, the factors of a token, of
-# the one before it and so on, whose products are XORed; and likewise for one of SIGN_ROWS rows of fixed random signs,
-# by which what is found is multiplied, so that collisions differ. Source: the public speedrun's PRs 299 and 360, 2026.
+GATE_DIMS = 12  # the gates of smear and value embeddings read the first 12 dimensions of their input
+# An n-gram's hash is the XOR of its tokens, each times a factor, the last token's first. By order: factors for its row
+# in the table, of which each order has an equal part, and for one of SIGN_ROWS rows of fixed random signs that multiply
+# what is found there, so that n-grams in one row still differ. Source: the public speedrun's PRs 299 and 360, 2026.
 NGRAM_FACTORS = {2: ((36313, 27191), (1, 1)), 3: ((17351, 60961, 45259), (58699, 39779, 26801))}
 SIGN_ROWS = 8192
 
 ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
 VALUE_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.value_embed]
 MLP_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.mlp]
-# The layers of each gate network: from the row at which it reads the stream up to the next such row
+# For each gate network, the layers whose gates it gives
 NETWORK_LAYERS = [
     LAYERS[begin:end] for begin, end in pairwise([*(i for i, a in enumerate(LAYERS) if a.gates), len(LAYERS)])
 ]
 
-# Learned scalars by name: (how many, initial value, learning-rate multiplier). They live in one float32 vector, so that
-# eight ranks exchange one small message instead of six.
+# Learned scalars by name: (how many, initial value, learning-rate multiplier). All are one float32 vector, so that
+# ranks exchange one small message.
 SCALARS = {
     "attn_resid": (len(LAYERS), 1.1**0.5, 5.0),  # weight of the stream where a layer's attention is added to it
-    "mlp_resid": (len(LAYERS), 1.1**0.5, 5.0),  # ... and its MLP
-    "mlp_out": (len(LAYERS), 1.0, 5.0),  # weight of what the MLP gives
+    "mlp_resid": (len(LAYERS), 1.1**0.5, 5.0),  # ... where its MLP is
+    "mlp_out": (len(LAYERS), 1.0, 5.0),  # weight of the MLP
     "qkv": (len(LAYERS), 0.5, 5.0),  # scale of W_q, W_k, W_v
     "out": (len(LAYERS), 1.0, 5.0),  # scale of W_o
-    "copy_gain": (1, 1.0, 5.0),  # of the scores by which a token's document is searched for what follows it
-    "copy_sentinel": (1, 15.0, 5.0),  # score of not copying, beside what a row of weights makes of the last output
+    "copy_gain": (1, 1.0, 5.0),  # scale of the scores of copying, see copy_sums
+    "copy_sentinel": (1, 15.0, 5.0),  # bias of the score of not copying; its weights are the parameter copy_sentinel
     "smear": (1, 0.0, 5.0),  # how much of the previous token's embedding is added to a token's
 }
 
@@ -197,20 +199,20 @@ class Row(NamedTuple):
     """One row a parameter of the optimizer. Gradients are reduced and parameters updated in the order of the rows."""
 
     name: str
-    # "normuon" (banks of matrices; every step), "adam" (odd steps only; no further bits beside bf16) or "rowwise" (the
-    # table of n-grams; every step, those of its rows that were looked up)
+    # "normuon": banks of matrices, every step, in float32 (bf16 and 16 bits more). "adam": odd steps only, no more bits
+    # than the parameter's. "rowwise": the table of n-grams, every step, of its rows only those that were looked up
     algorithm: str
-    # Reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere. By rows: those of a
-    # step go to and from their owners.
+    # Reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere. "rowwise": a step's
+    # rows go from and to the ranks that own them
     sharded: bool
-    lr: tuple[float, ...]  # multiplier; several cycle over the first dimension, of a bank its matrices (W_fc, W_proj)
+    lr: tuple[float, ...]  # multiplier; several repeat along the first dimension: in mlp_bank W_fc, W_proj, W_fc, ...
     wd: float  # weight-decay multiplier
     betas: tuple[float, float] | None = None  # adam's; rowwise has no first moment
 
 
 SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count))
-# The small ones first; the matrices, whose updates take longest, behind the tables, so that these are gathered beneath
-# them; and behind the matrices the n-grams, whose gradients meanwhile arrive.
+# Small parameters come first, then tables, whose all-gather overlaps the longest updates, those of the matrices; last
+# n-grams, whose gradients arrive in the meantime.
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
     Row("scalars", "adam", False, SCALAR_LRS, 0.0, (0.9, 0.99)),
@@ -229,8 +231,8 @@ PARAMETERS = (
     Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0),
     Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
 )
-# Looked up by token, so that of their gradients only a few rows are not zero: see Lookup and ShardedRows. By name, how
-# many tables it holds, one after the other; a token has the same row in each.
+# Parameters looked up by token, so that few rows of their gradients are not zero: see Lookup and ShardedRows. By name,
+# how many tables lie one after the other in it; a token has the same row in each.
 TABLES = {"embed": 1, "value_embeds": len(VALUE_LAYERS)}
 
 
@@ -243,22 +245,22 @@ class Hyperparameters:
     train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # glob, relative to DATA_PATH or this file's folder
     val_files: str = "data/fineweb10B/fineweb_val_*.bin"
     train_max_seq_len: int = 2048  # documents are cut here: attention beyond it costs more than it teaches
-    micro_batch_tokens: int = 32_768  # a rank's micro-batches are joined up to this: less time, more memory
+    micro_batch_tokens: int = 32_768  # a rank joins its micro-batches up to this size: less time, more memory
     val_tokens: int = 10_485_760  # fixed by the rules
     val_batch_size: int = 2_097_152  # a validation step; each of its 8 chunks is a micro-batch
     # length of the run
     num_scheduled_iterations: int = 2208  # shared by the stages
     num_extension_iterations: int = 64  # at the final learning rate, with longer windows
-    length: float = 1.0  # times these two and the momentum's two below: 0.25 is the same run in small
+    length: float = 1.0  # multiplies these two and the momentum's two below: 0.25 is a quarter run
     cooldown_frac: float = 0.6  # of the scheduled iterations
-    lr_end: float = 0.15  # learning-rate factor at the end of the cooldown
+    lr_end: float = 0.15  # learning-rate factor at the end of the cooldown, and in the extension
     stages: tuple[TrainingStage, ...] = STAGES
     # model
     vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
     bos: int = 50256  # every document begins with this token; GPT-2's <|endoftext|>
-    vocabulary: str = "data/gpt2.tiktoken"  # all others, in tiktoken's form, for prefixes and spellings; "": none
-    ngram_rows: int = 8_388_608  # half for bigrams, half for trigrams; a half's last is for documents' first tokens
-    copy_width: int = 128  # of the queries and keys by which a token is copied from its document; 0: it is not
+    vocabulary: str = "data/gpt2.tiktoken"  # the other tokens' bytes, for prefixes and n-grams by spelling; "": none
+    ngram_rows: int = 8_388_608  # half for bigrams, half for trigrams; a half's last: for documents' first tokens
+    copy_width: int = 128  # of the queries and keys that find tokens to copy in the document; 0: no copying
     num_heads: int = 6
     head_dim: int = 128
     mlp_ratio: int = 3  # hidden units of an MLP, times the model's width
@@ -274,7 +276,7 @@ class Hyperparameters:
     muon_beta2: float = 0.95
     muon_momentum_warmup: int = 480  # steps from 0.85 to 0.95
     muon_momentum_cooldown: int = 320  # the last steps, back to 0.85
-    grad_scale: float = 2.0  # of the loss, over the 8 micro-batches of a step; slightly better than 1 for FP8 and bf16
+    grad_scale: float = 2.0  # backward is from this / 8 times a micro-batch's sum of losses; slightly better than 1
     # run
     run_id: str = ""  # names log and checkpoint; a fresh UUID if empty
     log_dir: str = "logs"
@@ -283,7 +285,7 @@ class Hyperparameters:
     save_checkpoint: bool = False  # at the end: the model alone
     checkpoint_every: int = 0  # steps between checkpoints to go on from, 16 GB each; also at SIGTERM. 0: none
     resume: str = ""  # the run_id of a run to go on with, from its last checkpoint; "auto": run_id's, if there is one
-    hang_timeout: float = 300.0  # seconds on the clock without a step's end after which the run is ended; 0: never
+    hang_timeout: float = 300.0  # the run is ended when no step has for so many seconds on the clock; 0: never
     bench: bool = False  # instead of the run: time each stage and project the whole run's time
     bench_steps: int = 24  # a stage, of which the first two are not timed
     profile: bool = False  # instead of the run: kernels by category, and a trace of two steps of each stage
@@ -308,7 +310,7 @@ class Hyperparameters:
         return self.steps("num_scheduled_iterations") + self.steps("num_extension_iterations")
 
     def steps(self, name: str) -> int:
-        """A count of steps times `length`, at least 1 of what is not 0."""
+        """A count of steps times `length`, at least 1 unless the count is 0."""
         count = getattr(self, name)
         return max(min(count, 1), round(self.length * count))
 
@@ -326,7 +328,7 @@ PRESETS = {
         bench_steps=8,
         num_scheduled_iterations=36,
         num_extension_iterations=4,
-        # Of so few steps each must teach most classes that they do not come.
+        # With so few steps each must lower the logits of most of the tokens that never come.
         stages=tuple(stage._replace(tokens=stage.tokens // 128, classes=stage.classes and 40_960) for stage in STAGES),
         micro_batch_tokens=1024,
         ngram_rows=4096,
@@ -523,10 +525,10 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
 # ======================================================================================================================
 # Distributed
 # ======================================================================================================================
-# One process a GPU. torchrun starts them and says in the environment who is who; they meet in its key-value store.
+# One process a GPU. torchrun starts them and says in the environment which is which; they meet in its key-value store.
 
 INSTALL = "pip install -r requirements.txt"
-NVIDIA_DEVICE = Path("/dev/nvidiactl")  # there where a process may use a GPU
+NVIDIA_DEVICE = Path("/dev/nvidiactl")  # exists where a process may use a GPU
 UNDER_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher is this process's parent
 
 
@@ -561,11 +563,11 @@ def check_no_gpu() -> None:
 
 
 def keep_freed_memory() -> None:
-    """On a CPU: glibc would return the memory of each step's logits and fetch it again, half of a step's time."""
+    """For CPUs: glibc would return the memory of each step's logits and fetch it again, half of a step's time."""
     with suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block comes, and goes, by itself
-        mallopt(-1, 1_000_000_000)  # M_TRIM_THRESHOLD
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks, too, come from the heap ...
+        mallopt(-1, 1_000_000_000)  # M_TRIM_THRESHOLD: ... which keeps up to 1 GB
 
 
 class World(NamedTuple):
@@ -597,7 +599,7 @@ class World(NamedTuple):
             check_no_gpu()
             return World(rank, local_rank, size)
         gpus = torch.cuda.device_count()
-        # Not by this process's own rank: every rank must see it, so that rank 0 can say it.
+        # Not from this process's rank alone: every rank must see it, for rank 0 prints the message.
         told = f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})"
         require(max(local_rank + 1, local_size) <= gpus, told)
         return World(rank, local_rank, size, torch.device("cuda", local_rank))
@@ -607,14 +609,14 @@ class World(NamedTuple):
         if self.on_gpu:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            if UNDER_TORCHRUN:  # it listens; without it the next lines would try for the whole timeout
+            if UNDER_TORCHRUN:  # if its store is gone, init_process_group would try for the whole timeout
                 address = launcher_address()
                 try:
                     socket.create_connection(address, timeout=20).close()
                 except OSError as error:
                     raise UserError(f"the launcher does not answer at {address[0]}:{address[1]} ({error})") from None
             backend, device = ("nccl", self.device) if self.on_gpu else ("gloo", None)
-            # A long timeout, for ranks that compile at different speeds; torchrun sees a death at once.
+            # A long timeout, for ranks that compile at different speeds; a rank's death torchrun sees at once.
             dist.init_process_group(backend, device_id=device, timeout=timedelta(minutes=30))
 
     def stop(self) -> None:
