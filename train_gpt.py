@@ -700,7 +700,7 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, addend: Tensor | None = Non
 # backward.
 FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 64.0, 2.0**-6
 MAX_HIDDEN = 448 * FP8_HIDDEN
-kept_full = cache(torch.full)
+cached_full = cache(torch.full)
 
 
 def fp8_product(a: Tensor, b: Tensor, a_scale, b_scale, out_dtype: torch.dtype, fast: bool = True) -> Tensor:
@@ -708,7 +708,7 @@ def fp8_product(a: Tensor, b: Tensor, a_scale, b_scale, out_dtype: torch.dtype, 
 
     Scales are numbers or 0-d float32 tensors. fast: sums in the tensor core's own, shorter registers.
     """
-    full = torch.full if torch.compiler.is_compiling() else kept_full  # uncompiled, each call would fill new scales
+    full = torch.full if torch.compiler.is_compiling() else cached_full  # uncompiled, each call would fill new scales
     number = dict(dtype=torch.float32, device=a.device)
     scales = (scale if isinstance(scale, Tensor) else full((), scale, **number) for scale in (a_scale, b_scale))
     return torch._scaled_mm(a, b, *scales, out_dtype=out_dtype, use_fast_accum=fast)
@@ -835,8 +835,8 @@ def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None,
     BLOCK_K = 128 if fp8 else 64
     half_tile = [BLOCK_T, BLOCK_N // 2]
     out_desc = TensorDescriptor.from_tensor(out, half_tile)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    programs = min(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N), processors)
+    num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    programs = min(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N), num_sms)
     linear_relu2_kernel[(programs,)](
         TensorDescriptor.from_tensor(x.contiguous(), [BLOCK_T, BLOCK_K]),
         TensorDescriptor.from_tensor(weight.contiguous(), [BLOCK_N, BLOCK_K]),
@@ -968,11 +968,11 @@ def cross_entropy_kernel(
 
 @triton.jit
 def cross_entropy_gradient(
-    logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row, quad, first_col,
+    logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row, offset, first_col,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Every fourth row of a tile, from row `quad` on: the gradient without the targets' terms, written and returned."""
-    in_tile = 4 * tl.arange(0, ROWS // 4) + quad
+    """Rows offset, offset + 4, ... of a tile: the gradient without the targets' terms, written and returned."""
+    in_tile = 4 * tl.arange(0, ROWS // 4) + offset
     rows, cols = first_row + in_tile, first_col + tl.arange(0, COLS)
     factor *= tl.load(sums_ptr + rows, mask=rows < T, other=0.0)
     lse_2 = tl.load(lse_ptr + rows, mask=rows < T, other=0.0) * LOG2_E
@@ -987,16 +987,16 @@ def cross_entropy_gradient(
 
 
 @triton.jit
-def byte(x, shift: tl.constexpr):
+def e5m2_bits(x, shift: tl.constexpr):
     """The bits of x in e5m2, in an int32."""
     return x.to(tl.float8e5).to(tl.uint8, bitcast=True).to(tl.int32) << shift
 
 
 @triton.jit
-def word(a, b, c, d, INTERPRETED: tl.constexpr):
+def pack_e5m2(a, b, c, d, INTERPRETED: tl.constexpr):
     """Four numbers in e5m2 as the bytes of an int32. Compiled, Triton 3.6 gets some bytes wrong; PTX is right."""
     if INTERPRETED:
-        return byte(a, 0) | byte(b, 8) | byte(c, 16) | byte(d, 24)
+        return e5m2_bits(a, 0) | e5m2_bits(b, 8) | e5m2_bits(c, 16) | e5m2_bits(d, 24)
     return tl.inline_asm_elementwise(
         "{.reg .b16 ab, cd; cvt.rn.satfinite.e5m2x2.f32 ab, $2, $1; cvt.rn.satfinite.e5m2x2.f32 cd, $4, $3;"
         " mov.b32 $0, {ab, cd};}", "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
@@ -1020,7 +1020,7 @@ def cross_entropy_backward_kernel(
     c = cross_entropy_gradient(*args, 2, first_col, ROWS, COLS)
     d = cross_entropy_gradient(*args, 3, first_col, ROWS, COLS)
     if TRANSPOSED:
-        words = word(a, b, c, d, INTERPRETED)
+        words = pack_e5m2(a, b, c, d, INTERPRETED)
         corner = first_col.to(tl.int64) * (T // 4) + first_row // 4
         in_tile_row, in_tile_col = tl.arange(0, ROWS // 4)[None, :], tl.arange(0, COLS)[:, None]
         inside = (first_col + in_tile_col < V) & (first_row + 4 * in_tile_row < T)
@@ -1247,10 +1247,10 @@ def update_rows_reference(
 
 @triton.jit(do_not_specialize=["update"])
 def update_rows_kernel(
-    p_ptr, v_ptr, last_ptr, rows_ptr, grad_ptr, mean_square_ptr, update, log2_beta2, keep, lr, decay, eps,
+    p_ptr, v_ptr, last_ptr, rows_ptr, grad_ptr, mean_square_ptr, update, log2_beta2, one_minus_beta2, lr, decay, eps,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row; keep is 1 - beta2. p may have more than 2^31 numbers."""
+    """One row. p may have more than 2^31 numbers."""
     i, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + i).to(tl.int64)
     p_ptrs, inside = p_ptr + row * C + cols, cols < C
@@ -1259,7 +1259,7 @@ def update_rows_kernel(
     v, missed = tl.load(v_ptr + row), update - tl.load(last_ptr + row)
     # For the sum all warps wait for each other: nothing that is loaded above is stored before all have it.
     mean_square = tl.sum(grad * grad, 0) / C
-    v = v * tl.exp2(log2_beta2 * missed.to(tl.float32)) + keep * mean_square
+    v = v * tl.exp2(log2_beta2 * missed.to(tl.float32)) + one_minus_beta2 * mean_square
     u = grad * (lr / (tl.sqrt(v) + eps))
     u += tl.where(u * master > 0, decay * master, 0.0)
     tl.store(p_ptrs, (master - u).to(p_ptr.dtype.element_ty), mask=inside)
@@ -1326,38 +1326,38 @@ def split_heads_reference(qkv, value_gate, table, rows, cos, sin, documents, num
         q, k, v = (t.reshape(2 * T, num_heads // 2, -1) for t in (q, k, v))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if documents is not None:
-        moving, still = k.chunk(2, dim=-1)
+        rotary, stationary = k.chunk(2, dim=-1)
         position = torch.arange(len(k), device=k.device)
-        k = torch.cat((moving, still[torch.maximum(position - 1, documents.starts)]), dim=-1)
+        k = torch.cat((rotary, stationary[torch.maximum(position - 1, documents.starts)]), dim=-1)
     return q, k, v
 
 
 @triton.jit
-def turn(x, cos, sin):
+def rotate_tile(x, cos, sin):
     """rotate() of x (BLOCK, D), tables (BLOCK, D / 2)."""
     a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
     return tl.reshape(tl.join(a * cos + b * sin, b * cos - a * sin), x.shape)
 
 
 @triton.jit
-def head_places(
+def head_offsets(
     cos_ptr, sin_ptr, T,
     H: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """For one head of BLOCK_T tokens: token, position and mask, rotation, places in projections and q, k, then in v.
 
-    Paired or not, a head has the same place in memory, and the next position's is `H // 2` or `H` heads further.
+    Paired or not, a head has the same offsets in memory, and the next position's is `H // 2` or `H` heads further.
     Neighbouring programs take the heads of the same tokens, which read the same rows of the tables.
     """
     head, block, d_qk, d = tl.program_id(0) % H, tl.program_id(0) // H, tl.arange(0, D_QK), tl.arange(0, D)
     t = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     position = 2 * t + head // (H // 2) if PAIRED else t
-    turning = position[:, None] * (D // 2) + tl.arange(0, D_QK // 2)[None, :]
+    angles = position[:, None] * (D // 2) + tl.arange(0, D_QK // 2)[None, :]
     row = t[:, None] * H * (2 * D_QK + D)
     projected, v_projected = row + head * D_QK + d_qk[None, :], row + head * D + d[None, :] + 2 * H * D_QK
     out, v_out = (t[:, None] * H + head) * D_QK + d_qk[None, :], (t[:, None] * H + head) * D + d[None, :]
-    cos = tl.load(cos_ptr + turning, mask=(t < T)[:, None], other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + turning, mask=(t < T)[:, None], other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + angles, mask=(t < T)[:, None], other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angles, mask=(t < T)[:, None], other=0.0).to(tl.float32)
     return head, t, position, t < T, cos, sin, projected, out, v_projected, v_out
 
 
@@ -1368,28 +1368,28 @@ def split_heads_kernel(
     VALUE_EMBED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One head of BLOCK_T tokens."""
-    head, t, position, inside, cos, sin, projected, out, v_projected, v_out = head_places(
+    head, t, position, inside, cos, sin, projected, out, v_projected, v_out = head_offsets(
         cos_ptr, sin_ptr, T, H, D_QK, D, PAIRED, BLOCK_T
     )
     mask = inside[:, None]
     for i in tl.static_range(2):
         out_ptr = q_ptr if i == 0 else k_ptr
         x = tl.load(qkv_ptr + projected + i * H * D_QK, mask=mask, other=0.0).to(tl.float32)
-        x = turn(x * tl.rsqrt(tl.sum(x * x, 1) / D_QK + eps)[:, None], cos, sin).to(out_ptr.dtype.element_ty)
+        x = rotate_tile(x * tl.rsqrt(tl.sum(x * x, 1) / D_QK + eps)[:, None], cos, sin).to(out_ptr.dtype.element_ty)
         if KEY_OFFSET and i == 1:  # the second half goes to a document's next position; its first keeps its own, too
-            still, step = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
+            stationary, stride = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
             is_first = position == tl.load(starts_ptr + position, mask=inside, other=0)
             has_next = position + 1 < tl.load(ends_ptr + position, mask=inside, other=0)
-            tl.store(out_ptr + out, x, mask=mask & (~still | is_first[:, None]))
-            tl.store(out_ptr + out + step * D_QK, x, mask=has_next[:, None] & still)
+            tl.store(out_ptr + out, x, mask=mask & (~stationary | is_first[:, None]))
+            tl.store(out_ptr + out + stride * D_QK, x, mask=has_next[:, None] & stationary)
         else:
             tl.store(out_ptr + out, x, mask=mask)
     v = tl.load(qkv_ptr + v_projected, mask=mask, other=0.0)
     if VALUE_EMBED:
         row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
         gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
-        place = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
-        embed = tl.load(table_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        offsets = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
+        embed = tl.load(table_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         v = (v.to(tl.float32) + gate[:, None] * embed).to(v.dtype)
     tl.store(v_ptr + v_out, v, mask=mask)
 
@@ -1402,21 +1402,22 @@ def split_heads_backward_kernel(
     VALUE_EMBED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One head of BLOCK_T tokens: the projections' gradient times `factor`, the gate's; adds to the table's."""
-    head, t, position, inside, cos, sin, projected, out, v_projected, v_out = head_places(
+    head, t, position, inside, cos, sin, projected, out, v_projected, v_out = head_offsets(
         cos_ptr, sin_ptr, T, H, D_QK, D, PAIRED, BLOCK_T
     )
     mask = inside[:, None]
     for i in tl.static_range(2):
         grad_ptr = grad_q_ptr if i == 0 else grad_k_ptr
         if KEY_OFFSET and i == 1:  # from where the second half went
-            still, step = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
+            stationary, stride = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
             is_first = position == tl.load(starts_ptr + position, mask=inside, other=0)
             has_next = position + 1 < tl.load(ends_ptr + position, mask=inside, other=0)
-            grad = tl.load(grad_ptr + out, mask=mask & (~still | is_first[:, None]), other=0.0).to(tl.float32)
-            grad += tl.load(grad_ptr + out + step * D_QK, mask=has_next[:, None] & still, other=0.0).to(tl.float32)
+            grad = tl.load(grad_ptr + out, mask=mask & (~stationary | is_first[:, None]), other=0.0).to(tl.float32)
+            of_next = tl.load(grad_ptr + out + stride * D_QK, mask=has_next[:, None] & stationary, other=0.0)
+            grad += of_next.to(tl.float32)
         else:
             grad = tl.load(grad_ptr + out, mask=mask, other=0.0).to(tl.float32)
-        grad = turn(grad, cos, -sin)
+        grad = rotate_tile(grad, cos, -sin)
         x = tl.load(qkv_ptr + projected + i * H * D_QK, mask=mask, other=0.0).to(tl.float32)
         inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D_QK + eps)[:, None]
         x *= inverse_rms
@@ -1429,11 +1430,11 @@ def split_heads_backward_kernel(
     if VALUE_EMBED:
         row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
         gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
-        place = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
-        embed = tl.load(table_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        offsets = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
+        embed = tl.load(table_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         grad_gate = tl.sum(grad_v * embed, 1).to(grad_gate_ptr.dtype.element_ty)
         tl.store(grad_gate_ptr + t * H + head, grad_gate, mask=inside)
-        tl.atomic_add(grad_table_ptr + place, gate[:, None] * grad_v, mask=mask, sem="relaxed")
+        tl.atomic_add(grad_table_ptr + offsets, gate[:, None] * grad_v, mask=mask, sem="relaxed")
 
 
 class SplitHeads(torch.autograd.Function):
@@ -1529,20 +1530,21 @@ MASKED = tl.constexpr(-1e5)
 
 @triton.jit
 def key_range(starts_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Queries row .. row + BLOCK_Q - 1 see keys from `begin` to `end`; all of them see all keys of [mid, tail)."""
+    """Queries row .. row + BLOCK_Q - 1 see keys of [begin, end), and all of them all keys of [full_begin, full_end)."""
     last = min(row + BLOCK_Q, N) - 1
     begin = max(tl.load(starts_ptr + row), row - window) // BLOCK_K * BLOCK_K
-    mid = tl.cdiv(max(tl.load(starts_ptr + last), last - window), BLOCK_K) * BLOCK_K
-    return begin, mid, (row + 1) // BLOCK_K * BLOCK_K, last + 1
+    full_begin = tl.cdiv(max(tl.load(starts_ptr + last), last - window), BLOCK_K) * BLOCK_K
+    full_end = (row + 1) // BLOCK_K * BLOCK_K
+    return begin, full_begin, full_end, last + 1
 
 
 @triton.jit
 def query_range(ends_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Keys row .. row + BLOCK_K - 1 are seen from queries `begin` to `end`; all queries of [mid, tail) see all keys."""
+    """Keys row .. row + BLOCK_K - 1 are seen by queries of [begin, end), and all by all of [full_begin, full_end)."""
     last = min(row + BLOCK_K, N) - 1
-    mid = tl.cdiv(last, BLOCK_Q) * BLOCK_Q
-    tail = min(tl.load(ends_ptr + row), row + window + 1) // BLOCK_Q * BLOCK_Q
-    return row // BLOCK_Q * BLOCK_Q, mid, tail, min(tl.load(ends_ptr + last), last + window + 1)
+    full_begin = tl.cdiv(last, BLOCK_Q) * BLOCK_Q
+    full_end = min(tl.load(ends_ptr + row), row + window + 1) // BLOCK_Q * BLOCK_Q
+    return row // BLOCK_Q * BLOCK_Q, full_begin, full_end, min(tl.load(ends_ptr + last), last + window + 1)
 
 
 @triton.jit
@@ -1561,32 +1563,32 @@ def attention_kernel(
     """BLOCK_Q queries of one head: y, in base 2 the logarithm of the sum of exponentials, and of y the share of v."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
     rows = row + tl.arange(0, BLOCK_Q)
-    begin, mid, tail, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
+    begin, full_begin, full_end, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
     q = q_desc.load([row, head * D_QK])
-    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)  # the largest score so far
-    total = tl.zeros((BLOCK_Q,), tl.float32)
+    row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)  # the largest score so far
+    row_sum = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     for col in range(begin, end, BLOCK_K):
         k, v = k_desc.load([col, head * D_QK]), v_desc.load([col, head * D])
         s = tl.dot(q, k.T)
-        if (col < mid) | (col >= tail):
+        if (col < full_begin) | (col >= full_end):
             cols = (col + tl.arange(0, BLOCK_K))[None, :]
             s = tl.where((cols >= first[:, None]) & (cols <= rows[:, None]), s, MASKED)
-        new_top = tl.maximum(top, tl.max(s, 1) * scale_2)
-        p = tl.exp2(s * scale_2 - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
-        top = new_top
-    y, by_head = acc / total[:, None], head.to(tl.int64) * N + rows
+        new_max = tl.maximum(row_max, tl.max(s, 1) * scale_2)
+        p = tl.exp2(s * scale_2 - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])
+        row_max = new_max
+    y, by_head = acc / row_sum[:, None], head.to(tl.int64) * N + rows
     if XSA:
         own, square, t = own_values(own_desc, xsa_ptr, row, head, N, H, D, BLOCK_Q)
         share = tl.sum(y * own, 1) / tl.maximum(square, 1e-8)
         tl.store(share_ptr + by_head, share, mask=rows < N)
         y -= (t * share)[:, None] * own
     y_desc.store([row, head * D], y.to(y_desc.dtype))
-    tl.store(lse_ptr + by_head, top + tl.log2(total), mask=rows < N)
+    tl.store(lse_ptr + by_head, row_max + tl.log2(row_sum), mask=rows < N)
 
 
 # With p_ij what query i takes of value j, and delta_i = dy_i . y_i, the gradients are
@@ -1606,7 +1608,7 @@ def attention_backward_q_kernel(
     """BLOCK_Q queries of one head: the gradients of q and gates; for the keys' kernel delta and, before XSA, y's."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
     rows = row + tl.arange(0, BLOCK_Q)
-    begin, mid, tail, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
+    begin, full_begin, full_end, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
     by_head = head.to(tl.int64) * N + rows
     q, y, grad_y = q_desc.load([row, head * D_QK]), y_desc.load([row, head * D]), grad_y_desc.load([row, head * D])
@@ -1631,7 +1633,7 @@ def attention_backward_q_kernel(
         s = tl.dot(q, k.T)
         grad_p = tl.dot(grad_y, v.T)
         p = tl.exp2(s * scale_2 - lse[:, None])
-        if (col < mid) | (col >= tail):
+        if (col < full_begin) | (col >= full_end):
             cols = (col + tl.arange(0, BLOCK_K))[None, :]
             p = tl.where((cols >= first[:, None]) & (cols <= rows[:, None]), p, 0.0)
         acc = tl.dot((p * (grad_p - delta[:, None])).to(k.dtype), k, acc)
@@ -1647,7 +1649,7 @@ def attention_backward_kv_kernel(
     """BLOCK_K keys of one head: the gradients of k and v. Scores are (keys, queries), as both products need them."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_K, tl.program_id(1), scale * LOG2_E
     rows = row + tl.arange(0, BLOCK_K)
-    begin, mid, tail, end = query_range(ends_ptr, row, N, window, BLOCK_Q, BLOCK_K)
+    begin, full_begin, full_end, end = query_range(ends_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     last = tl.minimum(tl.load(ends_ptr + rows, mask=rows < N, other=0) - 1, rows + window)
     lse_ptr += head.to(tl.int64) * N
     delta_ptr += head.to(tl.int64) * N
@@ -1660,7 +1662,7 @@ def attention_backward_kv_kernel(
         lse = tl.load(lse_ptr + cols, mask=cols < N, other=0.0)
         delta = tl.load(delta_ptr + cols, mask=cols < N, other=0.0)
         p = tl.exp2(tl.dot(k, q.T) * scale_2 - lse[None, :])
-        if (col < mid) | (col >= tail):
+        if (col < full_begin) | (col >= full_end):
             p = tl.where((cols[None, :] >= rows[:, None]) & (cols[None, :] <= last[:, None]), p, 0.0)
         grad_v = tl.dot(p.to(grad_y.dtype), grad_y, grad_v)
         grad_p = tl.dot(v, grad_y.T)  # after grad_v's product: the two run back to back, with one wait
@@ -1772,20 +1774,20 @@ def copy_kernel(
     begin, _, _, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
     q, target = q_desc.load([row, 0]), tl.load(targets_ptr + rows, mask=rows < N, other=-1)
-    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)  # the largest score so far
-    total, matching = tl.zeros((BLOCK_Q,), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
+    row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)  # the largest score so far
+    row_sum, matching = tl.zeros((BLOCK_Q,), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
     for col in range(begin, end, BLOCK_K):
         cols = col + tl.arange(0, BLOCK_K)
         seen = (cols[None, :] >= first[:, None]) & (cols[None, :] < rows[:, None])
         same = seen & (tl.load(targets_ptr + cols, mask=cols < N, other=-2)[None, :] == target[:, None])
         s = tl.where(seen, tl.dot(q, k_desc.load([col, 0]).T) * LOG2_E, MASKED)
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p, shrink = tl.exp2(s - new_top[:, None]), tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        matching = matching * shrink + tl.sum(tl.where(same, p, 0.0), 1)
-        top = new_top
-    tl.store(sums_ptr + rows, (top + tl.log2(total)) / LOG2_E, mask=rows < N)
-    tl.store(sums_ptr + N + rows, (top + tl.log2(tl.maximum(matching, 1e-30))) / LOG2_E, mask=rows < N)
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        p, rescale = tl.exp2(s - new_max[:, None]), tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        matching = matching * rescale + tl.sum(tl.where(same, p, 0.0), 1)
+        row_max = new_max
+    tl.store(sums_ptr + rows, (row_max + tl.log2(row_sum)) / LOG2_E, mask=rows < N)
+    tl.store(sums_ptr + N + rows, (row_max + tl.log2(tl.maximum(matching, 1e-30))) / LOG2_E, mask=rows < N)
 
 
 @triton.jit(do_not_specialize=["N", "window"])
