@@ -247,7 +247,7 @@ class Hyperparameters:
     train_max_seq_len: int = 2048  # documents are cut here: attention beyond it costs more than it teaches
     micro_batch_tokens: int = 32_768  # a rank joins its micro-batches up to this size: less time, more memory
     val_tokens: int = 10_485_760  # fixed by the rules
-    val_batch_size: int = 2_097_152  # a validation step; each of its 8 chunks is a micro-batch
+    val_batch_size: int = 2_097_152  # tokens of a validation step; each of its 8 chunks is a micro-batch
     # length of the run
     num_scheduled_iterations: int = 2208  # shared by the stages
     num_extension_iterations: int = 64  # at the final learning rate, with longer windows
@@ -287,7 +287,7 @@ class Hyperparameters:
     resume: str = ""  # the run_id of a run to go on with, from its last checkpoint; "auto": run_id's, if there is one
     hang_timeout: float = 300.0  # seconds on the clock without a finished step after which the run is ended; 0: never
     bench: bool = False  # instead of the run: time each stage and project the whole run's time
-    bench_steps: int = 24  # a stage, of which the first two are not timed
+    bench_steps: int = 24  # of each stage; the first two are not timed
     profile: bool = False  # instead of the run: kernels by category, and a trace of two steps of each stage
     describe: bool = False  # instead of the run: layers, parameters, stages, FLOP and memory, told without GPU or data
     seed: int = 0
@@ -833,7 +833,7 @@ def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None,
     BLOCK_K = 128 if fp8 else 64
     half_tile = [BLOCK_T, BLOCK_N // 2]
     out_desc = TensorDescriptor.from_tensor(out, half_tile)
-    num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4  # else interpreted
     programs = min(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N), num_sms)
     linear_relu2_kernel[(programs,)](
         TensorDescriptor.from_tensor(x.contiguous(), [BLOCK_T, BLOCK_K]),
@@ -1462,7 +1462,7 @@ class SplitHeads(torch.autograd.Function):
         else:
             grad_x = fp8_product(grad_qkv, weight.T, ctx.grad_scale, scale, qkv.dtype)
             grad_weight = fp8_weight_gradient(grad_qkv, x, ctx.grad_scale, FP8_X, qkv.dtype)
-        return grad_gate, *(None,) * 7, *Projection(grad_weight, x=grad_x)
+        return grad_gate, *(None,) * 7, *Projection(grad_weight, x=grad_x)  # in the order of forward's arguments
 
 
 def split_heads(qkv: Projection, value_gate, table, rows, cos, sin, documents, num_heads, paired):
@@ -1512,7 +1512,8 @@ def attend_reference(q, k, v, documents: Documents, window: int, scale: float, x
 # The kernels see v, y as (N, H D) and q, k as (N, H D_QK) matrices and load tiles, some positions of one head, through
 # TMA, which reads zeros beyond the end. The first key that a query sees, max(start of its document, itself - window),
 # grows with the query, and so does the last query that sees a key. So a block of queries needs one range of keys (and a
-# block of keys one of queries) whatever documents it straddles, and masks only at the ends of that range.
+# block of keys one of queries) whatever documents it straddles, and masks only at the ends of that range. N, H and
+# window are not specialized, so that other lengths and windows compile nothing.
 
 # Score of a masked pair; real ones, of normed q and k, stay within head_dim. A row that has met masked keys only has
 # worthless sums, which its first real score multiplies by exp2(MASKED - score) = 0. They must be finite until then:
