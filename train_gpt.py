@@ -6,8 +6,8 @@ Train a 124M-parameter-class GPT from scratch on FineWeb to 3.28 validation loss
     python train_gpt.py --bench --profile                       # no run: time and profile some steps of each stage
     python train_gpt.py --describe                              # no run: what would run, from the tables
 
-The mathematics began as that of the public modded-nanogpt speedrun record of 2026-01-30 (97.77 s on 8 H100s).
-What this file measures as today stands in README.md and records/.
+The mathematics began as that of the seed record: the public modded-nanogpt speedrun's of 2026-01-30 (97.77 s on 8
+H100s). What was measured of this file as it is today stands in README.md and records/.
 
 Contents, in reading order (search for the banner):
     Hyperparameters   the tables a speedrunner edits: numbers, stages, layers, learned scalars and parameters
@@ -30,7 +30,7 @@ Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, 
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy CPU, threads that spin while they wait stop each other
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # CPU threads that spin while they wait hold up the others
 
 import base64
 import ctypes
@@ -81,29 +81,31 @@ ROOT = Path(os.path.expanduser(os.environ.get("DATA_PATH") or Path(__file__).res
 # ======================================================================================================================
 # Hyperparameters
 # ======================================================================================================================
+# First the tables, one row for each stage, layer, kind of scalar and parameter, then every other number of a run. To
+# add one is to add a row; rows that could not work are refused, in words, by the checks at the end.
 
-MICRO_BATCHES = 8  # a step, dealt over all ranks: the gradient is the same quantity on 1, 2, 4 or 8 GPUs
+MICRO_BATCHES = 8  # in every step, dealt out to the ranks: 1, 2, 4 or 8 GPUs compute the same gradient
 
 
 class TrainingStage(NamedTuple):
     """One row a stage of training; each has its own tensor shapes, hence its own compiled graphs."""
 
-    share: float | None  # of the scheduled iterations, beside the other rows'; None: the extension, always the last row
-    tokens: int  # a step, over all ranks
+    share: float | None  # of the scheduled iterations, relative to the other rows; None: the extension, the last row
+    tokens: int  # in a step, over all ranks
     short_window: int  # attention windows, in blocks of `window_block` tokens
     long_window: int
-    lr: float  # learning-rate multiplier, about (batch growth) ** 0.5
+    lr: float  # learning-rate multiplier; grows about as the square root of the batch
     target_weights: tuple[float, ...]  # multi-token prediction: weight of the 1st, 2nd, 3rd next token at the start ...
     target_weights_end: tuple[float, ...]  # ... and at the end of the stage
-    prefix_weights: tuple[float, float] = (0.0, 0.0)  # at start and end: of the next token's prefix, see prefix_table
-    max_seq_len: int = 1 << 30  # documents are cut here, and at train_max_seq_len
-    classes: int = 0  # of the vocabulary, in the softmax of a step, all its targets among them; 0: all there are
-    untie: bool = False  # head and embedding are one until this stage; where no row says so, to the end
+    prefix_weights: tuple[float, float] = (0.0, 0.0)  # of the next token's prefix (see prefix_table), at start and end
+    max_seq_len: int = 1 << 30  # documents are cut at this length or at train_max_seq_len, whichever is less
+    classes: int = 0  # tokens of the vocabulary in a step's softmax, its targets among them (softmax_classes); 0: all
+    untie: bool = False  # head and embedding are one matrix until this stage; if no row says so, to the end
 
 
-# Small batches and short windows learn the cheap things cheaply; the extension runs at the final learning rate. A token
-# costs nearly the same in small batches as in large ones, and in small ones teaches more: half as large for the same
-# number of tokens, they were 0.06 ahead at the end of a quarter run. Smaller still won little.
+# What is easy to learn is learnt from small batches and short windows first. A token costs nearly the same in a small
+# batch as in a large one and teaches more: with half the seed record's batches, at the same number of tokens, a quarter
+# run ended 0.06 lower. Still smaller ones won little.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, prefix weights
     TrainingStage(
@@ -111,8 +113,8 @@ STAGES = (
     ),
     TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0), classes=17_408),
     TrainingStage(0.75, 196_608, 5, 11, 1.5, (1.0,), (1.0,), classes=20_992, untie=True),
-    TrainingStage(0.25, 196_608, 5, 11, 1.5, (1.0,), (1.0,)),  # with all classes, to put right what some left out
-    TrainingStage(None, 196_608, 6, 13, 1.5, (1.0,), (1.0,)),  # its learning rate is lr_end
+    TrainingStage(0.25, 196_608, 5, 11, 1.5, (1.0,), (1.0,)),  # all classes, to correct those that were left out before
+    TrainingStage(None, 196_608, 6, 13, 1.5, (1.0,), (1.0,)),  # at the learning rate lr_end, whatever lr is
 )
 FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
 
@@ -120,24 +122,24 @@ FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
 class Layer(NamedTuple):
     """One row a layer: reading the table is reading the architecture.
 
-    A layer adds to the stream what attention gives, then outputs that earlier rows keep, each times a gate, then what
-    its MLP gives. "x0" is the normed embedding of a token, "ngrams" the sum of those of the bigram and the trigram
-    that end with it.
+    A layer adds to the residual stream, in this order: attention, kept outputs of earlier rows, each times a gate, and
+    its MLP. Two outputs are kept before the first row: "x0", the normed embedding of a token, and "ngrams", the sum of
+    the embeddings of the bigram and the trigram that end with it.
     """
 
     window: str | None = "short"  # which of the stage's windows attention uses; None: a layer without attention
-    narrow: bool = False  # queries and keys half as wide as values: the half that turns with the position
+    narrow: bool = False  # queries and keys half as wide as values: only the half that rotates with the position
     paired: bool = False  # heads interleaved along time in pairs, so that a query sees both heads' keys
-    key_offset: bool = False  # the stationary half of a key comes from the previous token
+    key_offset: bool = False  # the half of a key that does not rotate comes from the previous token
     value_embed: bool = False  # adds a gated embedding of the token to the values
-    xsa: bool = False  # takes the token's own value out of what attention gives it, as far as tanh(gate) of a head says
+    xsa: bool = False  # subtracts from attention its part along the token's own value, times tanh of a head's gate
     head_gates: bool = False  # multiplies what each head gives by a gate
     reads: str | None = None  # attention reads this kept output instead of the stream
-    values: dict[str, float] = {}  # noqa: RUF012 - kept outputs that are added to the values: name, gate at the start
-    adds: dict[str, float] = {}  # noqa: RUF012 - ... that are added to the stream
+    values: dict[str, float] = {}  # noqa: RUF012 - kept outputs added to the values: name and its gate's initial value
+    adds: dict[str, float] = {}  # noqa: RUF012 - ... added to the stream
     mlp: bool = True
-    # Here a network reads the stream, not normed, for the gates of this row and those up to the next network. It can
-    # weigh what has been kept until here.
+    # At this row a small network computes, from the stream (not normed), the gates of this row and of those up to the
+    # next such row. They can only be for what earlier rows have kept. Source: MUDD, arXiv 2502.12170 (2025).
     gates: bool = False
     keep: str | None = None  # the name under which the row's output is kept
 
@@ -153,42 +155,42 @@ LAYERS = (
     Layer("short", narrow=True, paired=True, adds=X0 | NGRAMS),
     Layer(None, adds=dict(early=0.09)),
     Layer("short", narrow=True, xsa=True, adds=X0 | NGRAMS, keep="middle"),
-    # Late layers look for what they need in the middle of the model: their own work is on the prediction.
+    # Late layers' attention reads the middle of the model: the stream is by now about the prediction.
     Layer("short", narrow=True, value_embed=True, reads="middle", adds=X0 | NGRAMS),
     Layer(None, adds=X0 | NGRAMS, keep="late"),
     Layer("long", key_offset=True, value_embed=True, head_gates=True, reads="middle", gates=True,
           values=dict(start=0.0, middle=0.0, late=0.0), adds=dict(start=0.0, middle=0.0, late=0.0) | NGRAMS),
-    # After the last layer much of what the middle has put into the stream is taken out again.
+    # After the last layer: much of what the middle has put into the stream is subtracted, as in the seed record.
     Layer(None, adds=dict(start=0.0, early=0.0, middle=-0.5, late=0.0), mlp=False, gates=True),
 )  # fmt: skip
-XSA_GATE, HEAD_GATE = 0.0, 0.25  # at the start
-NARROW_SCALE = 1.2  # of a narrow layer's softmax, times the others'
+XSA_GATE, HEAD_GATE = 0.0, 0.25  # initial values
+NARROW_SCALE = 1.2  # attention's softmax scale in narrow layers, relative to the others
 GATE_HIDDEN, GATE_SCALE = 64, 0.1  # hidden units of a gate network; what its results are multiplied by
-GATE_DIMS = 12  # the gates of smear and value embeddings look at the first 12 dimensions of their input only
-# Rows of n-grams are found by hashing, an equal part of the table for each order. By order, the factors of a token, of
-# the one before it and so on, whose products are XORed; and likewise for one of SIGN_ROWS rows of fixed random signs,
-# by which what is found is multiplied, so that collisions differ. Source: the public speedrun's PRs 299 and 360, 2026.
+GATE_DIMS = 12  # the gates of smear and value embeddings read the first 12 dimensions of their input
+# An n-gram's hash is the XOR of its tokens, each times a factor, the last token's first. By order: factors for its row
+# in the table, of which each order has an equal part, and for one of SIGN_ROWS rows of fixed random signs that multiply
+# what is found there, so that n-grams in one row still differ. Source: the public speedrun's PRs 299 and 360, 2026.
 NGRAM_FACTORS = {2: ((36313, 27191), (1, 1)), 3: ((17351, 60961, 45259), (58699, 39779, 26801))}
 SIGN_ROWS = 8192
 
 ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
 VALUE_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.value_embed]
 MLP_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.mlp]
-# The layers of each gate network: from the row at which it reads the stream up to the next such row
+# For each gate network, the layers whose gates it gives
 NETWORK_LAYERS = [
     LAYERS[begin:end] for begin, end in pairwise([*(i for i, a in enumerate(LAYERS) if a.gates), len(LAYERS)])
 ]
 
-# Learned scalars by name: (how many, initial value, learning-rate multiplier). They live in one float32 vector, so that
-# eight ranks exchange one small message instead of six.
+# Learned scalars by name: (how many, initial value, learning-rate multiplier). All are one float32 vector, so that
+# ranks exchange one small message.
 SCALARS = {
     "attn_resid": (len(LAYERS), 1.1**0.5, 5.0),  # weight of the stream where a layer's attention is added to it
-    "mlp_resid": (len(LAYERS), 1.1**0.5, 5.0),  # ... and its MLP
-    "mlp_out": (len(LAYERS), 1.0, 5.0),  # weight of what the MLP gives
+    "mlp_resid": (len(LAYERS), 1.1**0.5, 5.0),  # ... where its MLP is
+    "mlp_out": (len(LAYERS), 1.0, 5.0),  # weight of the MLP
     "qkv": (len(LAYERS), 0.5, 5.0),  # scale of W_q, W_k, W_v
     "out": (len(LAYERS), 1.0, 5.0),  # scale of W_o
-    "copy_gain": (1, 1.0, 5.0),  # of the scores by which a token's document is searched for what follows it
-    "copy_sentinel": (1, 15.0, 5.0),  # score of not copying, beside what a row of weights makes of the last output
+    "copy_gain": (1, 1.0, 5.0),  # scale of the scores of copying, see copy_sums
+    "copy_sentinel": (1, 15.0, 5.0),  # bias of the score of not copying; its weights are the parameter copy_sentinel
     "smear": (1, 0.0, 5.0),  # how much of the previous token's embedding is added to a token's
 }
 
@@ -197,20 +199,20 @@ class Row(NamedTuple):
     """One row a parameter of the optimizer. Gradients are reduced and parameters updated in the order of the rows."""
 
     name: str
-    # "normuon" (banks of matrices; every step), "adam" (odd steps only; no further bits beside bf16) or "rowwise" (the
-    # table of n-grams; every step, those of its rows that were looked up)
+    # "normuon": banks of matrices, every step, in float32 (bf16 and 16 bits more). "adam": odd steps only, no more bits
+    # than the parameter's. "rowwise": the table of n-grams, every step, of its rows only those that were looked up
     algorithm: str
-    # Reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere. By rows: those of a
-    # step go to and from their owners.
+    # Reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere. "rowwise": a step's
+    # rows go from and to the ranks that own them
     sharded: bool
-    lr: tuple[float, ...]  # multiplier; several cycle over the first dimension, of a bank its matrices (W_fc, W_proj)
+    lr: tuple[float, ...]  # multiplier; several repeat along the first dimension: in mlp_bank W_fc, W_proj, W_fc, ...
     wd: float  # weight-decay multiplier
     betas: tuple[float, float] | None = None  # adam's; rowwise has no first moment
 
 
 SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count))
-# The small ones first; the matrices, whose updates take longest, behind the tables, so that these are gathered beneath
-# them; and behind the matrices the n-grams, whose gradients meanwhile arrive.
+# Small parameters come first, then tables, whose all-gather overlaps the longest updates, those of the matrices; last
+# n-grams, whose gradients arrive in the meantime.
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
     Row("scalars", "adam", False, SCALAR_LRS, 0.0, (0.9, 0.99)),
@@ -229,8 +231,8 @@ PARAMETERS = (
     Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0),
     Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
 )
-# Looked up by token, so that of their gradients only a few rows are not zero: see Lookup and ShardedRows. By name, how
-# many tables it holds, one after the other; a token has the same row in each.
+# Parameters looked up by token, so that few rows of their gradients are not zero: see Lookup and ShardedRows. By name,
+# how many tables lie one after the other in it; a token has the same row in each.
 TABLES = {"embed": 1, "value_embeds": len(VALUE_LAYERS)}
 
 
@@ -243,22 +245,22 @@ class Hyperparameters:
     train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # glob, relative to DATA_PATH or this file's folder
     val_files: str = "data/fineweb10B/fineweb_val_*.bin"
     train_max_seq_len: int = 2048  # documents are cut here: attention beyond it costs more than it teaches
-    micro_batch_tokens: int = 32_768  # a rank's micro-batches are joined up to this: less time, more memory
+    micro_batch_tokens: int = 32_768  # a rank joins its micro-batches up to this size: less time, more memory
     val_tokens: int = 10_485_760  # fixed by the rules
-    val_batch_size: int = 2_097_152  # a validation step; each of its 8 chunks is a micro-batch
+    val_batch_size: int = 2_097_152  # tokens of a validation step; each of its 8 chunks is a micro-batch
     # length of the run
     num_scheduled_iterations: int = 2208  # shared by the stages
     num_extension_iterations: int = 64  # at the final learning rate, with longer windows
-    length: float = 1.0  # times these two and the momentum's two below: 0.25 is the same run in small
+    length: float = 1.0  # multiplies these two and the momentum's two below: 0.25 is a quarter run
     cooldown_frac: float = 0.6  # of the scheduled iterations
-    lr_end: float = 0.15  # learning-rate factor at the end of the cooldown
+    lr_end: float = 0.15  # learning-rate factor at the end of the cooldown, and in the extension
     stages: tuple[TrainingStage, ...] = STAGES
     # model
     vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
     bos: int = 50256  # every document begins with this token; GPT-2's <|endoftext|>
-    vocabulary: str = "data/gpt2.tiktoken"  # all others, in tiktoken's form, for prefixes and spellings; "": none
-    ngram_rows: int = 8_388_608  # half for bigrams, half for trigrams; a half's last is for documents' first tokens
-    copy_width: int = 128  # of the queries and keys by which a token is copied from its document; 0: it is not
+    vocabulary: str = "data/gpt2.tiktoken"  # the other tokens' bytes, for prefixes and n-grams by spelling; "": none
+    ngram_rows: int = 8_388_608  # half for bigrams, half for trigrams; a half's last: for documents' first tokens
+    copy_width: int = 128  # of the queries and keys that find tokens to copy in the document; 0: no copying
     num_heads: int = 6
     head_dim: int = 128
     mlp_ratio: int = 3  # hidden units of an MLP, times the model's width
@@ -274,7 +276,7 @@ class Hyperparameters:
     muon_beta2: float = 0.95
     muon_momentum_warmup: int = 480  # steps from 0.85 to 0.95
     muon_momentum_cooldown: int = 320  # the last steps, back to 0.85
-    grad_scale: float = 2.0  # of the loss, over the 8 micro-batches of a step; slightly better than 1 for FP8 and bf16
+    grad_scale: float = 2.0  # gradients are of this / 8 x the sum of losses; for FP8 and bf16 slightly better than 1
     # run
     run_id: str = ""  # names log and checkpoint; a fresh UUID if empty
     log_dir: str = "logs"
@@ -283,9 +285,9 @@ class Hyperparameters:
     save_checkpoint: bool = False  # at the end: the model alone
     checkpoint_every: int = 0  # steps between checkpoints to go on from, 16 GB each; also at SIGTERM. 0: none
     resume: str = ""  # the run_id of a run to go on with, from its last checkpoint; "auto": run_id's, if there is one
-    hang_timeout: float = 300.0  # seconds on the clock without a step's end after which the run is ended; 0: never
+    hang_timeout: float = 300.0  # seconds on the clock without a finished step after which the run is ended; 0: never
     bench: bool = False  # instead of the run: time each stage and project the whole run's time
-    bench_steps: int = 24  # a stage, of which the first two are not timed
+    bench_steps: int = 24  # of each stage; the first two are not timed
     profile: bool = False  # instead of the run: kernels by category, and a trace of two steps of each stage
     describe: bool = False  # instead of the run: layers, parameters, stages, FLOP and memory, told without GPU or data
     seed: int = 0
@@ -308,7 +310,7 @@ class Hyperparameters:
         return self.steps("num_scheduled_iterations") + self.steps("num_extension_iterations")
 
     def steps(self, name: str) -> int:
-        """A count of steps times `length`, at least 1 of what is not 0."""
+        """A count of steps times `length`, at least 1 unless the count is 0."""
         count = getattr(self, name)
         return max(min(count, 1), round(self.length * count))
 
@@ -326,7 +328,7 @@ PRESETS = {
         bench_steps=8,
         num_scheduled_iterations=36,
         num_extension_iterations=4,
-        # Of so few steps each must teach most classes that they do not come.
+        # With so few steps each must lower the logits of most tokens that never come.
         stages=tuple(stage._replace(tokens=stage.tokens // 128, classes=stage.classes and 40_960) for stage in STAGES),
         micro_batch_tokens=1024,
         ngram_rows=4096,
@@ -364,11 +366,11 @@ def require(condition: object, message: str) -> None:
 
 
 def parse_arguments(arguments: list[str], has_gpu: bool) -> tuple[Hyperparameters, dict[str, object]]:
-    """Arguments over the preset's values over the defaults, and the arguments' values by name. Raises UserError."""
+    """Hyperparameters: as given, else the preset's, else defaults; what was given, by name. Raises UserError."""
     overrides: dict[str, object] = {}
     for argument in arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
-        if not equals and name in SETTINGS and SETTINGS[name].type is bool:  # given bare
+        if not equals and name in SETTINGS and SETTINGS[name].type is bool:  # --name alone
             equals, text = "=", "true"
         require(argument.startswith("--") and equals, f"argument {argument!r} is not of the form --name=value")
         require(name != "stages", "--stages is a table: edit it at the top of train_gpt.py")
@@ -523,10 +525,10 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
 # ======================================================================================================================
 # Distributed
 # ======================================================================================================================
-# One process a GPU. torchrun starts them and says in the environment who is who; they meet in its key-value store.
+# One process a GPU. torchrun starts them and says in the environment which is which; they meet in its key-value store.
 
 INSTALL = "pip install -r requirements.txt"
-NVIDIA_DEVICE = Path("/dev/nvidiactl")  # there where a process may use a GPU
+NVIDIA_DEVICE = Path("/dev/nvidiactl")  # exists where a process may use a GPU
 UNDER_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher is this process's parent
 
 
@@ -561,11 +563,11 @@ def check_no_gpu() -> None:
 
 
 def keep_freed_memory() -> None:
-    """On a CPU: glibc would return the memory of each step's logits and fetch it again, half of a step's time."""
+    """For CPUs: glibc would return the memory of each step's logits and fetch it again, half of a step's time."""
     with suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block comes, and goes, by itself
-        mallopt(-1, 1_000_000_000)  # M_TRIM_THRESHOLD
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks, too, come from the heap ...
+        mallopt(-1, 1_000_000_000)  # M_TRIM_THRESHOLD: ... which keeps up to 1 GB
 
 
 class World(NamedTuple):
@@ -597,7 +599,7 @@ class World(NamedTuple):
             check_no_gpu()
             return World(rank, local_rank, size)
         gpus = torch.cuda.device_count()
-        # Not by this process's own rank: every rank must see it, so that rank 0 can say it.
+        # Not from this process's rank alone: every rank must see it, for rank 0 prints the message.
         told = f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})"
         require(max(local_rank + 1, local_size) <= gpus, told)
         return World(rank, local_rank, size, torch.device("cuda", local_rank))
@@ -607,14 +609,14 @@ class World(NamedTuple):
         if self.on_gpu:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            if UNDER_TORCHRUN:  # it listens; without it the next lines would try for the whole timeout
+            if UNDER_TORCHRUN:  # if its store is gone, init_process_group would try for the whole timeout
                 address = launcher_address()
                 try:
                     socket.create_connection(address, timeout=20).close()
                 except OSError as error:
                     raise UserError(f"the launcher does not answer at {address[0]}:{address[1]} ({error})") from None
             backend, device = ("nccl", self.device) if self.on_gpu else ("gloo", None)
-            # A long timeout, for ranks that compile at different speeds; torchrun sees a death at once.
+            # A long timeout, for ranks that compile at different speeds; a rank's death torchrun sees at once.
             dist.init_process_group(backend, device_id=device, timeout=timedelta(minutes=30))
 
     def stop(self) -> None:
@@ -624,10 +626,13 @@ class World(NamedTuple):
 
 
 # ======================================================================================================================
-# Kernels: each beside its reference; the one switch point is the function (or operator) that both have in common
+# Kernels
 # ======================================================================================================================
+# Triton kernels, each beside its reference in plain PyTorch, and the function or operator that picks one: the kernel on
+# a GPU, else the reference. What compiled code calls is a custom operator; its register_fake tells the results' shapes.
 
 # ---------------------------------------------------------------------------- symmetric products, for Polar Express
+# X X^T is symmetric: tiles above the diagonal are copies of those below. Source: the seed record.
 
 
 def symmetric_product_reference(x: Tensor, alpha: float = 1.0, addend: Tensor | None = None, beta: float = 0.0):
@@ -671,7 +676,7 @@ def symmetric_product_kernel(
 
 
 def symmetric_product_triton(x: Tensor, alpha: float = 1.0, addend: Tensor | None = None, beta: float = 0.0):
-    """The same, computing one triangle of tiles; X may have any strides."""
+    """symmetric_product_reference in one kernel; X may have any strides."""
     N, M, K = x.shape
     out = x.new_empty(N, M, M)
     BLOCK, BLOCK_K = 128, 64  # the seed record's tile for H100, M = 768
@@ -683,30 +688,28 @@ def symmetric_product_triton(x: Tensor, alpha: float = 1.0, addend: Tensor | Non
 
 
 def symmetric_product(x: Tensor, alpha: float = 1.0, addend: Tensor | None = None, beta: float = 0.0) -> Tensor:
-    """alpha X X^T + beta S, for X (N, M, K) and an optional symmetric S (N, M, M)."""
+    """alpha X X^T + beta S; see symmetric_product_reference."""
     return (symmetric_product_triton if x.is_cuda else symmetric_product_reference)(x, alpha, addend, beta)
 
 
 # ---------------------------------------------------------------------------- products in FP8
-
-# Scales of the layers' tensors in FP8: what a 1 stands for; e4m3 ends at 448. A normed row of C has no number beyond
-# sqrt(C), so that FP8_X is for widths up to 1024; weights stayed below 3.1 in a half run. The first layer's hidden
-# activations grow with the length of a run, to 13,000 in a half run; with room to 3,584 only, it ended up to 46 mn
-# worse. Room costs little, as FP8 is a floating point, down to 2^-10 of a scale: what is less becomes 0. Beyond the end
-# kernels and compiled code clip (where training is in bf16 too, so that both compute the same); PyTorch 2.11's own
-# conversion to e4m3 makes NaN. Gradients are in e5m2; FP8_GRAD is their scale where losses are not multiplied before
-# backward.
+# A scale is what a 1 in FP8 stands for. Activations and weights are in e4m3, which ends at 448, gradients in e5m2,
+# where FP8_GRAD is for a loss that is not multiplied before backward. A normed row of C has no number beyond sqrt(C),
+# so FP8_X does for widths to 1024; weights stayed below 3.1 in a half run. The first layer's hidden units grow with the
+# run's length, in a half run to 13,000; with an end at 3,584 its loss was up to 0.046 higher. A large scale costs
+# little: only what is below 2^-10 of it becomes 0. Numbers beyond the end are clipped (by MAX_HIDDEN in bf16 too, so
+# that both compute the same); PyTorch 2.11's own conversion makes them NaN. Source: FP8, arXiv 2209.05433 (2022).
 FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 64.0, 2.0**-6
 MAX_HIDDEN = 448 * FP8_HIDDEN
-kept_full = cache(torch.full)
+cached_full = cache(torch.full)
 
 
 def fp8_product(a: Tensor, b: Tensor, a_scale, b_scale, out_dtype: torch.dtype, fast: bool = True) -> Tensor:
     """a_scale a b_scale b for FP8 a (M, K), row-major, and b (K, N), column-major, the layouts Hopper multiplies.
 
-    Scales are numbers or 0-d float32 tensors. fast: sums in the tensor core's own, shorter registers.
+    Scales are numbers or 0-d float32 tensors. fast: sums have the tensor core's own precision, below float32's.
     """
-    full = torch.full if torch.compiler.is_compiling() else kept_full  # uncompiled, each call would fill new scales
+    full = torch.full if torch.compiler.is_compiling() else cached_full  # uncompiled, a new scale is a kernel's launch
     number = dict(dtype=torch.float32, device=a.device)
     scales = (scale if isinstance(scale, Tensor) else full((), scale, **number) for scale in (a_scale, b_scale))
     return torch._scaled_mm(a, b, *scales, out_dtype=out_dtype, use_fast_accum=fast)
@@ -714,7 +717,7 @@ def fp8_product(a: Tensor, b: Tensor, a_scale, b_scale, out_dtype: torch.dtype, 
 
 @triton.jit
 def transposed_kernel(x_ptr, out_ptr, M, N, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """A tile of 4 ROWS x 4 COLS bytes of a (4 M, 4 N) matrix, as words of four: single bytes would be slow to move."""
+    """A tile of 4 ROWS x 4 COLS bytes of a (4 M, 4 N) matrix, moved as words of four bytes: single ones are slow."""
     matrix = tl.program_id(2).to(tl.int64) * 4 * M * N
     x_ptr, out_ptr = x_ptr + matrix, out_ptr + matrix
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -724,16 +727,15 @@ def transposed_kernel(x_ptr, out_ptr, M, N, ROWS: tl.constexpr, COLS: tl.constex
     c = tl.load(x_ptr + words + 2 * N, mask=inside)
     d = tl.load(x_ptr + words + 3 * N, mask=inside)
     out_ptr += 4 * col[:, None].to(tl.int64) * M + row[None, :]
-    for i in tl.static_range(4):  # of four rows the bytes of one column
+    for i in tl.static_range(4):  # column i of the four rows
         packed = (a >> 8 * i & 255) | (b >> 8 * i & 255) << 8 | (c >> 8 * i & 255) << 16 | d >> 8 * i << 24
         tl.store(out_ptr + i * M, tl.trans(packed), mask=tl.trans(inside))
 
 
 def transposed_triton(x: Tensor) -> Tensor:
-    """x^T in rows, for matrices x (..., M, N) of an 8-bit type, M and N multiples of 4."""
+    """transposed() in one kernel, for M and N that are multiples of 4; 7 tile sizes were within 20 % on H100."""
     *batch, M, N = x.shape
     out = x.new_empty(*batch, N, M)
-    # 7 sizes of tiles are within 20 % on H100.
     transposed_kernel[(triton.cdiv(M, 128), triton.cdiv(N, 128), math.prod(batch))](
         x.contiguous().view(torch.int32), out.view(torch.int32), M // 4, N // 4, ROWS=32, COLS=32, num_warps=4
     )
@@ -742,9 +744,9 @@ def transposed_triton(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("speedrun::transposed", mutates_args=())
 def transposed(x: Tensor) -> Tensor:
-    """x^T in rows, for matrices x (..., M, N) of an 8-bit type.
+    """x^T, contiguous, for matrices x (..., M, N) of an 8-bit type.
 
-    The compiler's own transposition takes byte by byte, and with PyTorch 2.13 and Triton 3.7 it gets some bytes wrong.
+    torch.compile's own takes byte by byte, and with PyTorch 2.13 and Triton 3.7 it gets some bytes wrong.
     """
     return transposed_triton(x) if x.is_cuda else x.mT.contiguous()
 
@@ -755,23 +757,23 @@ def _(x):
 
 
 def fp8_weights(matrices: Tensor, scale: float = FP8_WEIGHT) -> tuple[Tensor, Tensor]:
-    """Matrices (..., N, K) in FP8, as they are and transposed: a product and its gradient need rows of either."""
+    """Matrices W (..., N, K) in FP8, as they are, for x W^T, and transposed, for its gradient."""
     fp8 = (matrices / scale).to(torch.float8_e4m3fn)
     return fp8, transposed(fp8)
 
 
 def fp8_weight_gradient(a: Tensor, b: Tensor, a_scale, b_scale, out_dtype: torch.dtype) -> Tensor:
-    """(a_scale a)^T b_scale b for FP8 a (T, M), b (T, N), both transposed first. Not fast: sums are over all tokens."""
+    """(a_scale a)^T b_scale b for FP8 a (T, M), b (T, N). Not fast, as sums are over all tokens."""
     return fp8_product(transposed(a), transposed(b).T, a_scale, b_scale, out_dtype, fast=False)
 
 
 class Projection(NamedTuple):
-    """What a product x W^T and its gradients take; where training runs in FP8, in FP8 as well, else None there.
+    """The operands of a product x W^T and of its gradients; fields for FP8 are None where training is not in FP8.
 
-    Gradients are those of x and weight in either case. The layers' weights are projections without their x.
+    Autograd's gradients go to x and weight in either case. LayerWeights have projections without x.
     """
 
-    weight: Tensor | tuple[Tensor, ...]  # W (N, K); in the layers' weights as the banks have it
+    weight: Tensor | tuple[Tensor, ...]  # W (N, K); in LayerWeights as the banks have it
     fp8: Tensor | None = None  # W and W^T, from fp8_weights
     fp8_t: Tensor | None = None
     grad_scale: float | None = None  # of the product's gradient
@@ -781,14 +783,12 @@ class Projection(NamedTuple):
 
 
 # ---------------------------------------------------------------------------- the MLP: linear + relu^2, both directions
+# One kernel computes p = x W^T and relu^2 (Primer, arXiv 2109.08668, 2021). Of p only hidden = relu(p)^2 is stored: the
+# derivative, 2 relu(p), is 2 sqrt(hidden), so that backward is the same kernel with another last step.
 
 
 def linear_relu2_reference(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """relu(scale x W^T)^2 for x (T, C), W (F, C); with `hidden` (T, F), scale sqrt(hidden) (x W^T).
-
-    With scale 2 the latter is the derivative's product: relu(p) is rebuilt as sqrt(relu(p)^2), so that the
-    pre-activation p need not be stored, nor read back. Where x and W are in FP8, so is the result: in x's type.
-    """
+    """relu(scale x W^T)^2 for x (T, C), W (F, C); with `hidden` (T, F), scale sqrt(hidden) (x W^T). In x's type."""
     wide = torch.bfloat16 if x.dtype.itemsize == 1 else x.dtype
     product = scale * (x.to(wide) @ weight.to(wide).T)
     return (F.relu(product).square() if hidden is None else product * hidden.to(wide).sqrt()).to(x.dtype)
@@ -801,7 +801,7 @@ def linear_relu2_kernel(
 ):  # fmt: skip
     """BLOCK_T x BLOCK_N tiles of the output; GROUP rows of tiles share their columns of W in the L2 cache.
 
-    One program a multiprocessor takes every PROGRAMS-th tile: the loads of the next run beneath the end of the last.
+    Persistent: one program a multiprocessor takes every PROGRAMS-th tile; loads of the next overlap the last one's end.
     """
     tiles_t, tiles_n = tl.cdiv(T, BLOCK_T), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_t * tiles_n, PROGRAMS, flatten=True):
@@ -812,7 +812,7 @@ def linear_relu2_kernel(
         acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
             acc = tl.dot(x_desc.load([row, k]), weight_desc.load([col, k]).T, acc)
-        # Halves of a tile leave shared memory for more stages of loads.
+        # Stored in halves, a tile leaves shared memory for more stages of loads.
         halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1)))
         for i in tl.static_range(2):
             half, start = halves[i] * scale, col + i * (BLOCK_N // 2)
@@ -825,7 +825,7 @@ def linear_relu2_kernel(
 
 
 def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """The same in one kernel, through Hopper's bulk tensor copies. Rows must be multiples of 16 bytes."""
+    """linear_relu2_reference in one kernel, through TMA, for which rows are multiples of 16 bytes."""
     (T, K), N = x.shape, weight.shape[0]
     out, fp8 = x.new_empty(T, N), x.dtype.itemsize == 1
     # With 8 warps and 3 stages, on H100 for C = 768, F = 3072: the best of 13 for bf16, of 6 for FP8
@@ -833,8 +833,8 @@ def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None,
     BLOCK_K = 128 if fp8 else 64
     half_tile = [BLOCK_T, BLOCK_N // 2]
     out_desc = TensorDescriptor.from_tensor(out, half_tile)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    programs = min(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N), processors)
+    num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4  # else interpreted
+    programs = min(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N), num_sms)
     linear_relu2_kernel[(programs,)](
         TensorDescriptor.from_tensor(x.contiguous(), [BLOCK_T, BLOCK_K]),
         TensorDescriptor.from_tensor(weight.contiguous(), [BLOCK_N, BLOCK_K]),
@@ -847,7 +847,7 @@ def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None,
 
 @torch.library.custom_op("speedrun::linear_relu2", mutates_args=())
 def linear_relu2(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """relu(scale x W^T)^2, or with `hidden` its derivative's product; see linear_relu2_reference."""
+    """relu(scale x W^T)^2, or the gradient's product with `hidden`; see linear_relu2_reference."""
     return (linear_relu2_triton if x.is_cuda else linear_relu2_reference)(x, weight, hidden, scale)
 
 
@@ -857,10 +857,7 @@ def _(x, weight, hidden=None, scale=1.0):
 
 
 class MLP(torch.autograd.Function):
-    """relu(x W_fc^T)^2 W_proj for x (T, C) and W_fc, W_proj (F, C).
-
-    With a Projection's fp8, fp8_t and grad_scale all products run in FP8; what is kept for the backward pass is, too.
-    """
+    """relu(x W_fc^T)^2 W_proj for x (T, C) and W_fc, W_proj (F, C); with fp8, as in Projection, all products in FP8."""
 
     @staticmethod
     def forward(ctx, x, w_fc, w_proj, fp8=None, fp8_t=None, grad_scale=None):
@@ -870,7 +867,7 @@ class MLP(torch.autograd.Function):
             ctx.save_for_backward(x, hidden, w_fc, w_proj)
             return hidden @ w_proj
         x_fp8 = (x / FP8_X).to(torch.float8_e4m3fn)
-        hidden = linear_relu2(x_fp8, fp8[0], None, FP8_X * FP8_WEIGHT * FP8_HIDDEN**-0.5)  # squared, in FP8_HIDDEN
+        hidden = linear_relu2(x_fp8, fp8[0], None, FP8_X * FP8_WEIGHT * FP8_HIDDEN**-0.5)  # p^2 / s = (p / sqrt(s))^2
         ctx.save_for_backward(x_fp8, hidden, fp8, fp8_t)
         return fp8_product(hidden, fp8_t[1].T, FP8_HIDDEN, FP8_WEIGHT, x.dtype)
 
@@ -883,28 +880,26 @@ class MLP(torch.autograd.Function):
             return grad_pre @ w_fc, grad_pre.T @ x, hidden.T @ grad_out, None, None, None
         (fp8, fp8_t), scale, dtype = weights, ctx.grad_scale, grad_out.dtype
         grad = (grad_out / scale).to(torch.float8_e5m2)
-        grad_pre = linear_relu2(grad, fp8[1], hidden, 2 * FP8_HIDDEN**0.5 * FP8_WEIGHT)  # both in the same scale
+        grad_pre = linear_relu2(grad, fp8[1], hidden, 2 * FP8_HIDDEN**0.5 * FP8_WEIGHT)  # relu(p) = sqrt(s hidden)
         grad_x = fp8_product(grad_pre, fp8_t[0].T, scale, FP8_WEIGHT, dtype)
         grad_fc = fp8_weight_gradient(grad_pre, x, scale, FP8_X, dtype)
         return grad_x, grad_fc, fp8_weight_gradient(hidden, grad, FP8_HIDDEN, scale, dtype), None, None, None
 
 
 # ---------------------------------------------------------------------------- softcapped multi-token cross-entropy
-
+# A position has n targets: next tokens (multi-token prediction, arXiv 2404.19737, 2024) and prefixes. Each direction is
+# one pass over the logits. The cap, in the seed record's form, is after Gemma 2's (arXiv 2408.00118, 2024).
 SOFTCAP = (23.0, 5.0, 7.5)  # cap, shift, temperature: z = cap * sigmoid((logit + shift) / temperature)
 
 
 def softcapped(logits: Tensor) -> Tensor:
-    """The loss's z, float32 (or float64)."""
+    """z of logits (T, V), float32 (or float64)."""
     cap, shift, temperature = SOFTCAP
     return torch.sigmoid((widened(logits) + shift).div_(temperature)).mul_(cap)
 
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (n, T): lse(z_t) - z_t[targets[k, t]]; 0 for targets of -1, which are none. And lse (T,).
-
-    logits (T, V), targets (n, T) int; the results are float32 (or float64).
-    """
+    """Losses (n, T), lse(z_t) - z_t[targets[k, t]], 0 where a target is -1, and lse (T,); targets (n, T) int."""
     z = softcapped(logits)
     lse, picked = z.logsumexp(-1), z.gather(1, targets.T.clamp(min=0).long()).T
     return torch.where(targets >= 0, lse - picked, 0), lse
@@ -930,11 +925,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def cap_sigmoid(logits):
     """sigmoid((logit + shift) / temperature), to 2e-7.
 
-    What limits these kernels is the unit for exponentials and reciprocals, so the reciprocal is made by Newton steps on
-    the multiply-add units, which have time: from a guess made of the exponent's bits, each cubes the relative error.
+    These kernels are limited by the unit for exponentials and reciprocals, so 1 / d is made on the multiply-add units:
+    subtracting the bits of d from a constant negates its exponent, which is a guess; each step then cubes the error.
     """
     y = logits.to(tl.float32) * (-LOG2_E / TEMPERATURE) - SHIFT * LOG2_E / TEMPERATURE
-    d = 1.0 + tl.exp2(tl.minimum(y, 64.0, propagate_nan=tl.PropagateNan.ALL))  # a NaN must be seen in the loss
+    d = 1.0 + tl.exp2(tl.minimum(y, 64.0, propagate_nan=tl.PropagateNan.ALL))  # a NaN is to reach the loss
     r = (0x7EF311C7 - d.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # off by up to 12 %
     for _ in tl.static_range(2):
         error = 1.0 - d * r
@@ -946,7 +941,7 @@ def cap_sigmoid(logits):
 def cross_entropy_kernel(
     logits_ptr, targets_ptr, losses_ptr, lse_ptr, T, V, N_TARGETS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One row. The cap bounds z, and exp(23) times the vocabulary is far inside float32: no running maximum."""
+    """One row. No running maximum: z is at most 23, and exp(23) times the vocabulary is far inside float32."""
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * V
     cols = tl.arange(0, BLOCK)
@@ -966,15 +961,15 @@ def cross_entropy_kernel(
 
 @triton.jit
 def cross_entropy_gradient(
-    logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row, quad, first_col,
+    logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row, offset, first_col,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Every fourth row of a tile, from row `quad` on: the gradient without the targets' terms, written and returned."""
-    in_tile = 4 * tl.arange(0, ROWS // 4) + quad
+    """Rows offset, offset + 4, ... of a tile: the gradient without the targets' terms, written and returned."""
+    in_tile = 4 * tl.arange(0, ROWS // 4) + offset
     rows, cols = first_row + in_tile, first_col + tl.arange(0, COLS)
     factor *= tl.load(sums_ptr + rows, mask=rows < T, other=0.0)
     lse_2 = tl.load(lse_ptr + rows, mask=rows < T, other=0.0) * LOG2_E
-    # 64 bits for the tile's corner, 32 inside the tile
+    # 64 bits for the tile's corner; 32 do inside the tile
     corner = first_row.to(tl.int64) * V + first_col
     offsets = in_tile[:, None] * V + tl.arange(0, COLS)[None, :]
     inside = (rows < T)[:, None] & (cols < V)[None, :]
@@ -985,16 +980,16 @@ def cross_entropy_gradient(
 
 
 @triton.jit
-def byte(x, shift: tl.constexpr):
-    """The bits of x in e5m2, in an int32."""
+def e5m2_bits(x, shift: tl.constexpr):
+    """The bits of x in e5m2, in an int32 from bit `shift` on."""
     return x.to(tl.float8e5).to(tl.uint8, bitcast=True).to(tl.int32) << shift
 
 
 @triton.jit
-def word(a, b, c, d, INTERPRETED: tl.constexpr):
-    """Four numbers in e5m2 as the bytes of an int32. Compiled, Triton 3.6 gets some bytes wrong; PTX is right."""
+def pack_e5m2(a, b, c, d, INTERPRETED: tl.constexpr):
+    """Four numbers in e5m2 as the bytes of an int32; in PTX, as Triton 3.6 compiles the plain form to wrong bytes."""
     if INTERPRETED:
-        return byte(a, 0) | byte(b, 8) | byte(c, 16) | byte(d, 24)
+        return e5m2_bits(a, 0) | e5m2_bits(b, 8) | e5m2_bits(c, 16) | e5m2_bits(d, 24)
     return tl.inline_asm_elementwise(
         "{.reg .b16 ab, cd; cvt.rn.satfinite.e5m2x2.f32 ab, $2, $1; cvt.rn.satfinite.e5m2x2.f32 cd, $4, $3;"
         " mov.b32 $0, {ab, cd};}", "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
@@ -1006,10 +1001,9 @@ def cross_entropy_backward_kernel(
     logits_ptr, lse_ptr, sums_ptr, out_ptr, out_t_ptr, factor, T, V,
     TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the gradient without the targets' terms, written as it is and, if TRANSPOSED, transposed as well.
+    """One tile of the gradient without the targets' terms, stored as it is and, if TRANSPOSED, transposed as well.
 
-    Bytes are slow to transpose: four rows at a time are packed into a word in registers, and the words transposed. T
-    then is a multiple of 4.
+    Bytes are slow to transpose: those of four rows are packed into words, for which T is a multiple of 4.
     """
     first_row, first_col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
     args = (logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row)
@@ -1018,7 +1012,7 @@ def cross_entropy_backward_kernel(
     c = cross_entropy_gradient(*args, 2, first_col, ROWS, COLS)
     d = cross_entropy_gradient(*args, 3, first_col, ROWS, COLS)
     if TRANSPOSED:
-        words = word(a, b, c, d, INTERPRETED)
+        words = pack_e5m2(a, b, c, d, INTERPRETED)
         corner = first_col.to(tl.int64) * (T // 4) + first_row // 4
         in_tile_row, in_tile_col = tl.arange(0, ROWS // 4)[None, :], tl.arange(0, COLS)[:, None]
         inside = (first_col + in_tile_col < V) & (first_row + 4 * in_tile_row < T)
@@ -1031,7 +1025,7 @@ def cross_entropy_targets_kernel(
     logits_ptr, lse_ptr, sums_ptr, targets_ptr, grad_ptr, out_ptr, out_t_ptr, factor, T, V,
     N_TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient at the targets, over what the other kernel wrote there: comparing all columns would cost more."""
+    """The gradient at the targets, over what the kernel above stored there: comparing all columns would cost more."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
     sums = tl.load(sums_ptr + rows, mask=rows < T, other=0.0)
@@ -1066,7 +1060,7 @@ def cross_entropy_backward_triton(
     T, V = logits.shape
     out, out_t = empty_gradients(logits, dtype)
     factor = SOFTCAP[0] / (SOFTCAP[2] * scale)
-    sums = torch.where(targets >= 0, grad, 0).sum(0)  # by row, over the targets there are
+    sums = torch.where(targets >= 0, grad, 0).sum(0)  # (T,)
     sizes = dict(T=T, V=V, TRANSPOSED=len(out_t) > 0)
     ROWS, COLS = 128, 64  # with 4 warps among the best two of 11 on H100
     cross_entropy_backward_kernel[(triton.cdiv(T, ROWS), triton.cdiv(V, COLS))](
@@ -1080,7 +1074,7 @@ def cross_entropy_backward_triton(
 
 
 def empty_gradients(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """For the logits' gradient and, in the 8-bit type, its transpose; otherwise the second is empty."""
+    """Memory for the logits' gradient (T, V) and its transpose (V, T), which only an 8-bit type has, else (0,)."""
     T, V = logits.shape
     return logits.new_empty((T, V), dtype=dtype), logits.new_empty((V, T) if dtype.itemsize == 1 else 0, dtype=dtype)
 
@@ -1115,16 +1109,15 @@ def _(logits, lse, targets, grad, scale, dtype):
 
 
 # ---------------------------------------------------------------------------- the head, in FP8 and bf16, with its loss
-
-# Scales, as above: normed activations stay below 100, head weights, with the seed record's batches, below 1.6.
+# Logits and their gradient are a step's largest tensors: here the gradient is written only in the type its products
+# read. Scales are as above: normed activations stay below 100, head weights, with the seed record's batches, below 1.6.
 FP8_HEAD_X, FP8_HEAD, FP8_HEAD_GRAD = 100 / 448, 3.2 / 448, 0.75 / 448
 
 
 class HeadLoss(torch.autograd.Function):
     """Softcapped cross-entropy of the logits x @ head with n targets a position: (T, C), (C, V), (n, T) -> (n, T).
 
-    With `grad_scale`, by which losses are multiplied, the products run in FP8: activations and weights in e4m3, the
-    gradient in e5m2. The logits' gradient is written in the type its products read, only.
+    grad_scale: by what losses are multiplied before backward, for products in FP8; None for products in x's type.
     """
 
     @staticmethod
@@ -1149,13 +1142,15 @@ class HeadLoss(torch.autograd.Function):
             return grad @ head.T, x.T @ grad, None, None
         scale = ctx.grad_scale * FP8_HEAD_GRAD
         grad, grad_t = cross_entropy_backward(logits, lse, targets, grad_losses, scale, torch.float8_e5m2)
-        # Not fast: these sums are over the vocabulary, and over all tokens.
+        # Not fast, as sums are over the vocabulary, and over all tokens.
         grad_x = fp8_product(grad, head.T, scale, FP8_HEAD, ctx.dtype, fast=False)
         grad_head = fp8_product(transposed(x), grad_t.T, FP8_HEAD_X, scale, ctx.dtype, fast=False)
         return grad_x, grad_head, None, None
 
 
 # ---------------------------------------------------------------------------- lookups in the embedding tables
+# Gradients are added to .grad here, row by row. Autograd would fill a table with zeros, scatter into it, and add all of
+# it: 900 MB for a few thousand rows.
 
 
 @triton.jit
@@ -1173,16 +1168,13 @@ def add_rows(table: Tensor, rows: Tensor, grad: Tensor) -> None:
         table.index_add_(0, rows, grad.to(table.dtype))
         return
     T, C = grad.shape
-    if T == 0:  # a rank may have nothing for another
+    if T == 0:  # no row from another rank
         return
     add_rows_kernel[(T,)](grad.contiguous(), rows, table, C, BLOCK=triton.next_power_of_2(C), num_warps=4)
 
 
 class Lookup(torch.autograd.Function):
-    """Rows of a table (rows, C) by index (T,). The gradient is added to the table's .grad right away, row by row.
-
-    Autograd would fill a table with zeros, scatter into it, and add all of it: 900 MB for a few thousand rows.
-    """
+    """Rows of a table (rows, C) by index (T,)."""
 
     @staticmethod
     def forward(ctx, table, rows):
@@ -1197,7 +1189,7 @@ class Lookup(torch.autograd.Function):
 
 
 class HeadClasses(torch.autograd.Function):
-    """Columns of the head (C, V) by class (P,), none twice. The gradient is added to those of the head's .grad."""
+    """Columns of the head (C, V) by class (P,), none twice."""
 
     @staticmethod
     def forward(ctx, head, classes):
@@ -1214,7 +1206,7 @@ class HeadClasses(torch.autograd.Function):
 
 
 def table_gradient(table: Tensor) -> Tensor:
-    """The table's .grad, float32: a frequent token adds up thousands of rows, in which bfloat16 would get stuck."""
+    """The table's .grad, float32: a frequent token's sum is of thousands of rows; in bfloat16 it would stop growing."""
     if table.grad is None:
         table.grad_dtype = torch.promote_types(table.dtype, torch.float32)
         table.grad = torch.zeros_like(table, dtype=table.grad_dtype)
@@ -1222,6 +1214,8 @@ def table_gradient(table: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------- Adam by rows, for the table of n-grams
+# A step looks up few of millions of rows: only these move. A row has one second moment for all its numbers, as in
+# FBGEMM's PARTIAL_ROWWISE_ADAM for embedding tables, and no first moment.
 
 
 def update_rows_reference(
@@ -1230,9 +1224,9 @@ def update_rows_reference(
 ) -> Tensor:  # fmt: skip
     """Adam with beta1 = 0 and one second moment a row, on p[rows] alone, in place; returns mean(grad^2) by row.
 
-    p (N, C), v (N,) float32, rows (n,), none twice, grad (n, C) float32. lr is corrected for the bias of v, decay is as
-    it is. `update` counts updates, of all rows together, and last (N,) int32 is a row's last: one left out since then
-    has not moved, and how its v decays meanwhile is caught up with here. Cautious weight decay as in adam_update.
+    p (N, C), v (N,) float32, rows (n,), none twice, grad (n, C) float32. lr includes v's bias correction, decay is
+    a factor by itself. `update` is the number of this update, last (N,) int32 that of each row's latest: in between a
+    row does not move, and the decay of v that it has missed is made up for. Cautious weight decay as in adam_update.
     """
     mean_square, master = grad.square().mean(1), p[rows].to(grad.dtype)
     v[rows] = v[rows] * beta2 ** (update - last[rows]) + (1 - beta2) * mean_square
@@ -1245,19 +1239,19 @@ def update_rows_reference(
 
 @triton.jit(do_not_specialize=["update"])
 def update_rows_kernel(
-    p_ptr, v_ptr, last_ptr, rows_ptr, grad_ptr, mean_square_ptr, update, log2_beta2, keep, lr, decay, eps,
+    p_ptr, v_ptr, last_ptr, rows_ptr, grad_ptr, mean_square_ptr, update, log2_beta2, one_minus_beta2, lr, decay, eps,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row; keep is 1 - beta2. p may have more than 2^31 numbers."""
+    """One row. p may have more than 2^31 numbers."""
     i, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + i).to(tl.int64)
     p_ptrs, inside = p_ptr + row * C + cols, cols < C
     grad = tl.load(grad_ptr + i * C + cols, mask=inside, other=0.0)
     master = tl.load(p_ptrs, mask=inside, other=0.0).to(tl.float32)
     v, missed = tl.load(v_ptr + row), update - tl.load(last_ptr + row)
-    # For the sum all warps wait for each other: nothing that is loaded above is stored before all have it.
+    # In tl.sum all warps wait for each other, so none stores v or last below before all have loaded them.
     mean_square = tl.sum(grad * grad, 0) / C
-    v = v * tl.exp2(log2_beta2 * missed.to(tl.float32)) + keep * mean_square
+    v = v * tl.exp2(log2_beta2 * missed.to(tl.float32)) + one_minus_beta2 * mean_square
     u = grad * (lr / (tl.sqrt(v) + eps))
     u += tl.where(u * master > 0, decay * master, 0.0)
     tl.store(p_ptrs, (master - u).to(p_ptr.dtype.element_ty), mask=inside)
@@ -1269,7 +1263,7 @@ def update_rows_kernel(
 def update_rows_triton(
     p: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor, update: int, beta2: float, *rates: float
 ) -> Tensor:
-    """update_rows_reference, one pass."""
+    """update_rows_reference in one kernel."""
     n, C = grad.shape
     mean_square = torch.empty_like(v[:n])
     if n:
@@ -1285,9 +1279,11 @@ def update_rows(p: Tensor, *rest) -> Tensor:
 
 
 # ---------------------------------------------------------------------------- queries, keys and values
+# What lies between projection and attention, in one kernel a direction: norm, rotary embedding (RoPE, arXiv 2104.09864,
+# 2021), value embeddings (arXiv 2410.17897, 2024), pairs of heads and the key offset (both from the seed record).
 
-# float32's epsilon for every type. It is what torch.compile's RMSNorm uses, and a bfloat16's own 2^-7 would swallow
-# the embedding, whose mean square starts at 0.005^2.
+# float32's epsilon for every type, as torch.compile's RMSNorm has it: next to bfloat16's own, 2^-7, the embedding's
+# mean square, 0.005^2 at the start, would be nothing.
 NORM_EPS = torch.finfo(torch.float32).eps
 
 
@@ -1297,22 +1293,19 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each adjacent pair (a, b) of x (T, H, D) into (a cos + b sin, b cos - a sin).
-
-    tables (T, 1, D / 2), or longer and wider ones.
-    """
+    """Adjacent pairs (a, b) of x (T, H, D) as (a cos + b sin, b cos - a sin); cos, sin (>= T, 1, >= D / 2)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = (table[: len(x), :, : a.size(-1)].to(x.dtype) for table in (cos, sin))
     return torch.stack((a * cos + b * sin, b * cos - a * sin), -1).flatten(-2)
 
 
 def split_heads_reference(qkv, value_gate, table, rows, cos, sin, documents, num_heads: int, paired: bool):
-    """q, k, v as attention takes them, from a projection (T, .): normed, rotated, the values with their embeddings.
+    """q, k, v as attention takes them, from qkv (T, H (2 D_QK + D)): heads of q, of k, of v; cos, sin: see rotate.
 
-    The projection's columns are H heads of q, of k, and of v, which are as wide as the rotation's tables say; q and k
-    may be narrower. value_gate (T, H), table and rows (T,): what to add to the values, or value_gate None. Results are
-    (T, H, D), in paired layers (2T, H/2, D): heads 0.. at even, the other half at odd positions. documents, of these
-    positions, where the second half of a key comes from the position before, but for a document's first; else None.
+    D is twice the tables' width, D_QK at most that. To the values are added value_gate (T, H) times `rows` (T,) of
+    table, unless value_gate is None. Results are (T, H, .), in paired layers (2T, H/2, .): heads 0.. at even, the other
+    half at odd positions. documents: None, or, for the key offset, those of these positions: the second half of a key
+    then comes from the position before, except at a document's first.
     """
     T, C = len(qkv), num_heads * 2 * cos.size(-1)
     qk, v = qkv.split((qkv.size(1) - C, C), 1)
@@ -1324,38 +1317,38 @@ def split_heads_reference(qkv, value_gate, table, rows, cos, sin, documents, num
         q, k, v = (t.reshape(2 * T, num_heads // 2, -1) for t in (q, k, v))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if documents is not None:
-        moving, still = k.chunk(2, dim=-1)
+        rotary, stationary = k.chunk(2, dim=-1)
         position = torch.arange(len(k), device=k.device)
-        k = torch.cat((moving, still[torch.maximum(position - 1, documents.starts)]), dim=-1)
+        k = torch.cat((rotary, stationary[torch.maximum(position - 1, documents.starts)]), dim=-1)
     return q, k, v
 
 
 @triton.jit
-def turn(x, cos, sin):
-    """rotate() of x (BLOCK, D), tables (BLOCK, D / 2)."""
+def rotate_tile(x, cos, sin):
+    """rotate() of x (BLOCK, D) by cos, sin (BLOCK, D / 2)."""
     a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
     return tl.reshape(tl.join(a * cos + b * sin, b * cos - a * sin), x.shape)
 
 
 @triton.jit
-def head_places(
+def head_offsets(
     cos_ptr, sin_ptr, T,
     H: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """For one head of BLOCK_T tokens: token, position and mask, rotation, places in projections and q, k, then in v.
+    """For one head of BLOCK_T tokens: tokens, positions, mask, rotation; offsets in qkv and q (or k), in qkv and v.
 
-    Paired or not, a head has the same place in memory, and the next position's is `H // 2` or `H` heads further.
-    Neighbouring programs take the heads of the same tokens, which read the same rows of the tables.
+    Paired or not, a head has the same offsets; what it has at the next position is `H // 2` or `H` heads further on.
+    Neighbouring programs take the heads of the same tokens, which read the same rows of cos and sin.
     """
     head, block, d_qk, d = tl.program_id(0) % H, tl.program_id(0) // H, tl.arange(0, D_QK), tl.arange(0, D)
     t = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     position = 2 * t + head // (H // 2) if PAIRED else t
-    turning = position[:, None] * (D // 2) + tl.arange(0, D_QK // 2)[None, :]
+    angles = position[:, None] * (D // 2) + tl.arange(0, D_QK // 2)[None, :]
     row = t[:, None] * H * (2 * D_QK + D)
     projected, v_projected = row + head * D_QK + d_qk[None, :], row + head * D + d[None, :] + 2 * H * D_QK
     out, v_out = (t[:, None] * H + head) * D_QK + d_qk[None, :], (t[:, None] * H + head) * D + d[None, :]
-    cos = tl.load(cos_ptr + turning, mask=(t < T)[:, None], other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + turning, mask=(t < T)[:, None], other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + angles, mask=(t < T)[:, None], other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angles, mask=(t < T)[:, None], other=0.0).to(tl.float32)
     return head, t, position, t < T, cos, sin, projected, out, v_projected, v_out
 
 
@@ -1366,28 +1359,28 @@ def split_heads_kernel(
     VALUE_EMBED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One head of BLOCK_T tokens."""
-    head, t, position, inside, cos, sin, projected, out, v_projected, v_out = head_places(
+    head, t, position, inside, cos, sin, projected, out, v_projected, v_out = head_offsets(
         cos_ptr, sin_ptr, T, H, D_QK, D, PAIRED, BLOCK_T
     )
     mask = inside[:, None]
     for i in tl.static_range(2):
         out_ptr = q_ptr if i == 0 else k_ptr
         x = tl.load(qkv_ptr + projected + i * H * D_QK, mask=mask, other=0.0).to(tl.float32)
-        x = turn(x * tl.rsqrt(tl.sum(x * x, 1) / D_QK + eps)[:, None], cos, sin).to(out_ptr.dtype.element_ty)
-        if KEY_OFFSET and i == 1:  # the second half goes to a document's next position; its first keeps its own, too
-            still, step = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
+        x = rotate_tile(x * tl.rsqrt(tl.sum(x * x, 1) / D_QK + eps)[:, None], cos, sin).to(out_ptr.dtype.element_ty)
+        if KEY_OFFSET and i == 1:  # the second half goes to the document's next position, the first one's stays, too
+            stationary, stride = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
             is_first = position == tl.load(starts_ptr + position, mask=inside, other=0)
             has_next = position + 1 < tl.load(ends_ptr + position, mask=inside, other=0)
-            tl.store(out_ptr + out, x, mask=mask & (~still | is_first[:, None]))
-            tl.store(out_ptr + out + step * D_QK, x, mask=has_next[:, None] & still)
+            tl.store(out_ptr + out, x, mask=mask & (~stationary | is_first[:, None]))
+            tl.store(out_ptr + out + stride * D_QK, x, mask=has_next[:, None] & stationary)
         else:
             tl.store(out_ptr + out, x, mask=mask)
     v = tl.load(qkv_ptr + v_projected, mask=mask, other=0.0)
     if VALUE_EMBED:
         row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
         gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
-        place = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
-        embed = tl.load(table_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        offsets = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
+        embed = tl.load(table_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         v = (v.to(tl.float32) + gate[:, None] * embed).to(v.dtype)
     tl.store(v_ptr + v_out, v, mask=mask)
 
@@ -1399,22 +1392,23 @@ def split_heads_backward_kernel(
     H: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr,
     VALUE_EMBED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One head of BLOCK_T tokens: the projections' gradient times `factor`, the gate's; adds to the table's."""
-    head, t, position, inside, cos, sin, projected, out, v_projected, v_out = head_places(
+    """One head of BLOCK_T tokens: qkv's gradient times `factor`, value_gate's; adds to the table's .grad."""
+    head, t, position, inside, cos, sin, projected, out, v_projected, v_out = head_offsets(
         cos_ptr, sin_ptr, T, H, D_QK, D, PAIRED, BLOCK_T
     )
     mask = inside[:, None]
     for i in tl.static_range(2):
         grad_ptr = grad_q_ptr if i == 0 else grad_k_ptr
         if KEY_OFFSET and i == 1:  # from where the second half went
-            still, step = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
+            stationary, stride = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
             is_first = position == tl.load(starts_ptr + position, mask=inside, other=0)
             has_next = position + 1 < tl.load(ends_ptr + position, mask=inside, other=0)
-            grad = tl.load(grad_ptr + out, mask=mask & (~still | is_first[:, None]), other=0.0).to(tl.float32)
-            grad += tl.load(grad_ptr + out + step * D_QK, mask=has_next[:, None] & still, other=0.0).to(tl.float32)
+            grad = tl.load(grad_ptr + out, mask=mask & (~stationary | is_first[:, None]), other=0.0).to(tl.float32)
+            of_next = tl.load(grad_ptr + out + stride * D_QK, mask=has_next[:, None] & stationary, other=0.0)
+            grad += of_next.to(tl.float32)
         else:
             grad = tl.load(grad_ptr + out, mask=mask, other=0.0).to(tl.float32)
-        grad = turn(grad, cos, -sin)
+        grad = rotate_tile(grad, cos, -sin)
         x = tl.load(qkv_ptr + projected + i * H * D_QK, mask=mask, other=0.0).to(tl.float32)
         inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D_QK + eps)[:, None]
         x *= inverse_rms
@@ -1427,15 +1421,15 @@ def split_heads_backward_kernel(
     if VALUE_EMBED:
         row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
         gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
-        place = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
-        embed = tl.load(table_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        offsets = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
+        embed = tl.load(table_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         grad_gate = tl.sum(grad_v * embed, 1).to(grad_gate_ptr.dtype.element_ty)
         tl.store(grad_gate_ptr + t * H + head, grad_gate, mask=inside)
-        tl.atomic_add(grad_table_ptr + place, gate[:, None] * grad_v, mask=mask, sem="relaxed")
+        tl.atomic_add(grad_table_ptr + offsets, gate[:, None] * grad_v, mask=mask, sem="relaxed")
 
 
 class SplitHeads(torch.autograd.Function):
-    """split_heads_reference of a Projection, in one kernel a direction, which reads and writes all once."""
+    """A Projection's product, then split_heads_reference in one kernel a direction."""
 
     @staticmethod
     def forward(ctx, value_gate, table, rows, cos, sin, documents, num_heads, paired, *projection):
@@ -1454,7 +1448,7 @@ class SplitHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        x, weight, scale, *inputs = ctx.saved_tensors  # in FP8 the weight transposed
+        x, weight, scale, *inputs = ctx.saved_tensors  # in FP8, the weight is transposed
         qkv, value_gate, table = inputs[:3]
         grad_qkv = torch.empty_like(qkv, dtype=torch.float8_e5m2 if ctx.grad_scale else None)
         grad_gate = None if value_gate is None else torch.empty_like(value_gate)
@@ -1468,11 +1462,11 @@ class SplitHeads(torch.autograd.Function):
         else:
             grad_x = fp8_product(grad_qkv, weight.T, ctx.grad_scale, scale, qkv.dtype)
             grad_weight = fp8_weight_gradient(grad_qkv, x, ctx.grad_scale, FP8_X, qkv.dtype)
-        return grad_gate, *(None,) * 7, *Projection(grad_weight, x=grad_x)
+        return grad_gate, *(None,) * 7, *Projection(grad_weight, x=grad_x)  # in the order of forward's arguments
 
 
 def split_heads(qkv: Projection, value_gate, table, rows, cos, sin, documents, num_heads, paired):
-    """q, k, v as attention takes them, from a projection; for the rest see split_heads_reference."""
+    """split_heads_reference of a Projection's product."""
     rest = value_gate, table, rows, cos, sin, documents, num_heads, paired
     if qkv.x.is_cuda:
         return SplitHeads.apply(*rest, *qkv)
@@ -1480,16 +1474,18 @@ def split_heads(qkv: Projection, value_gate, table, rows, cos, sin, documents, n
 
 
 # ---------------------------------------------------------------------------- attention
+# FlashAttention-2 (arXiv 2307.08691, 2023) with documents, windows, queries narrower than values and XSA; its backward
+# pass in two kernels, without atomics.
 
 
 class Documents(NamedTuple):
-    """Where each position's document begins and, one further than its last position, ends; int32, (T,)."""
+    """For each position (T,), int32: where its document begins, and the position after its end."""
 
     starts: Tensor
     ends: Tensor
 
     def paired(self) -> "Documents":
-        """The same documents where every token stands for two positions."""
+        """The same documents where every token has two positions."""
         return Documents(*((2 * t).repeat_interleave(2) for t in self))
 
     def first(self) -> Tensor:
@@ -1498,13 +1494,13 @@ class Documents(NamedTuple):
 
 
 def exclude_own_value(y, v, gates):
-    """XSA (arXiv 2603.09078): y (N, H, D) less its part along the token's own value v, as far as tanh(gate) says."""
+    """XSA (arXiv 2603.09078, 2026): y (N, H, D) less tanh(gates), (N, H), times its part along the own values v."""
     share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-8)
     return y - torch.tanh(gates).unsqueeze(-1) * share * v
 
 
 def attend_reference(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor | None = None) -> Tensor:
-    """Masked attention over all pairs, for CPUs."""
+    """attend() over all pairs with a mask, for CPUs."""
     position = torch.arange(len(q), device=q.device)
     first = torch.maximum(documents.starts, position - window)
     mask = (position >= first[:, None]) & (position <= position[:, None])
@@ -1513,39 +1509,40 @@ def attend_reference(q, k, v, documents: Documents, window: int, scale: float, x
     return out if xsa is None else exclude_own_value(out, v, xsa)
 
 
-# The kernels see v, y as (N, H D) and q, k as (N, H D_QK) matrices and take tiles of some positions of one head,
-# through Hopper's bulk tensor copies, which read zeros beyond the end. The first key that a query sees, max(start of
-# its document, itself - window), grows with the query, and so does the last query that sees a key. So a block of
-# queries needs one range of keys (and a block of keys one of queries) whatever documents it straddles, and masks only
-# at the ends of that range.
-# Method: FlashAttention-2 (arXiv 2307.08691), backward in two kernels without atomics.
+# The kernels see v, y as (N, H D) and q, k as (N, H D_QK) matrices and load tiles, some positions of one head, through
+# TMA, which reads zeros beyond the end. The first key that a query sees, max(start of its document, itself - window),
+# grows with the query, and so does the last query that sees a key. So a block of queries needs one range of keys (and a
+# block of keys one of queries) whatever documents it straddles, and masks only at the ends of that range. N, H and
+# window are not specialized, so that other lengths and windows compile nothing.
 
-# For masked scores; those of normed vectors stay within head_dim. What a row that is all masked so far sums up is
-# multiplied by exp2(MASKED - score) = 0 at its first real score. Much larger, and rounding it would move exponents.
+# Score of a masked pair; real ones, of normed q and k, stay within head_dim. A row that has met masked keys only has
+# worthless sums, which its first real score multiplies by exp2(MASKED - score) = 0. They must be finite until then:
+# -inf - -inf is NaN, and of much larger numbers rounding errors alone overflow exp2.
 MASKED = tl.constexpr(-1e5)
 
 
 @triton.jit
 def key_range(starts_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Queries row .. row + BLOCK_Q - 1 see keys from `begin` to `end`; all of them see all keys of [mid, tail)."""
+    """Queries row .. row + BLOCK_Q - 1 see keys of [begin, end), and all of them all keys of [full_begin, full_end)."""
     last = min(row + BLOCK_Q, N) - 1
     begin = max(tl.load(starts_ptr + row), row - window) // BLOCK_K * BLOCK_K
-    mid = tl.cdiv(max(tl.load(starts_ptr + last), last - window), BLOCK_K) * BLOCK_K
-    return begin, mid, (row + 1) // BLOCK_K * BLOCK_K, last + 1
+    full_begin = tl.cdiv(max(tl.load(starts_ptr + last), last - window), BLOCK_K) * BLOCK_K
+    full_end = (row + 1) // BLOCK_K * BLOCK_K
+    return begin, full_begin, full_end, last + 1
 
 
 @triton.jit
 def query_range(ends_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Keys row .. row + BLOCK_K - 1 are seen from queries `begin` to `end`; all queries of [mid, tail) see all keys."""
+    """Keys row .. row + BLOCK_K - 1 are seen by queries of [begin, end), and all by all of [full_begin, full_end)."""
     last = min(row + BLOCK_K, N) - 1
-    mid = tl.cdiv(last, BLOCK_Q) * BLOCK_Q
-    tail = min(tl.load(ends_ptr + row), row + window + 1) // BLOCK_Q * BLOCK_Q
-    return row // BLOCK_Q * BLOCK_Q, mid, tail, min(tl.load(ends_ptr + last), last + window + 1)
+    full_begin = tl.cdiv(last, BLOCK_Q) * BLOCK_Q
+    full_end = min(tl.load(ends_ptr + row), row + window + 1) // BLOCK_Q * BLOCK_Q
+    return row // BLOCK_Q * BLOCK_Q, full_begin, full_end, min(tl.load(ends_ptr + last), last + window + 1)
 
 
 @triton.jit
 def own_values(own_desc, xsa_ptr, row, head, N, H, D: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """For XSA of BLOCK_Q queries: their own values, the sums of these' squares, and tanh of the gates."""
+    """For XSA of BLOCK_Q queries: their own values v (BLOCK_Q, D), v.v and tanh(gate)."""
     rows, v = row + tl.arange(0, BLOCK_Q), own_desc.load([row, head * D]).to(tl.float32)
     gate = tl.load(xsa_ptr + rows * H + head, mask=rows < N, other=0.0).to(tl.float32)
     return v, tl.sum(v * v, 1), 2 * tl.sigmoid(2 * gate) - 1
@@ -1556,43 +1553,43 @@ def attention_kernel(
     q_desc, k_desc, v_desc, own_desc, starts_ptr, xsa_ptr, y_desc, lse_ptr, share_ptr, N, H, window, scale,
     XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_Q queries of one head: y, in base 2 the logarithm of the sum of exponentials, and of y the share of v."""
+    """BLOCK_Q queries of one head: y, the logsumexp of scores, in base 2, and, for XSA, share = y.v / v.v."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
     rows = row + tl.arange(0, BLOCK_Q)
-    begin, mid, tail, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
+    begin, full_begin, full_end, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
     q = q_desc.load([row, head * D_QK])
-    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)  # the largest score so far
-    total = tl.zeros((BLOCK_Q,), tl.float32)
+    row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     for col in range(begin, end, BLOCK_K):
         k, v = k_desc.load([col, head * D_QK]), v_desc.load([col, head * D])
         s = tl.dot(q, k.T)
-        if (col < mid) | (col >= tail):
+        if (col < full_begin) | (col >= full_end):
             cols = (col + tl.arange(0, BLOCK_K))[None, :]
             s = tl.where((cols >= first[:, None]) & (cols <= rows[:, None]), s, MASKED)
-        new_top = tl.maximum(top, tl.max(s, 1) * scale_2)
-        p = tl.exp2(s * scale_2 - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
-        top = new_top
-    y, by_head = acc / total[:, None], head.to(tl.int64) * N + rows
+        new_max = tl.maximum(row_max, tl.max(s, 1) * scale_2)
+        p = tl.exp2(s * scale_2 - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])
+        row_max = new_max
+    y, by_head = acc / row_sum[:, None], head.to(tl.int64) * N + rows
     if XSA:
         own, square, t = own_values(own_desc, xsa_ptr, row, head, N, H, D, BLOCK_Q)
         share = tl.sum(y * own, 1) / tl.maximum(square, 1e-8)
         tl.store(share_ptr + by_head, share, mask=rows < N)
         y -= (t * share)[:, None] * own
     y_desc.store([row, head * D], y.to(y_desc.dtype))
-    tl.store(lse_ptr + by_head, top + tl.log2(total), mask=rows < N)
+    tl.store(lse_ptr + by_head, row_max + tl.log2(row_sum), mask=rows < N)
 
 
-# With p_ij what query i takes of value j, and delta_i = dy_i . y_i, the gradients are
+# With p_ij the weight of value j in y_i, dy the gradient of y, and delta_i = dy_i . y_i, the gradients are
 #     dv_j = sum_i p_ij dy_i,    ds_ij = p_ij (dy_i . v_j - delta_i),    dq_i = scale sum_j ds_ij k_j,    dk_j likewise.
-# XSA stores z = y - t s v, where t = tanh(gate), s = y.v / v.v, v the query's own value. With r = t dz.v / v.v,
+# XSA's result is z = y - t s v, where t = tanh(gate), s = y.v / v.v, v the query's own value. With r = t dz.v / v.v,
 #     dy = dz - r v,    dt = -s dz.v,    dv += -t s dy - r z + 2 (1 - t) r s v,    delta = dy.y = dz.z.
-# The first kernel gives dv's three factors; the other one has registers left behind its loop to apply them. Where 1e-8
-# stands in for a smaller v.v, the last one is -2 t r s.
+# The kernel of q stores the three factors in dv; that of k and v, which has registers to spare after its loop, applies
+# them. Where v.v is below the least divisor, 1e-8, the last factor is -2 t r s.
 
 
 @triton.jit(do_not_specialize=["N", "H", "window"])
@@ -1601,10 +1598,10 @@ def attention_backward_q_kernel(
     delta_ptr, before_xsa_ptr, grad_xsa_ptr, factors_ptr, N, H, window, scale,
     XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_Q queries of one head: the gradients of q and gates; for the keys' kernel delta and, before XSA, y's."""
+    """BLOCK_Q queries of a head: gradients of q and gates; for the next kernel delta, dy (before_xsa) and factors."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
     rows = row + tl.arange(0, BLOCK_Q)
-    begin, mid, tail, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
+    begin, full_begin, full_end, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
     by_head = head.to(tl.int64) * N + rows
     q, y, grad_y = q_desc.load([row, head * D_QK]), y_desc.load([row, head * D]), grad_y_desc.load([row, head * D])
@@ -1616,7 +1613,7 @@ def attention_backward_q_kernel(
         r = t * along / tl.maximum(square, 1e-8)
         place = before_xsa_ptr + (rows.to(tl.int64) * H + head)[:, None] * D + tl.arange(0, D)[None, :]
         tl.store(place, grad_y.to(tl.float32) - r[:, None] * own, mask=(rows < N)[:, None])
-        tl.debug_barrier()  # read back, the product takes it from shared memory; a result would keep 32 registers
+        tl.debug_barrier()  # dy is read back into shared memory, for the product: kept, it would take 32 registers
         grad_y = tl.load(place, mask=(rows < N)[:, None], other=0.0)
         tl.store(grad_xsa_ptr + rows * H + head, (t * t - 1) * share * along, mask=rows < N)
         tl.store(factors_ptr + by_head, -t * share, mask=rows < N)
@@ -1629,7 +1626,7 @@ def attention_backward_q_kernel(
         s = tl.dot(q, k.T)
         grad_p = tl.dot(grad_y, v.T)
         p = tl.exp2(s * scale_2 - lse[:, None])
-        if (col < mid) | (col >= tail):
+        if (col < full_begin) | (col >= full_end):
             cols = (col + tl.arange(0, BLOCK_K))[None, :]
             p = tl.where((cols >= first[:, None]) & (cols <= rows[:, None]), p, 0.0)
         acc = tl.dot((p * (grad_p - delta[:, None])).to(k.dtype), k, acc)
@@ -1642,10 +1639,10 @@ def attention_backward_kv_kernel(
     grad_k_desc, grad_v_desc, N, H, window, scale,
     XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_K keys of one head: the gradients of k and v. Scores are (keys, queries), as both products need them."""
+    """BLOCK_K keys of one head: the gradients of k and v. Scores are (keys, queries), as both products read them."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_K, tl.program_id(1), scale * LOG2_E
     rows = row + tl.arange(0, BLOCK_K)
-    begin, mid, tail, end = query_range(ends_ptr, row, N, window, BLOCK_Q, BLOCK_K)
+    begin, full_begin, full_end, end = query_range(ends_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     last = tl.minimum(tl.load(ends_ptr + rows, mask=rows < N, other=0) - 1, rows + window)
     lse_ptr += head.to(tl.int64) * N
     delta_ptr += head.to(tl.int64) * N
@@ -1658,10 +1655,10 @@ def attention_backward_kv_kernel(
         lse = tl.load(lse_ptr + cols, mask=cols < N, other=0.0)
         delta = tl.load(delta_ptr + cols, mask=cols < N, other=0.0)
         p = tl.exp2(tl.dot(k, q.T) * scale_2 - lse[None, :])
-        if (col < mid) | (col >= tail):
+        if (col < full_begin) | (col >= full_end):
             p = tl.where((cols[None, :] >= rows[:, None]) & (cols[None, :] <= last[:, None]), p, 0.0)
         grad_v = tl.dot(p.to(grad_y.dtype), grad_y, grad_v)
-        grad_p = tl.dot(v, grad_y.T)  # after grad_v's product: the two run back to back, with one wait
+        grad_p = tl.dot(v, grad_y.T)  # here, so that it and the product above run back to back, with one wait
         grad_k = tl.dot((p * (grad_p - delta[None, :])).to(q.dtype), q, grad_k)
     grad_k_desc.store([row, head * D_QK], (grad_k * scale).to(grad_k_desc.dtype))
     if XSA:
@@ -1731,23 +1728,22 @@ class CausalSelfAttention(torch.autograd.Function):
 
 def attend(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor | None = None) -> Tensor:
     """Causal attention inside each document, to `window` tokens before each: q, k (N, H, D_QK), v -> (N, H, D)."""
-    xsa = None if xsa is None else xsa.reshape(q.shape[:2])  # exclude_own_value's gates, (T, H) also where N is 2T
+    xsa = None if xsa is None else xsa.reshape(q.shape[:2])  # XSA's gates, (T, H) also where N is 2T
     if q.is_cuda and q.size(2) >= 16:  # the least a tensor core multiplies
         return CausalSelfAttention.apply(q, k, v, *documents, window, scale, xsa)
     return attend_reference(q, k, v, documents, window, scale, xsa)
 
 
 # ---------------------------------------------------------------------------- copying what followed in the document
-
-# A position may copy its next token from its document: it scores the positions s before it, and gives the tokens that
-# followed these, targets[s], probability exp(score), beside exp(sentinel) times the model's own distribution. So with
+# A position t may copy its next token from its document: it scores the positions s before it. Their next tokens,
+# targets[s], compete in one softmax with the model's own distribution p, whose score is the sentinel. So with
 #     every_t = log sum_s exp(q_t . k_s),    matching_t likewise over the s whose target is that of t,
 # the probability of the target is (exp(sentinel_t) p_t + exp(matching_t)) / (exp(sentinel_t) + exp(every_t)).
-# Sources: pointer sentinel mixtures, arXiv 1609.07843; what followed, not what stood there: arXiv 1612.04426.
+# Sources: pointer sentinel mixtures, arXiv 1609.07843 (2016); to copy what followed s: arXiv 1612.04426 (2016).
 
 
 def copy_scores(q, k, documents: Documents, window: int, rows: Tensor) -> Tensor:
-    """Of positions `rows` (n,), the scores of all positions, (n, T), float32: -1e5 for those that they do not see."""
+    """Scores (n, T), float32, that positions `rows` (n,) give to all positions: -1e5 where they do not see them."""
     position = torch.arange(len(k), device=k.device)
     first = torch.maximum(documents.starts, position - window)[rows, None]
     seen = (position >= first) & (position < rows[:, None])
@@ -1755,7 +1751,7 @@ def copy_scores(q, k, documents: Documents, window: int, rows: Tensor) -> Tensor
 
 
 def copy_sums_reference(q, k, targets, documents: Documents, window: int) -> Tensor:
-    """All pairs at once, for CPUs."""
+    """copy_sums() over all pairs with a mask, for CPUs."""
     scores = copy_scores(q, k, documents, window, torch.arange(len(q), device=q.device))
     return torch.stack((scores, scores.masked_fill(targets[:, None] != targets, -1e5))).logsumexp(-1)
 
@@ -1764,26 +1760,26 @@ def copy_sums_reference(q, k, targets, documents: Documents, window: int) -> Ten
 def copy_kernel(
     q_desc, k_desc, starts_ptr, targets_ptr, sums_ptr, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """The sums of BLOCK_Q queries. Where no target matches, 1e-30 stands for the sum of exponentials."""
+    """The sums of BLOCK_Q queries. Where no target matches, the sum of exponentials is taken to be 1e-30."""
     row = tl.program_id(0) * BLOCK_Q
     rows = row + tl.arange(0, BLOCK_Q)
     begin, _, _, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
     q, target = q_desc.load([row, 0]), tl.load(targets_ptr + rows, mask=rows < N, other=-1)
-    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)  # the largest score so far
-    total, matching = tl.zeros((BLOCK_Q,), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
+    row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    row_sum, matching = tl.zeros((BLOCK_Q,), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
     for col in range(begin, end, BLOCK_K):
         cols = col + tl.arange(0, BLOCK_K)
         seen = (cols[None, :] >= first[:, None]) & (cols[None, :] < rows[:, None])
         same = seen & (tl.load(targets_ptr + cols, mask=cols < N, other=-2)[None, :] == target[:, None])
         s = tl.where(seen, tl.dot(q, k_desc.load([col, 0]).T) * LOG2_E, MASKED)
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p, shrink = tl.exp2(s - new_top[:, None]), tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        matching = matching * shrink + tl.sum(tl.where(same, p, 0.0), 1)
-        top = new_top
-    tl.store(sums_ptr + rows, (top + tl.log2(total)) / LOG2_E, mask=rows < N)
-    tl.store(sums_ptr + N + rows, (top + tl.log2(tl.maximum(matching, 1e-30))) / LOG2_E, mask=rows < N)
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        p, rescale = tl.exp2(s - new_max[:, None]), tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        matching = matching * rescale + tl.sum(tl.where(same, p, 0.0), 1)
+        row_max = new_max
+    tl.store(sums_ptr + rows, (row_max + tl.log2(row_sum)) / LOG2_E, mask=rows < N)
+    tl.store(sums_ptr + N + rows, (row_max + tl.log2(tl.maximum(matching, 1e-30))) / LOG2_E, mask=rows < N)
 
 
 @triton.jit(do_not_specialize=["N", "window"])
@@ -1791,7 +1787,7 @@ def copy_backward_kernel(
     own_desc, other_desc, starts_ptr, ends_ptr, targets_ptr, sums_ptr, grad_ptr, out_desc, N, window,
     OF_QUERIES: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK queries, or of as many keys: the sum over s of d score(t, s) k_s, or over t of that q_t."""
+    """The gradient of BLOCK queries, sum_s dscore(t, s) k_s, or of BLOCK keys, sum_t dscore(t, s) q_t."""
     row = tl.program_id(0) * BLOCK
     rows = row + tl.arange(0, BLOCK)
     if OF_QUERIES:
@@ -1850,10 +1846,7 @@ class CopySums(torch.autograd.Function):
 
 
 def copy_sums(q, k, targets, documents: Documents, window: int) -> Tensor:
-    """every and matching (see above), (2, T) float32, of q, k (T, D), int32 targets (T,); far below 0 where of none.
-
-    A position sees those before it in its document, to `window` tokens back.
-    """
+    """every and matching as above, (2, T) float32, far below 0 where there is no s; q, k (T, D), targets (T,) int32."""
     if q.is_cuda:
         return CopySums.apply(q, k, targets, *documents, window)
     return copy_sums_reference(q, k, targets, documents, window)
