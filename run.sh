@@ -99,6 +99,6 @@ esac
 if [ "$processes" = 1 ]; then
     exec "$PYTHON" train_gpt.py "$@"
 fi
-# Not --standalone: its ranks meet at the host's own name, and wait nine minutes where that does not resolve.
+# Not --standalone: its ranks meet at the host's own name, and wait eleven minutes where that does not resolve.
 exec "$PYTHON" -m torch.distributed.run --nproc_per_node="$processes" --rdzv_backend=c10d \
     --rdzv_endpoint=127.0.0.1:0 --local-addr=127.0.0.1 train_gpt.py "$@"

@@ -1,7 +1,7 @@
 """
 Train a 124M-parameter-class GPT from scratch on FineWeb to 3.28 validation loss, as fast as possible.
 
-    torchrun --standalone --nproc_per_node=8 train_gpt.py       # 1, 2, 4 or 8 GPUs; the same gradient on each
+    torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node=8 train_gpt.py  # 1, 2, 4 or 8 GPUs: the same gradient
     python train_gpt.py --length=0.25                           # one process; any hyperparameter as --name=value
     python train_gpt.py --bench --profile                       # no run: time and profile some steps of each stage
     python train_gpt.py --describe                              # no run: what would run, from the tables
@@ -238,7 +238,7 @@ TABLES = {"embed": 1, "value_embeds": len(VALUE_LAYERS)}
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Every number of a run; each can be given on the command line as --name=value."""
+    """The numbers of a run; all but the table of stages can be given on the command line as --name=value."""
 
     preset: str = "auto"  # "speedrun", "smoke", or "auto": the speedrun on a GPU, the smoke run without one
     # data
@@ -423,7 +423,9 @@ def check_tables(hp: Hyperparameters) -> None:
     require(len(shares) > 1 and shares[-1] is None and None not in shares[:-1], told)
     require(sum(stage.untie for stage in hp.stages) <= 1, "STAGES: head and embedding untie in one row only")
     for number, stage in enumerate(hp.stages, 1):
-        row, first, last = f"STAGES, row {number}", len(stage.target_weights), len(stage.target_weights_end)
+        row, weights = f"STAGES, row {number}", (stage.target_weights, stage.target_weights_end)
+        require(all(isinstance(w, tuple) for w in weights), f"{row}: multi-token weights are tuples, of one as (1.0,)")
+        first, last = map(len, weights)
         require(stage.share is None or 0 < stage.share < math.inf, f"{row}: share={stage.share} must be positive")
         told = f"{row}: tokens={stage.tokens} must be a multiple of {MICRO_BATCHES}, the micro-batches of a step"
         require(stage.tokens > 0 and stage.tokens % MICRO_BATCHES == 0, told)
@@ -434,6 +436,10 @@ def check_tables(hp: Hyperparameters) -> None:
         told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
         require(isinstance(stage.prefix_weights, tuple) and len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
+    for name, (count, _, lr) in SCALARS.items():
+        least = len(LAYERS) if name in ("attn_resid", "mlp_resid", "mlp_out", "qkv", "out") else 1
+        told = f"SCALARS, {name}: it takes at least {least}, and a number as learning-rate multiplier"
+        require(count >= least and isinstance(lr, int | float), told)
     kept, weighed = {"x0", "ngrams"}, set()
     for i, layer in enumerate(LAYERS):
         row, attention = f"LAYERS, row {i}", any(getattr(layer, name) for name in FOR_ATTENTION)
@@ -449,6 +455,7 @@ def check_tables(hp: Hyperparameters) -> None:
         require(not gated or weighed, f"{row}: its gates take a network: give this row or an earlier one gates=True")
         for name in (*layer.values, *layer.adds):
             told = f"{row}: {name!r} is not kept ahead of the network of its gates: keep it earlier, or give gates=True"
+            told += f"; it weighs {', '.join(sorted(weighed))}"
             require(name in weighed, told)
         require(layer.reads is None or layer.reads in kept, f"{row}: reads={layer.reads!r} is kept by no earlier row")
         require(layer.keep not in kept, f"{row}: the name {layer.keep!r} is taken")
@@ -485,7 +492,9 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     positive = "num_scheduled_iterations train_max_seq_len val_tokens val_batch_size num_heads window_block adam_eps"
     for name in (*positive.split(), "grad_scale"):
         require(getattr(hp, name) > 0, f"--{name}={getattr(hp, name)} must be positive")
-    not_negative = "num_extension_iterations val_loss_every checkpoint_every hang_timeout adam_lr adam_wd muon_lr"
+    not_negative = (
+        "mlp_ratio num_extension_iterations val_loss_every checkpoint_every hang_timeout adam_lr adam_wd muon_lr"
+    )
     for name in (*not_negative.split(), "muon_wd", "lr_end", "muon_momentum_warmup", "muon_momentum_cooldown"):
         require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
     require(0 <= hp.muon_beta2 < 1, f"--muon_beta2={hp.muon_beta2} must be in [0, 1)")

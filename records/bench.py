@@ -85,12 +85,15 @@ def busy_time(kernels: list[Kernel]) -> float:
     return total
 
 
-def flops_per_token(train_gpt: ModuleType, model: GPT, fp8: bool) -> tuple[int, int]:
-    """Of the products with weights, 2 a weight forward and 4 backward: those in the parameters' type, those in FP8."""
+def flops_per_token(train_gpt: ModuleType, model: GPT, fp8: bool, classes: int = 0) -> tuple[int, int]:
+    """Of the products with weights, 2 a weight forward and 4 backward: those in the parameters' type, those in FP8.
+
+    classes: of the softmax, 0 for all.
+    """
     square, narrow = model.vo_bank[0].numel(), sum(layer.narrow for layer in train_gpt.LAYERS)
     outputs, attention = (len(train_gpt.ATTENTION_LAYERS) * n * square for n in (1, 4))
     attention -= narrow * square  # half of W_q and of W_k
-    mlp, head = len(train_gpt.MLP_LAYERS) * model.mlp_bank[0].numel(), model.head.numel()
+    mlp, head = len(train_gpt.MLP_LAYERS) * model.mlp_bank[0].numel(), len(model.head) * (classes or model.head.size(1))
     in_fp8 = fp8 * (head + model.fp8_layers * (mlp + attention - outputs))  # in the layers all but W_o
     return 6 * (attention + mlp + head - in_fp8), 6 * in_fp8
 
@@ -209,7 +212,9 @@ class Bench:
         for stage, stage_times in times.items():
             ms, least = typical_ms(stage_times), min(ms for _, ms in stage_times)
             steps, tokens = self.schedule.ends[stage] - self.schedule.starts[stage], self.hp.stages[stage].tokens
-            flops = [tokens / size * flop for flop in flops_per_token(self.train_gpt, self.trainer.model, fp8)]
+            *_, classes = self.schedule.size(self.schedule.starts[stage])
+            of_token = flops_per_token(self.train_gpt, self.trainer.model, fp8, classes)
+            flops = [tokens / size * flop for flop in of_token]
             floor_ms = sum(1000 * work / ceiling for work, ceiling in zip(flops, ceilings, strict=True))
             busy, peak = "n/a", "n/a"
             if self.world.on_gpu:

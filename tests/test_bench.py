@@ -41,13 +41,13 @@ def speedrun():
     return SimpleNamespace(hp=hp, model=model, world=world, schedule=TrainingSchedule(hp), peak_memory=peak_memory)
 
 
-def products_of(hp):
+def products_of(hp, classes=0):
     """FLOP a token in the layers, in those of their products that FP8 takes (all but W_o), and in the head."""
     square = 6 * hp.model_dim**2
     mlp = 2 * hp.mlp_ratio * sum(layer.mlp for layer in LAYERS) * square
     attention = sum(layer.window is not None for layer in LAYERS) * square
     saved = sum(layer.narrow for layer in LAYERS) * square  # half of W_q and of W_k
-    return mlp + 4 * attention - saved, mlp + 3 * attention - saved, 6 * hp.model_dim * hp.padded_vocab
+    return mlp + 4 * attention - saved, mlp + 3 * attention - saved, 6 * hp.model_dim * (classes or hp.padded_vocab)
 
 
 def test_a_product_takes_six_flop_a_token_and_weight(speedrun):
@@ -176,8 +176,8 @@ def test_rates_follow_from_the_time_of_a_step_and_the_ceilings(speedrun):
     bench = Bench(train_gpt, speedrun, [], SimpleNamespace(write=written.append))
     bench.write_times(times, kernels, ceilings=(800e12, 1400e12), fp8=True, start_seconds=1.5)
     header, *rows = rows_of("\n".join(written), "stage")
-    layers, in_fp8, head = products_of(speedrun.hp)
     for row, stage in zip(rows, speedrun.hp.stages, strict=True):
+        layers, in_fp8, head = products_of(speedrun.hp, stage.classes)
         cells = dict(zip(header[:4] + header[5:], row[:4] + row[5:], strict=True))
         assert (cells["ms/step"], row[4]) == ("102.50", "90.00")
         assert (cells["ms/micro-batch"], cells["min"]) == ("25.62", "22.50")  # 4 a step on each of two GPUs

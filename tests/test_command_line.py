@@ -31,7 +31,7 @@ def refused(*arguments):
 
 FOR_ATTENTION = "narrow, paired, key_offset, value_embed, xsa, head_gates, reads, values are for layers with a window"
 FLAGS = ("narrow", "paired", "value_embed", "xsa", "head_gates")
-NOT_KEPT = "is not kept ahead of the network of its gates: keep it earlier, or give gates=True"
+NOT_KEPT = "is not kept ahead of the network of its gates: keep it earlier, or give gates=True; it weighs ngrams, x0"
 NO_STILL_HALF = "key_offset takes the half of a key that does not turn, which narrow ones lack"
 EARLY = dict(early=0.1)
 
@@ -66,6 +66,15 @@ def test_a_row_of_layers_that_fails_later_or_has_no_effect_is_refused(monkeypatc
     with pytest.raises(UserError) as error:
         check_layers(monkeypatch, Layer("short", gates=True, keep="early"), Layer("long"), row)
     assert str(error.value) == f"LAYERS, row 2: {words}"
+
+
+@pytest.mark.parametrize(
+    "name, row", [("mlp_out", (12, 1.0, 5.0)), ("smear", (0, 0.0, 5.0)), ("qkv", (13, 0.5, (5.0,)))]
+)
+def test_a_row_of_scalars_that_fails_later_is_refused(monkeypatch, name, row):
+    monkeypatch.setitem(train_gpt.SCALARS, name, row)
+    with pytest.raises(UserError, match=f"SCALARS, {name}: it takes at least (13|1), and a number as learning-rate"):
+        train_gpt.check_tables(Hyperparameters())
 
 
 @pytest.mark.parametrize("gated", [dict(xsa=True), dict(head_gates=True), dict(values=EARLY), dict(adds=dict(x0=0.1))])
@@ -165,6 +174,10 @@ def test_there_are_any_number_of_stages_and_the_extension(count, untie):
             for classes in (104, -16)  # no multiple of 16, less than none
         ],
         ([ROW, LAST._replace(prefix_weights=(0.5,))], "STAGES, row 2: prefix_weights=(0.5,): give two, at the start"),
+        (
+            [ROW._replace(target_weights=(1.0)), LAST],
+            "STAGES, row 1: multi-token weights are tuples, of one as (1.0,)",
+        ),
         ([ROW._replace(prefix_weights=0.5), LAST], "STAGES, row 1: prefix_weights=0.5: give two, at the start"),
         (
             [ROW._replace(share=0.0001), ROW, LAST],
