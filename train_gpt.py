@@ -57,7 +57,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, cached_property, partial, reduce
 from glob import escape, glob
-from itertools import accumulate, chain, islice, pairwise, repeat, takewhile
+from itertools import accumulate, chain, islice, pairwise, takewhile
 from operator import itemgetter, xor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -1862,21 +1862,23 @@ def copy_sums(q, k, targets, documents: Documents, window: int) -> Tensor:
 # ======================================================================================================================
 # Model
 # ======================================================================================================================
+# GPT.output goes through the rows of LAYERS; each adds to the residual stream x (T, C). What an MLP gives is not added
+# at once: it waits as mlp_out for the next function that reads the stream (see join), so that the addition is part of a
+# kernel that runs anyway. Everything between attention, lookups and FP8 products is in a few compiled functions.
 
 
 class Yarn:
     """Half-truncated rotary embedding whose frequencies and softmax scale follow the attention window.
 
-    A quarter of a head's dimensions' worth of frequencies turn adjacent pairs of its first half; the second half is
-    stationary. One table serves all layers: in paired layers the position is that of the interleaved sequence, and the
-    heads of narrow layers are the first half alone.
-    Source: YaRN, arXiv 2309.00071, here applied in training each time the window grows.
+    head_dim / 4 frequencies turn the adjacent pairs of a head's first half; the second half is stationary. One table
+    serves all layers: paired layers count positions in the interleaved sequence, heads of narrow layers have the first
+    half alone. Source: YaRN, arXiv 2309.00071, here applied in training each time the window grows.
     """
 
     def __init__(self, head_dim: int, positions: int, device: torch.device):
         self.num_frequencies = head_dim // 4
         self.position = torch.arange(positions, dtype=torch.float32, device=device)
-        # One entry a pair; cos 1 and sin 0 for the stationary half, so that the rotation has no cases.
+        # One entry a pair; in the stationary half cos 1 and sin 0, an angle of 0.
         self.cos = torch.ones(positions, 1, head_dim // 2, dtype=torch.bfloat16, device=device)
         self.sin = torch.zeros_like(self.cos)
         self.reset()
@@ -1889,10 +1891,14 @@ class Yarn:
         self._fill_tables()
 
     def grow(self, old_window: int, new_window: int) -> None:
-        """Follows the long window from `old_window` to `new_window` tokens."""
+        """Adapts to a long window that grows from `old_window` to `new_window` tokens.
+
+        Frequencies of 32 and more rotations in the old window stay; those of one or less slow down as the window grows.
+        """
         rotations = old_window * self.frequencies / (2 * torch.pi)
-        kept = ((rotations - 1) / (32 - 1)).clamp(0, 1)  # fast frequencies stay, slow ones are stretched
-        self.frequencies = self.frequencies * (old_window / new_window + kept * (1 - old_window / new_window))
+        kept = ((rotations - 1) / (32 - 1)).clamp(0, 1)
+        ratio = old_window / new_window
+        self.frequencies = self.frequencies * (ratio + kept * (1 - ratio))
         self.scale *= 0.2 * float(np.log(new_window / old_window)) + 1
         self._fill_tables()
 
@@ -1903,13 +1909,16 @@ class Yarn:
 
 
 def gate_groups(layer: Layer, num_heads: int) -> list[list[float]]:
-    """A layer's gates at the start, in the order in which its network gives them: XSA, heads, values, stream."""
+    """Initial values of a layer's gates in four groups: XSA and heads (H each), kept outputs for values and for stream.
+
+    A group that the layer lacks is empty. Gate networks give them in this order.
+    """
     of_heads = layer.xsa * num_heads * [XSA_GATE], layer.head_gates * num_heads * [HEAD_GATE]
     return [*of_heads, [*layer.values.values()], [*layer.adds.values()]]
 
 
 class LayerWeights(NamedTuple):
-    """What a layer takes from the banks and scalars; 0-d lambdas, matrices as stored."""
+    """A layer's parameters: learned scalars (0-d), and matrices in the layout of the banks. None: it has no such."""
 
     # layers with an MLP
     mlp_resid: Tensor | None = None
@@ -1925,36 +1934,37 @@ class LayerWeights(NamedTuple):
 
 
 def compiler(enabled: bool) -> Callable:
-    """torch.compile with static shapes, or nothing."""
+    """The decorator torch.compile with static shapes; one that changes nothing unless `enabled`."""
     if not enabled:
         return lambda function: function
-    # Every kind of layer in every stage is a graph of the same function: more than Dynamo expects.
+    # A function is compiled once for each kind of layer in each stage: more often than Dynamo's limit of 8 allows.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(dynamic=False, fullgraph=True)
 
 
-# The functions below are the compiled regions, and what they share. Layers of one kind share a graph, which is why
-# compiling the whole takes a minute and a half; attention stays between, so that windows change without compiling.
+# The functions down to head_losses are the compiled regions and their helpers. Compiled one by one, they are compiled
+# once for all layers of a kind, a minute and a half in all. Attention stays outside: windows change without compiling.
 
 
 def widened(x):
-    """x in float32 (or float64), for sums with a matrix product that has just been made, in the kernel that reads them.
+    """x in float32; float64 stays.
 
-    Left to itself, the compiler has the product add x, for which x is copied first; to float32 x it does not.
+    Wanted where x is added to a matrix product. Of two tensors in bf16 the compiler would make one call to cuBLAS that
+    does both, and copy x for it first; with x in float32 the sum becomes part of the kernel that reads it.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def join(x, mlp_out, w: LayerWeights | None):
-    """The stream (T, C) behind a layer of weights w, whose MLP's result mlp_out has not been added to x yet."""
+    """The stream (T, C): x and the MLP result that waits to be added to it, None for none; w: of that MLP's layer."""
     return x if mlp_out is None else (w.mlp_resid * widened(x) + w.mlp_out * mlp_out).to(x.dtype)
 
 
 class Gate(torch.autograd.Function):
     """sigmoid(x W^T) for x (T, 12), W (heads, 12) -> (T, heads).
 
-    By sums, which the compiler makes part of the kernels around: products as narrow as these take cuBLAS several slow
-    ones. The weight's gradient is still a product: a sum over all tokens for 72 results is what compilers do badly.
+    Forward and the gradient of x are sums, which the compiler fuses into the kernels around; cuBLAS takes several slow
+    kernels for so narrow a product. The weight's gradient, 72 sums over all tokens, is better left to cuBLAS.
     """
 
     @staticmethod
@@ -1971,12 +1981,16 @@ class Gate(torch.autograd.Function):
 
 
 def gate(x, weight):
-    """Of the first 12 of x (T, C)."""
+    """Gate of the first 12 dimensions of x (T, C)."""
     return Gate.apply(x[:, :GATE_DIMS], weight)
 
 
 def embed_inputs(x, ngrams, signs, sign_rows, first, smear_lambda, smear_gate):
-    """x0 (T, C) from the tokens' embeddings x, smeared and normed, and the sum of ngrams (orders, T, C) with signs."""
+    """LAYERS' "x0" and "ngrams", (T, C) each, from embeddings of tokens (T, C) and of n-grams (orders, T, C).
+
+    Smear adds to a token's embedding a gated share of the previous token's, unless a document begins between them
+    (first, (T,)). N-grams' embeddings are multiplied by their rows of signs (orders, T) and summed.
+    """
     smear = smear_lambda * gate(x[1:], smear_gate)
     smear = smear.masked_fill(first[1:, None], 0)
     ngrams = (widened(ngrams) * F.embedding(sign_rows, signs)).sum(0).to(x.dtype)
@@ -1984,13 +1998,14 @@ def embed_inputs(x, ngrams, signs, sign_rows, first, smear_lambda, smear_gate):
 
 
 def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias, layers: list[Layer], num_heads: int):
-    """The stream (T, C); by layer gates of XSA and heads (T, H), sums for values and stream (T, C), None for no such.
+    """The stream (T, C); of each of `layers` XSA and head gates (T, H), and what to add to values and stream (T, C).
 
-    kept: what is weighed, by name. All layers' sums are made here at once: backward, one kernel then sums up the
-    gradients of what is kept, instead of each layer writing and adding its own. Source: MUDD, arXiv 2502.12170.
+    None for what a layer lacks. A two-layer network makes the gates from the stream; what is added are sums of the kept
+    outputs (by name), each times a gate. All layers' sums are made here, so that in the backward pass one kernel sums
+    the gradients of what is kept. Source: MUDD, arXiv 2502.12170.
     """
     x = join(x, mlp_out, before)
-    # No empty groups: PyTorch 2.11 can't compile a split that has them.
+    # Without the empty groups: PyTorch 2.11 can't compile a split into nothing.
     sizes = [len(group) for layer in layers for group in gate_groups(layer, num_heads) if group]
     hidden = F.gelu(F.linear(x, w_in))
     gates = iter((GATE_SCALE * (F.linear(hidden, w_out[: sum(sizes)]) + bias[: sum(sizes)])).split(sizes, -1))
@@ -2007,16 +2022,19 @@ def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias,
 
 
 def normed_input(x, fp8: bool):
-    """The norm of x (T, C); a copy of what value gates look at, so that their gradient is no wider; the norm in FP8."""
+    """The norm of x (T, C); its first 12 dimensions, for value gates; the norm in FP8, or None.
+
+    The 12 are a copy: the gradient of a view would be filled up with zeros to the whole width.
+    """
     normed = norm(x)
     return normed, normed[:, :GATE_DIMS].clone(), (normed.detach() / FP8_X).to(torch.float8_e4m3fn) if fp8 else None
 
 
 def attention_inputs(x, mlp_out, before, normed, w: LayerWeights, narrow: bool):
-    """The stream (x, mlp_out), what the projection of normed to q, k, v lacks, by name, the value gate (T, H).
+    """The stream (x, mlp_out), fields of the layer's Projection to q, k, v, and its value gate (T, H).
 
-    normed: normed_input of what is projected; None: of the stream. narrow: as in LAYERS. By name, for PyTorch 2.11 does
-    not return the whole projection from a compiled region: it loses fields.
+    normed: normed_input of the kept output that the layer reads; None: it reads the stream. The fields come as a dict:
+    in PyTorch 2.11 a Projection that a compiled function returns loses some.
     """
     if normed is None:
         x, mlp_out = join(x, mlp_out, before), None
@@ -2025,16 +2043,16 @@ def attention_inputs(x, mlp_out, before, normed, w: LayerWeights, narrow: bool):
     qk, v = w.qkv.weight
     qk = qk[:, :, : qk.size(2) // 2] if narrow else qk
     weight = w.qkv_lambda * torch.cat((qk.flatten(0, 2), v))
-    # The weight in FP8 is not multiplied by the lambda: its scale is.
+    # In FP8 the lambda goes into the weight's scale, so that the weight is the one that layer_weights has converted.
     scale = None if x_fp8 is None else w.qkv_lambda.detach() * FP8_WEIGHT
     value_gate = None if w.value_gate is None else 2 * gate(for_gate, w.value_gate)
     return x, mlp_out, dict(weight=weight, scale=scale, x=normed, x_fp8=x_fp8), value_gate
 
 
 def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeights, keep: bool):
-    """The stream (T, C) behind attention and added outputs, and the MLP's result, yet to be added; with `keep` it is.
+    """The rest of a layer: adds attention's result (N, H, D) and `added` (T, C), and runs the MLP; None: has no such.
 
-    attended: attention's result (N, H, D); None where a layer has none, as head_gates and added.
+    Returns the stream as x (T, C) and the MLP's waiting result; with `keep`, x is complete and None waits.
     """
     x, mlp_out = join(x, mlp_out, before), None
     dtype = x.dtype
@@ -2050,10 +2068,11 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
 def target_rows(
     targets: Tensor, left: Tensor, n: int, prefixes: Tensor | None, classes: Tensor | None, vocab_size: int
 ) -> Tensor:
-    """(n, T): the next tokens, the nearest first, then, if there is a table of prefixes, the nearest's; -1 for none.
+    """n targets of each position, (n, T): the next tokens, the nearest first; with `prefixes` (V,), last its prefix.
 
-    left (T,): how many positions of its document follow a position; targets end with the first token behind a document.
-    With `classes` (P,) their places in it instead; those that are not in it, which only prefixes can be, count as none.
+    -1 is no target. A token's own document gives its targets, and the token behind the document's end is the last one:
+    left (T,) counts the positions of the document that follow. With `classes` (P,), targets are places in it instead of
+    token ids; a target outside, which only a prefix can be, counts as none.
     """
     ahead = [torch.where(left >= k, targets.roll(-k), -1) for k in range(n - (prefixes is not None))]
     rows = torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
@@ -2061,11 +2080,14 @@ def target_rows(
         return rows
     places = torch.full((vocab_size + 1,), -1, dtype=rows.dtype, device=rows.device)
     places[classes] = torch.arange(len(classes), dtype=rows.dtype, device=rows.device)
-    return places[rows]  # of -1, the last one's: -1
+    return places[rows]  # -1 finds the last place, which stays -1
 
 
 def copy_inputs(x, qk, sentinel_weight, gain, bias):
-    """Queries and keys (T, D) of copy_sums, and sentinels (T,), float32, from the last row's output (T, C)."""
+    """From the last row's output (T, C): queries and keys (T, D) of copy_sums, score of not copying (T,) in float32.
+
+    Detached: what copying learns here sends no gradient back into the stream.
+    """
     x = norm(x).detach()
     q, k = norm(F.linear(x, qk).unflatten(-1, (2, -1))).unbind(1)
     return (gain * q.size(-1) ** -0.5 * q).to(x.dtype), k, widened(F.linear(x, sentinel_weight).squeeze(-1)) + bias
@@ -2075,9 +2097,10 @@ def head_losses(
     x, head, targets, left, target_weights, prefixes, classes, vocab_size: int, fp8_grad_scale,
     sentinel=None, every=None, matching=None,
 ):  # fmt: skip
-    """Loss of each position (T,), float32, from the last row's output (T, C); head (C, V), or its `classes` (C, P).
+    """Loss of each position (T,), float32, weighted over its targets, from the last row's output (T, C).
 
-    sentinel, every, matching: of copying the next token, (T,); see copy_sums.
+    head (C, V), or (C, P) with `classes` (P,). sentinel, every, matching (T,): for copying the next token, by the
+    formula above copy_scores.
     """
     targets = target_rows(targets, left, len(target_weights), prefixes, classes, vocab_size)
     losses = HeadLoss.apply(norm(x), head, targets, fp8_grad_scale)
@@ -2088,14 +2111,14 @@ def head_losses(
 
 
 class Ngrams(NamedTuple):
-    """Of the n-grams that end with each token, (orders, T) int32: rows of GPT.ngrams, and of the table of signs."""
+    """Of the n-grams that end with each token the rows of GPT.ngrams and of the table of signs, (orders, T) int32."""
 
     slots: Tensor
     signs: Tensor
 
 
 class MicroBatch(NamedTuple):
-    """Inputs and targets (T,) of whole documents laid end to end; the classes (P,) of its softmax, None: all. int32."""
+    """Documents end to end: inputs, targets (T,), and the classes (P,) of the softmax, None for all; all int32."""
 
     inputs: Tensor
     targets: Tensor
@@ -2104,7 +2127,7 @@ class MicroBatch(NamedTuple):
     classes: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
-        """All of them."""
+        """Every tensor in one list, as a CUDA graph takes them."""
         classes = () if self.classes is None else (self.classes,)
         return [self.inputs, self.targets, *self.documents, *self.ngrams, *classes]
 
@@ -2118,11 +2141,11 @@ class MicroBatch(NamedTuple):
 class GPT(nn.Module):
     """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits.
 
-    Of the n-grams, millions of rows, it has those only that a step or a validation's chunk looks up: see FewRows.
+    Of the n-grams' millions of rows self.ngrams has only those that a step or validation chunk looks up: see RowCache.
 
     Initial values: head normal, std 0.005; embed its transpose; attention banks and W_fc uniform with std 0.5 C^-0.5;
-    value embeddings normal, std 0.01; the first matrices of gate networks uniform in +-C^-0.5, their biases so that
-    gates start as the tables say; all else zero; scalars as in the table SCALARS. Signs are the same on every machine.
+    value embeddings normal, std 0.01; copy_qk normal, std C^-0.5; the first matrices of gate networks uniform in
+    +-C^-0.5, their biases so that gates start as the tables say; scalars as in the table SCALARS; all else zero.
     """
 
     def __init__(self, hp: Hyperparameters, device: torch.device, dtype: torch.dtype, compile: bool = False):
@@ -2133,7 +2156,10 @@ class GPT(nn.Module):
         def parameter(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
-        gates = [[g for layer in a for group in gate_groups(layer, H) for g in group] for a in NETWORK_LAYERS]
+        gates = []  # initial values, by network
+        for layers in NETWORK_LAYERS:
+            groups = chain(*(gate_groups(layer, H) for layer in layers))
+            gates.append([*chain(*groups)])
         most_gates = max(map(len, gates), default=0)
         self.scalars = parameter(len(SCALAR_LRS), dtype=torch.float32)
         self.smear_gate = parameter(1, GATE_DIMS)
@@ -2143,9 +2169,9 @@ class GPT(nn.Module):
         self.value_gates = parameter(len(VALUE_LAYERS), H, GATE_DIMS)
         self.copy_qk = parameter(2 * hp.copy_width, C)
         self.copy_sentinel = parameter(min(hp.copy_width, 1), C)
-        # Of each layer's attention pairs of heads of W_q, then of W_k: their updates are made orthogonal apart; W_v and
-        # W_o; and W_fc, W_proj. Padded with matrices that nobody uses until 8 ranks can share them evenly. Of a narrow
-        # layer's heads the first half of the rows is used, the rest has no gradient: one bank serves any table.
+        # A bank stacks matrices that the optimizer makes orthogonal one by one: of each attention layer W_q, then W_k,
+        # each in H / 2 pairs of heads; W_v, W_o; and of each MLP W_fc, W_proj. Unused matrices fill a bank up so that 8
+        # ranks share it evenly. Narrow layers use the first half of each head's rows; the rest has no gradient.
         self.qk_bank = parameter(round_up(len(ATTENTION_LAYERS) * H, 8), 2 * hp.head_dim, C)
         self.vo_bank = parameter(round_up(len(ATTENTION_LAYERS) * 2, 8), C, C)
         self.mlp_bank = parameter(round_up(len(MLP_LAYERS), 4), 2, hp.mlp_ratio * C, C)
@@ -2167,13 +2193,14 @@ class GPT(nn.Module):
             self.value_embeds.normal_(std=0.01)
             self.head.normal_(std=0.005)
             self.embed.copy_(self.head.T)
+        # Drawn on the CPU: the same on every machine, whatever the run's seed
         drawn = torch.randint(2, (SIGN_ROWS, C), generator=torch.Generator().manual_seed(0))
         self.register_buffer("signs", (2 * drawn - 1).to(device, dtype), persistent=False)
         # Filled by Trainer.run, on the clock
         self.register_buffer("prefixes", torch.full((V,), -1, dtype=torch.int32, device=device), persistent=False)
-        one = max(max(stage.tokens for stage in hp.stages), hp.val_batch_size) // MICRO_BATCHES
-        longest = max(one, hp.micro_batch_tokens)
-        self.yarn = Yarn(hp.head_dim, 2 * longest, device)
+        most_tokens = max(hp.val_batch_size, *(stage.tokens for stage in hp.stages)) // MICRO_BATCHES
+        longest = max(most_tokens, hp.micro_batch_tokens)
+        self.yarn = Yarn(hp.head_dim, 2 * longest, device)  # 2: paired heads are interleaved along time
         region = compiler(compile)
         self.embed_inputs = region(embed_inputs)
         self.join = region(join)
@@ -2186,22 +2213,22 @@ class GPT(nn.Module):
         self.fp8_weights = region(fp8_weights)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters by name; of the n-grams, which are none, the shape of the whole table."""
+        """The parameters by name; for the n-grams, whose table the optimizer holds, an empty tensor of its shape."""
         ngrams = torch.empty(self.ngram_shape, dtype=self.embed.dtype, device="meta")
         return dict(self.named_parameters(), ngrams=ngrams)
 
     def pairs_of_heads(self) -> tuple[Tensor, ...]:
-        """Of each layer with attention W_q, then W_k, by pairs of heads, (H, 2, D, C); then what pads the bank."""
+        """Of each attention layer H / 2 pairs of heads of W_q, then of W_k, (H, 2, D, C); then what pads the bank."""
         return self.qk_bank.unflatten(1, (2, -1)).split(self.num_heads)
 
     @torch.no_grad()
     def qkv_fp8_weights(self) -> list[tuple[Tensor, Tensor]]:
-        """What each layer with attention uses of W_q, W_k, W_v, by fp8_weights: a call for the layers of each width."""
+        """fp8_weights of each attention layer's W_q, W_k and W_v, stacked; one call converts all of a width."""
         C, layers = self.qk_bank.size(-1), [LAYERS[i] for i in ATTENTION_LAYERS]
         qkvs = [*zip(layers, self.pairs_of_heads(), self.vo_bank[::2], strict=False)]
-        made = {}
+        made = {}  # by width, what the layers of that width take in turn
         for narrow in {layer.narrow for layer in layers}:
-            d = self.qk_bank.size(1) // (4 if narrow else 2)
+            d = self.qk_bank.size(1) // (4 if narrow else 2)  # rows of a head that are used
             rows = [(qk[:, :, :d], v.view(-1, 2, d, C)) for layer, qk, v in qkvs if layer.narrow == narrow]
             together = torch.cat([*chain(*rows)]).view(len(rows), -1, C)
             made[narrow] = zip(*self.fp8_weights(together), strict=True)
@@ -2217,16 +2244,22 @@ class GPT(nn.Module):
     ) -> list[LayerWeights]:
         """Each layer's weights; fp8_grad_scale as in forward.
 
-        Banks are taken apart once, by split and unbind, whose backward joins the gradients in one pass; indexing
-        layer by layer would write a bank of zeros for each.
+        Banks are taken apart by split and unbind, whose backward joins the gradients in one pass; indexing layer by
+        layer would write a bank of zeros for each.
         """
-        mlp_fp8, qkv_fp8 = (), ()
+        vo = self.vo_bank.unbind()
+        mlps = [Projection(pair) for pair in self.mlp_bank.unbind()]
+        qkvs = [Projection(qkv) for qkv in zip(self.pairs_of_heads(), vo[::2], strict=False)]
         if self.fp8_layers and fp8_grad_scale is not None:
-            both = self.fp8_weights(self.mlp_bank.detach()), zip(*self.qkv_fp8_weights(), strict=True)
-            mlp_fp8, qkv_fp8 = ((*in_fp8, repeat(FP8_GRAD * fp8_grad_scale)) for in_fp8 in both)
-        vo, value_gates = self.vo_bank.unbind(), iter(self.value_gates.unbind())
-        mlps, outs = map(Projection, self.mlp_bank.unbind(), *mlp_fp8), iter(vo[1::2])
-        qkvs = map(Projection, zip(self.pairs_of_heads(), vo[::2], strict=False), *qkv_fp8)
+
+            def with_fp8(projections, fp8_pairs):
+                pairs = zip(projections, fp8_pairs, strict=False)  # those that pad the banks may be left out
+                scale = FP8_GRAD * fp8_grad_scale
+                return [p._replace(fp8=fp8, fp8_t=fp8_t, grad_scale=scale) for p, (fp8, fp8_t) in pairs]
+
+            mlps = with_fp8(mlps, zip(*self.fp8_weights(self.mlp_bank.detach()), strict=True))
+            qkvs = with_fp8(qkvs, self.qkv_fp8_weights())
+        mlps, qkvs, outs, value_gates = map(iter, (mlps, qkvs, vo[1::2], self.value_gates.unbind()))
         weights = []
         for i, layer in enumerate(LAYERS):
             w = LayerWeights()
@@ -2246,24 +2279,26 @@ class GPT(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Loss of each position, (T,) float32: sum over k of target_weights[k] times the k-th next token's.
 
-        prefix: the last of the weights is that of the next token's prefix.
         windows: tokens, by the names in LAYERS. fp8_grad_scale: None for products in bf16, else the factor by which the
         losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
+        prefix: the last of the weights is that of the next token's prefix.
         """
         x = self.output(batch, windows, fp8_grad_scale)
-        left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)
-        copying = ()
+        left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)  # positions of its document behind each
+        by_position = [x, batch.targets, left]
         if len(self.copy_qk):
             q, k, sentinel = self.copying(x)
-            copying = sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
-        chunks = zip(*(t.split(head_chunk or len(x)) for t in (x, batch.targets, left, *copying)), strict=True)
+            by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
         args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
-        losses = [self.head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
+        losses = []
+        for chunk in zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True):
+            x_chunk, targets, left, *copying = chunk
+            losses.append(self.head_losses(x_chunk, head, targets, left, *args, *copying))
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
     def copying(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """copy_inputs of the stream x (T, C) behind the last row."""
+        """copy_inputs of the last row's output x (T, C), with the model's parameters."""
         scalars = self.named_scalars()
         return self.copy_inputs(
             x, self.copy_qk, self.copy_sentinel, scalars["copy_gain"][0], scalars["copy_sentinel"][0]
@@ -2273,6 +2308,7 @@ class GPT(nn.Module):
         """The stream (T, C) behind the last row, not normed; arguments as in forward."""
         scalars = self.named_scalars()
         weights = self.layer_weights(scalars, fp8_grad_scale)
+        # value_embeds has one table of V rows after the other: these are 0, V, 2 V, ...
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
         value_rows = iter(batch.inputs + first_rows.int()[:, None])
         slots, sign_rows = batch.ngrams
@@ -2284,8 +2320,7 @@ class GPT(nn.Module):
         documents = {False: batch.documents, True: batch.documents.paired()}
         kept, normed, gates = {"x0": x0, "ngrams": ngrams}, {}, None
         networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
-        # The stream is x, to which the next kernel that reads it adds what the MLP of the layer before has made of it.
-        x, mlp_out, before = x0, None, None
+        x, mlp_out, before = x0, None, None  # the stream, what join has yet to add to it, the layer that has made that
         for layer, w in zip(LAYERS, weights, strict=True):
             if layer.gates:
                 x, gates = self.gate_network(x, mlp_out, before, kept, *next(networks), self.num_heads)
@@ -2314,7 +2349,10 @@ class GPT(nn.Module):
         return self.join(x, mlp_out, before)
 
     def logits(self, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
-        """Softcapped as in the loss, (T, V) float32; of these positions only. Beyond vocab_size they mean nothing."""
+        """Of these positions only, (positions, V) float32, softcapped as in the loss; beyond vocab_size meaningless.
+
+        With copying, log probabilities: a mixture of the model's own and of the tokens that it copies, see copy_scores.
+        """
         x = self.output(batch, windows)
         rows = torch.arange(len(x), device=x.device)[positions]
         z = softcapped(norm(x[rows]) @ self.head)
@@ -2647,7 +2685,7 @@ def ngram_slots(hp: Hyperparameters, world: World) -> int:
     return min(len(NGRAM_FACTORS) * max(stage.tokens for stage in hp.stages) // world.size, hp.ngram_rows)
 
 
-class FewRows(Alone):
+class RowCache(Alone):
     """For the table of n-grams, of which a step takes few rows: ahead of it, they are copied to a cache p.
 
     Micro-batches look up the cache's rows, their slots, and leave their gradients there. `slice` is this rank's share
@@ -2680,7 +2718,7 @@ class FewRows(Alone):
         self.exchange = Exchange(none, none, *([0] * self.world.size for _ in range(2)))
 
 
-class ExchangedRows(FewRows):
+class ShardedRowCache(RowCache):
     """The same with several ranks: rows come from their owners, to whom gradients go, both in the table's type."""
 
     def full(self, slice: Tensor) -> Tensor:
@@ -2738,7 +2776,7 @@ class Slot:
         sharded = partial(ShardedRows, tables=TABLES[row.name]) if row.name in TABLES else Sharded
         policy = Alone if world.size == 1 else sharded if row.sharded else Replicated
         if rowwise:
-            policy = partial(FewRows if world.size == 1 else ExchangedRows, rows=hp.ngram_rows)
+            policy = partial(RowCache if world.size == 1 else ShardedRowCache, rows=hp.ngram_rows)
         self.communication = policy(p.data.view(self.shape), world)
         slice = self.communication.slice
         first = world.rank * len(slice) if row.sharded else 0
@@ -3049,29 +3087,29 @@ def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray) -> t
 
 
 def make_micro_batches(
-    dealt: list[tuple[np.ndarray, np.ndarray]], together: int, spelled: np.ndarray, places: np.ndarray, world: World,
+    dealt: list[tuple[np.ndarray, np.ndarray]], together: int, canonical: np.ndarray, places: np.ndarray, world: World,
     classes: list[Tensor],
 ) -> tuple[list[MicroBatch], Exchange]:  # fmt: skip
     """This rank's micro-batches of those that are dealt to all ranks, joined, on its device, and their exchange.
 
-    spelled: see spellings. places: scratch memory, see exchange_rows.
+    canonical: see canonical_tokens. places: scratch memory, see exchange_rows.
     """
     joined = [[*join_micro_batches(dealt[rank :: world.size], together)] for rank in range(world.size)]
-    rows = [[ngram_rows(spelled[inputs], starts, len(places)) for inputs, _, starts, _ in b] for b in joined]
+    rows = [[ngram_rows(canonical[inputs], starts, len(places)) for inputs, _, starts, _ in b] for b in joined]
     slots, (*indices, taken, given) = exchange_rows([np.concatenate(r, 1) for r in rows], world.rank, places)
     own, batches = joined[world.rank], []
     for arrays, part in zip(own, np.split(slots, len(own), 1), strict=True):
-        arrays += [part, ngram_signs(spelled[arrays[0]], arrays[2])]
+        arrays += [part, ngram_signs(canonical[arrays[0]], arrays[2])]
         batches.append(MicroBatch.of([*to_device(arrays, world.device), *classes]))
     return batches, Exchange(*to_device(indices, world.device), taken, given)
 
 
 def make_micro_batch(
-    tokens: np.ndarray, ends: np.ndarray, spelled: np.ndarray, rows: int, device: torch.device
+    tokens: np.ndarray, ends: np.ndarray, canonical: np.ndarray, rows: int, device: torch.device
 ) -> MicroBatch:
     """One on the device, for a model with all `rows` of the n-grams; tokens (T + 1,), ends cumulative from 0 to T."""
     arrays = inputs, _, starts, _ = next(join_micro_batches([(tokens, ends)], 1))
-    arrays = *arrays, ngram_rows(spelled[inputs], starts, rows), ngram_signs(spelled[inputs], starts)
+    arrays = *arrays, ngram_rows(canonical[inputs], starts, rows), ngram_signs(canonical[inputs], starts)
     return MicroBatch.of(to_device(arrays, device))
 
 
@@ -3115,9 +3153,9 @@ class TrainLoader:
         self.ahead = self.assembler.submit(self._prepare, sizes[0])
 
     @cached_property
-    def spelled(self) -> np.ndarray:
+    def canonical(self) -> np.ndarray:
         """In a run made on the clock, by the thread that makes the first step's micro-batches."""
-        return spellings(self.hp)
+        return canonical_tokens(self.hp)
 
     def _load(self, number: int) -> Shard:
         path = self.reading = self.paths[number % len(self.paths)]
@@ -3153,7 +3191,7 @@ class TrainLoader:
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             classes = to_device([] if classes is None else [classes], self.world.device)
             together = micro_batches_together(size[0], self.hp, self.world)
-            made = make_micro_batches(dealt, together, self.spelled, self.places, self.world, classes)
+            made = make_micro_batches(dealt, together, self.canonical, self.places, self.world, classes)
             if self.stream:
                 self.stream.synchronize()  # in this thread; the main thread never waits for a copy
         position = self.files_begun, self.shard.next_document
@@ -3186,8 +3224,8 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
     ends = [np.concatenate(([0], 1 + np.flatnonzero(chunk[1:-1] == hp.bos), [T])) for chunk in chunks]
     dealt = [*zip(chunks, ends, strict=True)]
     groups = (dealt[i : i + world.size] for i in range(0, len(dealt), world.size))
-    spelled, places = spellings(hp), np.empty(hp.ngram_rows, np.int32)
-    return [make_micro_batches(group, 1, spelled, places, world, []) for group in groups]
+    canonical, places = canonical_tokens(hp), np.empty(hp.ngram_rows, np.int32)
+    return [make_micro_batches(group, 1, canonical, places, world, []) for group in groups]
 
 
 def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
@@ -3215,13 +3253,13 @@ def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
     return ids
 
 
-def spellings(hp: Hyperparameters) -> np.ndarray:
+def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
     """(V,) int32: of each token the first that is spelled like it but for case, accents and space around it.
 
     N-grams that differ in these only share a row. Without a vocabulary, each token is its own. Source: the public
     speedrun's PR 375, 2026.
     """
-    spelled, first = np.arange(hp.padded_vocab, dtype=np.int32), {}
+    canonical, first = np.arange(hp.padded_vocab, dtype=np.int32), {}
     for token, i in sorted(read_vocabulary(hp).items(), key=itemgetter(1)):
         with suppress(UnicodeDecodeError):  # a part of a character stays as it is
             text = token.decode()
@@ -3230,8 +3268,8 @@ def spellings(hp: Hyperparameters) -> np.ndarray:
                 text = "".join(c for c in letters if not unicodedata.combining(c))
             words = text.lower().split()
             if words or token.isspace():
-                spelled[i] = first.setdefault(" ".join(words), i)
-    return spelled
+                canonical[i] = first.setdefault(" ".join(words), i)
+    return canonical
 
 
 def prefix_table(hp: Hyperparameters) -> Tensor:
@@ -3940,12 +3978,12 @@ def settings_of(path: Path, content: dict) -> Hyperparameters:
 def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, top_k=0, seed=0) -> Iterator[int]:
     """What follows a document's tokens, one by one, with BOS at the end. Temperature 0: the likeliest; top_k 0: all."""
     draws, count = torch.Generator().manual_seed(seed), min(top_k or hp.vocab_size, hp.vocab_size)
-    spelled = spellings(hp)
+    canonical = canonical_tokens(hp)
     while True:  # each from the whole text, or its end, as far as the rotary tables reach: slow, but one forward pass
         seen = tokens[15 - len(model.yarn.position) // 2 :]
         n, fill = len(seen), -len(seen) % 16 * [hp.bos]  # a document behind it, which it does not see: whole tiles
         ends = np.array([0, n, n + len(fill)])
-        batch = make_micro_batch(np.array([*seen, *fill, 0]), ends, spelled, hp.ngram_rows, model.head.device)
+        batch = make_micro_batch(np.array([*seen, *fill, 0]), ends, canonical, hp.ngram_rows, model.head.device)
         z, ids = model.logits(batch, windows, n - 1)[: hp.vocab_size].double().cpu().topk(count if temperature else 1)
         drawn = torch.multinomial((z - z[0]).div(temperature or 1).softmax(-1), 1, generator=draws)
         yield (tokens := [*tokens, ids[drawn].item()])[-1]
