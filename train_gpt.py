@@ -2370,6 +2370,10 @@ class GPT(nn.Module):
 # ======================================================================================================================
 # Optimizer
 # ======================================================================================================================
+# Matrices follow NorMuon: momentum, made orthogonal by Polar Express, evened out and applied. All else follows Adam,
+# the n-grams' table in a form that touches only the rows which were looked up. A Slot joins a parameter with one class
+# for the algorithm (Adam, NorMuon, RowAdam) and one for the communication (Alone to ShardedRowCache); Optimizer.step
+# is the order of work, which hides communication behind updates, as the public speedrun's record of 2026-01-30 does.
 
 # Polar Express (arXiv 2505.16932): coefficients of five odd polynomials that drive all singular values towards 1.
 POLAR_EXPRESS = (
@@ -2388,7 +2392,7 @@ def polar_express(g: Tensor) -> Tensor:
     for a, b, c in POLAR_EXPRESS:
         gram = symmetric_product(x.mT if tall else x)
         polynomial = symmetric_product(gram, alpha=c, addend=gram, beta=b)
-        # The polynomial is symmetric, so a tall matrix takes it from the right and needs no transposing.
+        # Of a tall X the smaller product is X^T X, and its polynomial multiplies from the right.
         x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
     return x
 
@@ -2405,7 +2409,7 @@ def split_bits(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adam_update(p, grad, m, v, beta1: float, beta2: float, eps: float, lr, correction, wd: float):
-    """One Adam step with cautious weight decay, in place. m, v float32; lr by the first dimension, correction 0-d."""
+    """One Adam step with cautious weight decay, in place. m, v float32; lr broadcasts over p; bias correction 0-d."""
     grad = grad.to(m.dtype)
     m.lerp_(grad, 1 - beta1)
     v.lerp_(grad.square(), 1 - beta2)
@@ -2417,7 +2421,7 @@ def adam_update(p, grad, m, v, beta1: float, beta2: float, eps: float, lr, corre
 
 
 def nesterov(grad, m, momentum, out_dtype: torch.dtype):
-    """Moves the float32 momentum m towards the gradient, in place; returns the look-ahead. momentum 0-d on the CPU."""
+    """Nesterov momentum: moves m (float32) towards the gradient, in place, and returns the look-ahead; momentum 0-d."""
     grad = grad.to(m.dtype)
     m += (grad - m) * (1 - momentum)
     return (grad + (m - grad) * momentum).to(out_dtype)
@@ -2426,8 +2430,9 @@ def nesterov(grad, m, momentum, out_dtype: torch.dtype):
 def normuon_update(p, low_bits, u, second_moment, beta2: float, lr_eff, decay):
     """Variance reduction (NorMuon, arXiv 2510.05491) of u (N, rows, columns), cautious decay and the step, in place.
 
-    second_moment: float32, (N, rows, 1) or (N, 1, columns): mean squares along the longer side, whose root evens out
-    rows (or columns) while each matrix keeps its Frobenius norm. lr_eff (N, 1, 1); low_bits None for float32 p.
+    Each row (or column) is divided by the root of its running mean square, second_moment (N, rows, 1) or
+    (N, 1, columns), float32; then each matrix gets its Frobenius norm back. lr_eff (N, 1, 1); low_bits as in join_bits,
+    None for float32 p.
     """
     u = u.to(second_moment.dtype)
     dim = -1 if second_moment.size(-1) == 1 else -2
@@ -2448,21 +2453,21 @@ def normuon_update(p, low_bits, u, second_moment, beta2: float, lr_eff, decay):
 
 
 def cpu_scalar(value: float) -> Tensor:
-    """A number that changes from step to step, as compiled functions take it without compiling again."""
+    """A number that changes from step to step: given as a tensor, no compiled function is compiled again for it."""
     return torch.tensor(value, dtype=torch.float32)
 
 
 def lr_multipliers(row: Row, slice: Tensor, first: int) -> Tensor:
-    """For a slice that begins at index `first`, in a shape to multiply it by: one, or one along the first dimension."""
+    """A row's lr for a slice that begins at index `first`: (1, 1, ...), or (n, 1, ...) where several lr take turns."""
     n = len(slice) if len(row.lr) > 1 else 1
     lr = [row.lr[(first + i) % len(row.lr)] for i in range(n)]
     return torch.tensor(lr, device=slice.device).view(n, *[1] * (slice.dim() - 1))
 
 
 class Adam:
-    """State and step of one parameter's slice."""
+    """State and step of one parameter's slice, which begins at index `first` of the parameter."""
 
-    states = ("m", "v", "updates")
+    states = ("m", "v", "updates")  # in checkpoints
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
         self.row, self.hp, self.p = row, hp, slice
@@ -2471,7 +2476,7 @@ class Adam:
         self.updates = 0
 
     def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
-        """lr_factor: the schedule's; momentum is NorMuon's. Returns what is finite if the gradient is."""
+        """Steps; lr_factor is the schedule's, momentum is for NorMuon. Returns a tensor that is finite if grad is."""
         self.updates += 1
         beta1, beta2 = self.row.betas
         lr = self.multipliers * (self.hp.adam_lr * lr_factor)
@@ -2481,14 +2486,14 @@ class Adam:
         return grad
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Back to the state before the first step."""
         self.m.zero_()
         self.v.zero_()
         self.updates = 0
 
 
 class NorMuon:
-    """State and step of one bank's slice, (N, rows, columns), of which `first` is the index of the first matrix."""
+    """State and step of one bank's slice, (N, rows, columns), which begins at the bank's matrix `first`."""
 
     states = ("m", "second_moment", "low_bits")
 
@@ -2500,10 +2505,12 @@ class NorMuon:
         shape = (N, rows, 1) if rows >= columns else (N, 1, columns)
         self.second_moment = torch.zeros(shape, dtype=torch.float32, device=slice.device)
         self.low_bits = torch.zeros_like(slice, dtype=torch.uint16) if slice.dtype == torch.bfloat16 else None
+        # An orthogonal matrix has entries of mean square 1 / max(rows, columns). A tall one takes larger steps, as in
+        # Muon: those of the MLPs, both stored (F, C), step by lr times sqrt(F / C).
         self.multipliers = lr_multipliers(row, slice, first) * max(1, rows / columns) ** 0.5
 
     def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
-        """lr_factor and momentum: the schedule's. Returns the gradient."""
+        """As Adam's."""
         lr = self.hp.muon_lr * lr_factor
         ahead = self.look_ahead(grad, self.m, cpu_scalar(momentum), self.p.dtype)
         lr_eff, decay = self.multipliers * lr, cpu_scalar(lr * self.hp.muon_wd * self.row.wd)
@@ -2512,24 +2519,24 @@ class NorMuon:
         return grad
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """As Adam's."""
         for state in (self.m, self.second_moment, self.low_bits):
             if state is not None:
                 state.zero_()
 
 
 class RowGradient(NamedTuple):
-    """Of a table's share: the rows (n,) that have a gradient, and theirs, (n, C) float32; of all others it is zero."""
+    """Gradient of a rank's share of the n-grams' table: the rows (n,) where it is not zero, and its values (n, C)."""
 
     rows: Tensor
     values: Tensor
 
 
 class RowAdam:
-    """State and step of a share of the table of n-grams, by rows: see update_rows_reference."""
+    """State and step of a rank's share of the n-grams' table, row by row: see update_rows_reference."""
 
     states = ("updates",)
-    row_states = ("p", "v", "last")  # of which checkpoints have a file a piece
+    row_states = ("p", "v", "last")  # most of a checkpoint, in files of their own
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
         self.row, self.hp, self.p = row, hp, slice
@@ -2538,15 +2545,16 @@ class RowAdam:
         self.updates = 0
 
     def update(self, grad: RowGradient, lr_factor: float, momentum: float) -> Tensor:
-        """As Adam's. Returns the rows' mean squares, and a zero in case there is none."""
+        """As Adam's. Returns the gradient's mean square by row, and a zero, so that there is always one number."""
         self.updates += 1
         beta2, lr = self.row.betas[1], self.hp.adam_lr * lr_factor * self.row.lr[0]
-        decay, corrected = lr * lr * self.hp.adam_wd * self.row.wd, lr * (1 - beta2**self.updates) ** 0.5
-        state, rates = (self.p, self.v, self.last), (self.updates, beta2, corrected, decay, self.hp.adam_eps)
-        return F.pad(update_rows(*state, *grad, *rates), (0, 1))
+        corrected = lr * (1 - beta2**self.updates) ** 0.5
+        decay = lr * lr * self.hp.adam_wd * self.row.wd
+        rates = self.updates, beta2, corrected, decay, self.hp.adam_eps
+        return F.pad(update_rows(self.p, self.v, self.last, *grad, *rates), (0, 1))
 
     def reset(self) -> None:
-        """Forgets everything; the table, too, is as it was at the start, for which no copy need be kept."""
+        """As Adam's. The table itself starts at zero and goes back to it: no copy need be kept during the warm-up."""
         for name in self.row_states:
             getattr(self, name).zero_()
         self.updates = 0
@@ -2556,7 +2564,7 @@ ALGORITHMS = {"adam": Adam, "normuon": NorMuon, "rowwise": RowAdam}
 
 
 class Alone:
-    """Communication of a parameter when there is one rank: none. The other policies have the same steps."""
+    """Communication of a parameter when there is one rank: none. Those for several ranks have the same methods."""
 
     def __init__(self, p: Tensor, world: World):
         self.p, self.world = p, world
@@ -2567,7 +2575,7 @@ class Alone:
         return full
 
     def full(self, slice: Tensor) -> Tensor:
-        """The whole of a tensor of which every rank holds its slice."""
+        """The inverse of own: the whole tensor; every rank calls it with its slice."""
         return slice
 
     def reduce(self, grad: Tensor) -> None:
@@ -2575,7 +2583,7 @@ class Alone:
         self.grad = grad
 
     def reduced(self) -> Tensor:
-        """Waits for it; the summed gradient of this rank's slice."""
+        """Waits for the sum; returns it for this rank's slice."""
         grad, self.grad = self.grad, None
         return grad
 
@@ -2583,17 +2591,17 @@ class Alone:
         """Starts collecting the updated slices of all ranks."""
 
     def gathered(self) -> None:
-        """Waits for them."""
+        """Waits until they are here."""
 
-    def note(self, rank: int, rows: np.ndarray) -> None:
-        """Rows of a table that a rank has looked up since the last update."""
+    def mark_lookups(self, rank: int, rows: np.ndarray) -> None:
+        """Rows of a table that a rank looks up: its gradient there may differ from zero."""
 
     def clear(self, grad: Tensor) -> None:
         """Sets the gradient to zero after the update."""
         grad.zero_()
 
-    def forget(self) -> None:
-        """Forgets which rows were looked up: the gradient has been set to zero."""
+    def forget_lookups(self) -> None:
+        """To be called once the gradient has been set to zero."""
 
 
 # PyTorch 2.13 renamed these two; 2.11 has the old names only.
@@ -2620,7 +2628,7 @@ class Sharded(Replicated):
 
     def full(self, slice: Tensor) -> Tensor:
         out = slice.new_empty(len(self.p), *slice.shape[1:])
-        all_gather(out.view(torch.uint8), slice.contiguous().view(torch.uint8))  # as bytes: NCCL knows no uint16
+        all_gather(out.view(torch.uint8), slice.contiguous().view(torch.uint8))  # as bytes: NCCL lacks uint16
         return out
 
     def reduce(self, grad: Tensor) -> None:
@@ -2635,49 +2643,49 @@ class Sharded(Replicated):
 
 
 class ShardedRows(Sharded):
-    """Sharded, for a table looked up by token: of the gradient only the rows that occurred travel, each to its owner.
+    """Sharded, for embeddings by token: each rank sends only the gradient rows of its own tokens, to the rows' owners.
 
-    All ranks note all ranks' lookups, so that everyone knows what comes from whom. Rows travel in the parameter's type
-    and are added to the owner's float32 gradient; one that is not noted is neither sent nor cleared.
+    Every rank marks the lookups of all ranks, so that senders and receivers know the sizes without asking. Rows travel
+    in the parameter's type and are added to the owner's float32 gradient. Rows not marked are neither sent nor cleared.
     """
 
     def __init__(self, p: Tensor, world: World, tables: int):
         super().__init__(p, world)
         self.first_rows = len(p) // tables * np.arange(tables)
-        self.occurred = np.zeros((world.size, len(p) // tables), dtype=bool)  # in any of the tables, by rank
+        self.looked_up = np.zeros((world.size, len(p) // tables), dtype=bool)  # by rank and token, alike in all tables
 
-    def note(self, rank: int, rows: np.ndarray) -> None:
-        self.occurred[rank][rows] = True
+    def mark_lookups(self, rank: int, rows: np.ndarray) -> None:
+        self.looked_up[rank][rows] = True
 
     def reduce(self, grad: Tensor) -> None:
         rank, size, share = self.world.rank, self.world.size, len(self.slice)
-        rows = [(self.first_rows[:, None] + np.flatnonzero(occurred)).ravel() for occurred in self.occurred]
+        rows = [(self.first_rows[:, None] + np.flatnonzero(looked_up)).ravel() for looked_up in self.looked_up]
+        # by_owner[a][b]: rows that rank a looked up and rank b owns
         by_owner = [np.split(r, np.searchsorted(r, share * np.arange(1, size))) for r in rows]
         by_owner[rank][rank] = by_owner[rank][rank][:0]  # what this rank owns stays
         sent, received = by_owner[rank], [parts[rank] for parts in by_owner]
-        arrays = rows[rank], np.concatenate(received) - rank * share, np.concatenate(sent)
-        indices = map(torch.from_numpy, arrays)
+        indices = map(torch.from_numpy, (rows[rank], np.concatenate(received) - rank * share, np.concatenate(sent)))
         if grad.is_cuda:
             indices = (t.pin_memory().to(grad.device, non_blocking=True) for t in indices)
-        self.mine, self.rows, sent_rows = indices
+        self.own_lookups, self.received_rows, sent_rows = indices
         self.grad, values = self.own(grad), grad[sent_rows].to(self.p.dtype)
-        self.values = values.new_empty(len(self.rows), grad.shape[1])
+        self.received = values.new_empty(len(self.received_rows), grad.shape[1])
         sizes = [*map(len, received)], [*map(len, sent)]
-        self.work = dist.all_to_all_single(self.values, values, *sizes, async_op=True)
+        self.work = dist.all_to_all_single(self.received, values, *sizes, async_op=True)
 
     def reduced(self) -> Tensor:
         grad = super().reduced()
-        add_rows(grad, self.rows, self.values)
-        self.values = None
+        add_rows(grad, self.received_rows, self.received)
+        self.received = None
         return grad
 
     def clear(self, grad: Tensor) -> None:
-        grad[self.mine] = 0
+        grad[self.own_lookups] = 0
         self.own(grad).zero_()
-        self.forget()
+        self.forget_lookups()
 
-    def forget(self) -> None:
-        self.occurred[:] = False
+    def forget_lookups(self) -> None:
+        self.looked_up[:] = False
 
 
 def ngram_slots(hp: Hyperparameters, world: World) -> int:
@@ -2686,23 +2694,23 @@ def ngram_slots(hp: Hyperparameters, world: World) -> int:
 
 
 class RowCache(Alone):
-    """For the table of n-grams, of which a step takes few rows: ahead of it, they are copied to a cache p.
+    """For the n-grams' table: before each step the few rows that it looks up are copied into a small table, p.
 
-    Micro-batches look up the cache's rows, their slots, and leave their gradients there. `slice` is this rank's share
-    of the table: rank r of R owns its r-th R-th. Which rows a step takes, the loader has found: see Exchange.
+    Micro-batches look rows up in this cache, by slot, and their gradients arise there. `slice` is this rank's share of
+    the table; of R ranks, rank r owns the r-th of R equal parts. The loader finds the rows of a step: see Exchange.
     """
 
     def __init__(self, p: Tensor, world: World, rows: int):
         self.p, self.world = p, world
         self.slice = p.new_zeros(rows // world.size, p.shape[1])
-        self.forget()
+        self.forget_lookups()
 
     def fetch(self, exchange: "Exchange", out: Tensor | None = None) -> Tensor:
-        """The rows of the slots, in their order."""
+        """Copies of the rows that this rank looks up, in the order of their slots."""
         return torch.index_select(self.slice, 0, exchange.rows, out=out)
 
     def fill(self, exchange: "Exchange") -> None:
-        """Fills the cache for a step, whose gradients are reduced next."""
+        """Fills the cache for a step; the next reduce is for its gradients."""
         self.exchange = exchange
         self.fetch(exchange, self.p[: sum(exchange.taken)])
 
@@ -2711,15 +2719,15 @@ class RowCache(Alone):
 
     def clear(self, grad: Tensor) -> None:
         grad[: sum(self.exchange.taken)].zero_()
-        self.forget()
+        self.forget_lookups()
 
-    def forget(self) -> None:
+    def forget_lookups(self) -> None:
         none = torch.empty(0, dtype=torch.int32, device=self.p.device)
         self.exchange = Exchange(none, none, *([0] * self.world.size for _ in range(2)))
 
 
 class ShardedRowCache(RowCache):
-    """The same with several ranks: rows come from their owners, to whom gradients go, both in the table's type."""
+    """The same with several ranks: rows come from their owners, gradients go back to them, both in the table's type."""
 
     def full(self, slice: Tensor) -> Tensor:
         out = slice.new_empty(len(slice) * self.world.size, *slice.shape[1:])
@@ -2736,23 +2744,23 @@ class ShardedRowCache(RowCache):
         taken, given = self.exchange.taken, self.exchange.given
         self.grad = grad[: sum(taken)]
         values = self.grad.to(self.p.dtype)
-        self.values = values.new_empty(sum(given), values.shape[1])
-        self.work = dist.all_to_all_single(self.values, values, given, taken, async_op=True)
+        self.received = values.new_empty(sum(given), values.shape[1])
+        self.work = dist.all_to_all_single(self.received, values, given, taken, async_op=True)
 
     def reduced(self) -> RowGradient:
         self.work.wait()
         rows, asked, taken, given = self.exchange
         total = self.grad.new_zeros(len(rows), self.grad.shape[1])
-        parts = [*self.values.split(given)]
-        parts[self.world.rank] = self.grad.split(taken)[self.world.rank]  # its own need not be rounded
+        parts = [*self.received.split(given)]
+        parts[self.world.rank] = self.grad.split(taken)[self.world.rank]  # this rank's own, not rounded by the journey
         for places, values in zip(asked.split(given), parts, strict=True):
             add_rows(total, places, values)
-        self.values = self.grad = None
+        self.received = self.grad = None
         return RowGradient(rows, total)
 
 
 def copy_saved(into: Tensor, saved: object, name: str, own: Callable = lambda whole: whole) -> None:
-    """Copies this rank's own part of a saved tensor. Raises UserError when it is another program's."""
+    """Copies this rank's part, own(saved), of a saved tensor. Raises UserError for one of another shape or type."""
     part = own(saved) if isinstance(saved, Tensor) and saved.dim() == into.dim() else None
     if part is None or part.shape != into.shape or part.dtype != into.dtype:
         found = f"{tuple(saved.shape)} in {saved.dtype}" if isinstance(saved, Tensor) else f"no tensor ({saved!r:.20})"
@@ -2766,17 +2774,20 @@ def as_stack(p: Tensor) -> Tensor:
 
 
 class Slot:
-    """A parameter, its row of the table, its communication and its algorithm."""
+    """A parameter, its row of the table PARAMETERS, its communication and its algorithm."""
 
     def __init__(self, row: Row, p: nn.Parameter, hp: Hyperparameters, world: World, compiled: Callable):
-        self.row, self.p, rowwise = row, p, row.algorithm == "rowwise"
-        # For good: captured graphs add to it where it stands.
+        self.row, self.p, self.shape, rowwise = row, p, as_stack(p).shape, row.algorithm == "rowwise"
+        # Never replaced: captured CUDA graphs add to it at its address.
         p.grad = table_gradient(p).zero_() if row.name in TABLES or rowwise else torch.zeros_like(p)
-        self.shape = as_stack(p).shape
-        sharded = partial(ShardedRows, tables=TABLES[row.name]) if row.name in TABLES else Sharded
-        policy = Alone if world.size == 1 else sharded if row.sharded else Replicated
         if rowwise:
             policy = partial(RowCache if world.size == 1 else ShardedRowCache, rows=hp.ngram_rows)
+        elif world.size == 1:
+            policy = Alone
+        elif not row.sharded:
+            policy = Replicated
+        else:
+            policy = partial(ShardedRows, tables=TABLES[row.name]) if row.name in TABLES else Sharded
         self.communication = policy(p.data.view(self.shape), world)
         slice = self.communication.slice
         first = world.rank * len(slice) if row.sharded else 0
@@ -2787,12 +2798,12 @@ class Optimizer:
     """Steps every parameter, with the communication scheduled by hand.
 
     All reductions start in the order of PARAMETERS; updates run in the same order, as their gradients arrive, and
-    gathers run beneath the updates that follow. Adam's parameters step on odd steps, with the gradients of two steps.
-    The table of n-grams is held here, not in the model, which has a cache of those rows that a step looks up.
+    gathers run beneath the updates that follow. Parameters under Adam step on odd steps only, counted from 0, with the
+    sum of two steps' gradients. The n-grams' table is held here; the model has a cache of the rows a step looks up.
 
-    Head and embedding are one parameter, stored twice, until `untie_step`: the embedding's gradient is added to the
-    head's, and the embedding is the head's transpose after every Adam step. After that step they part, and the
-    embedding starts with a copy of the head's state. A step beyond the run's end leaves them tied.
+    Head and embedding are tied, though stored twice, up to the Adam step at `untie_step`: the embedding's gradient is
+    added to the head's, and after each update the embedding becomes the head's transpose. From then on they learn
+    apart, the embedding from a copy of the head's state. With `untie_step` beyond the run's end they stay tied.
     """
 
     def __init__(self, model: GPT, hp: Hyperparameters, world: World, untie_step: int, compile: bool = False):
@@ -2800,45 +2811,51 @@ class Optimizer:
         check_parameters(parameters)
         cache = model.embed.new_zeros(ngram_slots(hp, world), hp.model_dim)
         model.ngrams = parameters["ngrams"] = cache.requires_grad_()
-        # An empty parameter, as the value embeddings of a model that has none, takes no part.
+        # Empty parameters, such as value_embeds where no layer has them, are left out.
         rows = [row for row in PARAMETERS if parameters[row.name].numel()]
         self.slots = {row.name: Slot(row, parameters[row.name], hp, world, compiled) for row in rows}
         self.model, self.world, self.untie_step = model, world, untie_step
         self.tied = True
-        self.largest = deque(maxlen=8)  # (step, names, on the CPU: the largest magnitude of each gradient)
+        self.largest = deque(maxlen=8)  # (step, names, on the CPU the largest magnitude of each gradient)
 
-    def note(self, dealt: list[np.ndarray]) -> None:
-        """The inputs of all ranks' micro-batches, in the order dealt, which were looked up in the tables."""
+    def mark_lookups(self, dealt: list[np.ndarray]) -> None:
+        """Says which tokens each rank looks up; dealt: the inputs of all micro-batches, dealt to the ranks in turn."""
         for i, tokens in enumerate(dealt):
             for name in TABLES.keys() & self.slots.keys():
-                self.slots[name].communication.note(i % self.world.size, tokens)
+                self.slots[name].communication.mark_lookups(i % self.world.size, tokens)
 
     @torch.no_grad()
     def step(self, step: int, lr_factor: float, momentum: float) -> None:
         """Updates the parameters that are due at `step` from their .grad, and clears these."""
         adam_is_due = step % 2 == 1
         due = {n: slot for n, slot in self.slots.items() if adam_is_due or slot.row.algorithm != "adam"}
-        if adam_is_due and self.tied:
-            head, embed = due["head"].p, self.slots["embed"].p
-            head.grad += embed.grad.T
-            embed.grad.zero_()
-            due.pop("embed").communication.forget()
+        steps_tied = adam_is_due and self.tied
+        if steps_tied:
+            del due["embed"]
+            self._give_head_the_gradient_of_embed()
         for slot in due.values():
             slot.communication.reduce(slot.p.grad.view(slot.shape))
         gradients = {}
         for name, slot in due.items():
             gradients[name] = slot.algorithm.update(slot.communication.reduced(), lr_factor, momentum)
             slot.communication.gather()
-        # NaN or infinite where a gradient is; looked at a step later, so that nothing waits for it.
+        # NaN or infinite where a gradient is. Nothing waits for the copy: check_gradients reads it a step later, when the
+        # clock has waited for this step anyway.
         largest = torch.stack([torch.linalg.vector_norm(g, math.inf).float() for g in gradients.values()])
         self.largest.append((step, [*gradients], largest.to("cpu", non_blocking=True)))
         for slot in due.values():
             slot.communication.gathered()
             slot.communication.clear(slot.p.grad.view(slot.shape))
-        if adam_is_due and self.tied:
-            embed.copy_(head.T)
+        if steps_tied:
+            self.slots["embed"].p.copy_(self.slots["head"].p.T)
             if step >= self.untie_step:
                 self._untie()
+
+    def _give_head_the_gradient_of_embed(self) -> None:
+        head, embed = self.slots["head"], self.slots["embed"]
+        head.p.grad += embed.p.grad.T
+        embed.p.grad.zero_()
+        embed.communication.forget_lookups()
 
     def _untie(self) -> None:
         self.tied = False
@@ -2849,7 +2866,7 @@ class Optimizer:
         embed.algorithm.updates = head.algorithm.updates
 
     def state(self) -> dict[str, Tensor | int]:
-        """What steps have left in the states, whole tensors whatever the number of ranks, on rank 0; all call it."""
+        """For a checkpoint: every state as a whole tensor on the CPU of rank 0; every rank must call it."""
         state: dict[str, Tensor | int] = {"tied": int(self.tied)}
         for name, slot in self.slots.items():
             for key in slot.algorithm.states:
@@ -2862,7 +2879,7 @@ class Optimizer:
         return state
 
     def load(self, state: dict[str, Tensor | int]) -> None:
-        """Takes what `state` gave, in place: captured graphs keep their addresses. Raises UserError if it won't fit."""
+        """Takes what state() gave, in place, as captured graphs hold addresses. Raises UserError if it doesn't fit."""
         state = dict(state)
 
         def whole_number(name: str) -> int:
@@ -2881,12 +2898,12 @@ class Optimizer:
         require(not state, f"the checkpoint has states that this program has not: {', '.join(map(str, state))[:200]}")
 
     def reset(self) -> None:
-        """Forgets every step taken: momentum, second moments, low bits, counts, gradients, the untying."""
+        """Back to the state before the first step; the parameters stay, but for the n-grams, which are zero again."""
         self.tied = True
         self.largest.clear()
         for slot in self.slots.values():
             slot.algorithm.reset()
-            slot.communication.forget()
+            slot.communication.forget_lookups()
             slot.p.grad.zero_()
 
 
@@ -3446,7 +3463,7 @@ class Trainer:
         for micro_batch in batch.micro_batches:
             rare = micro_batch.classes is None and self.schedule.size(step)[2]  # see softmax_classes
             (run if rare or not graph else graph)(micro_batch, self.target_weights[step])
-        self.optimizer.note(batch.dealt)
+        self.optimizer.mark_lookups(batch.dealt)
 
     def update(self, step: int) -> None:
         """The optimizer's part of a step."""

@@ -22,10 +22,10 @@ from train_gpt import (
     TrainLoader,
     UserError,
     World,
+    canonical_tokens,
     make_micro_batch,
     prefix_table,
     read_vocabulary,
-    canonical_tokens,
     validation_batches,
 )
 
