@@ -2839,8 +2839,8 @@ class Optimizer:
         for name, slot in due.items():
             gradients[name] = slot.algorithm.update(slot.communication.reduced(), lr_factor, momentum)
             slot.communication.gather()
-        # NaN or infinite where a gradient is. Nothing waits for the copy: check_gradients reads it a step later, when the
-        # clock has waited for this step anyway.
+        # NaN or infinite where a gradient is. Nothing waits for the copy: check_gradients reads it a step later, when
+        # the clock has waited for this step anyway.
         largest = torch.stack([torch.linalg.vector_norm(g, math.inf).float() for g in gradients.values()])
         self.largest.append((step, [*gradients], largest.to("cpu", non_blocking=True)))
         for slot in due.values():
@@ -2910,9 +2910,12 @@ class Optimizer:
 # ======================================================================================================================
 # Data
 # ======================================================================================================================
+# Shards are files of tokens in the public speedrun's format. Every rank deals all of a step's 8 micro-batches from them
+# and keeps its own, so that a step has the same documents on 1, 2, 4 or 8 ranks and nothing about them is communicated.
+# Rows of n-grams and classes of the softmax follow from the tokens here, too. Threads read and prepare one step ahead.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
-FILES = ["train_files", "val_files"]  # the settings that name them
+FILES = ["train_files", "val_files"]  # the hyperparameters that name shards
 FETCH = "fetch it again: python data/cached_fineweb10B.py, or make shards with data/tokenize_text.py"
 
 
@@ -2943,7 +2946,7 @@ def read_header(path: Path) -> int:
 
 
 def shard_in_words(path: Path) -> str:
-    """What tells it from other shards, whatever folder it lies in."""
+    """Name, length and a checksum, by which a run that goes on knows its shards in any folder."""
     with open(path, "rb") as file:
         beginning = hashlib.sha256(file.read(1 << 16)).hexdigest()[:8]
     return f"{path.name}, {read_header(path)} tokens, its beginning {beginning}"
@@ -2979,13 +2982,13 @@ class Shard:
         self.tokens, self.next_document = read_tokens(path, hp.vocab_size), 0
         self.starts = np.flatnonzero(self.tokens == hp.bos)
         self.lengths = np.diff(self.starts, append=len(self.tokens))
-        self.cut, self.ends = 0, self.starts  # the sums of lengths, as cut, up to each document's end; 0: none yet
+        self.cut, self.ends = 0, self.starts  # cumulative ends of documents cut at `cut` tokens; 0: not computed yet
 
     def deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[int, int]] | None:
-        """Spans of documents of the next 8 micro-batches of num_tokens + 1 tokens; None when the shard can't fill them.
+        """Documents (first, last + 1) of each of the next 8 micro-batches; None when the shard can't fill them all.
 
-        A span is (first, last + 1); its last document is cut where the micro-batch is full, and the next span begins
-        at the next document. A deal that can't be filled is dropped whole.
+        A micro-batch takes num_tokens + 1 tokens. Its last document is cut where it is full, and the next micro-batch
+        begins with the next document.
         """
         if self.cut != max_seq_len:
             self.cut, self.ends = max_seq_len, np.cumsum(np.minimum(self.lengths, max_seq_len))
@@ -3001,7 +3004,7 @@ class Shard:
         return spans
 
     def assemble(self, span: tuple[int, int], num_tokens: int, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """The num_tokens + 1 tokens of a span and the documents' cumulative ends within num_tokens, 0 first."""
+        """The num_tokens + 1 tokens of a span, and where its documents end, from 0 to num_tokens."""
         starts, lengths = self.starts[slice(*span)], np.minimum(self.lengths[slice(*span)], max_seq_len)
         pieces = [self.tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
         ends = np.minimum(np.cumsum(lengths), num_tokens)
@@ -3009,15 +3012,15 @@ class Shard:
 
 
 def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndarray | None:
-    """`count` classes, rising: all targets, and of the others every so many-th, beginning where a checksum says.
+    """`count` ascending classes for a step's softmax: all its targets, and others spread evenly over the vocabulary.
 
-    So the text alone decides, on any number of ranks. Source: sampled softmax, arXiv 1412.2007; here evenly spread over
-    the vocabulary, which is sorted by frequency. What is left out is not made up for: counting a class for those that
-    are not there is right on average, and worse. None, for a softmax over all, where there are more targets.
+    None if there are more targets: the softmax then takes all classes. A checksum of the targets chooses the others, so
+    that every rank chooses the same. Source: sampled softmax, arXiv 1412.2007, but without its correction for classes
+    left out, with which losses were worse. Even spacing samples all frequencies, by which GPT-2's tokens are sorted.
     """
     taken = np.bincount(targets, minlength=vocab_size) > 0
     others = np.flatnonzero(~taken)
-    more = count - (vocab_size - len(others))
+    more = count - (vocab_size - len(others))  # how many others
     if more > 0:
         first = zlib.crc32(targets.tobytes()) % len(others)
         taken[others[(np.arange(more) * len(others) + first) // more]] = True
@@ -3025,16 +3028,16 @@ def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndar
 
 
 def micro_batches_together(num_tokens: int, hp: Hyperparameters, world: World) -> int:
-    """How many of a rank's micro-batches of so many tokens are joined: a divisor of their number, at least 1."""
+    """How many of a rank's micro-batches of num_tokens are joined into one: a divisor of their number, at least 1."""
     divisors = (n for n in (8, 4, 2, 1) if world.grad_accum_steps % n == 0)
     return next(n for n in divisors if n == 1 or n * num_tokens <= hp.micro_batch_tokens)
 
 
 def join_micro_batches(dealt: list[tuple[np.ndarray, np.ndarray]], together: int) -> Iterator[list[np.ndarray]]:
-    """Inputs, targets, and where each position's document begins and ends, (T,), of so many laid end to end at a time.
+    """Lays `together` micro-batches end to end at a time: inputs, targets, start and end of each position's document.
 
-    dealt: of each the tokens (T + 1,) and the documents' ends, cumulative from 0 to T. Documents do not see each other,
-    so that losses are the same joined or not; one large micro-batch takes less time than two small ones.
+    dealt: tokens (T + 1,) of each micro-batch and where its documents end, from 0 to T. Documents do not see each
+    other, so that losses are the same joined or not; one large micro-batch takes less time than two small ones.
     """
     for first in range(0, len(dealt), together):
         parts = []
@@ -3045,9 +3048,9 @@ def join_micro_batches(dealt: list[tuple[np.ndarray, np.ndarray]], together: int
 
 
 def ngram_hashes(tokens: np.ndarray, starts: np.ndarray, kind: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """By order, for the n-gram that ends with each token (T,): its hash, int32, and whether its document has none yet.
+    """By order, of the n-grams that end with each token (T,): hashes, int32, and whether the document lacks tokens.
 
-    kind: which of the factors, 0 for rows, 1 for signs. Products wrap around as int32 does.
+    kind: which factors of NGRAM_FACTORS, 0 for rows, 1 for signs. Products wrap around as int32 does.
     """
     x, before = tokens.astype(np.int32), np.arange(len(tokens)) - starts
     for order, factors in NGRAM_FACTORS.items():
@@ -3055,42 +3058,42 @@ def ngram_hashes(tokens: np.ndarray, starts: np.ndarray, kind: int) -> Iterator[
 
 
 def ngram_rows(tokens: np.ndarray, starts: np.ndarray, rows: int) -> np.ndarray:
-    """Rows of the table, (orders, T) int32; a part's last row is for n-grams that begin ahead of their document."""
+    """Rows of the table, (orders, T) int32: an equal part for each order, its last where the document lacks tokens."""
     last, hashes = rows // len(NGRAM_FACTORS) - 1, enumerate(ngram_hashes(tokens, starts, 0))
-    return np.stack([np.where(none, last, hashed % last) + k * (last + 1) for k, (hashed, none) in hashes])
+    return np.stack([np.where(lacks, last, hashed % last) + k * (last + 1) for k, (hashed, lacks) in hashes])
 
 
 def ngram_signs(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Rows of the table of signs, (orders, T) int32; the first is for n-grams that begin ahead of their document."""
-    return np.stack([(hashed % SIGN_ROWS) * ~none for hashed, none in ngram_hashes(tokens, starts, 1)])
+    """Rows of the table of signs, (orders, T) int32; 0 where the document lacks tokens."""
+    return np.stack([(hashed % SIGN_ROWS) * ~lacks for hashed, lacks in ngram_hashes(tokens, starts, 1)])
 
 
 class Exchange(NamedTuple):
-    """Which rows of the n-grams' table go from and to their owners for a step, or a chunk of validation.
+    """Which rows of the n-grams' table a rank gets from the others, and gives them, for a step or a validation chunk.
 
-    Made from the text, of which every rank sees all: none need tell another what it takes.
+    A rank's slots are the different rows that it looks up, in the table's order, hence by owner.
     """
 
-    rows: Tensor  # (n,) int32, ascending: those of this rank's share that any takes, counted from the share's first
-    asked: Tensor  # int32, the places in `rows` of what the first rank takes, then of what the next does, ...
-    taken: list[int]  # how many of this rank's slots each rank owns: slots are in the order of the table's rows
-    given: list[int]  # how many of `asked` each rank takes
+    rows: Tensor  # int32, ascending: what any rank looks up of this rank's share, counted from the share's first row
+    asked: Tensor  # int32, indices into `rows`: what rank 0 looks up of them, then rank 1, ...
+    taken: list[int]  # by rank, how many of this rank's slots it owns
+    given: list[int]  # by rank, how many of `asked` are for it
 
 
 def unique(rows: np.ndarray) -> np.ndarray:
-    """Of int32, ascending; seven times as fast as np.unique, which from NumPy 2.3 on hashes."""
+    """np.unique for int32 that are not negative, seven times as fast as NumPy 2.3's, which hashes."""
     rows = np.sort(rows, axis=None)
     return rows[np.flatnonzero(np.diff(rows, prepend=-1))]
 
 
 def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray) -> tuple[np.ndarray, list]:
-    """A rank's slots for the rows that it looks up, and what its Exchange takes, from the rows that each rank looks up.
+    """Slots of the rows that `rank` looks up, in their shape, and its Exchange's fields, from what each rank looks up.
 
-    places (rows of the table,) is scratch memory.
+    places: scratch memory, one int32 for each row of the table.
     """
 
-    def found_in(rows, ascending):
-        places[ascending] = np.arange(len(ascending), dtype=places.dtype)  # quicker than a binary search
+    def found_in(rows, different):  # indices: different[found_in(rows, different)] == rows, without a binary search
+        places[different] = np.arange(len(different), dtype=places.dtype)
         return places[rows]
 
     share = len(places) // len(by_rank)
@@ -3107,9 +3110,9 @@ def make_micro_batches(
     dealt: list[tuple[np.ndarray, np.ndarray]], together: int, canonical: np.ndarray, places: np.ndarray, world: World,
     classes: list[Tensor],
 ) -> tuple[list[MicroBatch], Exchange]:  # fmt: skip
-    """This rank's micro-batches of those that are dealt to all ranks, joined, on its device, and their exchange.
+    """This rank's share of the micro-batches dealt to all ranks, joined, on its device, and their exchange.
 
-    canonical: see canonical_tokens. places: scratch memory, see exchange_rows.
+    canonical: of canonical_tokens; places: of exchange_rows; classes: of softmax_classes, an empty list for all.
     """
     joined = [[*join_micro_batches(dealt[rank :: world.size], together)] for rank in range(world.size)]
     rows = [[ngram_rows(canonical[inputs], starts, len(places)) for inputs, _, starts, _ in b] for b in joined]
@@ -3124,34 +3127,33 @@ def make_micro_batches(
 def make_micro_batch(
     tokens: np.ndarray, ends: np.ndarray, canonical: np.ndarray, rows: int, device: torch.device
 ) -> MicroBatch:
-    """One on the device, for a model with all `rows` of the n-grams; tokens (T + 1,), ends cumulative from 0 to T."""
+    """A micro-batch for a model that has all `rows` of the n-grams' table; tokens and ends as in join_micro_batches."""
     arrays = inputs, _, starts, _ = next(join_micro_batches([(tokens, ends)], 1))
     arrays = *arrays, ngram_rows(canonical[inputs], starts, rows), ngram_signs(canonical[inputs], starts)
     return MicroBatch.of(to_device(arrays, device))
 
 
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """As int32."""
+    """Copies as int32 tensors, without waiting for a GPU."""
     tensors = [torch.from_numpy(a.astype(np.int32)) for a in arrays]
     return [t.pin_memory().to(device, non_blocking=True) for t in tensors] if device.type == "cuda" else tensors
 
 
 class StepBatch(NamedTuple):
-    """Of a step: this rank's micro-batches, what all look up, how often the files were begun, where the next begin."""
+    """What a step takes."""
 
-    epoch: int
-    micro_batches: list[MicroBatch]
+    epoch: int  # from 1
+    micro_batches: list[MicroBatch]  # this rank's
     exchange: Exchange  # of the n-grams' rows
-    dealt: list[np.ndarray]  # all ranks' inputs, in the order dealt
-    position: tuple[int, int]  # files begun, and the next document of the last of them
+    dealt: list[np.ndarray]  # inputs of all 8 micro-batches, which go to the ranks in turn
+    position: tuple[int, int]  # where the next step goes on: files begun, and the next document of the last of them
 
 
 class TrainLoader:
     """Iterates over steps; while one is computed, a thread assembles the next and copies it to the GPU.
 
-    Every rank deals all 8 micro-batches of a step and keeps its own, and of the others what they look up, so that any
-    number of ranks sees the same. When the files run out, they start over. sizes: of the steps, see
-    TrainingSchedule.size; position: of the batch before. Raises UserError for files damaged or too small for a step.
+    sizes: of the steps, see TrainingSchedule.size; position: of the StepBatch before. When the files run out, they
+    start over. Raises UserError for files damaged, changed since the run began, or too small for a step.
     """
 
     def __init__(self, paths: list[Path], sizes: list[tuple], hp: Hyperparameters, world: World, position=(1, 0)):
@@ -3164,24 +3166,24 @@ class TrainLoader:
         self.next_shard = self.reader.submit(self._load, self.files_begun)
         self.places = np.empty(hp.ngram_rows, np.int32)  # see exchange_rows
         self.stream = torch.cuda.Stream(world.device) if world.on_gpu else None
-        # A thread starts out on GPU 0, where it would open a second context for every other rank.
+        # A new thread is on GPU 0; there it would open a CUDA context for every rank.
         set_device = partial(torch.cuda.set_device, world.device) if world.on_gpu else None
         self.assembler = ThreadPoolExecutor(1, "micro-batches", set_device)
         self.ahead = self.assembler.submit(self._prepare, sizes[0])
 
     @cached_property
     def canonical(self) -> np.ndarray:
-        """In a run made on the clock, by the thread that makes the first step's micro-batches."""
+        """Made when the first step is assembled: in a run, on the clock."""
         return canonical_tokens(self.hp)
 
     def _load(self, number: int) -> Shard:
         path = self.reading = self.paths[number % len(self.paths)]
-        if file_state(path) not in (self.found[path], None):  # one that is gone is named when it is read
+        if file_state(path) not in (self.found[path], None):  # if it is gone, reading it says so
             raise UserError(f"{path}: changed since the run began")
         return Shard(path, self.hp)
 
     def _wait(self) -> StepBatch:
-        try:  # less than the timeout of the watch, which could not name the file
+        try:  # for less than the watch's timeout, whose message could not name the file
             return self.ahead.result(0.8 * self.hp.hang_timeout or None)
         except TimeoutError:
             told = f"not read within {0.8 * self.hp.hang_timeout:g} s (--hang_timeout): does the file system stall?"
@@ -3201,16 +3203,17 @@ class TrainLoader:
         )
 
     def _prepare(self, size: tuple[int, ...]) -> StepBatch:
-        *size, count = size
-        dealt = [self.shard.assemble(span, *size) for span in self._deal(*size)]
+        num_tokens, max_seq_len, num_classes = size
+        spans = self._deal(num_tokens, max_seq_len)
+        dealt = [self.shard.assemble(span, num_tokens, max_seq_len) for span in spans]
         targets = np.concatenate([tokens[1:] for tokens, _ in dealt])  # of all ranks: classes are the same on each
-        classes = softmax_classes(targets, count, self.hp.padded_vocab)
+        classes = softmax_classes(targets, num_classes, self.hp.padded_vocab)
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             classes = to_device([] if classes is None else [classes], self.world.device)
-            together = micro_batches_together(size[0], self.hp, self.world)
+            together = micro_batches_together(num_tokens, self.hp, self.world)
             made = make_micro_batches(dealt, together, self.canonical, self.places, self.world, classes)
             if self.stream:
-                self.stream.synchronize()  # in this thread; the main thread never waits for a copy
+                self.stream.synchronize()  # here, so that the main thread need not wait for copies
         position = self.files_begun, self.shard.next_document
         inputs = [tokens[:-1] for tokens, _ in dealt]
         return StepBatch(1 + (self.files_begun - 1) // len(self.paths), *made, inputs, position)
@@ -3222,16 +3225,19 @@ class TrainLoader:
                 self.ahead = self.assembler.submit(self._prepare, size) if size else None
                 tensors = [t for b in batch.micro_batches for t in b.tensors()]
                 for tensor in (*tensors, batch.exchange.rows, batch.exchange.asked):
-                    if self.stream:  # the memory was taken on the copying stream: keep it until this one is through
+                    if self.stream:  # its memory belongs to the copying stream: not to be reused while this one reads
                         tensor.record_stream(torch.cuda.current_stream())
                 yield batch
-        finally:  # not waiting for a thread that reads: a network file system can stall for ever
+        finally:  # without waiting for a thread that reads: a network file system can stall for ever
             for pool in (self.assembler, self.reader):
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
 def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> list[tuple[list[MicroBatch], Exchange]]:
-    """This rank's chunks of the first val_tokens, the same for any number of ranks. Raises UserError for fewer."""
+    """This rank's chunks of the first val_tokens, which do not depend on the number of ranks, each with its exchange.
+
+    Raises UserError if there are fewer tokens.
+    """
     needed, tokens = hp.val_tokens + 1, np.empty(0, np.uint16)
     for path in paths:
         tokens = np.append(tokens, read_tokens(path, hp.vocab_size, needed - len(tokens)))
@@ -3246,9 +3252,9 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
 
 
 def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
-    """The ids of tokens by their bytes, from a file in tiktoken's form; none where there is none.
+    """Ids of tokens by their bytes, from a file in tiktoken's form below DATA_PATH or beside this program.
 
-    A file that DATA_PATH lacks is looked for beside this program. Raises UserError for one that can't be used.
+    Empty if --vocabulary is. Raises UserError for a file that can't be used.
     """
     if not hp.vocabulary:
         return {}
@@ -3257,7 +3263,7 @@ def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
     remedy = "--vocabulary= takes the file that the data was tokenized with, or nothing, for no prefix loss"
     try:
         with open(path, "rb") as file:
-            lines = file.read(1 << 24).splitlines()  # GPT-2's takes a twentieth
+            lines = file.read(1 << 24).splitlines()  # 16 MB; GPT-2's has 0.8
         for line in lines:
             number += 1
             token, rank = line.split()
@@ -3271,14 +3277,14 @@ def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
 
 
 def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
-    """(V,) int32: of each token the first that is spelled like it but for case, accents and space around it.
+    """(V,) int32: for each token the first one that equals it but for case, accents and spaces around it.
 
-    N-grams that differ in these only share a row. Without a vocabulary, each token is its own. Source: the public
+    N-grams that differ in these only share a row. Without a vocabulary, each token stays itself. Source: the public
     speedrun's PR 375, 2026.
     """
     canonical, first = np.arange(hp.padded_vocab, dtype=np.int32), {}
     for token, i in sorted(read_vocabulary(hp).items(), key=itemgetter(1)):
-        with suppress(UnicodeDecodeError):  # a part of a character stays as it is
+        with suppress(UnicodeDecodeError):  # a token that is part of a character stays itself
             text = token.decode()
             if not text.isascii():
                 letters = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
@@ -3290,9 +3296,9 @@ def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
 
 
 def prefix_table(hp: Hyperparameters) -> Tensor:
-    """(V,) int32: for each token its prefix, the longest other token with which its bytes begin; -1 for none.
+    """(V,) int32: for each token its prefix, the longest shorter token with which its bytes begin; -1 for none.
 
-    As targets, prefixes teach a token's first letters, which other tokens share (the public speedrun's PR 337, 2026).
+    As targets, prefixes teach a token's first letters, which other tokens share. Source: the public speedrun's PR 337.
     """
     ids, prefixes = read_vocabulary(hp), [-1] * hp.padded_vocab
     for token, i in ids.items():
@@ -3302,58 +3308,59 @@ def prefix_table(hp: Hyperparameters) -> Tensor:
 
 
 def prefixes_in_words(table: Tensor) -> str:
-    """What tells a vocabulary's table of prefixes from others', wherever its file lies."""
+    """A checksum, by which a run that goes on knows its vocabulary in any folder; "none" without prefixes."""
     return f"sha256 {hashlib.sha256(table.cpu().numpy().data).hexdigest()[:16]}" if (table >= 0).any() else "none"
 
 
 # ======================================================================================================================
 # Schedule
 # ======================================================================================================================
+# Everything that depends on the step alone, without state: it is the same on every rank, and for a run that goes on.
+# The stages share the scheduled iterations; the extension follows.
 
 
 class TrainingSchedule:
-    """What depends on the step alone. The stages share the scheduled iterations; the last row is the extension."""
+    """Values by step, counted from 0; a stage has the steps from `starts` to before `ends`."""
 
     def __init__(self, hp: Hyperparameters):
         self.hp, self.scheduled = hp, hp.steps("num_scheduled_iterations")
         self.warmup, self.cooldown = hp.steps("muon_momentum_warmup"), hp.steps("muon_momentum_cooldown")
         *shares, _ = (stage.share for stage in hp.stages)
-        # Whole steps, rounded down but for what a float is off; the last stage takes what is left of them.
+        # Rounded down, 1e-9 for inexact products; the last stage before the extension takes what is left.
         lengths = [int(self.scheduled * share / sum(shares) + 1e-9) for share in shares[:-1]]
         self.starts = (0, *accumulate(lengths), self.scheduled)
         self.ends = (*self.starts[1:], hp.total_steps)
         self.long_windows = [stage.long_window * hp.window_block for stage in hp.stages]
         untie = (start for start, stage in zip(self.starts, hp.stages, strict=True) if stage.untie)
-        # The first step at or after its start on which Adam steps; see Optimizer.
-        self.untie_step = next(untie, hp.total_steps) | 1
+        self.untie_step = next(untie, hp.total_steps) | 1  # | 1: the next odd step, as Adam steps on these only
 
     def stage_index(self, step: int) -> int:
-        """The row of STAGES, from 0."""
+        """Index of the stage of `step`."""
         return max(i for i, start in enumerate(self.starts) if step >= start)
 
     def stage(self, step: int) -> TrainingStage:
-        """The row of the stage of `step`."""
+        """The stage of `step`."""
         return self.hp.stages[self.stage_index(step)]
 
     def tokens(self, step: int) -> int:
-        """Tokens of a micro-batch."""
+        """Tokens of a micro-batch, before any are joined."""
         return self.stage(step).tokens // MICRO_BATCHES
 
     def size(self, step: int) -> tuple[int, int, int]:
-        """Tokens of a micro-batch, at how many tokens documents are cut, and the classes of the softmax, 0 for all."""
+        """For the loader: tokens of a micro-batch, of a document at most, and classes of the softmax, 0 for all."""
         stage = self.stage(step)
         classes = stage.classes if stage.classes < self.hp.padded_vocab else 0
         return self.tokens(step), min(stage.max_seq_len, self.hp.train_max_seq_len), classes
 
     def lr(self, step: int) -> float:
-        """Learning-rate factor: the stage's multiplier, from the cooldown on moving linearly to lr_end."""
+        """Learning-rate factor: the stage's multiplier, which the cooldown moves linearly to lr_end."""
         end = self.scheduled
         start = int(end * (1 - self.hp.cooldown_frac))
         t = 1 if step >= end else max(0, step - start) / max(1, end - start)
         return (1 - t) * self.stage(step).lr + t * self.hp.lr_end
 
     def momentum(self, step: int) -> float:
-        """NorMuon's: 0.85 to 0.95 over the warm-up, and back over the cool-down."""
+        """NorMuon's: from 0.85 to 0.95 in the first steps, and back in the last."""
         low, high = 0.85, 0.95
         if step < self.warmup:
             return low + (high - low) * step / self.warmup
@@ -3361,7 +3368,7 @@ class TrainingSchedule:
         return high - (high - low) * into_cooldown / self.cooldown if into_cooldown else high
 
     def target_weights(self, step: int) -> list[float]:
-        """Multi-token weights, then the prefix's if the stage has one: linear inside a stage, from start to end."""
+        """Weights of the next tokens, then of the prefix if the stage has one; linear from a stage's start to its end."""
         i = self.stage_index(step)
         t = (step - self.starts[i]) / max(self.ends[i] - self.starts[i], 1)
         stage = self.hp.stages[i]
@@ -3376,24 +3383,26 @@ class TrainingSchedule:
         return self.window_tokens(stage.short_window, stage.long_window)
 
     def val_windows(self, step: int) -> dict[str, int]:
-        """After `step` steps, those trained with so far: a new stage begins with its first step. The last are wider."""
+        """Windows for validation after `step` steps: the last step's. At the run's end FINAL_WINDOWS, wider than any
+        in training; Yarn stays at the last stage's, as in the public record."""
         return self.window_tokens(*FINAL_WINDOWS) if step == self.hp.total_steps else self.windows(max(step - 1, 0))
 
     def window_tokens(self, short: int, long: int) -> dict[str, int]:
-        """Windows given in blocks, in tokens."""
+        """Converts windows from blocks."""
         return {"short": short * self.hp.window_block, "long": long * self.hp.window_block}
 
 
 # ======================================================================================================================
 # Train
 # ======================================================================================================================
-# The loop is Trainer.run; what happens between two steps has a class of its own. As the public speedrun's rules have
-# it, the clock runs while training only: compiling, validations and checkpoints do not count.
+# The loop is Trainer.run. Before it, Trainer.warm_up compiles and captures what the loop will use, by the same methods;
+# between steps, BetweenSteps validates, logs and saves. The clock follows the public speedrun's rules: compiling,
+# validations and checkpoints do not count.
 
 
 @dataclass
 class Progress:
-    """Where a run is between two steps, beside what model and optimizer hold."""
+    """Where a run is between two steps, with model and optimizer all that it takes to go on."""
 
     step: int = 0  # steps done
     elapsed: float = 0.0  # the clock's, ms
@@ -3402,15 +3411,14 @@ class Progress:
 
 
 def capture(run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor, pool) -> Callable:
-    """Forward and backward of one micro-batch as a CUDA graph; returns what runs it on another of the same shape.
+    """Forward and backward of a micro-batch as a CUDA graph; returns a function that runs it on others of its shape.
 
-    Launching its 600 kernels one by one takes longer than they run (at first, in stage 1 on H100, 55 ms against 31).
-    Windows and softmax scale are part of the capture, hence a graph a stage; gradients are added to the parameters'
-    .grad.
+    Launching its 600 kernels one by one takes longer than they run (measured in stage 1 on H100: 55 ms against 31).
+    Windows and softmax scale are part of the capture, hence a graph for each stage.
     """
     graph = torch.cuda.CUDAGraph()
     inputs = [t.clone() for t in (target_weights, *batch.tensors())]
-    # The loader's threads go on using the GPU meanwhile: only this thread's calls belong to the capture.
+    # thread_local: the loader's threads go on using the GPU, which must not disturb the capture.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         run(MicroBatch.of(inputs[1:]), inputs[0])
 
@@ -3427,7 +3435,7 @@ class Trainer:
 
     def __init__(self, hp: Hyperparameters, world: World, shards: dict[str, list[str]] | None = None):
         self.hp, self.world, self.schedule = hp, world, TrainingSchedule(hp)
-        self.shards = shards or {}  # what a checkpoint remembers of the files
+        self.shards = shards or {}  # for checkpoints: by hyperparameter, the files in words
         compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
         torch.manual_seed(hp.seed)
         self.model = GPT(hp, world.device, choose_dtype(hp, world), compile)
@@ -3445,7 +3453,7 @@ class Trainer:
         self.peak_memory: dict[int, int] = {}  # bytes by stage, on a GPU
 
     def enter_step(self, step: int) -> None:
-        """Follows the schedule to the stage of `step`; at a stage's first step the rotary frequencies follow."""
+        """Moves on to the stage of `step`; Yarn adapts to the long window of each stage on the way."""
         while self.stage_index < self.schedule.stage_index(step):
             self.model.yarn.grow(*self.schedule.long_windows[self.stage_index : self.stage_index + 2])
             self.stage_index += 1
@@ -3457,16 +3465,17 @@ class Trainer:
         (losses.sum() * self.grad_scale).backward()
 
     def add_gradients(self, step: int, batch: StepBatch) -> None:
-        """Forward and backward on each micro-batch; the optimizer has what all ranks look up."""
+        """Forward and backward on each micro-batch of this rank."""
         self.ngrams.communication.fill(batch.exchange)
         run, graph = partial(self.micro_step, step), self.graphs.get(self.stage_index)
         for micro_batch in batch.micro_batches:
-            rare = micro_batch.classes is None and self.schedule.size(step)[2]  # see softmax_classes
+            # Too many different targets for the stage's classes, see softmax_classes: not the graph's shapes
+            rare = micro_batch.classes is None and self.schedule.size(step)[2]
             (run if rare or not graph else graph)(micro_batch, self.target_weights[step])
         self.optimizer.mark_lookups(batch.dealt)
 
     def update(self, step: int) -> None:
-        """The optimizer's part of a step."""
+        """The optimizer's step, with the schedule's values."""
         self.optimizer.step(step, self.schedule.lr(step), self.schedule.momentum(step))
 
     @torch.no_grad()
@@ -3475,7 +3484,7 @@ class Trainer:
         one = torch.ones(1, device=self.world.device)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for (batch,), exchange in batches:
-            self.model.ngrams = self.ngrams.communication.fetch(exchange)  # may be more than a step's
+            self.model.ngrams = self.ngrams.communication.fetch(exchange)  # may be more rows than the cache has
             total += self.model(batch, windows, one, head_chunk=32_768).double().sum()
         self.model.ngrams = self.ngrams.p
         if self.world.size > 1:
@@ -3483,36 +3492,36 @@ class Trainer:
         return total.item() / self.hp.val_tokens
 
     def warm_up(self, train_paths: list[Path], val_batches: list[MicroBatch]) -> None:
-        """Compiles everything the run will use, on real shapes, and puts everything back as it was."""
+        """Compiles all that the run will use, by a step of each stage and a validation, and puts everything back."""
         saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         schedule, use_graphs = self.schedule, self.world.on_gpu and self.hp.cuda_graphs == "auto"
-        pool = torch.cuda.graph_pool_handle() if use_graphs else None  # one for all: stages never overlap
+        pool = torch.cuda.graph_pool_handle() if use_graphs else None  # of memory, shared: stages never overlap
         steps = [start for start, end in zip(schedule.starts, schedule.ends, strict=True) if start < end]
         batches = TrainLoader(train_paths, [schedule.size(step) for step in steps], self.hp, self.world)
         for step, batch in zip(steps, batches, strict=True):
             self.enter_step(step)
             run, first, weights = partial(self.micro_step, step), batch.micro_batches[0], self.target_weights[step]
             if self.world.on_gpu and (count := schedule.size(step)[2]):
-                run(first._replace(classes=None), weights)  # compiles what text of too many words takes
+                run(first._replace(classes=None), weights)  # compiles for steps with more targets than classes
                 first = first._replace(classes=torch.arange(count, dtype=torch.int32, device=self.world.device))
             if use_graphs:
                 run(first, weights)  # compiles
                 self.graphs[self.stage_index] = capture(run, first, weights, pool)
             self.add_gradients(step, batch)
             self.update(step)
-            if self.world.on_gpu:  # a replayed graph allocates nothing: this is where a stage's memory can be seen
+            if self.world.on_gpu:  # measured here, as replaying a graph allocates nothing
                 self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
         untie = schedule.untie_step
-        for step in (0, 1, untie, untie + 2):  # Adam steps on odd steps only, on the embedding after the untying
+        for step in (0, 1, untie, untie + 2):  # without and with Adam, tied; the one that unties; untied
             self.optimizer.step(step, schedule.lr(0), schedule.momentum(0))
         self.validate(val_batches[:1], schedule.windows(0))
         self.model.load_state_dict(saved)
         self.reset()
         if self.world.on_gpu:
-            torch.cuda.empty_cache()  # what ran before the graphs were captured is not needed again
+            torch.cuda.empty_cache()  # of what ran outside the graphs
 
     def reset(self) -> None:
-        """Back to the first step; the parameters stay."""
+        """Back to the first step; the parameters stay, but for the n-grams, which become zero."""
         self.optimizer.reset()
         self.model.yarn.reset()
         self.stage_index = 0
@@ -3520,13 +3529,13 @@ class Trainer:
     def run(
         self, log: "Log", train_paths: list[Path], val_batches: list[MicroBatch], progress=None, watch=None
     ) -> list[float]:
-        """The run on the clock, from `progress` on; returns the validation losses, the final one last."""
+        """The run on the clock, from `progress` on. Returns the validation losses."""
         now = progress or Progress()
         sizes = [self.schedule.size(step) for step in range(now.step, self.hp.total_steps)]
         batches = TrainLoader(train_paths, sizes, self.hp, self.world, now.position)
         if self.world.size > 1:
-            dist.barrier()  # the clock does not run while the first rank waits for the last to compile
-        between = BetweenSteps(self, log, val_batches, now, watch or Watch())  # the clock runs
+            dist.barrier()  # the slowest to compile must be ready before the clock starts
+        between = BetweenSteps(self, log, val_batches, now, watch or Watch())  # starts the clock
         between.at(now.step)
         self.model.prefixes.copy_(prefix_table(self.hp))
         for step, batch in enumerate(batches, now.step):
@@ -3538,7 +3547,7 @@ class Trainer:
         return now.val_losses
 
     def check_gradients(self, log: "Log", lag: int) -> None:
-        """Raises UserError for a gradient, of all but the last `lag` steps, that is not finite; saves what there is."""
+        """Saves parameters and states and raises UserError if a gradient of all but the last `lag` steps is not finite."""
         while len(self.optimizer.largest) > lag:
             step, names, values = self.optimizer.largest.popleft()
             bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
@@ -3558,7 +3567,8 @@ class Trainer:
     def save_checkpoint(self, log: "Log", progress: Progress | None = None) -> None:
         """Writes the model, and with `progress` all it takes to go on, beside the log; every rank must call it.
 
-        torch.load(path, weights_only=True) reads the files. The newest two are kept.
+        torch.load(path, weights_only=True) reads the files. The newest two checkpoints are kept. One that can't be
+        written is told in the log, and the run goes on.
         """
         step = progress.step if progress else self.hp.total_steps
         path = log.path.with_name(f"{self.hp.run_id}_step{step:06d}.pt")
@@ -3571,19 +3581,21 @@ class Trainer:
         content.update(shards=self.shards, progress=vars(progress) if progress else {})
         content.update(prefixes=prefixes_in_words(self.model.prefixes), rows=[checksum for checksum, _ in rows])
         content.update(model=dict(self.model.state_dict()), optimizer=optimizer)
-        told = next(filter(None, (told for _, told in rows)), "") or try_to_write(path, content)[1]
-        log.write(f"no checkpoint at step {step}: {told}; training goes on" if told else f"checkpoint: {path}")
-        if not told:
+        errors = [error for _, error in rows if error]
+        error = errors[0] if errors else try_to_write(path, content)[1]
+        log.write(f"no checkpoint at step {step}: {error}; training goes on" if error else f"checkpoint: {path}")
+        if not error:
             unfinished = checkpoints_of(self.hp.run_id, path.parent, "part")  # of a run that was killed meanwhile
-            done = [old for old in checkpoints_of(self.hp.run_id, path.parent) if old <= path]  # later ones are damaged
+            # Files of later steps are damaged: the run has gone on from an earlier one.
+            done = [old for old in checkpoints_of(self.hp.run_id, path.parent) if old <= path]
             for old in done[:-CHECKPOINTS_KEPT] + unfinished:
                 old.unlink(missing_ok=True)
         for piece in path.parent.glob(f"{escape(self.hp.run_id)}_step{6 * '[0-9]'}_rows[0-9].*"):
-            if not piece.with_name(f"{piece.stem[: -len('_rows0')]}.pt").exists():  # of no use without
+            if not piece.with_name(f"{piece.stem[: -len('_rows0')]}.pt").exists():  # its checkpoint
                 piece.unlink(missing_ok=True)
 
     def save_rows(self, path: Path, names: tuple[str, ...]) -> list[tuple[str, str]]:
-        """Writes this rank's pieces of the n-grams' table; of all ranks' the checksum, or why it was not written."""
+        """Writes this rank's pieces of the n-grams' table. Returns (checksum, error) of all ranks' pieces, in order."""
         algorithm, size, written = self.ngrams.algorithm, self.world.size, []
         own = len(piece_paths(path)) // size
         for i, piece in enumerate(piece_paths(path)[self.world.rank * own :][:own]):
@@ -3597,7 +3609,7 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, checkpoint: dict) -> Progress:
-        """Takes a checkpoint's model and state, in place, on any number of ranks; returns where the run is."""
+        """Takes a checkpoint's parameters and states, in place, on any number of ranks; returns where the run is."""
         for name, p in self.model.named_parameters():
             copy_saved(p, checkpoint["model"].get(name), name)
         self.optimizer.load(checkpoint["optimizer"])
@@ -3605,14 +3617,11 @@ class Trainer:
         for i, piece in enumerate(checkpoint["rows"][self.world.rank * own :][:own]):
             for name in RowAdam.row_states:
                 copy_saved(getattr(self.ngrams.algorithm, name).chunk(own)[i], piece.get(name), f"ngrams.{name}")
-        return Progress(**checkpoint["progress"])  # stage and rotary frequencies follow from its step: see enter_step
+        return Progress(**checkpoint["progress"])  # enter_step then moves on to the stage and Yarn's frequencies
 
 
 class BetweenSteps:
-    """What happens between two steps of a run: lines in the log, validations, checkpoints, the end after a signal.
-
-    Validations and checkpoints are off the clock, which starts here, and may take as long as they like.
-    """
+    """What happens between two steps of a run: lines in the log, validations, checkpoints, the end after a signal."""
 
     def __init__(self, trainer: Trainer, log: "Log", val_batches: list[MicroBatch], now: Progress, watch: "Watch"):
         self.trainer, self.hp, self.log, self.val_batches, self.watch = trainer, trainer.hp, log, val_batches, watch
@@ -3628,7 +3637,7 @@ class BetweenSteps:
                 self.validate(step)
         if last:
             return
-        # After an even number of steps no gradient waits for the next.
+        # Only after an even number of steps: else Adam's gradients of one step would be lost.
         if hp.checkpoint_every and step % 2 == 0:
             stop = watch.agree_to_stop()
             if step >= now.step + hp.checkpoint_every or (stop and step > now.step):
@@ -3636,14 +3645,14 @@ class BetweenSteps:
                     now.step, now.elapsed = step, self.clock.elapsed
                     self.trainer.save_checkpoint(self.log, now)
                     if watch.side:
-                        dist.barrier(group=watch.side)  # while rank 0 writes, no other waits for it on the clock
+                        dist.barrier(group=watch.side)  # all wait off the clock while rank 0 writes
             if stop:
                 watch.stop_here(step)
         watch.at(step)
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
-        """The clock stands still, nothing counts as a hang, and all steps so far are known to be sound."""
+        """Stops the clock and the watch for hangs, and checks the gradients of all steps so far."""
         self.clock.stop()
         self.watch.pause()
         self.trainer.check_gradients(self.log, lag=0)
@@ -3658,17 +3667,17 @@ class BetweenSteps:
         require(math.isfinite(loss), f"the validation loss is {loss}: a parameter has left finite numbers")
 
     def log_step(self, step: int, batch: StepBatch, files: int) -> None:
-        """The line of a step that has been issued, and before it that of an epoch; files: how many an epoch has."""
-        if batch.epoch > 1 + (self.now.position[0] - 1) // files:  # the epoch of the step before
+        """Logs a step whose kernels have been launched, and an epoch that began with it; files: of an epoch."""
+        if batch.epoch > 1 + (self.now.position[0] - 1) // files:  # that of the step before
             self.log.write(f"epoch {batch.epoch}: the train files ran out at step {step} and start over")
         self.now.position = batch.position
         self.clock.step_issued()
-        self.trainer.check_gradients(self.log, lag=1)  # of the step before, which the clock has waited for
+        self.trainer.check_gradients(self.log, lag=1)  # of the step before: step_issued has waited for it
         self.log.step(step + 1, f"step:{step + 1}/{self.hp.total_steps} {self.clock.text(step + 1)}")
 
 
 class Clock:
-    """Training time in milliseconds, without what is off the clock. It waits for the GPU only when it stops."""
+    """Training time in milliseconds. It waits for all of the GPU's work only when it starts and stops."""
 
     def __init__(self, device: torch.device, elapsed: float = 0.0):
         self.device, self.elapsed = device, elapsed
@@ -3676,7 +3685,7 @@ class Clock:
         self.start()
 
     def step_issued(self) -> None:
-        """Lets the CPU run one step ahead of the GPU, not more, so that times in the log are times of the GPU."""
+        """Waits for the step before: the CPU launches one step ahead, no more, so that the log has the GPU's times."""
         if self.device.type == "cuda":
             before, self.issued = self.issued, torch.cuda.Event()
             self.issued.record()
@@ -3684,24 +3693,24 @@ class Clock:
                 before.synchronize()
 
     def start(self) -> None:
-        """Lets the time run."""
+        """Goes on counting."""
         synchronize(self.device)
         self.since = time.perf_counter()
 
     def stop(self) -> None:
-        """Holds it, once all that was issued is done."""
+        """Waits for the work launched so far, and stops counting."""
         synchronize(self.device)
         self.elapsed += 1000 * (time.perf_counter() - self.since)
         self.since = None
 
     def text(self, step: int) -> str:
-        """As logs have it; `step` steps are done."""
+        """The time as in the log, after `step` steps."""
         total = self.elapsed + (1000 * (time.perf_counter() - self.since) if self.since else 0)
         return f"train_time:{total:.0f}ms step_avg:{total / max(step, 1):.2f}ms"
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has done all that was issued."""
+    """Waits until a GPU has done all that was launched."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -458,7 +458,7 @@ PLANTED = {
          'checkpoint["rows"][:own]', "test_ngram.py test_each_of_several_ranks_takes_its_pieces 2"),
         ("pieces outlive their checkpoint", 'if not piece.with_name(f"{piece.stem[: -len(\'_rows0\')]}.pt").exists():',
          "if False:", "test_ngram.py test_pieces_go_with_their_checkpoint"),
-        ("a piece that was not written goes unnoticed", "next(filter(None, (told for _, told in rows)), \"\")", '""',
+        ("a piece that was not written goes unnoticed", "errors = [error for _, error in rows if error]", "errors = []",
          "test_ngram.py test_no_checkpoint_is_left"),
         ("a run goes on from its oldest checkpoint", "for path in reversed(checkpoints_of(run_id, folder)):",
          "for path in checkpoints_of(run_id, folder):", "test_faults.py test_the_hyperparameters_are_the_checkpoints"),
