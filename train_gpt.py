@@ -57,7 +57,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, cached_property, partial, reduce
 from glob import escape, glob
-from itertools import accumulate, chain, islice, pairwise, takewhile
+from itertools import accumulate, chain, islice, pairwise, repeat, takewhile
 from operator import itemgetter, xor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -1891,10 +1891,8 @@ class Yarn:
         self._fill_tables()
 
     def grow(self, old_window: int, new_window: int) -> None:
-        """Adapts to a long window that grows from `old_window` to `new_window` tokens.
-
-        Frequencies of 32 and more rotations in the old window stay; those of one or less slow down as the window grows.
-        """
+        """Adapts to a long window that grows from `old_window` to `new_window` tokens."""
+        # Frequencies of 32 rotations or more in the old window stay; those of 1 or less slow down as the window grows.
         rotations = old_window * self.frequencies / (2 * torch.pi)
         kept = ((rotations - 1) / (32 - 1)).clamp(0, 1)
         ratio = old_window / new_window
@@ -1909,16 +1907,13 @@ class Yarn:
 
 
 def gate_groups(layer: Layer, num_heads: int) -> list[list[float]]:
-    """Initial values of a layer's gates in four groups: XSA and heads (H each), kept outputs for values and for stream.
-
-    A group that the layer lacks is empty. Gate networks give them in this order.
-    """
+    """First values of a layer's gates, in the order of the network's results: for XSA, heads, values, stream."""
     of_heads = layer.xsa * num_heads * [XSA_GATE], layer.head_gates * num_heads * [HEAD_GATE]
     return [*of_heads, [*layer.values.values()], [*layer.adds.values()]]
 
 
 class LayerWeights(NamedTuple):
-    """A layer's parameters: learned scalars (0-d), and matrices in the layout of the banks. None: it has no such."""
+    """A layer's parameters: learned scalars (0-d), and matrices in the layout of the banks; None for none."""
 
     # layers with an MLP
     mlp_resid: Tensor | None = None
@@ -1947,16 +1942,15 @@ def compiler(enabled: bool) -> Callable:
 
 
 def widened(x):
-    """x in float32; float64 stays.
+    """x in float32; float64 stays. For sums with a matrix product, as part of the kernel that reads them.
 
-    Wanted where x is added to a matrix product. Of two tensors in bf16 the compiler would make one call to cuBLAS that
-    does both, and copy x for it first; with x in float32 the sum becomes part of the kernel that reads it.
+    Of two tensors in bf16 the compiler would have cuBLAS add x to the product, for which it would first copy x.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def join(x, mlp_out, w: LayerWeights | None):
-    """The stream (T, C): x and the MLP result that waits to be added to it, None for none; w: of that MLP's layer."""
+    """The stream (T, C): x plus the MLP result that waits to be added, None for none; w: weights of its layer."""
     return x if mlp_out is None else (w.mlp_resid * widened(x) + w.mlp_out * mlp_out).to(x.dtype)
 
 
@@ -2022,11 +2016,9 @@ def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias,
 
 
 def normed_input(x, fp8: bool):
-    """The norm of x (T, C); its first 12 dimensions, for value gates; the norm in FP8, or None.
-
-    The 12 are a copy: the gradient of a view would be filled up with zeros to the whole width.
-    """
+    """The norm of x (T, C); its first 12 dimensions, for value gates; the norm in FP8, or None."""
     normed = norm(x)
+    # The 12 are a copy: a view's gradient would be filled up with zeros to the whole width.
     return normed, normed[:, :GATE_DIMS].clone(), (normed.detach() / FP8_X).to(torch.float8_e4m3fn) if fp8 else None
 
 
@@ -2050,7 +2042,7 @@ def attention_inputs(x, mlp_out, before, normed, w: LayerWeights, narrow: bool):
 
 
 def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeights, keep: bool):
-    """The rest of a layer: adds attention's result (N, H, D) and `added` (T, C), and runs the MLP; None: has no such.
+    """The rest of a layer: adds attention's result (N, H, D) and `added` (T, C), None for none, and runs the MLP.
 
     Returns the stream as x (T, C) and the MLP's waiting result; with `keep`, x is complete and None waits.
     """
@@ -2068,11 +2060,10 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
 def target_rows(
     targets: Tensor, left: Tensor, n: int, prefixes: Tensor | None, classes: Tensor | None, vocab_size: int
 ) -> Tensor:
-    """n targets of each position, (n, T): the next tokens, the nearest first; with `prefixes` (V,), last its prefix.
+    """n targets of each position, (n, T): next tokens, the nearest first, then with `prefixes` (V,) the first's prefix.
 
-    -1 is no target. A token's own document gives its targets, and the token behind the document's end is the last one:
-    left (T,) counts the positions of the document that follow. With `classes` (P,), targets are places in it instead of
-    token ids; a target outside, which only a prefix can be, counts as none.
+    The first token behind a position's document is its last target, what comes after is -1, for none; left (T,): how
+    many positions of the document follow. With `classes` (P,), indices into these; a prefix outside them is none, too.
     """
     ahead = [torch.where(left >= k, targets.roll(-k), -1) for k in range(n - (prefixes is not None))]
     rows = torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
@@ -2084,10 +2075,8 @@ def target_rows(
 
 
 def copy_inputs(x, qk, sentinel_weight, gain, bias):
-    """From the last row's output (T, C): queries and keys (T, D) of copy_sums, score of not copying (T,) in float32.
-
-    Detached: what copying learns here sends no gradient back into the stream.
-    """
+    """From the last row's output (T, C): queries and keys (T, D) of copy_sums, score of not copying (T,) in float32."""
+    # No gradient from here into the stream: it does not learn to be searched.
     x = norm(x).detach()
     q, k = norm(F.linear(x, qk).unflatten(-1, (2, -1))).unbind(1)
     return (gain * q.size(-1) ** -0.5 * q).to(x.dtype), k, widened(F.linear(x, sentinel_weight).squeeze(-1)) + bias
@@ -2127,13 +2116,11 @@ class MicroBatch(NamedTuple):
     classes: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor in one list, as a CUDA graph takes them."""
         classes = () if self.classes is None else (self.classes,)
         return [self.inputs, self.targets, *self.documents, *self.ngrams, *classes]
 
     @staticmethod
     def of(tensors: list[Tensor]) -> "MicroBatch":
-        """The inverse of tensors()."""
         inputs, targets, starts, ends, slots, signs, *classes = tensors
         return MicroBatch(inputs, targets, Documents(starts, ends), Ngrams(slots, signs), *classes)
 
@@ -2156,10 +2143,8 @@ class GPT(nn.Module):
         def parameter(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
-        gates = []  # initial values, by network
-        for layers in NETWORK_LAYERS:
-            groups = chain(*(gate_groups(layer, H) for layer in layers))
-            gates.append([*chain(*groups)])
+        groups = [[group for layer in layers for group in gate_groups(layer, H)] for layers in NETWORK_LAYERS]
+        gates = [[*chain(*of_network)] for of_network in groups]  # first values, by network
         most_gates = max(map(len, gates), default=0)
         self.scalars = parameter(len(SCALAR_LRS), dtype=torch.float32)
         self.smear_gate = parameter(1, GATE_DIMS)
@@ -2239,34 +2224,30 @@ class GPT(nn.Module):
         values = iter(self.scalars.unbind())
         return {name: [next(values) for _ in range(count)] for name, (count, _, _) in SCALARS.items()}
 
-    def layer_weights(
-        self, scalars: dict[str, list[Tensor]], fp8_grad_scale: float | None = None
-    ) -> list[LayerWeights]:
+    def layer_weights(self, scalars: dict[str, list[Tensor]], fp8_grad_scale: float | None) -> list[LayerWeights]:
         """Each layer's weights; fp8_grad_scale as in forward.
 
         Banks are taken apart by split and unbind, whose backward joins the gradients in one pass; indexing layer by
         layer would write a bank of zeros for each.
         """
-        vo = self.vo_bank.unbind()
-        mlps = [Projection(pair) for pair in self.mlp_bank.unbind()]
-        qkvs = [Projection(qkv) for qkv in zip(self.pairs_of_heads(), vo[::2], strict=False)]
+        mlps_fp8 = qkvs_fp8 = repeat((None, None))
+        grad_scale = None
         if self.fp8_layers and fp8_grad_scale is not None:
-
-            def with_fp8(projections, fp8_pairs):
-                pairs = zip(projections, fp8_pairs, strict=False)  # those that pad the banks may be left out
-                scale = FP8_GRAD * fp8_grad_scale
-                return [p._replace(fp8=fp8, fp8_t=fp8_t, grad_scale=scale) for p, (fp8, fp8_t) in pairs]
-
-            mlps = with_fp8(mlps, zip(*self.fp8_weights(self.mlp_bank.detach()), strict=True))
-            qkvs = with_fp8(qkvs, self.qkv_fp8_weights())
-        mlps, qkvs, outs, value_gates = map(iter, (mlps, qkvs, vo[1::2], self.value_gates.unbind()))
+            mlps_fp8 = zip(*self.fp8_weights(self.mlp_bank.detach()), strict=True)
+            qkvs_fp8 = iter(self.qkv_fp8_weights())
+            grad_scale = FP8_GRAD * fp8_grad_scale
+        vo, value_gates = self.vo_bank.unbind(), iter(self.value_gates.unbind())
+        mlps, outs = iter(self.mlp_bank.unbind()), iter(vo[1::2])
+        qkvs = zip(self.pairs_of_heads(), vo[::2], strict=False)
         weights = []
         for i, layer in enumerate(LAYERS):
             w = LayerWeights()
             if layer.mlp:
-                w = w._replace(mlp_resid=scalars["mlp_resid"][i], mlp_out=scalars["mlp_out"][i], mlp=next(mlps))
+                mlp = Projection(next(mlps), *next(mlps_fp8), grad_scale)
+                w = w._replace(mlp_resid=scalars["mlp_resid"][i], mlp_out=scalars["mlp_out"][i], mlp=mlp)
             if layer.window:
-                w = w._replace(attn_resid=scalars["attn_resid"][i], qkv_lambda=scalars["qkv"][i], qkv=next(qkvs))
+                qkv = Projection(next(qkvs), *next(qkvs_fp8), grad_scale)
+                w = w._replace(attn_resid=scalars["attn_resid"][i], qkv_lambda=scalars["qkv"][i], qkv=qkv)
                 w = w._replace(out_lambda=scalars["out"][i], out=next(outs))
             if layer.value_embed:
                 w = w._replace(value_gate=next(value_gates))
@@ -2284,7 +2265,7 @@ class GPT(nn.Module):
         prefix: the last of the weights is that of the next token's prefix.
         """
         x = self.output(batch, windows, fp8_grad_scale)
-        left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)  # positions of its document behind each
+        left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)  # how many of its document follow
         by_position = [x, batch.targets, left]
         if len(self.copy_qk):
             q, k, sentinel = self.copying(x)
@@ -2300,9 +2281,7 @@ class GPT(nn.Module):
     def copying(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """copy_inputs of the last row's output x (T, C), with the model's parameters."""
         scalars = self.named_scalars()
-        return self.copy_inputs(
-            x, self.copy_qk, self.copy_sentinel, scalars["copy_gain"][0], scalars["copy_sentinel"][0]
-        )
+        return self.copy_inputs(x, self.copy_qk, self.copy_sentinel, *scalars["copy_gain"], *scalars["copy_sentinel"])
 
     def output(self, batch: MicroBatch, windows: dict[str, int], fp8_grad_scale: float | None = None) -> Tensor:
         """The stream (T, C) behind the last row, not normed; arguments as in forward."""
@@ -2330,12 +2309,13 @@ class GPT(nn.Module):
             if layer.window:
                 if layer.reads and layer.reads not in normed:
                     normed[layer.reads] = self.normed_input(kept[layer.reads], w.qkv.fp8 is not None)
-                x, mlp_out, made, value_gate = self.attention_inputs(
+                x, mlp_out, lacking, value_gate = self.attention_inputs(
                     x, mlp_out, before, normed.get(layer.reads), w, layer.narrow
                 )
+                projection = w.qkv._replace(**lacking)
                 embed_rows = next(value_rows) if layer.value_embed else None
                 q, k, v = split_heads(
-                    w.qkv._replace(**made), value_gate, self.value_embeds, embed_rows, self.yarn.cos, self.yarn.sin,
+                    projection, value_gate, self.value_embeds, embed_rows, self.yarn.cos, self.yarn.sin,
                     documents[layer.paired] if layer.key_offset else None, self.num_heads, layer.paired,
                 )  # fmt: skip
                 v = v if added_values is None else v + added_values.view_as(v)
@@ -2464,10 +2444,30 @@ def lr_multipliers(row: Row, slice: Tensor, first: int) -> Tensor:
     return torch.tensor(lr, device=slice.device).view(n, *[1] * (slice.dim() - 1))
 
 
-class Adam:
-    """State and step of one parameter's slice, which begins at index `first` of the parameter."""
+class Algorithm:
+    """State and step of a parameter's slice, which begins at index `first` of the parameter.
 
-    states = ("m", "v", "updates")  # in checkpoints
+    update takes the schedule's values; momentum is NorMuon's. It returns a tensor that is finite if the gradient is.
+    """
+
+    # By attribute what checkpoints keep: tensors and counts; and tensors with a row for each of the slice's rows, most
+    # of a checkpoint, in files of their own.
+    states: tuple[str, ...] = ()
+    row_states: tuple[str, ...] = ()
+
+    def reset(self) -> None:
+        """Back to before the first step; the n-grams' table, too: it starts at zero, and no copy of it need be kept."""
+        for name in (*self.states, *self.row_states):
+            if isinstance(state := getattr(self, name), Tensor):
+                state.zero_()
+            elif state is not None:
+                setattr(self, name, 0)
+
+
+class Adam(Algorithm):
+    """For parameters of any shape."""
+
+    states = ("m", "v", "updates")
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
         self.row, self.hp, self.p = row, hp, slice
@@ -2476,7 +2476,6 @@ class Adam:
         self.updates = 0
 
     def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
-        """Steps; lr_factor is the schedule's, momentum is for NorMuon. Returns a tensor that is finite if grad is."""
         self.updates += 1
         beta1, beta2 = self.row.betas
         lr = self.multipliers * (self.hp.adam_lr * lr_factor)
@@ -2485,15 +2484,9 @@ class Adam:
         self.apply(self.p, grad, self.m, self.v, beta1, beta2, self.hp.adam_eps, lr, correction, wd)
         return grad
 
-    def reset(self) -> None:
-        """Back to the state before the first step."""
-        self.m.zero_()
-        self.v.zero_()
-        self.updates = 0
 
-
-class NorMuon:
-    """State and step of one bank's slice, (N, rows, columns), which begins at the bank's matrix `first`."""
+class NorMuon(Algorithm):
+    """For banks of matrices, (N, rows, columns)."""
 
     states = ("m", "second_moment", "low_bits")
 
@@ -2510,19 +2503,12 @@ class NorMuon:
         self.multipliers = lr_multipliers(row, slice, first) * max(1, rows / columns) ** 0.5
 
     def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
-        """As Adam's."""
         lr = self.hp.muon_lr * lr_factor
         ahead = self.look_ahead(grad, self.m, cpu_scalar(momentum), self.p.dtype)
         lr_eff, decay = self.multipliers * lr, cpu_scalar(lr * self.hp.muon_wd * self.row.wd)
         u = polar_express(ahead)
         self.apply(self.p, self.low_bits, u, self.second_moment, self.hp.muon_beta2, lr_eff, decay)
         return grad
-
-    def reset(self) -> None:
-        """As Adam's."""
-        for state in (self.m, self.second_moment, self.low_bits):
-            if state is not None:
-                state.zero_()
 
 
 class RowGradient(NamedTuple):
@@ -2532,11 +2518,11 @@ class RowGradient(NamedTuple):
     values: Tensor
 
 
-class RowAdam:
-    """State and step of a rank's share of the n-grams' table, row by row: see update_rows_reference."""
+class RowAdam(Algorithm):
+    """For the n-grams' table, row by row: see update_rows_reference."""
 
     states = ("updates",)
-    row_states = ("p", "v", "last")  # most of a checkpoint, in files of their own
+    row_states = ("p", "v", "last")
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
         self.row, self.hp, self.p = row, hp, slice
@@ -2545,19 +2531,13 @@ class RowAdam:
         self.updates = 0
 
     def update(self, grad: RowGradient, lr_factor: float, momentum: float) -> Tensor:
-        """As Adam's. Returns the gradient's mean square by row, and a zero, so that there is always one number."""
         self.updates += 1
         beta2, lr = self.row.betas[1], self.hp.adam_lr * lr_factor * self.row.lr[0]
         corrected = lr * (1 - beta2**self.updates) ** 0.5
         decay = lr * lr * self.hp.adam_wd * self.row.wd
         rates = self.updates, beta2, corrected, decay, self.hp.adam_eps
-        return F.pad(update_rows(self.p, self.v, self.last, *grad, *rates), (0, 1))
-
-    def reset(self) -> None:
-        """As Adam's. The table itself starts at zero and goes back to it: no copy need be kept during the warm-up."""
-        for name in self.row_states:
-            getattr(self, name).zero_()
-        self.updates = 0
+        mean_squares = update_rows(self.p, self.v, self.last, *grad, *rates)
+        return F.pad(mean_squares, (0, 1))  # a zero more, so that there is always one number
 
 
 ALGORITHMS = {"adam": Adam, "normuon": NorMuon, "rowwise": RowAdam}
@@ -2819,7 +2799,7 @@ class Optimizer:
         self.largest = deque(maxlen=8)  # (step, names, on the CPU the largest magnitude of each gradient)
 
     def mark_lookups(self, dealt: list[np.ndarray]) -> None:
-        """Says which tokens each rank looks up; dealt: the inputs of all micro-batches, dealt to the ranks in turn."""
+        """Marks what each rank looks up; dealt: inputs of all micro-batches, which go to the ranks in turn."""
         for i, tokens in enumerate(dealt):
             for name in TABLES.keys() & self.slots.keys():
                 self.slots[name].communication.mark_lookups(i % self.world.size, tokens)
@@ -3335,11 +3315,9 @@ class TrainingSchedule:
         self.untie_step = next(untie, hp.total_steps) | 1  # | 1: the next odd step, as Adam steps on these only
 
     def stage_index(self, step: int) -> int:
-        """Index of the stage of `step`."""
         return max(i for i, start in enumerate(self.starts) if step >= start)
 
     def stage(self, step: int) -> TrainingStage:
-        """The stage of `step`."""
         return self.hp.stages[self.stage_index(step)]
 
     def tokens(self, step: int) -> int:
@@ -3347,7 +3325,7 @@ class TrainingSchedule:
         return self.stage(step).tokens // MICRO_BATCHES
 
     def size(self, step: int) -> tuple[int, int, int]:
-        """For the loader: tokens of a micro-batch, of a document at most, and classes of the softmax, 0 for all."""
+        """For the loader: tokens of a micro-batch, of a document at most; classes of the softmax, 0 for all."""
         stage = self.stage(step)
         classes = stage.classes if stage.classes < self.hp.padded_vocab else 0
         return self.tokens(step), min(stage.max_seq_len, self.hp.train_max_seq_len), classes
@@ -3368,7 +3346,7 @@ class TrainingSchedule:
         return high - (high - low) * into_cooldown / self.cooldown if into_cooldown else high
 
     def target_weights(self, step: int) -> list[float]:
-        """Weights of the next tokens, then of the prefix if the stage has one; linear from a stage's start to its end."""
+        """Weights of the next tokens, then of the prefix if the stage has one; linear over the steps of a stage."""
         i = self.stage_index(step)
         t = (step - self.starts[i]) / max(self.ends[i] - self.starts[i], 1)
         stage = self.hp.stages[i]
@@ -3383,8 +3361,7 @@ class TrainingSchedule:
         return self.window_tokens(stage.short_window, stage.long_window)
 
     def val_windows(self, step: int) -> dict[str, int]:
-        """Windows for validation after `step` steps: the last step's. At the run's end FINAL_WINDOWS, wider than any
-        in training; Yarn stays at the last stage's, as in the public record."""
+        """After `step` steps: the last one's; at the run's end FINAL_WINDOWS, for which Yarn does not grow further."""
         return self.window_tokens(*FINAL_WINDOWS) if step == self.hp.total_steps else self.windows(max(step - 1, 0))
 
     def window_tokens(self, short: int, long: int) -> dict[str, int]:
@@ -3469,13 +3446,12 @@ class Trainer:
         self.ngrams.communication.fill(batch.exchange)
         run, graph = partial(self.micro_step, step), self.graphs.get(self.stage_index)
         for micro_batch in batch.micro_batches:
-            # Too many different targets for the stage's classes, see softmax_classes: not the graph's shapes
+            # More different targets than the stage has classes: the softmax takes all, other than the graph's
             rare = micro_batch.classes is None and self.schedule.size(step)[2]
             (run if rare or not graph else graph)(micro_batch, self.target_weights[step])
         self.optimizer.mark_lookups(batch.dealt)
 
     def update(self, step: int) -> None:
-        """The optimizer's step, with the schedule's values."""
         self.optimizer.step(step, self.schedule.lr(step), self.schedule.momentum(step))
 
     @torch.no_grad()
@@ -3547,7 +3523,7 @@ class Trainer:
         return now.val_losses
 
     def check_gradients(self, log: "Log", lag: int) -> None:
-        """Saves parameters and states and raises UserError if a gradient of all but the last `lag` steps is not finite."""
+        """Raises UserError if a gradient, of all but the last `lag` steps, is not finite; first saves what there is."""
         while len(self.optimizer.largest) > lag:
             step, names, values = self.optimizer.largest.popleft()
             bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
@@ -3632,7 +3608,8 @@ class BetweenSteps:
         hp, now, watch, last = self.hp, self.now, self.watch, step == self.hp.total_steps
         watch.at(step)
         due = step in hp.val_steps or (hp.val_loss_every and step % hp.val_loss_every == 0)
-        if last or (due and not 0 < step == self.begin):  # a run that goes on has validated before its checkpoint
+        resumed_here = 0 < step == self.begin  # has validated before its checkpoint
+        if last or (due and not resumed_here):
             with self.off_the_clock():
                 self.validate(step)
         if last:
@@ -3668,7 +3645,8 @@ class BetweenSteps:
 
     def log_step(self, step: int, batch: StepBatch, files: int) -> None:
         """Logs a step whose kernels have been launched, and an epoch that began with it; files: of an epoch."""
-        if batch.epoch > 1 + (self.now.position[0] - 1) // files:  # that of the step before
+        epoch_before = 1 + (self.now.position[0] - 1) // files
+        if batch.epoch > epoch_before:
             self.log.write(f"epoch {batch.epoch}: the train files ran out at step {step} and start over")
         self.now.position = batch.position
         self.clock.step_issued()
@@ -3693,7 +3671,6 @@ class Clock:
                 before.synchronize()
 
     def start(self) -> None:
-        """Goes on counting."""
         synchronize(self.device)
         self.since = time.perf_counter()
 
@@ -3710,7 +3687,6 @@ class Clock:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has done all that was launched."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
