@@ -2128,8 +2128,6 @@ class MicroBatch(NamedTuple):
 class GPT(nn.Module):
     """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits.
 
-    Of the n-grams' millions of rows self.ngrams has only those that a step or validation chunk looks up: see RowCache.
-
     Initial values: head normal, std 0.005; embed its transpose; attention banks and W_fc uniform with std 0.5 C^-0.5;
     value embeddings normal, std 0.01; copy_qk normal, std C^-0.5; the first matrices of gate networks uniform in
     +-C^-0.5, their biases so that gates start as the tables say; scalars as in the table SCALARS; all else zero.
@@ -2163,7 +2161,9 @@ class GPT(nn.Module):
         self.head = parameter(C, V)
         self.embed = parameter(V, C)  # tied to the head at first, see Optimizer
         self.value_embeds = parameter(len(VALUE_LAYERS) * V, C)
-        self.ngram_shape, self.ngrams = (hp.ngram_rows, C), None  # no parameter: it must not be copied or saved
+        # Will have the rows of n-grams that a step or validation chunk looks up, see RowCache. No nn.Parameter: it must
+        # not be copied or saved.
+        self.ngram_shape, self.ngrams = (hp.ngram_rows, C), None
         if device.type == "meta":  # only the shapes are asked for
             return
         with torch.no_grad():
@@ -2225,17 +2225,14 @@ class GPT(nn.Module):
         return {name: [next(values) for _ in range(count)] for name, (count, _, _) in SCALARS.items()}
 
     def layer_weights(self, scalars: dict[str, list[Tensor]], fp8_grad_scale: float | None) -> list[LayerWeights]:
-        """Each layer's weights; fp8_grad_scale as in forward.
-
-        Banks are taken apart by split and unbind, whose backward joins the gradients in one pass; indexing layer by
-        layer would write a bank of zeros for each.
-        """
+        """Each layer's weights; fp8_grad_scale as in forward."""
         mlps_fp8 = qkvs_fp8 = repeat((None, None))
         grad_scale = None
         if self.fp8_layers and fp8_grad_scale is not None:
             mlps_fp8 = zip(*self.fp8_weights(self.mlp_bank.detach()), strict=True)
             qkvs_fp8 = iter(self.qkv_fp8_weights())
             grad_scale = FP8_GRAD * fp8_grad_scale
+        # By split and unbind, whose backward joins gradients in one pass; indexing would write a bank of zeros a layer.
         vo, value_gates = self.vo_bank.unbind(), iter(self.value_gates.unbind())
         mlps, outs = iter(self.mlp_bank.unbind()), iter(vo[1::2])
         qkvs = zip(self.pairs_of_heads(), vo[::2], strict=False)
@@ -2273,8 +2270,8 @@ class GPT(nn.Module):
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
         args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
         losses = []
-        for chunk in zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True):
-            x_chunk, targets, left, *copying = chunk
+        chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
+        for x_chunk, targets, left, *copying in chunks:
             losses.append(self.head_losses(x_chunk, head, targets, left, *args, *copying))
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
@@ -2410,9 +2407,8 @@ def nesterov(grad, m, momentum, out_dtype: torch.dtype):
 def normuon_update(p, low_bits, u, second_moment, beta2: float, lr_eff, decay):
     """Variance reduction (NorMuon, arXiv 2510.05491) of u (N, rows, columns), cautious decay and the step, in place.
 
-    Each row (or column) is divided by the root of its running mean square, second_moment (N, rows, 1) or
-    (N, 1, columns), float32; then each matrix gets its Frobenius norm back. lr_eff (N, 1, 1); low_bits as in join_bits,
-    None for float32 p.
+    Divides rows (or columns) by the root of their running mean squares, second_moment (N, rows, 1) or (N, 1, columns),
+    float32, and gives each matrix its Frobenius norm back. lr_eff (N, 1, 1); low_bits: see join_bits, None for float32.
     """
     u = u.to(second_moment.dtype)
     dim = -1 if second_moment.size(-1) == 1 else -2
@@ -2450,10 +2446,8 @@ class Algorithm:
     update takes the schedule's values; momentum is NorMuon's. It returns a tensor that is finite if the gradient is.
     """
 
-    # By attribute what checkpoints keep: tensors and counts; and tensors with a row for each of the slice's rows, most
-    # of a checkpoint, in files of their own.
-    states: tuple[str, ...] = ()
-    row_states: tuple[str, ...] = ()
+    states: tuple[str, ...] = ()  # attributes that checkpoints keep: tensors and counts
+    row_states: tuple[str, ...] = ()  # those with as many rows as the n-grams' table, in files of their own
 
     def reset(self) -> None:
         """Back to before the first step; the n-grams' table, too: it starts at zero, and no copy of it need be kept."""
@@ -3049,14 +3043,11 @@ def ngram_signs(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 class Exchange(NamedTuple):
-    """Which rows of the n-grams' table a rank gets from the others, and gives them, for a step or a validation chunk.
-
-    A rank's slots are the different rows that it looks up, in the table's order, hence by owner.
-    """
+    """Which rows of the n-grams' table a rank gets from all ranks, and gives them, for a step or validation chunk."""
 
     rows: Tensor  # int32, ascending: what any rank looks up of this rank's share, counted from the share's first row
     asked: Tensor  # int32, indices into `rows`: what rank 0 looks up of them, then rank 1, ...
-    taken: list[int]  # by rank, how many of this rank's slots it owns
+    taken: list[int]  # by owner, how many slots this rank has: they are the rows it looks up, in the table's order
     given: list[int]  # by rank, how many of `asked` are for it
 
 
@@ -3184,8 +3175,7 @@ class TrainLoader:
 
     def _prepare(self, size: tuple[int, ...]) -> StepBatch:
         num_tokens, max_seq_len, num_classes = size
-        spans = self._deal(num_tokens, max_seq_len)
-        dealt = [self.shard.assemble(span, num_tokens, max_seq_len) for span in spans]
+        dealt = [self.shard.assemble(span, num_tokens, max_seq_len) for span in self._deal(num_tokens, max_seq_len)]
         targets = np.concatenate([tokens[1:] for tokens, _ in dealt])  # of all ranks: classes are the same on each
         classes = softmax_classes(targets, num_classes, self.hp.padded_vocab)
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
@@ -3214,10 +3204,7 @@ class TrainLoader:
 
 
 def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> list[tuple[list[MicroBatch], Exchange]]:
-    """This rank's chunks of the first val_tokens, which do not depend on the number of ranks, each with its exchange.
-
-    Raises UserError if there are fewer tokens.
-    """
+    """This rank's chunks of the first val_tokens, each with its exchange. Raises UserError for fewer tokens."""
     needed, tokens = hp.val_tokens + 1, np.empty(0, np.uint16)
     for path in paths:
         tokens = np.append(tokens, read_tokens(path, hp.vocab_size, needed - len(tokens)))
@@ -3543,8 +3530,7 @@ class Trainer:
     def save_checkpoint(self, log: "Log", progress: Progress | None = None) -> None:
         """Writes the model, and with `progress` all it takes to go on, beside the log; every rank must call it.
 
-        torch.load(path, weights_only=True) reads the files. The newest two checkpoints are kept. One that can't be
-        written is told in the log, and the run goes on.
+        torch.load(path, weights_only=True) reads the files. The newest two are kept. If writing fails, the log says so.
         """
         step = progress.step if progress else self.hp.total_steps
         path = log.path.with_name(f"{self.hp.run_id}_step{step:06d}.pt")
