@@ -1864,21 +1864,23 @@ def copy_sums(q, k, targets, documents: Documents, window: int) -> Tensor:
 # ======================================================================================================================
 # Model
 # ======================================================================================================================
+# GPT.output goes through the rows of LAYERS; each adds to the residual stream x (T, C). What an MLP gives is not added
+# at once: it waits as mlp_out for the next function that reads the stream (see join), so that the addition is part of a
+# kernel that runs anyway. Everything between attention, lookups and FP8 products is in a few compiled functions.
 
 
 class Yarn:
     """Half-truncated rotary embedding whose frequencies and softmax scale follow the attention window.
 
-    A quarter of a head's dimensions' worth of frequencies turn adjacent pairs of its first half; the second half is
-    stationary. One table serves all layers: in paired layers the position is that of the interleaved sequence, and the
-    heads of narrow layers are the first half alone.
-    Source: YaRN, arXiv 2309.00071, here applied in training each time the window grows.
+    head_dim / 4 frequencies turn the adjacent pairs of a head's first half; the second half is stationary. One table
+    serves all layers: paired layers count positions in the interleaved sequence, heads of narrow layers have the first
+    half alone. Source: YaRN, arXiv 2309.00071, here applied in training each time the window grows.
     """
 
     def __init__(self, head_dim: int, positions: int, device: torch.device):
         self.num_frequencies = head_dim // 4
         self.position = torch.arange(positions, dtype=torch.float32, device=device)
-        # One entry a pair; cos 1 and sin 0 for the stationary half, so that the rotation has no cases.
+        # One entry a pair; in the stationary half cos 1 and sin 0, an angle of 0.
         self.cos = torch.ones(positions, 1, head_dim // 2, dtype=torch.bfloat16, device=device)
         self.sin = torch.zeros_like(self.cos)
         self.reset()
@@ -1891,10 +1893,12 @@ class Yarn:
         self._fill_tables()
 
     def grow(self, old_window: int, new_window: int) -> None:
-        """Follows the long window from `old_window` to `new_window` tokens."""
+        """Adapts to a long window that grows from `old_window` to `new_window` tokens."""
+        # Frequencies of 32 rotations or more in the old window stay; those of 1 or less slow down as the window grows.
         rotations = old_window * self.frequencies / (2 * torch.pi)
-        kept = ((rotations - 1) / (32 - 1)).clamp(0, 1)  # fast frequencies stay, slow ones are stretched
-        self.frequencies = self.frequencies * (old_window / new_window + kept * (1 - old_window / new_window))
+        kept = ((rotations - 1) / (32 - 1)).clamp(0, 1)
+        ratio = old_window / new_window
+        self.frequencies = self.frequencies * (ratio + kept * (1 - ratio))
         self.scale *= 0.2 * float(np.log(new_window / old_window)) + 1
         self._fill_tables()
 
@@ -1905,13 +1909,13 @@ class Yarn:
 
 
 def gate_groups(layer: Layer, num_heads: int) -> list[list[float]]:
-    """A layer's gates at the start, in the order in which its network gives them: XSA, heads, values, stream."""
+    """First values of a layer's gates, in the order of the network's results: for XSA, heads, values, stream."""
     of_heads = layer.xsa * num_heads * [XSA_GATE], layer.head_gates * num_heads * [HEAD_GATE]
     return [*of_heads, [*layer.values.values()], [*layer.adds.values()]]
 
 
 class LayerWeights(NamedTuple):
-    """What a layer takes from the banks and scalars; 0-d lambdas, matrices as stored."""
+    """A layer's parameters: learned scalars (0-d), and matrices in the layout of the banks; None for none."""
 
     # layers with an MLP
     mlp_resid: Tensor | None = None
@@ -1927,36 +1931,36 @@ class LayerWeights(NamedTuple):
 
 
 def compiler(enabled: bool) -> Callable:
-    """torch.compile with static shapes, or nothing."""
+    """The decorator torch.compile with static shapes; one that changes nothing unless `enabled`."""
     if not enabled:
         return lambda function: function
-    # Every kind of layer in every stage is a graph of the same function: more than Dynamo expects.
+    # A function is compiled once for each kind of layer in each stage: more often than Dynamo's limit of 8 allows.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(dynamic=False, fullgraph=True)
 
 
-# The functions below are the compiled regions, and what they share. Layers of one kind share a graph, which is why
-# compiling the whole takes a minute and a half; attention stays between, so that windows change without compiling.
+# The functions down to head_losses are the compiled regions and their helpers. Compiled one by one, they are compiled
+# once for all layers of a kind, a minute and a half in all. Attention stays outside: windows change without compiling.
 
 
 def widened(x):
-    """x in float32 (or float64), for sums with a matrix product that has just been made, in the kernel that reads them.
+    """x in float32; float64 stays. For sums with a matrix product, as part of the kernel that reads them.
 
-    Left to itself, the compiler has the product add x, for which x is copied first; to float32 x it does not.
+    Of two tensors in bf16 the compiler would have cuBLAS add x to the product, for which it would first copy x.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def join(x, mlp_out, w: LayerWeights | None):
-    """The stream (T, C) behind a layer of weights w, whose MLP's result mlp_out has not been added to x yet."""
+    """The stream (T, C): x plus the MLP result that waits to be added, None for none; w: weights of its layer."""
     return x if mlp_out is None else (w.mlp_resid * widened(x) + w.mlp_out * mlp_out).to(x.dtype)
 
 
 class Gate(torch.autograd.Function):
     """sigmoid(x W^T) for x (T, 12), W (heads, 12) -> (T, heads).
 
-    By sums, which the compiler makes part of the kernels around: products as narrow as these take cuBLAS several slow
-    ones. The weight's gradient is still a product: a sum over all tokens for 72 results is what compilers do badly.
+    Forward and the gradient of x are sums, which the compiler fuses into the kernels around; cuBLAS takes several slow
+    kernels for so narrow a product. The weight's gradient, 72 sums over all tokens, is better left to cuBLAS.
     """
 
     @staticmethod
@@ -1973,12 +1977,16 @@ class Gate(torch.autograd.Function):
 
 
 def gate(x, weight):
-    """Of the first 12 of x (T, C)."""
+    """Gate of the first 12 dimensions of x (T, C)."""
     return Gate.apply(x[:, :GATE_DIMS], weight)
 
 
 def embed_inputs(x, ngrams, signs, sign_rows, first, smear_lambda, smear_gate):
-    """x0 (T, C) from the tokens' embeddings x, smeared and normed, and the sum of ngrams (orders, T, C) with signs."""
+    """LAYERS' "x0" and "ngrams", (T, C) each, from embeddings of tokens (T, C) and of n-grams (orders, T, C).
+
+    Smear adds to a token's embedding a gated share of the previous token's, unless a document begins between them
+    (first, (T,)). N-grams' embeddings are multiplied by their rows of signs (orders, T) and summed.
+    """
     smear = smear_lambda * gate(x[1:], smear_gate)
     smear = smear.masked_fill(first[1:, None], 0)
     ngrams = (widened(ngrams) * F.embedding(sign_rows, signs)).sum(0).to(x.dtype)
@@ -1986,13 +1994,14 @@ def embed_inputs(x, ngrams, signs, sign_rows, first, smear_lambda, smear_gate):
 
 
 def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias, layers: list[Layer], num_heads: int):
-    """The stream (T, C); by layer gates of XSA and heads (T, H), sums for values and stream (T, C), None for no such.
+    """The stream (T, C); of each of `layers` XSA and head gates (T, H), and what to add to values and stream (T, C).
 
-    kept: what is weighed, by name. All layers' sums are made here at once: backward, one kernel then sums up the
-    gradients of what is kept, instead of each layer writing and adding its own. Source: MUDD, arXiv 2502.12170.
+    None for what a layer lacks. A two-layer network makes the gates from the stream; what is added are sums of the kept
+    outputs (by name), each times a gate. All layers' sums are made here, so that in the backward pass one kernel sums
+    the gradients of what is kept. Source: MUDD, arXiv 2502.12170.
     """
     x = join(x, mlp_out, before)
-    # No empty groups: PyTorch 2.11 can't compile a split that has them.
+    # Without the empty groups: PyTorch 2.11 can't compile a split into nothing.
     sizes = [len(group) for layer in layers for group in gate_groups(layer, num_heads) if group]
     hidden = F.gelu(F.linear(x, w_in))
     gates = iter((GATE_SCALE * (F.linear(hidden, w_out[: sum(sizes)]) + bias[: sum(sizes)])).split(sizes, -1))
@@ -2009,16 +2018,17 @@ def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias,
 
 
 def normed_input(x, fp8: bool):
-    """The norm of x (T, C); a copy of what value gates look at, so that their gradient is no wider; the norm in FP8."""
+    """The norm of x (T, C); its first 12 dimensions, for value gates; the norm in FP8, or None."""
     normed = norm(x)
+    # The 12 are a copy: a view's gradient would be filled up with zeros to the whole width.
     return normed, normed[:, :GATE_DIMS].clone(), (normed.detach() / FP8_X).to(torch.float8_e4m3fn) if fp8 else None
 
 
 def attention_inputs(x, mlp_out, before, normed, w: LayerWeights, narrow: bool):
-    """The stream (x, mlp_out), what the projection of normed to q, k, v lacks, by name, the value gate (T, H).
+    """The stream (x, mlp_out), fields of the layer's Projection to q, k, v, and its value gate (T, H).
 
-    normed: normed_input of what is projected; None: of the stream. narrow: as in LAYERS. By name, for PyTorch 2.11 does
-    not return the whole projection from a compiled region: it loses fields.
+    normed: normed_input of the kept output that the layer reads; None: it reads the stream. The fields come as a dict:
+    in PyTorch 2.11 a Projection that a compiled function returns loses some.
     """
     if normed is None:
         x, mlp_out = join(x, mlp_out, before), None
@@ -2027,16 +2037,16 @@ def attention_inputs(x, mlp_out, before, normed, w: LayerWeights, narrow: bool):
     qk, v = w.qkv.weight
     qk = qk[:, :, : qk.size(2) // 2] if narrow else qk
     weight = w.qkv_lambda * torch.cat((qk.flatten(0, 2), v))
-    # The weight in FP8 is not multiplied by the lambda: its scale is.
+    # In FP8 the lambda goes into the weight's scale, so that the weight is the one that layer_weights has converted.
     scale = None if x_fp8 is None else w.qkv_lambda.detach() * FP8_WEIGHT
     value_gate = None if w.value_gate is None else 2 * gate(for_gate, w.value_gate)
     return x, mlp_out, dict(weight=weight, scale=scale, x=normed, x_fp8=x_fp8), value_gate
 
 
 def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeights, keep: bool):
-    """The stream (T, C) behind attention and added outputs, and the MLP's result, yet to be added; with `keep` it is.
+    """The rest of a layer: adds attention's result (N, H, D) and `added` (T, C), None for none, and runs the MLP.
 
-    attended: attention's result (N, H, D); None where a layer has none, as head_gates and added.
+    Returns the stream as x (T, C) and the MLP's waiting result; with `keep`, x is complete and None waits.
     """
     x, mlp_out = join(x, mlp_out, before), None
     dtype = x.dtype
@@ -2052,10 +2062,10 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
 def target_rows(
     targets: Tensor, left: Tensor, n: int, prefixes: Tensor | None, classes: Tensor | None, vocab_size: int
 ) -> Tensor:
-    """(n, T): the next tokens, the nearest first, then, if there is a table of prefixes, the nearest's; -1 for none.
+    """n targets of each position, (n, T): next tokens, the nearest first, then with `prefixes` (V,) the first's prefix.
 
-    left (T,): how many positions of its document follow a position; targets end with the first token behind a document.
-    With `classes` (P,) their places in it instead; those that are not in it, which only prefixes can be, count as none.
+    The first token behind a position's document is its last target, what comes after is -1, for none; left (T,): how
+    many positions of the document follow. With `classes` (P,), indices into these; a prefix outside them is none, too.
     """
     ahead = [torch.where(left >= k, targets.roll(-k), -1) for k in range(n - (prefixes is not None))]
     rows = torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
@@ -2063,11 +2073,12 @@ def target_rows(
         return rows
     places = torch.full((vocab_size + 1,), -1, dtype=rows.dtype, device=rows.device)
     places[classes] = torch.arange(len(classes), dtype=rows.dtype, device=rows.device)
-    return places[rows]  # of -1, the last one's: -1
+    return places[rows]  # -1 finds the last place, which stays -1
 
 
 def copy_inputs(x, qk, sentinel_weight, gain, bias):
-    """Queries and keys (T, D) of copy_sums, and sentinels (T,), float32, from the last row's output (T, C)."""
+    """From the last row's output (T, C): queries and keys (T, D) of copy_sums, score of not copying (T,) in float32."""
+    # No gradient from here into the stream: it does not learn to be searched.
     x = norm(x).detach()
     q, k = norm(F.linear(x, qk).unflatten(-1, (2, -1))).unbind(1)
     return (gain * q.size(-1) ** -0.5 * q).to(x.dtype), k, widened(F.linear(x, sentinel_weight).squeeze(-1)) + bias
@@ -2077,9 +2088,10 @@ def head_losses(
     x, head, targets, left, target_weights, prefixes, classes, vocab_size: int, fp8_grad_scale,
     sentinel=None, every=None, matching=None,
 ):  # fmt: skip
-    """Loss of each position (T,), float32, from the last row's output (T, C); head (C, V), or its `classes` (C, P).
+    """Loss of each position (T,), float32, weighted over its targets, from the last row's output (T, C).
 
-    sentinel, every, matching: of copying the next token, (T,); see copy_sums.
+    head (C, V), or (C, P) with `classes` (P,). sentinel, every, matching (T,): for copying the next token, by the
+    formula above copy_scores.
     """
     targets = target_rows(targets, left, len(target_weights), prefixes, classes, vocab_size)
     losses = HeadLoss.apply(norm(x), head, targets, fp8_grad_scale)
@@ -2090,14 +2102,14 @@ def head_losses(
 
 
 class Ngrams(NamedTuple):
-    """Of the n-grams that end with each token, (orders, T) int32: rows of GPT.ngrams, and of the table of signs."""
+    """Of the n-grams that end with each token the rows of GPT.ngrams and of the table of signs, (orders, T) int32."""
 
     slots: Tensor
     signs: Tensor
 
 
 class MicroBatch(NamedTuple):
-    """Inputs and targets (T,) of whole documents laid end to end; the classes (P,) of its softmax, None: all. int32."""
+    """Documents end to end: inputs, targets (T,), and the classes (P,) of the softmax, None for all; all int32."""
 
     inputs: Tensor
     targets: Tensor
@@ -2106,13 +2118,11 @@ class MicroBatch(NamedTuple):
     classes: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
-        """All of them."""
         classes = () if self.classes is None else (self.classes,)
         return [self.inputs, self.targets, *self.documents, *self.ngrams, *classes]
 
     @staticmethod
     def of(tensors: list[Tensor]) -> "MicroBatch":
-        """The inverse of tensors()."""
         inputs, targets, starts, ends, slots, signs, *classes = tensors
         return MicroBatch(inputs, targets, Documents(starts, ends), Ngrams(slots, signs), *classes)
 
@@ -2120,11 +2130,9 @@ class MicroBatch(NamedTuple):
 class GPT(nn.Module):
     """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits.
 
-    Of the n-grams, millions of rows, it has those only that a step or a validation's chunk looks up: see FewRows.
-
     Initial values: head normal, std 0.005; embed its transpose; attention banks and W_fc uniform with std 0.5 C^-0.5;
-    value embeddings normal, std 0.01; the first matrices of gate networks uniform in +-C^-0.5, their biases so that
-    gates start as the tables say; all else zero; scalars as in the table SCALARS. Signs are the same on every machine.
+    value embeddings normal, std 0.01; copy_qk normal, std C^-0.5; the first matrices of gate networks uniform in
+    +-C^-0.5, their biases so that gates start as the tables say; scalars as in the table SCALARS; all else zero.
     """
 
     def __init__(self, hp: Hyperparameters, device: torch.device, dtype: torch.dtype, compile: bool = False):
@@ -2135,7 +2143,8 @@ class GPT(nn.Module):
         def parameter(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
-        gates = [[g for layer in a for group in gate_groups(layer, H) for g in group] for a in NETWORK_LAYERS]
+        groups = [[group for layer in layers for group in gate_groups(layer, H)] for layers in NETWORK_LAYERS]
+        gates = [[*chain(*of_network)] for of_network in groups]  # first values, by network
         most_gates = max(map(len, gates), default=0)
         self.scalars = parameter(len(SCALAR_LRS), dtype=torch.float32)
         self.smear_gate = parameter(1, GATE_DIMS)
@@ -2145,16 +2154,18 @@ class GPT(nn.Module):
         self.value_gates = parameter(len(VALUE_LAYERS), H, GATE_DIMS)
         self.copy_qk = parameter(2 * hp.copy_width, C)
         self.copy_sentinel = parameter(min(hp.copy_width, 1), C)
-        # Of each layer's attention pairs of heads of W_q, then of W_k: their updates are made orthogonal apart; W_v and
-        # W_o; and W_fc, W_proj. Padded with matrices that nobody uses until 8 ranks can share them evenly. Of a narrow
-        # layer's heads the first half of the rows is used, the rest has no gradient: one bank serves any table.
+        # A bank stacks matrices that the optimizer makes orthogonal one by one: of each attention layer W_q, then W_k,
+        # each in H / 2 pairs of heads; W_v, W_o; and of each MLP W_fc, W_proj. Unused matrices fill a bank up so that 8
+        # ranks share it evenly. Narrow layers use the first half of each head's rows; the rest has no gradient.
         self.qk_bank = parameter(round_up(len(ATTENTION_LAYERS) * H, 8), 2 * hp.head_dim, C)
         self.vo_bank = parameter(round_up(len(ATTENTION_LAYERS) * 2, 8), C, C)
         self.mlp_bank = parameter(round_up(len(MLP_LAYERS), 4), 2, hp.mlp_ratio * C, C)
         self.head = parameter(C, V)
         self.embed = parameter(V, C)  # tied to the head at first, see Optimizer
         self.value_embeds = parameter(len(VALUE_LAYERS) * V, C)
-        self.ngram_shape, self.ngrams = (hp.ngram_rows, C), None  # no parameter: it must not be copied or saved
+        # Will have the rows of n-grams that a step or validation chunk looks up, see RowCache. No nn.Parameter: it must
+        # not be copied or saved.
+        self.ngram_shape, self.ngrams = (hp.ngram_rows, C), None
         if device.type == "meta":  # only the shapes are asked for
             return
         with torch.no_grad():
@@ -2169,13 +2180,14 @@ class GPT(nn.Module):
             self.value_embeds.normal_(std=0.01)
             self.head.normal_(std=0.005)
             self.embed.copy_(self.head.T)
+        # Drawn on the CPU: the same on every machine, whatever the run's seed
         drawn = torch.randint(2, (SIGN_ROWS, C), generator=torch.Generator().manual_seed(0))
         self.register_buffer("signs", (2 * drawn - 1).to(device, dtype), persistent=False)
         # Filled by Trainer.run, on the clock
         self.register_buffer("prefixes", torch.full((V,), -1, dtype=torch.int32, device=device), persistent=False)
-        one = max(max(stage.tokens for stage in hp.stages), hp.val_batch_size) // MICRO_BATCHES
-        longest = max(one, hp.micro_batch_tokens)
-        self.yarn = Yarn(hp.head_dim, 2 * longest, device)
+        most_tokens = max(hp.val_batch_size, *(stage.tokens for stage in hp.stages)) // MICRO_BATCHES
+        longest = max(most_tokens, hp.micro_batch_tokens)
+        self.yarn = Yarn(hp.head_dim, 2 * longest, device)  # 2: paired heads are interleaved along time
         region = compiler(compile)
         self.embed_inputs = region(embed_inputs)
         self.join = region(join)
@@ -2188,22 +2200,22 @@ class GPT(nn.Module):
         self.fp8_weights = region(fp8_weights)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters by name; of the n-grams, which are none, the shape of the whole table."""
+        """The parameters by name; for the n-grams, whose table the optimizer holds, an empty tensor of its shape."""
         ngrams = torch.empty(self.ngram_shape, dtype=self.embed.dtype, device="meta")
         return dict(self.named_parameters(), ngrams=ngrams)
 
     def pairs_of_heads(self) -> tuple[Tensor, ...]:
-        """Of each layer with attention W_q, then W_k, by pairs of heads, (H, 2, D, C); then what pads the bank."""
+        """Of each attention layer H / 2 pairs of heads of W_q, then of W_k, (H, 2, D, C); then what pads the bank."""
         return self.qk_bank.unflatten(1, (2, -1)).split(self.num_heads)
 
     @torch.no_grad()
     def qkv_fp8_weights(self) -> list[tuple[Tensor, Tensor]]:
-        """What each layer with attention uses of W_q, W_k, W_v, by fp8_weights: a call for the layers of each width."""
+        """fp8_weights of each attention layer's W_q, W_k and W_v, stacked; one call converts all of a width."""
         C, layers = self.qk_bank.size(-1), [LAYERS[i] for i in ATTENTION_LAYERS]
         qkvs = [*zip(layers, self.pairs_of_heads(), self.vo_bank[::2], strict=False)]
-        made = {}
+        made = {}  # by width, what the layers of that width take in turn
         for narrow in {layer.narrow for layer in layers}:
-            d = self.qk_bank.size(1) // (4 if narrow else 2)
+            d = self.qk_bank.size(1) // (4 if narrow else 2)  # rows of a head that are used
             rows = [(qk[:, :, :d], v.view(-1, 2, d, C)) for layer, qk, v in qkvs if layer.narrow == narrow]
             together = torch.cat([*chain(*rows)]).view(len(rows), -1, C)
             made[narrow] = zip(*self.fp8_weights(together), strict=True)
@@ -2214,28 +2226,27 @@ class GPT(nn.Module):
         values = iter(self.scalars.unbind())
         return {name: [next(values) for _ in range(count)] for name, (count, _, _) in SCALARS.items()}
 
-    def layer_weights(
-        self, scalars: dict[str, list[Tensor]], fp8_grad_scale: float | None = None
-    ) -> list[LayerWeights]:
-        """Each layer's weights; fp8_grad_scale as in forward.
-
-        Banks are taken apart once, by split and unbind, whose backward joins the gradients in one pass; indexing
-        layer by layer would write a bank of zeros for each.
-        """
-        mlp_fp8, qkv_fp8 = (), ()
+    def layer_weights(self, scalars: dict[str, list[Tensor]], fp8_grad_scale: float | None) -> list[LayerWeights]:
+        """Each layer's weights; fp8_grad_scale as in forward."""
+        mlps_fp8 = qkvs_fp8 = repeat((None, None))
+        grad_scale = None
         if self.fp8_layers and fp8_grad_scale is not None:
-            both = self.fp8_weights(self.mlp_bank.detach()), zip(*self.qkv_fp8_weights(), strict=True)
-            mlp_fp8, qkv_fp8 = ((*in_fp8, repeat(FP8_GRAD * fp8_grad_scale)) for in_fp8 in both)
+            mlps_fp8 = zip(*self.fp8_weights(self.mlp_bank.detach()), strict=True)
+            qkvs_fp8 = iter(self.qkv_fp8_weights())
+            grad_scale = FP8_GRAD * fp8_grad_scale
+        # By split and unbind, whose backward joins gradients in one pass; indexing would write a bank of zeros a layer.
         vo, value_gates = self.vo_bank.unbind(), iter(self.value_gates.unbind())
-        mlps, outs = map(Projection, self.mlp_bank.unbind(), *mlp_fp8), iter(vo[1::2])
-        qkvs = map(Projection, zip(self.pairs_of_heads(), vo[::2], strict=False), *qkv_fp8)
+        mlps, outs = iter(self.mlp_bank.unbind()), iter(vo[1::2])
+        qkvs = zip(self.pairs_of_heads(), vo[::2], strict=False)
         weights = []
         for i, layer in enumerate(LAYERS):
             w = LayerWeights()
             if layer.mlp:
-                w = w._replace(mlp_resid=scalars["mlp_resid"][i], mlp_out=scalars["mlp_out"][i], mlp=next(mlps))
+                mlp = Projection(next(mlps), *next(mlps_fp8), grad_scale)
+                w = w._replace(mlp_resid=scalars["mlp_resid"][i], mlp_out=scalars["mlp_out"][i], mlp=mlp)
             if layer.window:
-                w = w._replace(attn_resid=scalars["attn_resid"][i], qkv_lambda=scalars["qkv"][i], qkv=next(qkvs))
+                qkv = Projection(next(qkvs), *next(qkvs_fp8), grad_scale)
+                w = w._replace(attn_resid=scalars["attn_resid"][i], qkv_lambda=scalars["qkv"][i], qkv=qkv)
                 w = w._replace(out_lambda=scalars["out"][i], out=next(outs))
             if layer.value_embed:
                 w = w._replace(value_gate=next(value_gates))
@@ -2248,33 +2259,34 @@ class GPT(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Loss of each position, (T,) float32: sum over k of target_weights[k] times the k-th next token's.
 
-        prefix: the last of the weights is that of the next token's prefix.
         windows: tokens, by the names in LAYERS. fp8_grad_scale: None for products in bf16, else the factor by which the
         losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
+        prefix: the last of the weights is that of the next token's prefix.
         """
         x = self.output(batch, windows, fp8_grad_scale)
-        left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)
-        copying = ()
+        left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)  # how many of its document follow
+        by_position = [x, batch.targets, left]
         if len(self.copy_qk):
             q, k, sentinel = self.copying(x)
-            copying = sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
-        chunks = zip(*(t.split(head_chunk or len(x)) for t in (x, batch.targets, left, *copying)), strict=True)
+            by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
         args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
-        losses = [self.head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
+        losses = []
+        chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
+        for x_chunk, targets, left, *copying in chunks:
+            losses.append(self.head_losses(x_chunk, head, targets, left, *args, *copying))
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
     def copying(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """copy_inputs of the stream x (T, C) behind the last row."""
+        """copy_inputs of the last row's output x (T, C), with the model's parameters."""
         scalars = self.named_scalars()
-        return self.copy_inputs(
-            x, self.copy_qk, self.copy_sentinel, scalars["copy_gain"][0], scalars["copy_sentinel"][0]
-        )
+        return self.copy_inputs(x, self.copy_qk, self.copy_sentinel, *scalars["copy_gain"], *scalars["copy_sentinel"])
 
     def output(self, batch: MicroBatch, windows: dict[str, int], fp8_grad_scale: float | None = None) -> Tensor:
         """The stream (T, C) behind the last row, not normed; arguments as in forward."""
         scalars = self.named_scalars()
         weights = self.layer_weights(scalars, fp8_grad_scale)
+        # value_embeds has one table of V rows after the other: these are 0, V, 2 V, ...
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
         value_rows = iter(batch.inputs + first_rows.int()[:, None])
         slots, sign_rows = batch.ngrams
@@ -2286,8 +2298,7 @@ class GPT(nn.Module):
         documents = {False: batch.documents, True: batch.documents.paired()}
         kept, normed, gates = {"x0": x0, "ngrams": ngrams}, {}, None
         networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
-        # The stream is x, to which the next kernel that reads it adds what the MLP of the layer before has made of it.
-        x, mlp_out, before = x0, None, None
+        x, mlp_out, before = x0, None, None  # the stream, what join has yet to add to it, the layer that has made that
         for layer, w in zip(LAYERS, weights, strict=True):
             if layer.gates:
                 x, gates = self.gate_network(x, mlp_out, before, kept, *next(networks), self.num_heads)
@@ -2297,12 +2308,13 @@ class GPT(nn.Module):
             if layer.window:
                 if layer.reads and layer.reads not in normed:
                     normed[layer.reads] = self.normed_input(kept[layer.reads], w.qkv.fp8 is not None)
-                x, mlp_out, made, value_gate = self.attention_inputs(
+                x, mlp_out, lacking, value_gate = self.attention_inputs(
                     x, mlp_out, before, normed.get(layer.reads), w, layer.narrow
                 )
+                projection = w.qkv._replace(**lacking)
                 embed_rows = next(value_rows) if layer.value_embed else None
                 q, k, v = split_heads(
-                    w.qkv._replace(**made), value_gate, self.value_embeds, embed_rows, self.yarn.cos, self.yarn.sin,
+                    projection, value_gate, self.value_embeds, embed_rows, self.yarn.cos, self.yarn.sin,
                     documents[layer.paired] if layer.key_offset else None, self.num_heads, layer.paired,
                 )  # fmt: skip
                 v = v if added_values is None else v + added_values.view_as(v)
@@ -2316,7 +2328,10 @@ class GPT(nn.Module):
         return self.join(x, mlp_out, before)
 
     def logits(self, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
-        """Softcapped as in the loss, (T, V) float32; of these positions only. Beyond vocab_size they mean nothing."""
+        """Of these positions only, (positions, V) float32, softcapped as in the loss; beyond vocab_size meaningless.
+
+        With copying, log probabilities: a mixture of the model's own and of the tokens that it copies, see copy_scores.
+        """
         x = self.output(batch, windows)
         rows = torch.arange(len(x), device=x.device)[positions]
         z = softcapped(norm(x[rows]) @ self.head)
@@ -2334,6 +2349,10 @@ class GPT(nn.Module):
 # ======================================================================================================================
 # Optimizer
 # ======================================================================================================================
+# Matrices follow NorMuon: momentum, made orthogonal by Polar Express, evened out and applied. All else follows Adam,
+# the n-grams' table in a form that touches only the rows which were looked up. A Slot joins a parameter with one class
+# for the algorithm (Adam, NorMuon, RowAdam) and one for the communication (Alone to ShardedRowCache); Optimizer.step
+# is the order of work, which hides communication behind updates, as the public speedrun's record of 2026-01-30 does.
 
 # Polar Express (arXiv 2505.16932): coefficients of five odd polynomials that drive all singular values towards 1.
 POLAR_EXPRESS = (
@@ -2352,7 +2371,7 @@ def polar_express(g: Tensor) -> Tensor:
     for a, b, c in POLAR_EXPRESS:
         gram = symmetric_product(x.mT if tall else x)
         polynomial = symmetric_product(gram, alpha=c, addend=gram, beta=b)
-        # The polynomial is symmetric, so a tall matrix takes it from the right and needs no transposing.
+        # Of a tall X the smaller product is X^T X, and its polynomial multiplies from the right.
         x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
     return x
 
@@ -2369,7 +2388,7 @@ def split_bits(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adam_update(p, grad, m, v, beta1: float, beta2: float, eps: float, lr, correction, wd: float):
-    """One Adam step with cautious weight decay, in place. m, v float32; lr by the first dimension, correction 0-d."""
+    """One Adam step with cautious weight decay, in place. m, v float32; lr broadcasts over p; bias correction 0-d."""
     grad = grad.to(m.dtype)
     m.lerp_(grad, 1 - beta1)
     v.lerp_(grad.square(), 1 - beta2)
@@ -2381,7 +2400,7 @@ def adam_update(p, grad, m, v, beta1: float, beta2: float, eps: float, lr, corre
 
 
 def nesterov(grad, m, momentum, out_dtype: torch.dtype):
-    """Moves the float32 momentum m towards the gradient, in place; returns the look-ahead. momentum 0-d on the CPU."""
+    """Nesterov momentum: moves m (float32) towards the gradient, in place, and returns the look-ahead; momentum 0-d."""
     grad = grad.to(m.dtype)
     m += (grad - m) * (1 - momentum)
     return (grad + (m - grad) * momentum).to(out_dtype)
@@ -2390,8 +2409,8 @@ def nesterov(grad, m, momentum, out_dtype: torch.dtype):
 def normuon_update(p, low_bits, u, second_moment, beta2: float, lr_eff, decay):
     """Variance reduction (NorMuon, arXiv 2510.05491) of u (N, rows, columns), cautious decay and the step, in place.
 
-    second_moment: float32, (N, rows, 1) or (N, 1, columns): mean squares along the longer side, whose root evens out
-    rows (or columns) while each matrix keeps its Frobenius norm. lr_eff (N, 1, 1); low_bits None for float32 p.
+    Divides rows (or columns) by the root of their running mean squares, second_moment (N, rows, 1) or (N, 1, columns),
+    float32, and gives each matrix its Frobenius norm back. lr_eff (N, 1, 1); low_bits: see join_bits, None for float32.
     """
     u = u.to(second_moment.dtype)
     dim = -1 if second_moment.size(-1) == 1 else -2
@@ -2412,19 +2431,37 @@ def normuon_update(p, low_bits, u, second_moment, beta2: float, lr_eff, decay):
 
 
 def cpu_scalar(value: float) -> Tensor:
-    """A number that changes from step to step, as compiled functions take it without compiling again."""
+    """A number that changes from step to step: given as a tensor, no compiled function is compiled again for it."""
     return torch.tensor(value, dtype=torch.float32)
 
 
 def lr_multipliers(row: Row, slice: Tensor, first: int) -> Tensor:
-    """For a slice that begins at index `first`, in a shape to multiply it by: one, or one along the first dimension."""
+    """A row's lr for a slice that begins at index `first`: (1, 1, ...), or (n, 1, ...) where several lr take turns."""
     n = len(slice) if len(row.lr) > 1 else 1
     lr = [row.lr[(first + i) % len(row.lr)] for i in range(n)]
     return torch.tensor(lr, device=slice.device).view(n, *[1] * (slice.dim() - 1))
 
 
-class Adam:
-    """State and step of one parameter's slice."""
+class Algorithm:
+    """State and step of a parameter's slice, which begins at index `first` of the parameter.
+
+    update takes the schedule's values; momentum is NorMuon's. It returns a tensor that is finite if the gradient is.
+    """
+
+    states: tuple[str, ...] = ()  # attributes that checkpoints keep: tensors and counts
+    row_states: tuple[str, ...] = ()  # those with as many rows as the n-grams' table, in files of their own
+
+    def reset(self) -> None:
+        """Back to before the first step; the n-grams' table, too: it starts at zero, and no copy of it need be kept."""
+        for name in (*self.states, *self.row_states):
+            if isinstance(state := getattr(self, name), Tensor):
+                state.zero_()
+            elif state is not None:
+                setattr(self, name, 0)
+
+
+class Adam(Algorithm):
+    """For parameters of any shape."""
 
     states = ("m", "v", "updates")
 
@@ -2435,7 +2472,6 @@ class Adam:
         self.updates = 0
 
     def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
-        """lr_factor: the schedule's; momentum is NorMuon's. Returns what is finite if the gradient is."""
         self.updates += 1
         beta1, beta2 = self.row.betas
         lr = self.multipliers * (self.hp.adam_lr * lr_factor)
@@ -2444,15 +2480,9 @@ class Adam:
         self.apply(self.p, grad, self.m, self.v, beta1, beta2, self.hp.adam_eps, lr, correction, wd)
         return grad
 
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.m.zero_()
-        self.v.zero_()
-        self.updates = 0
 
-
-class NorMuon:
-    """State and step of one bank's slice, (N, rows, columns), of which `first` is the index of the first matrix."""
+class NorMuon(Algorithm):
+    """For banks of matrices, (N, rows, columns)."""
 
     states = ("m", "second_moment", "low_bits")
 
@@ -2464,10 +2494,11 @@ class NorMuon:
         shape = (N, rows, 1) if rows >= columns else (N, 1, columns)
         self.second_moment = torch.zeros(shape, dtype=torch.float32, device=slice.device)
         self.low_bits = torch.zeros_like(slice, dtype=torch.uint16) if slice.dtype == torch.bfloat16 else None
+        # An orthogonal matrix has entries of mean square 1 / max(rows, columns). A tall one takes larger steps, as in
+        # Muon: those of the MLPs, both stored (F, C), step by lr times sqrt(F / C).
         self.multipliers = lr_multipliers(row, slice, first) * max(1, rows / columns) ** 0.5
 
     def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
-        """lr_factor and momentum: the schedule's. Returns the gradient."""
         lr = self.hp.muon_lr * lr_factor
         ahead = self.look_ahead(grad, self.m, cpu_scalar(momentum), self.p.dtype)
         lr_eff, decay = self.multipliers * lr, cpu_scalar(lr * self.hp.muon_wd * self.row.wd)
@@ -2475,25 +2506,19 @@ class NorMuon:
         self.apply(self.p, self.low_bits, u, self.second_moment, self.hp.muon_beta2, lr_eff, decay)
         return grad
 
-    def reset(self) -> None:
-        """Forgets everything."""
-        for state in (self.m, self.second_moment, self.low_bits):
-            if state is not None:
-                state.zero_()
-
 
 class RowGradient(NamedTuple):
-    """Of a table's share: the rows (n,) that have a gradient, and theirs, (n, C) float32; of all others it is zero."""
+    """Gradient of a rank's share of the n-grams' table: the rows (n,) where it is not zero, and its values (n, C)."""
 
     rows: Tensor
     values: Tensor
 
 
-class RowAdam:
-    """State and step of a share of the table of n-grams, by rows: see update_rows_reference."""
+class RowAdam(Algorithm):
+    """For the n-grams' table, row by row: see update_rows_reference."""
 
     states = ("updates",)
-    row_states = ("p", "v", "last")  # of which checkpoints have a file a piece
+    row_states = ("p", "v", "last")
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
         self.row, self.hp, self.p = row, hp, slice
@@ -2502,25 +2527,20 @@ class RowAdam:
         self.updates = 0
 
     def update(self, grad: RowGradient, lr_factor: float, momentum: float) -> Tensor:
-        """As Adam's. Returns the rows' mean squares, and a zero in case there is none."""
         self.updates += 1
         beta2, lr = self.row.betas[1], self.hp.adam_lr * lr_factor * self.row.lr[0]
-        decay, corrected = lr * lr * self.hp.adam_wd * self.row.wd, lr * (1 - beta2**self.updates) ** 0.5
-        state, rates = (self.p, self.v, self.last), (self.updates, beta2, corrected, decay, self.hp.adam_eps)
-        return F.pad(update_rows(*state, *grad, *rates), (0, 1))
-
-    def reset(self) -> None:
-        """Forgets everything; the table, too, is as it was at the start, for which no copy need be kept."""
-        for name in self.row_states:
-            getattr(self, name).zero_()
-        self.updates = 0
+        corrected = lr * (1 - beta2**self.updates) ** 0.5
+        decay = lr * lr * self.hp.adam_wd * self.row.wd
+        rates = self.updates, beta2, corrected, decay, self.hp.adam_eps
+        mean_squares = update_rows(self.p, self.v, self.last, *grad, *rates)
+        return F.pad(mean_squares, (0, 1))  # a zero more, so that there is always one number
 
 
 ALGORITHMS = {"adam": Adam, "normuon": NorMuon, "rowwise": RowAdam}
 
 
 class Alone:
-    """Communication of a parameter when there is one rank: none. The other policies have the same steps."""
+    """Communication of a parameter when there is one rank: none. Those for several ranks have the same methods."""
 
     def __init__(self, p: Tensor, world: World):
         self.p, self.world = p, world
@@ -2531,7 +2551,7 @@ class Alone:
         return full
 
     def full(self, slice: Tensor) -> Tensor:
-        """The whole of a tensor of which every rank holds its slice."""
+        """The inverse of own: the whole tensor; every rank calls it with its slice."""
         return slice
 
     def reduce(self, grad: Tensor) -> None:
@@ -2539,7 +2559,7 @@ class Alone:
         self.grad = grad
 
     def reduced(self) -> Tensor:
-        """Waits for it; the summed gradient of this rank's slice."""
+        """Waits for the sum; returns it for this rank's slice."""
         grad, self.grad = self.grad, None
         return grad
 
@@ -2547,17 +2567,17 @@ class Alone:
         """Starts collecting the updated slices of all ranks."""
 
     def gathered(self) -> None:
-        """Waits for them."""
+        """Waits until they are here."""
 
-    def note(self, rank: int, rows: np.ndarray) -> None:
-        """Rows of a table that a rank has looked up since the last update."""
+    def mark_lookups(self, rank: int, rows: np.ndarray) -> None:
+        """Rows of a table that a rank looks up: its gradient there may differ from zero."""
 
     def clear(self, grad: Tensor) -> None:
         """Sets the gradient to zero after the update."""
         grad.zero_()
 
-    def forget(self) -> None:
-        """Forgets which rows were looked up: the gradient has been set to zero."""
+    def forget_lookups(self) -> None:
+        """To be called once the gradient has been set to zero."""
 
 
 # PyTorch 2.13 renamed these two; 2.11 has the old names only.
@@ -2584,7 +2604,7 @@ class Sharded(Replicated):
 
     def full(self, slice: Tensor) -> Tensor:
         out = slice.new_empty(len(self.p), *slice.shape[1:])
-        all_gather(out.view(torch.uint8), slice.contiguous().view(torch.uint8))  # as bytes: NCCL knows no uint16
+        all_gather(out.view(torch.uint8), slice.contiguous().view(torch.uint8))  # as bytes: NCCL lacks uint16
         return out
 
     def reduce(self, grad: Tensor) -> None:
@@ -2599,49 +2619,49 @@ class Sharded(Replicated):
 
 
 class ShardedRows(Sharded):
-    """Sharded, for a table looked up by token: of the gradient only the rows that occurred travel, each to its owner.
+    """Sharded, for embeddings by token: each rank sends only the gradient rows of its own tokens, to the rows' owners.
 
-    All ranks note all ranks' lookups, so that everyone knows what comes from whom. Rows travel in the parameter's type
-    and are added to the owner's float32 gradient; one that is not noted is neither sent nor cleared.
+    Every rank marks the lookups of all ranks, so that senders and receivers know the sizes without asking. Rows travel
+    in the parameter's type and are added to the owner's float32 gradient. Rows not marked are neither sent nor cleared.
     """
 
     def __init__(self, p: Tensor, world: World, tables: int):
         super().__init__(p, world)
         self.first_rows = len(p) // tables * np.arange(tables)
-        self.occurred = np.zeros((world.size, len(p) // tables), dtype=bool)  # in any of the tables, by rank
+        self.looked_up = np.zeros((world.size, len(p) // tables), dtype=bool)  # by rank and token, alike in all tables
 
-    def note(self, rank: int, rows: np.ndarray) -> None:
-        self.occurred[rank][rows] = True
+    def mark_lookups(self, rank: int, rows: np.ndarray) -> None:
+        self.looked_up[rank][rows] = True
 
     def reduce(self, grad: Tensor) -> None:
         rank, size, share = self.world.rank, self.world.size, len(self.slice)
-        rows = [(self.first_rows[:, None] + np.flatnonzero(occurred)).ravel() for occurred in self.occurred]
+        rows = [(self.first_rows[:, None] + np.flatnonzero(looked_up)).ravel() for looked_up in self.looked_up]
+        # by_owner[a][b]: rows that rank a looked up and rank b owns
         by_owner = [np.split(r, np.searchsorted(r, share * np.arange(1, size))) for r in rows]
         by_owner[rank][rank] = by_owner[rank][rank][:0]  # what this rank owns stays
         sent, received = by_owner[rank], [parts[rank] for parts in by_owner]
-        arrays = rows[rank], np.concatenate(received) - rank * share, np.concatenate(sent)
-        indices = map(torch.from_numpy, arrays)
+        indices = map(torch.from_numpy, (rows[rank], np.concatenate(received) - rank * share, np.concatenate(sent)))
         if grad.is_cuda:
             indices = (t.pin_memory().to(grad.device, non_blocking=True) for t in indices)
-        self.mine, self.rows, sent_rows = indices
+        self.own_lookups, self.received_rows, sent_rows = indices
         self.grad, values = self.own(grad), grad[sent_rows].to(self.p.dtype)
-        self.values = values.new_empty(len(self.rows), grad.shape[1])
+        self.received = values.new_empty(len(self.received_rows), grad.shape[1])
         sizes = [*map(len, received)], [*map(len, sent)]
-        self.work = dist.all_to_all_single(self.values, values, *sizes, async_op=True)
+        self.work = dist.all_to_all_single(self.received, values, *sizes, async_op=True)
 
     def reduced(self) -> Tensor:
         grad = super().reduced()
-        add_rows(grad, self.rows, self.values)
-        self.values = None
+        add_rows(grad, self.received_rows, self.received)
+        self.received = None
         return grad
 
     def clear(self, grad: Tensor) -> None:
-        grad[self.mine] = 0
+        grad[self.own_lookups] = 0
         self.own(grad).zero_()
-        self.forget()
+        self.forget_lookups()
 
-    def forget(self) -> None:
-        self.occurred[:] = False
+    def forget_lookups(self) -> None:
+        self.looked_up[:] = False
 
 
 def ngram_slots(hp: Hyperparameters, world: World) -> int:
@@ -2649,24 +2669,24 @@ def ngram_slots(hp: Hyperparameters, world: World) -> int:
     return min(len(NGRAM_FACTORS) * max(stage.tokens for stage in hp.stages) // world.size, hp.ngram_rows)
 
 
-class FewRows(Alone):
-    """For the table of n-grams, of which a step takes few rows: ahead of it, they are copied to a cache p.
+class RowCache(Alone):
+    """For the n-grams' table: before each step the few rows that it looks up are copied into a small table, p.
 
-    Micro-batches look up the cache's rows, their slots, and leave their gradients there. `slice` is this rank's share
-    of the table: rank r of R owns its r-th R-th. Which rows a step takes, the loader has found: see Exchange.
+    Micro-batches look rows up in this cache, by slot, and their gradients arise there. `slice` is this rank's share of
+    the table; of R ranks, rank r owns the r-th of R equal parts. The loader finds the rows of a step: see Exchange.
     """
 
     def __init__(self, p: Tensor, world: World, rows: int):
         self.p, self.world = p, world
         self.slice = p.new_zeros(rows // world.size, p.shape[1])
-        self.forget()
+        self.forget_lookups()
 
     def fetch(self, exchange: "Exchange", out: Tensor | None = None) -> Tensor:
-        """The rows of the slots, in their order."""
+        """Copies of the rows that this rank looks up, in the order of their slots."""
         return torch.index_select(self.slice, 0, exchange.rows, out=out)
 
     def fill(self, exchange: "Exchange") -> None:
-        """Fills the cache for a step, whose gradients are reduced next."""
+        """Fills the cache for a step; the next reduce is for its gradients."""
         self.exchange = exchange
         self.fetch(exchange, self.p[: sum(exchange.taken)])
 
@@ -2675,15 +2695,15 @@ class FewRows(Alone):
 
     def clear(self, grad: Tensor) -> None:
         grad[: sum(self.exchange.taken)].zero_()
-        self.forget()
+        self.forget_lookups()
 
-    def forget(self) -> None:
+    def forget_lookups(self) -> None:
         none = torch.empty(0, dtype=torch.int32, device=self.p.device)
         self.exchange = Exchange(none, none, *([0] * self.world.size for _ in range(2)))
 
 
-class ExchangedRows(FewRows):
-    """The same with several ranks: rows come from their owners, to whom gradients go, both in the table's type."""
+class ShardedRowCache(RowCache):
+    """The same with several ranks: rows come from their owners, gradients go back to them, both in the table's type."""
 
     def full(self, slice: Tensor) -> Tensor:
         out = slice.new_empty(len(slice) * self.world.size, *slice.shape[1:])
@@ -2700,23 +2720,23 @@ class ExchangedRows(FewRows):
         taken, given = self.exchange.taken, self.exchange.given
         self.grad = grad[: sum(taken)]
         values = self.grad.to(self.p.dtype)
-        self.values = values.new_empty(sum(given), values.shape[1])
-        self.work = dist.all_to_all_single(self.values, values, given, taken, async_op=True)
+        self.received = values.new_empty(sum(given), values.shape[1])
+        self.work = dist.all_to_all_single(self.received, values, given, taken, async_op=True)
 
     def reduced(self) -> RowGradient:
         self.work.wait()
         rows, asked, taken, given = self.exchange
         total = self.grad.new_zeros(len(rows), self.grad.shape[1])
-        parts = [*self.values.split(given)]
-        parts[self.world.rank] = self.grad.split(taken)[self.world.rank]  # its own need not be rounded
+        parts = [*self.received.split(given)]
+        parts[self.world.rank] = self.grad.split(taken)[self.world.rank]  # this rank's own, not rounded by the journey
         for places, values in zip(asked.split(given), parts, strict=True):
             add_rows(total, places, values)
-        self.values = self.grad = None
+        self.received = self.grad = None
         return RowGradient(rows, total)
 
 
 def copy_saved(into: Tensor, saved: object, name: str, own: Callable = lambda whole: whole) -> None:
-    """Copies this rank's own part of a saved tensor. Raises UserError when it is another program's."""
+    """Copies this rank's part, own(saved), of a saved tensor. Raises UserError for one of another shape or type."""
     part = own(saved) if isinstance(saved, Tensor) and saved.dim() == into.dim() else None
     if part is None or part.shape != into.shape or part.dtype != into.dtype:
         found = f"{tuple(saved.shape)} in {saved.dtype}" if isinstance(saved, Tensor) else f"no tensor ({saved!r:.20})"
@@ -2730,17 +2750,20 @@ def as_stack(p: Tensor) -> Tensor:
 
 
 class Slot:
-    """A parameter, its row of the table, its communication and its algorithm."""
+    """A parameter, its row of the table PARAMETERS, its communication and its algorithm."""
 
     def __init__(self, row: Row, p: nn.Parameter, hp: Hyperparameters, world: World, compiled: Callable):
-        self.row, self.p, rowwise = row, p, row.algorithm == "rowwise"
-        # For good: captured graphs add to it where it stands.
+        self.row, self.p, self.shape, rowwise = row, p, as_stack(p).shape, row.algorithm == "rowwise"
+        # Never replaced: captured CUDA graphs add to it at its address.
         p.grad = table_gradient(p).zero_() if row.name in TABLES or rowwise else torch.zeros_like(p)
-        self.shape = as_stack(p).shape
-        sharded = partial(ShardedRows, tables=TABLES[row.name]) if row.name in TABLES else Sharded
-        policy = Alone if world.size == 1 else sharded if row.sharded else Replicated
         if rowwise:
-            policy = partial(FewRows if world.size == 1 else ExchangedRows, rows=hp.ngram_rows)
+            policy = partial(RowCache if world.size == 1 else ShardedRowCache, rows=hp.ngram_rows)
+        elif world.size == 1:
+            policy = Alone
+        elif not row.sharded:
+            policy = Replicated
+        else:
+            policy = partial(ShardedRows, tables=TABLES[row.name]) if row.name in TABLES else Sharded
         self.communication = policy(p.data.view(self.shape), world)
         slice = self.communication.slice
         first = world.rank * len(slice) if row.sharded else 0
@@ -2751,12 +2774,12 @@ class Optimizer:
     """Steps every parameter, with the communication scheduled by hand.
 
     All reductions start in the order of PARAMETERS; updates run in the same order, as their gradients arrive, and
-    gathers run beneath the updates that follow. Adam's parameters step on odd steps, with the gradients of two steps.
-    The table of n-grams is held here, not in the model, which has a cache of those rows that a step looks up.
+    gathers run beneath the updates that follow. Parameters under Adam step on odd steps only, counted from 0, with the
+    sum of two steps' gradients. The n-grams' table is held here; the model has a cache of the rows a step looks up.
 
-    Head and embedding are one parameter, stored twice, until `untie_step`: the embedding's gradient is added to the
-    head's, and the embedding is the head's transpose after every Adam step. After that step they part, and the
-    embedding starts with a copy of the head's state. A step beyond the run's end leaves them tied.
+    Head and embedding are tied, though stored twice, up to the Adam step at `untie_step`: the embedding's gradient is
+    added to the head's, and after each update the embedding becomes the head's transpose. From then on they learn
+    apart, the embedding from a copy of the head's state. With `untie_step` beyond the run's end they stay tied.
     """
 
     def __init__(self, model: GPT, hp: Hyperparameters, world: World, untie_step: int, compile: bool = False):
@@ -2764,45 +2787,51 @@ class Optimizer:
         check_parameters(parameters)
         cache = model.embed.new_zeros(ngram_slots(hp, world), hp.model_dim)
         model.ngrams = parameters["ngrams"] = cache.requires_grad_()
-        # An empty parameter, as the value embeddings of a model that has none, takes no part.
+        # Empty parameters, such as value_embeds where no layer has them, are left out.
         rows = [row for row in PARAMETERS if parameters[row.name].numel()]
         self.slots = {row.name: Slot(row, parameters[row.name], hp, world, compiled) for row in rows}
         self.model, self.world, self.untie_step = model, world, untie_step
         self.tied = True
-        self.largest = deque(maxlen=8)  # (step, names, on the CPU: the largest magnitude of each gradient)
+        self.largest = deque(maxlen=8)  # (step, names, on the CPU the largest magnitude of each gradient)
 
-    def note(self, dealt: list[np.ndarray]) -> None:
-        """The inputs of all ranks' micro-batches, in the order dealt, which were looked up in the tables."""
+    def mark_lookups(self, dealt: list[np.ndarray]) -> None:
+        """Marks what each rank looks up; dealt: inputs of all micro-batches, which go to the ranks in turn."""
         for i, tokens in enumerate(dealt):
             for name in TABLES.keys() & self.slots.keys():
-                self.slots[name].communication.note(i % self.world.size, tokens)
+                self.slots[name].communication.mark_lookups(i % self.world.size, tokens)
 
     @torch.no_grad()
     def step(self, step: int, lr_factor: float, momentum: float) -> None:
         """Updates the parameters that are due at `step` from their .grad, and clears these."""
         adam_is_due = step % 2 == 1
         due = {n: slot for n, slot in self.slots.items() if adam_is_due or slot.row.algorithm != "adam"}
-        if adam_is_due and self.tied:
-            head, embed = due["head"].p, self.slots["embed"].p
-            head.grad += embed.grad.T
-            embed.grad.zero_()
-            due.pop("embed").communication.forget()
+        steps_tied = adam_is_due and self.tied
+        if steps_tied:
+            del due["embed"]
+            self._give_head_the_gradient_of_embed()
         for slot in due.values():
             slot.communication.reduce(slot.p.grad.view(slot.shape))
         gradients = {}
         for name, slot in due.items():
             gradients[name] = slot.algorithm.update(slot.communication.reduced(), lr_factor, momentum)
             slot.communication.gather()
-        # NaN or infinite where a gradient is; looked at a step later, so that nothing waits for it.
+        # NaN or infinite where a gradient is. Nothing waits for the copy: check_gradients reads it a step later, when
+        # the clock has waited for this step anyway.
         largest = torch.stack([torch.linalg.vector_norm(g, math.inf).float() for g in gradients.values()])
         self.largest.append((step, [*gradients], largest.to("cpu", non_blocking=True)))
         for slot in due.values():
             slot.communication.gathered()
             slot.communication.clear(slot.p.grad.view(slot.shape))
-        if adam_is_due and self.tied:
-            embed.copy_(head.T)
+        if steps_tied:
+            self.slots["embed"].p.copy_(self.slots["head"].p.T)
             if step >= self.untie_step:
                 self._untie()
+
+    def _give_head_the_gradient_of_embed(self) -> None:
+        head, embed = self.slots["head"], self.slots["embed"]
+        head.p.grad += embed.p.grad.T
+        embed.p.grad.zero_()
+        embed.communication.forget_lookups()
 
     def _untie(self) -> None:
         self.tied = False
@@ -2813,7 +2842,7 @@ class Optimizer:
         embed.algorithm.updates = head.algorithm.updates
 
     def state(self) -> dict[str, Tensor | int]:
-        """What steps have left in the states, whole tensors whatever the number of ranks, on rank 0; all call it."""
+        """For a checkpoint: every state as a whole tensor on the CPU of rank 0; every rank must call it."""
         state: dict[str, Tensor | int] = {"tied": int(self.tied)}
         for name, slot in self.slots.items():
             for key in slot.algorithm.states:
@@ -2826,7 +2855,7 @@ class Optimizer:
         return state
 
     def load(self, state: dict[str, Tensor | int]) -> None:
-        """Takes what `state` gave, in place: captured graphs keep their addresses. Raises UserError if it won't fit."""
+        """Takes what state() gave, in place, as captured graphs hold addresses. Raises UserError if it doesn't fit."""
         state = dict(state)
 
         def whole_number(name: str) -> int:
@@ -2845,21 +2874,24 @@ class Optimizer:
         require(not state, f"the checkpoint has states that this program has not: {', '.join(map(str, state))[:200]}")
 
     def reset(self) -> None:
-        """Forgets every step taken: momentum, second moments, low bits, counts, gradients, the untying."""
+        """Back to the state before the first step; the parameters stay, but for the n-grams, which are zero again."""
         self.tied = True
         self.largest.clear()
         for slot in self.slots.values():
             slot.algorithm.reset()
-            slot.communication.forget()
+            slot.communication.forget_lookups()
             slot.p.grad.zero_()
 
 
 # ======================================================================================================================
 # Data
 # ======================================================================================================================
+# Shards are files of tokens in the public speedrun's format. Every rank deals all of a step's 8 micro-batches from them
+# and keeps its own, so that a step has the same documents on 1, 2, 4 or 8 ranks and nothing about them is communicated.
+# Rows of n-grams and classes of the softmax follow from the tokens here, too. Threads read and prepare one step ahead.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
-FILES = ["train_files", "val_files"]  # the settings that name them
+FILES = ["train_files", "val_files"]  # the hyperparameters that name shards
 FETCH = "fetch it again: python data/cached_fineweb10B.py, or make shards with data/tokenize_text.py"
 
 
@@ -2890,7 +2922,7 @@ def read_header(path: Path) -> int:
 
 
 def shard_in_words(path: Path) -> str:
-    """What tells it from other shards, whatever folder it lies in."""
+    """Name, length and a checksum, by which a run that goes on knows its shards in any folder."""
     with open(path, "rb") as file:
         beginning = hashlib.sha256(file.read(1 << 16)).hexdigest()[:8]
     return f"{path.name}, {read_header(path)} tokens, its beginning {beginning}"
@@ -2926,13 +2958,13 @@ class Shard:
         self.tokens, self.next_document = read_tokens(path, hp.vocab_size), 0
         self.starts = np.flatnonzero(self.tokens == hp.bos)
         self.lengths = np.diff(self.starts, append=len(self.tokens))
-        self.cut, self.ends = 0, self.starts  # the sums of lengths, as cut, up to each document's end; 0: none yet
+        self.cut, self.ends = 0, self.starts  # cumulative ends of documents cut at `cut` tokens; 0: not computed yet
 
     def deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[int, int]] | None:
-        """Spans of documents of the next 8 micro-batches of num_tokens + 1 tokens; None when the shard can't fill them.
+        """Documents (first, last + 1) of each of the next 8 micro-batches; None when the shard can't fill them all.
 
-        A span is (first, last + 1); its last document is cut where the micro-batch is full, and the next span begins
-        at the next document. A deal that can't be filled is dropped whole.
+        A micro-batch takes num_tokens + 1 tokens. Its last document is cut where it is full, and the next micro-batch
+        begins with the next document.
         """
         if self.cut != max_seq_len:
             self.cut, self.ends = max_seq_len, np.cumsum(np.minimum(self.lengths, max_seq_len))
@@ -2948,7 +2980,7 @@ class Shard:
         return spans
 
     def assemble(self, span: tuple[int, int], num_tokens: int, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """The num_tokens + 1 tokens of a span and the documents' cumulative ends within num_tokens, 0 first."""
+        """The num_tokens + 1 tokens of a span, and where its documents end, from 0 to num_tokens."""
         starts, lengths = self.starts[slice(*span)], np.minimum(self.lengths[slice(*span)], max_seq_len)
         pieces = [self.tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
         ends = np.minimum(np.cumsum(lengths), num_tokens)
@@ -2956,15 +2988,15 @@ class Shard:
 
 
 def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndarray | None:
-    """`count` classes, rising: all targets, and of the others every so many-th, beginning where a checksum says.
+    """`count` ascending classes for a step's softmax: all its targets, and others spread evenly over the vocabulary.
 
-    So the text alone decides, on any number of ranks. Source: sampled softmax, arXiv 1412.2007; here evenly spread over
-    the vocabulary, which is sorted by frequency. What is left out is not made up for: counting a class for those that
-    are not there is right on average, and worse. None, for a softmax over all, where there are more targets.
+    None if there are more targets: the softmax then takes all classes. A checksum of the targets chooses the others, so
+    that every rank chooses the same. Source: sampled softmax, arXiv 1412.2007, but without its correction for classes
+    left out, with which losses were worse. Even spacing samples all frequencies, by which GPT-2's tokens are sorted.
     """
     taken = np.bincount(targets, minlength=vocab_size) > 0
     others = np.flatnonzero(~taken)
-    more = count - (vocab_size - len(others))
+    more = count - (vocab_size - len(others))  # how many others
     if more > 0:
         first = zlib.crc32(targets.tobytes()) % len(others)
         taken[others[(np.arange(more) * len(others) + first) // more]] = True
@@ -2972,16 +3004,16 @@ def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndar
 
 
 def micro_batches_together(num_tokens: int, hp: Hyperparameters, world: World) -> int:
-    """How many of a rank's micro-batches of so many tokens are joined: a divisor of their number, at least 1."""
+    """How many of a rank's micro-batches of num_tokens are joined into one: a divisor of their number, at least 1."""
     divisors = (n for n in (8, 4, 2, 1) if world.grad_accum_steps % n == 0)
     return next(n for n in divisors if n == 1 or n * num_tokens <= hp.micro_batch_tokens)
 
 
 def join_micro_batches(dealt: list[tuple[np.ndarray, np.ndarray]], together: int) -> Iterator[list[np.ndarray]]:
-    """Inputs, targets, and where each position's document begins and ends, (T,), of so many laid end to end at a time.
+    """Lays `together` micro-batches end to end at a time: inputs, targets, start and end of each position's document.
 
-    dealt: of each the tokens (T + 1,) and the documents' ends, cumulative from 0 to T. Documents do not see each other,
-    so that losses are the same joined or not; one large micro-batch takes less time than two small ones.
+    dealt: tokens (T + 1,) of each micro-batch and where its documents end, from 0 to T. Documents do not see each
+    other, so that losses are the same joined or not; one large micro-batch takes less time than two small ones.
     """
     for first in range(0, len(dealt), together):
         parts = []
@@ -2992,9 +3024,9 @@ def join_micro_batches(dealt: list[tuple[np.ndarray, np.ndarray]], together: int
 
 
 def ngram_hashes(tokens: np.ndarray, starts: np.ndarray, kind: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """By order, for the n-gram that ends with each token (T,): its hash, int32, and whether its document has none yet.
+    """By order, of the n-grams that end with each token (T,): hashes, int32, and whether the document lacks tokens.
 
-    kind: which of the factors, 0 for rows, 1 for signs. Products wrap around as int32 does.
+    kind: which factors of NGRAM_FACTORS, 0 for rows, 1 for signs. Products wrap around as int32 does.
     """
     x, before = tokens.astype(np.int32), np.arange(len(tokens)) - starts
     for order, factors in NGRAM_FACTORS.items():
@@ -3002,42 +3034,39 @@ def ngram_hashes(tokens: np.ndarray, starts: np.ndarray, kind: int) -> Iterator[
 
 
 def ngram_rows(tokens: np.ndarray, starts: np.ndarray, rows: int) -> np.ndarray:
-    """Rows of the table, (orders, T) int32; a part's last row is for n-grams that begin ahead of their document."""
+    """Rows of the table, (orders, T) int32: an equal part for each order, its last where the document lacks tokens."""
     last, hashes = rows // len(NGRAM_FACTORS) - 1, enumerate(ngram_hashes(tokens, starts, 0))
-    return np.stack([np.where(none, last, hashed % last) + k * (last + 1) for k, (hashed, none) in hashes])
+    return np.stack([np.where(lacks, last, hashed % last) + k * (last + 1) for k, (hashed, lacks) in hashes])
 
 
 def ngram_signs(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Rows of the table of signs, (orders, T) int32; the first is for n-grams that begin ahead of their document."""
-    return np.stack([(hashed % SIGN_ROWS) * ~none for hashed, none in ngram_hashes(tokens, starts, 1)])
+    """Rows of the table of signs, (orders, T) int32; 0 where the document lacks tokens."""
+    return np.stack([(hashed % SIGN_ROWS) * ~lacks for hashed, lacks in ngram_hashes(tokens, starts, 1)])
 
 
 class Exchange(NamedTuple):
-    """Which rows of the n-grams' table go from and to their owners for a step, or a chunk of validation.
+    """Which rows of the n-grams' table a rank gets from all ranks, and gives them, for a step or validation chunk."""
 
-    Made from the text, of which every rank sees all: none need tell another what it takes.
-    """
-
-    rows: Tensor  # (n,) int32, ascending: those of this rank's share that any takes, counted from the share's first
-    asked: Tensor  # int32, the places in `rows` of what the first rank takes, then of what the next does, ...
-    taken: list[int]  # how many of this rank's slots each rank owns: slots are in the order of the table's rows
-    given: list[int]  # how many of `asked` each rank takes
+    rows: Tensor  # int32, ascending: what any rank looks up of this rank's share, counted from the share's first row
+    asked: Tensor  # int32, indices into `rows`: what rank 0 looks up of them, then rank 1, ...
+    taken: list[int]  # by owner, how many slots this rank has: they are the rows it looks up, in the table's order
+    given: list[int]  # by rank, how many of `asked` are for it
 
 
 def unique(rows: np.ndarray) -> np.ndarray:
-    """Of int32, ascending; seven times as fast as np.unique, which from NumPy 2.3 on hashes."""
+    """np.unique for int32 that are not negative, seven times as fast as NumPy 2.3's, which hashes."""
     rows = np.sort(rows, axis=None)
     return rows[np.flatnonzero(np.diff(rows, prepend=-1))]
 
 
 def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray) -> tuple[np.ndarray, list]:
-    """A rank's slots for the rows that it looks up, and what its Exchange takes, from the rows that each rank looks up.
+    """Slots of the rows that `rank` looks up, in their shape, and its Exchange's fields, from what each rank looks up.
 
-    places (rows of the table,) is scratch memory.
+    places: scratch memory, one int32 for each row of the table.
     """
 
-    def found_in(rows, ascending):
-        places[ascending] = np.arange(len(ascending), dtype=places.dtype)  # quicker than a binary search
+    def found_in(rows, different):  # indices: different[found_in(rows, different)] == rows, without a binary search
+        places[different] = np.arange(len(different), dtype=places.dtype)
         return places[rows]
 
     share = len(places) // len(by_rank)
@@ -3051,54 +3080,53 @@ def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray) -> t
 
 
 def make_micro_batches(
-    dealt: list[tuple[np.ndarray, np.ndarray]], together: int, spelled: np.ndarray, places: np.ndarray, world: World,
+    dealt: list[tuple[np.ndarray, np.ndarray]], together: int, canonical: np.ndarray, places: np.ndarray, world: World,
     classes: list[Tensor],
 ) -> tuple[list[MicroBatch], Exchange]:  # fmt: skip
-    """This rank's micro-batches of those that are dealt to all ranks, joined, on its device, and their exchange.
+    """This rank's share of the micro-batches dealt to all ranks, joined, on its device, and their exchange.
 
-    spelled: see spellings. places: scratch memory, see exchange_rows.
+    canonical: of canonical_tokens; places: of exchange_rows; classes: of softmax_classes, an empty list for all.
     """
     joined = [[*join_micro_batches(dealt[rank :: world.size], together)] for rank in range(world.size)]
-    rows = [[ngram_rows(spelled[inputs], starts, len(places)) for inputs, _, starts, _ in b] for b in joined]
+    rows = [[ngram_rows(canonical[inputs], starts, len(places)) for inputs, _, starts, _ in b] for b in joined]
     slots, (*indices, taken, given) = exchange_rows([np.concatenate(r, 1) for r in rows], world.rank, places)
     own, batches = joined[world.rank], []
     for arrays, part in zip(own, np.split(slots, len(own), 1), strict=True):
-        arrays += [part, ngram_signs(spelled[arrays[0]], arrays[2])]
+        arrays += [part, ngram_signs(canonical[arrays[0]], arrays[2])]
         batches.append(MicroBatch.of([*to_device(arrays, world.device), *classes]))
     return batches, Exchange(*to_device(indices, world.device), taken, given)
 
 
 def make_micro_batch(
-    tokens: np.ndarray, ends: np.ndarray, spelled: np.ndarray, rows: int, device: torch.device
+    tokens: np.ndarray, ends: np.ndarray, canonical: np.ndarray, rows: int, device: torch.device
 ) -> MicroBatch:
-    """One on the device, for a model with all `rows` of the n-grams; tokens (T + 1,), ends cumulative from 0 to T."""
+    """A micro-batch for a model that has all `rows` of the n-grams' table; tokens and ends as in join_micro_batches."""
     arrays = inputs, _, starts, _ = next(join_micro_batches([(tokens, ends)], 1))
-    arrays = *arrays, ngram_rows(spelled[inputs], starts, rows), ngram_signs(spelled[inputs], starts)
+    arrays = *arrays, ngram_rows(canonical[inputs], starts, rows), ngram_signs(canonical[inputs], starts)
     return MicroBatch.of(to_device(arrays, device))
 
 
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """As int32."""
+    """Copies as int32 tensors, without waiting for a GPU."""
     tensors = [torch.from_numpy(a.astype(np.int32)) for a in arrays]
     return [t.pin_memory().to(device, non_blocking=True) for t in tensors] if device.type == "cuda" else tensors
 
 
 class StepBatch(NamedTuple):
-    """Of a step: this rank's micro-batches, what all look up, how often the files were begun, where the next begin."""
+    """What a step takes."""
 
-    epoch: int
-    micro_batches: list[MicroBatch]
+    epoch: int  # from 1
+    micro_batches: list[MicroBatch]  # this rank's
     exchange: Exchange  # of the n-grams' rows
-    dealt: list[np.ndarray]  # all ranks' inputs, in the order dealt
-    position: tuple[int, int]  # files begun, and the next document of the last of them
+    dealt: list[np.ndarray]  # inputs of all 8 micro-batches, which go to the ranks in turn
+    position: tuple[int, int]  # where the next step goes on: files begun, and the next document of the last of them
 
 
 class TrainLoader:
     """Iterates over steps; while one is computed, a thread assembles the next and copies it to the GPU.
 
-    Every rank deals all 8 micro-batches of a step and keeps its own, and of the others what they look up, so that any
-    number of ranks sees the same. When the files run out, they start over. sizes: of the steps, see
-    TrainingSchedule.size; position: of the batch before. Raises UserError for files damaged or too small for a step.
+    sizes: of the steps, see TrainingSchedule.size; position: of the StepBatch before. When the files run out, they
+    start over. Raises UserError for files damaged, changed since the run began, or too small for a step.
     """
 
     def __init__(self, paths: list[Path], sizes: list[tuple], hp: Hyperparameters, world: World, position=(1, 0)):
@@ -3111,24 +3139,24 @@ class TrainLoader:
         self.next_shard = self.reader.submit(self._load, self.files_begun)
         self.places = np.empty(hp.ngram_rows, np.int32)  # see exchange_rows
         self.stream = torch.cuda.Stream(world.device) if world.on_gpu else None
-        # A thread starts out on GPU 0, where it would open a second context for every other rank.
+        # A new thread is on GPU 0; there it would open a CUDA context for every rank.
         set_device = partial(torch.cuda.set_device, world.device) if world.on_gpu else None
         self.assembler = ThreadPoolExecutor(1, "micro-batches", set_device)
         self.ahead = self.assembler.submit(self._prepare, sizes[0])
 
     @cached_property
-    def spelled(self) -> np.ndarray:
-        """In a run made on the clock, by the thread that makes the first step's micro-batches."""
-        return spellings(self.hp)
+    def canonical(self) -> np.ndarray:
+        """Made when the first step is assembled: in a run, on the clock."""
+        return canonical_tokens(self.hp)
 
     def _load(self, number: int) -> Shard:
         path = self.reading = self.paths[number % len(self.paths)]
-        if file_state(path) not in (self.found[path], None):  # one that is gone is named when it is read
+        if file_state(path) not in (self.found[path], None):  # if it is gone, reading it says so
             raise UserError(f"{path}: changed since the run began")
         return Shard(path, self.hp)
 
     def _wait(self) -> StepBatch:
-        try:  # less than the timeout of the watch, which could not name the file
+        try:  # for less than the watch's timeout, whose message could not name the file
             return self.ahead.result(0.8 * self.hp.hang_timeout or None)
         except TimeoutError:
             told = f"not read within {0.8 * self.hp.hang_timeout:g} s (--hang_timeout): does the file system stall?"
@@ -3148,16 +3176,16 @@ class TrainLoader:
         )
 
     def _prepare(self, size: tuple[int, ...]) -> StepBatch:
-        *size, count = size
-        dealt = [self.shard.assemble(span, *size) for span in self._deal(*size)]
+        num_tokens, max_seq_len, num_classes = size
+        dealt = [self.shard.assemble(span, num_tokens, max_seq_len) for span in self._deal(num_tokens, max_seq_len)]
         targets = np.concatenate([tokens[1:] for tokens, _ in dealt])  # of all ranks: classes are the same on each
-        classes = softmax_classes(targets, count, self.hp.padded_vocab)
+        classes = softmax_classes(targets, num_classes, self.hp.padded_vocab)
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             classes = to_device([] if classes is None else [classes], self.world.device)
-            together = micro_batches_together(size[0], self.hp, self.world)
-            made = make_micro_batches(dealt, together, self.spelled, self.places, self.world, classes)
+            together = micro_batches_together(num_tokens, self.hp, self.world)
+            made = make_micro_batches(dealt, together, self.canonical, self.places, self.world, classes)
             if self.stream:
-                self.stream.synchronize()  # in this thread; the main thread never waits for a copy
+                self.stream.synchronize()  # here, so that the main thread need not wait for copies
         position = self.files_begun, self.shard.next_document
         inputs = [tokens[:-1] for tokens, _ in dealt]
         return StepBatch(1 + (self.files_begun - 1) // len(self.paths), *made, inputs, position)
@@ -3169,16 +3197,16 @@ class TrainLoader:
                 self.ahead = self.assembler.submit(self._prepare, size) if size else None
                 tensors = [t for b in batch.micro_batches for t in b.tensors()]
                 for tensor in (*tensors, batch.exchange.rows, batch.exchange.asked):
-                    if self.stream:  # the memory was taken on the copying stream: keep it until this one is through
+                    if self.stream:  # its memory belongs to the copying stream: not to be reused while this one reads
                         tensor.record_stream(torch.cuda.current_stream())
                 yield batch
-        finally:  # not waiting for a thread that reads: a network file system can stall for ever
+        finally:  # without waiting for a thread that reads: a network file system can stall for ever
             for pool in (self.assembler, self.reader):
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
 def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> list[tuple[list[MicroBatch], Exchange]]:
-    """This rank's chunks of the first val_tokens, the same for any number of ranks. Raises UserError for fewer."""
+    """This rank's chunks of the first val_tokens, each with its exchange. Raises UserError for fewer tokens."""
     needed, tokens = hp.val_tokens + 1, np.empty(0, np.uint16)
     for path in paths:
         tokens = np.append(tokens, read_tokens(path, hp.vocab_size, needed - len(tokens)))
@@ -3188,14 +3216,14 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
     ends = [np.concatenate(([0], 1 + np.flatnonzero(chunk[1:-1] == hp.bos), [T])) for chunk in chunks]
     dealt = [*zip(chunks, ends, strict=True)]
     groups = (dealt[i : i + world.size] for i in range(0, len(dealt), world.size))
-    spelled, places = spellings(hp), np.empty(hp.ngram_rows, np.int32)
-    return [make_micro_batches(group, 1, spelled, places, world, []) for group in groups]
+    canonical, places = canonical_tokens(hp), np.empty(hp.ngram_rows, np.int32)
+    return [make_micro_batches(group, 1, canonical, places, world, []) for group in groups]
 
 
 def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
-    """The ids of tokens by their bytes, from a file in tiktoken's form; none where there is none.
+    """Ids of tokens by their bytes, from a file in tiktoken's form below DATA_PATH or beside this program.
 
-    A file that DATA_PATH lacks is looked for beside this program. Raises UserError for one that can't be used.
+    Empty if --vocabulary is. Raises UserError for a file that can't be used.
     """
     if not hp.vocabulary:
         return {}
@@ -3204,7 +3232,7 @@ def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
     remedy = "--vocabulary= takes the file that the data was tokenized with, or nothing, for no prefix loss"
     try:
         with open(path, "rb") as file:
-            lines = file.read(1 << 24).splitlines()  # GPT-2's takes a twentieth
+            lines = file.read(1 << 24).splitlines()  # 16 MB; GPT-2's has 0.8
         for line in lines:
             number += 1
             token, rank = line.split()
@@ -3217,29 +3245,29 @@ def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
     return ids
 
 
-def spellings(hp: Hyperparameters) -> np.ndarray:
-    """(V,) int32: of each token the first that is spelled like it but for case, accents and space around it.
+def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
+    """(V,) int32: for each token the first one that equals it but for case, accents and spaces around it.
 
-    N-grams that differ in these only share a row. Without a vocabulary, each token is its own. Source: the public
+    N-grams that differ in these only share a row. Without a vocabulary, each token stays itself. Source: the public
     speedrun's PR 375, 2026.
     """
-    spelled, first = np.arange(hp.padded_vocab, dtype=np.int32), {}
+    canonical, first = np.arange(hp.padded_vocab, dtype=np.int32), {}
     for token, i in sorted(read_vocabulary(hp).items(), key=itemgetter(1)):
-        with suppress(UnicodeDecodeError):  # a part of a character stays as it is
+        with suppress(UnicodeDecodeError):  # a token that is part of a character stays itself
             text = token.decode()
             if not text.isascii():
                 letters = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
                 text = "".join(c for c in letters if not unicodedata.combining(c))
             words = text.lower().split()
             if words or token.isspace():
-                spelled[i] = first.setdefault(" ".join(words), i)
-    return spelled
+                canonical[i] = first.setdefault(" ".join(words), i)
+    return canonical
 
 
 def prefix_table(hp: Hyperparameters) -> Tensor:
-    """(V,) int32: for each token its prefix, the longest other token with which its bytes begin; -1 for none.
+    """(V,) int32: for each token its prefix, the longest shorter token with which its bytes begin; -1 for none.
 
-    As targets, prefixes teach a token's first letters, which other tokens share (the public speedrun's PR 337, 2026).
+    As targets, prefixes teach a token's first letters, which other tokens share. Source: the public speedrun's PR 337.
     """
     ids, prefixes = read_vocabulary(hp), [-1] * hp.padded_vocab
     for token, i in ids.items():
@@ -3249,58 +3277,57 @@ def prefix_table(hp: Hyperparameters) -> Tensor:
 
 
 def prefixes_in_words(table: Tensor) -> str:
-    """What tells a vocabulary's table of prefixes from others', wherever its file lies."""
+    """A checksum, by which a run that goes on knows its vocabulary in any folder; "none" without prefixes."""
     return f"sha256 {hashlib.sha256(table.cpu().numpy().data).hexdigest()[:16]}" if (table >= 0).any() else "none"
 
 
 # ======================================================================================================================
 # Schedule
 # ======================================================================================================================
+# Everything that depends on the step alone, without state: it is the same on every rank, and for a run that goes on.
+# The stages share the scheduled iterations; the extension follows.
 
 
 class TrainingSchedule:
-    """What depends on the step alone. The stages share the scheduled iterations; the last row is the extension."""
+    """Values by step, counted from 0; a stage has the steps from `starts` to before `ends`."""
 
     def __init__(self, hp: Hyperparameters):
         self.hp, self.scheduled = hp, hp.steps("num_scheduled_iterations")
         self.warmup, self.cooldown = hp.steps("muon_momentum_warmup"), hp.steps("muon_momentum_cooldown")
         *shares, _ = (stage.share for stage in hp.stages)
-        # Whole steps, rounded down but for what a float is off; the last stage takes what is left of them.
+        # Rounded down, 1e-9 for inexact products; the last stage before the extension takes what is left.
         lengths = [int(self.scheduled * share / sum(shares) + 1e-9) for share in shares[:-1]]
         self.starts = (0, *accumulate(lengths), self.scheduled)
         self.ends = (*self.starts[1:], hp.total_steps)
         self.long_windows = [stage.long_window * hp.window_block for stage in hp.stages]
         untie = (start for start, stage in zip(self.starts, hp.stages, strict=True) if stage.untie)
-        # The first step at or after its start on which Adam steps; see Optimizer.
-        self.untie_step = next(untie, hp.total_steps) | 1
+        self.untie_step = next(untie, hp.total_steps) | 1  # | 1: the next odd step, as Adam steps on these only
 
     def stage_index(self, step: int) -> int:
-        """The row of STAGES, from 0."""
         return max(i for i, start in enumerate(self.starts) if step >= start)
 
     def stage(self, step: int) -> TrainingStage:
-        """The row of the stage of `step`."""
         return self.hp.stages[self.stage_index(step)]
 
     def tokens(self, step: int) -> int:
-        """Tokens of a micro-batch."""
+        """Tokens of a micro-batch, before any are joined."""
         return self.stage(step).tokens // MICRO_BATCHES
 
     def size(self, step: int) -> tuple[int, int, int]:
-        """Tokens of a micro-batch, at how many tokens documents are cut, and the classes of the softmax, 0 for all."""
+        """For the loader: tokens of a micro-batch, of a document at most; classes of the softmax, 0 for all."""
         stage = self.stage(step)
         classes = stage.classes if stage.classes < self.hp.padded_vocab else 0
         return self.tokens(step), min(stage.max_seq_len, self.hp.train_max_seq_len), classes
 
     def lr(self, step: int) -> float:
-        """Learning-rate factor: the stage's multiplier, from the cooldown on moving linearly to lr_end."""
+        """Learning-rate factor: the stage's multiplier, which the cooldown moves linearly to lr_end."""
         end = self.scheduled
         start = int(end * (1 - self.hp.cooldown_frac))
         t = 1 if step >= end else max(0, step - start) / max(1, end - start)
         return (1 - t) * self.stage(step).lr + t * self.hp.lr_end
 
     def momentum(self, step: int) -> float:
-        """NorMuon's: 0.85 to 0.95 over the warm-up, and back over the cool-down."""
+        """NorMuon's: from 0.85 to 0.95 in the first steps, and back in the last."""
         low, high = 0.85, 0.95
         if step < self.warmup:
             return low + (high - low) * step / self.warmup
@@ -3308,7 +3335,7 @@ class TrainingSchedule:
         return high - (high - low) * into_cooldown / self.cooldown if into_cooldown else high
 
     def target_weights(self, step: int) -> list[float]:
-        """Multi-token weights, then the prefix's if the stage has one: linear inside a stage, from start to end."""
+        """Weights of the next tokens, then of the prefix if the stage has one; linear over the steps of a stage."""
         i = self.stage_index(step)
         t = (step - self.starts[i]) / max(self.ends[i] - self.starts[i], 1)
         stage = self.hp.stages[i]
@@ -3323,24 +3350,25 @@ class TrainingSchedule:
         return self.window_tokens(stage.short_window, stage.long_window)
 
     def val_windows(self, step: int) -> dict[str, int]:
-        """After `step` steps, those trained with so far: a new stage begins with its first step. The last are wider."""
+        """After `step` steps: the last one's; at the run's end FINAL_WINDOWS, for which Yarn does not grow further."""
         return self.window_tokens(*FINAL_WINDOWS) if step == self.hp.total_steps else self.windows(max(step - 1, 0))
 
     def window_tokens(self, short: int, long: int) -> dict[str, int]:
-        """Windows given in blocks, in tokens."""
+        """Converts windows from blocks."""
         return {"short": short * self.hp.window_block, "long": long * self.hp.window_block}
 
 
 # ======================================================================================================================
 # Train
 # ======================================================================================================================
-# The loop is Trainer.run; what happens between two steps has a class of its own. As the public speedrun's rules have
-# it, the clock runs while training only: compiling, validations and checkpoints do not count.
+# The loop is Trainer.run. Before it, Trainer.warm_up compiles and captures what the loop will use, by the same methods;
+# between steps, BetweenSteps validates, logs and saves. The clock follows the public speedrun's rules: compiling,
+# validations and checkpoints do not count.
 
 
 @dataclass
 class Progress:
-    """Where a run is between two steps, beside what model and optimizer hold."""
+    """Where a run is between two steps, with model and optimizer all that it takes to go on."""
 
     step: int = 0  # steps done
     elapsed: float = 0.0  # the clock's, ms
@@ -3349,15 +3377,14 @@ class Progress:
 
 
 def capture(run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor, pool) -> Callable:
-    """Forward and backward of one micro-batch as a CUDA graph; returns what runs it on another of the same shape.
+    """Forward and backward of a micro-batch as a CUDA graph; returns a function that runs it on others of its shape.
 
-    Launching its 600 kernels one by one takes longer than they run (at first, in stage 1 on H100, 55 ms against 31).
-    Windows and softmax scale are part of the capture, hence a graph a stage; gradients are added to the parameters'
-    .grad.
+    Launching its 600 kernels one by one takes longer than they run (measured in stage 1 on H100: 55 ms against 31).
+    Windows and softmax scale are part of the capture, hence a graph for each stage.
     """
     graph = torch.cuda.CUDAGraph()
     inputs = [t.clone() for t in (target_weights, *batch.tensors())]
-    # The loader's threads go on using the GPU meanwhile: only this thread's calls belong to the capture.
+    # thread_local: the loader's threads go on using the GPU, which must not disturb the capture.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         run(MicroBatch.of(inputs[1:]), inputs[0])
 
@@ -3374,7 +3401,7 @@ class Trainer:
 
     def __init__(self, hp: Hyperparameters, world: World, shards: dict[str, list[str]] | None = None):
         self.hp, self.world, self.schedule = hp, world, TrainingSchedule(hp)
-        self.shards = shards or {}  # what a checkpoint remembers of the files
+        self.shards = shards or {}  # for checkpoints: by hyperparameter, the files in words
         compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
         torch.manual_seed(hp.seed)
         self.model = GPT(hp, world.device, choose_dtype(hp, world), compile)
@@ -3392,7 +3419,7 @@ class Trainer:
         self.peak_memory: dict[int, int] = {}  # bytes by stage, on a GPU
 
     def enter_step(self, step: int) -> None:
-        """Follows the schedule to the stage of `step`; at a stage's first step the rotary frequencies follow."""
+        """Moves on to the stage of `step`; Yarn adapts to the long window of each stage on the way."""
         while self.stage_index < self.schedule.stage_index(step):
             self.model.yarn.grow(*self.schedule.long_windows[self.stage_index : self.stage_index + 2])
             self.stage_index += 1
@@ -3404,16 +3431,16 @@ class Trainer:
         (losses.sum() * self.grad_scale).backward()
 
     def add_gradients(self, step: int, batch: StepBatch) -> None:
-        """Forward and backward on each micro-batch; the optimizer has what all ranks look up."""
+        """Forward and backward on each micro-batch of this rank."""
         self.ngrams.communication.fill(batch.exchange)
         run, graph = partial(self.micro_step, step), self.graphs.get(self.stage_index)
         for micro_batch in batch.micro_batches:
-            rare = micro_batch.classes is None and self.schedule.size(step)[2]  # see softmax_classes
+            # More different targets than the stage has classes: the softmax takes all, other than the graph's
+            rare = micro_batch.classes is None and self.schedule.size(step)[2]
             (run if rare or not graph else graph)(micro_batch, self.target_weights[step])
-        self.optimizer.note(batch.dealt)
+        self.optimizer.mark_lookups(batch.dealt)
 
     def update(self, step: int) -> None:
-        """The optimizer's part of a step."""
         self.optimizer.step(step, self.schedule.lr(step), self.schedule.momentum(step))
 
     @torch.no_grad()
@@ -3422,7 +3449,7 @@ class Trainer:
         one = torch.ones(1, device=self.world.device)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for (batch,), exchange in batches:
-            self.model.ngrams = self.ngrams.communication.fetch(exchange)  # may be more than a step's
+            self.model.ngrams = self.ngrams.communication.fetch(exchange)  # may be more rows than the cache has
             total += self.model(batch, windows, one, head_chunk=32_768).double().sum()
         self.model.ngrams = self.ngrams.p
         if self.world.size > 1:
@@ -3430,36 +3457,36 @@ class Trainer:
         return total.item() / self.hp.val_tokens
 
     def warm_up(self, train_paths: list[Path], val_batches: list[MicroBatch]) -> None:
-        """Compiles everything the run will use, on real shapes, and puts everything back as it was."""
+        """Compiles all that the run will use, by a step of each stage and a validation, and puts everything back."""
         saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         schedule, use_graphs = self.schedule, self.world.on_gpu and self.hp.cuda_graphs == "auto"
-        pool = torch.cuda.graph_pool_handle() if use_graphs else None  # one for all: stages never overlap
+        pool = torch.cuda.graph_pool_handle() if use_graphs else None  # of memory, shared: stages never overlap
         steps = [start for start, end in zip(schedule.starts, schedule.ends, strict=True) if start < end]
         batches = TrainLoader(train_paths, [schedule.size(step) for step in steps], self.hp, self.world)
         for step, batch in zip(steps, batches, strict=True):
             self.enter_step(step)
             run, first, weights = partial(self.micro_step, step), batch.micro_batches[0], self.target_weights[step]
             if self.world.on_gpu and (count := schedule.size(step)[2]):
-                run(first._replace(classes=None), weights)  # compiles what text of too many words takes
+                run(first._replace(classes=None), weights)  # compiles for steps with more targets than classes
                 first = first._replace(classes=torch.arange(count, dtype=torch.int32, device=self.world.device))
             if use_graphs:
                 run(first, weights)  # compiles
                 self.graphs[self.stage_index] = capture(run, first, weights, pool)
             self.add_gradients(step, batch)
             self.update(step)
-            if self.world.on_gpu:  # a replayed graph allocates nothing: this is where a stage's memory can be seen
+            if self.world.on_gpu:  # measured here, as replaying a graph allocates nothing
                 self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
         untie = schedule.untie_step
-        for step in (0, 1, untie, untie + 2):  # Adam steps on odd steps only, on the embedding after the untying
+        for step in (0, 1, untie, untie + 2):  # without and with Adam, tied; the one that unties; untied
             self.optimizer.step(step, schedule.lr(0), schedule.momentum(0))
         self.validate(val_batches[:1], schedule.windows(0))
         self.model.load_state_dict(saved)
         self.reset()
         if self.world.on_gpu:
-            torch.cuda.empty_cache()  # what ran before the graphs were captured is not needed again
+            torch.cuda.empty_cache()  # of what ran outside the graphs
 
     def reset(self) -> None:
-        """Back to the first step; the parameters stay."""
+        """Back to the first step; the parameters stay, but for the n-grams, which become zero."""
         self.optimizer.reset()
         self.model.yarn.reset()
         self.stage_index = 0
@@ -3467,13 +3494,13 @@ class Trainer:
     def run(
         self, log: "Log", train_paths: list[Path], val_batches: list[MicroBatch], progress=None, watch=None
     ) -> list[float]:
-        """The run on the clock, from `progress` on; returns the validation losses, the final one last."""
+        """The run on the clock, from `progress` on. Returns the validation losses."""
         now = progress or Progress()
         sizes = [self.schedule.size(step) for step in range(now.step, self.hp.total_steps)]
         batches = TrainLoader(train_paths, sizes, self.hp, self.world, now.position)
         if self.world.size > 1:
-            dist.barrier()  # the clock does not run while the first rank waits for the last to compile
-        between = BetweenSteps(self, log, val_batches, now, watch or Watch())  # the clock runs
+            dist.barrier()  # the slowest to compile must be ready before the clock starts
+        between = BetweenSteps(self, log, val_batches, now, watch or Watch())  # starts the clock
         between.at(now.step)
         self.model.prefixes.copy_(prefix_table(self.hp))
         for step, batch in enumerate(batches, now.step):
@@ -3485,7 +3512,7 @@ class Trainer:
         return now.val_losses
 
     def check_gradients(self, log: "Log", lag: int) -> None:
-        """Raises UserError for a gradient, of all but the last `lag` steps, that is not finite; saves what there is."""
+        """Raises UserError if a gradient, of all but the last `lag` steps, is not finite; first saves what there is."""
         while len(self.optimizer.largest) > lag:
             step, names, values = self.optimizer.largest.popleft()
             bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
@@ -3505,7 +3532,7 @@ class Trainer:
     def save_checkpoint(self, log: "Log", progress: Progress | None = None) -> None:
         """Writes the model, and with `progress` all it takes to go on, beside the log; every rank must call it.
 
-        torch.load(path, weights_only=True) reads the files. The newest two are kept.
+        torch.load(path, weights_only=True) reads the files. The newest two are kept. If writing fails, the log says so.
         """
         step = progress.step if progress else self.hp.total_steps
         path = log.path.with_name(f"{self.hp.run_id}_step{step:06d}.pt")
@@ -3518,19 +3545,21 @@ class Trainer:
         content.update(shards=self.shards, progress=vars(progress) if progress else {})
         content.update(prefixes=prefixes_in_words(self.model.prefixes), rows=[checksum for checksum, _ in rows])
         content.update(model=dict(self.model.state_dict()), optimizer=optimizer)
-        told = next(filter(None, (told for _, told in rows)), "") or try_to_write(path, content)[1]
-        log.write(f"no checkpoint at step {step}: {told}; training goes on" if told else f"checkpoint: {path}")
-        if not told:
+        errors = [error for _, error in rows if error]
+        error = errors[0] if errors else try_to_write(path, content)[1]
+        log.write(f"no checkpoint at step {step}: {error}; training goes on" if error else f"checkpoint: {path}")
+        if not error:
             unfinished = checkpoints_of(self.hp.run_id, path.parent, "part")  # of a run that was killed meanwhile
-            done = [old for old in checkpoints_of(self.hp.run_id, path.parent) if old <= path]  # later ones are damaged
+            # Files of later steps are damaged: the run has gone on from an earlier one.
+            done = [old for old in checkpoints_of(self.hp.run_id, path.parent) if old <= path]
             for old in done[:-CHECKPOINTS_KEPT] + unfinished:
                 old.unlink(missing_ok=True)
         for piece in path.parent.glob(f"{escape(self.hp.run_id)}_step{6 * '[0-9]'}_rows[0-9].*"):
-            if not piece.with_name(f"{piece.stem[: -len('_rows0')]}.pt").exists():  # of no use without
+            if not piece.with_name(f"{piece.stem[: -len('_rows0')]}.pt").exists():  # its checkpoint
                 piece.unlink(missing_ok=True)
 
     def save_rows(self, path: Path, names: tuple[str, ...]) -> list[tuple[str, str]]:
-        """Writes this rank's pieces of the n-grams' table; of all ranks' the checksum, or why it was not written."""
+        """Writes this rank's pieces of the n-grams' table. Returns (checksum, error) of all ranks' pieces, in order."""
         algorithm, size, written = self.ngrams.algorithm, self.world.size, []
         own = len(piece_paths(path)) // size
         for i, piece in enumerate(piece_paths(path)[self.world.rank * own :][:own]):
@@ -3544,7 +3573,7 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, checkpoint: dict) -> Progress:
-        """Takes a checkpoint's model and state, in place, on any number of ranks; returns where the run is."""
+        """Takes a checkpoint's parameters and states, in place, on any number of ranks; returns where the run is."""
         for name, p in self.model.named_parameters():
             copy_saved(p, checkpoint["model"].get(name), name)
         self.optimizer.load(checkpoint["optimizer"])
@@ -3552,14 +3581,11 @@ class Trainer:
         for i, piece in enumerate(checkpoint["rows"][self.world.rank * own :][:own]):
             for name in RowAdam.row_states:
                 copy_saved(getattr(self.ngrams.algorithm, name).chunk(own)[i], piece.get(name), f"ngrams.{name}")
-        return Progress(**checkpoint["progress"])  # stage and rotary frequencies follow from its step: see enter_step
+        return Progress(**checkpoint["progress"])  # enter_step then moves on to the stage and Yarn's frequencies
 
 
 class BetweenSteps:
-    """What happens between two steps of a run: lines in the log, validations, checkpoints, the end after a signal.
-
-    Validations and checkpoints are off the clock, which starts here, and may take as long as they like.
-    """
+    """What happens between two steps of a run: lines in the log, validations, checkpoints, the end after a signal."""
 
     def __init__(self, trainer: Trainer, log: "Log", val_batches: list[MicroBatch], now: Progress, watch: "Watch"):
         self.trainer, self.hp, self.log, self.val_batches, self.watch = trainer, trainer.hp, log, val_batches, watch
@@ -3570,12 +3596,13 @@ class BetweenSteps:
         hp, now, watch, last = self.hp, self.now, self.watch, step == self.hp.total_steps
         watch.at(step)
         due = step in hp.val_steps or (hp.val_loss_every and step % hp.val_loss_every == 0)
-        if last or (due and not 0 < step == self.begin):  # a run that goes on has validated before its checkpoint
+        resumed_here = 0 < step == self.begin  # has validated before its checkpoint
+        if last or (due and not resumed_here):
             with self.off_the_clock():
                 self.validate(step)
         if last:
             return
-        # After an even number of steps no gradient waits for the next.
+        # Only after an even number of steps: else Adam's gradients of one step would be lost.
         if hp.checkpoint_every and step % 2 == 0:
             stop = watch.agree_to_stop()
             if step >= now.step + hp.checkpoint_every or (stop and step > now.step):
@@ -3583,14 +3610,14 @@ class BetweenSteps:
                     now.step, now.elapsed = step, self.clock.elapsed
                     self.trainer.save_checkpoint(self.log, now)
                     if watch.side:
-                        dist.barrier(group=watch.side)  # while rank 0 writes, no other waits for it on the clock
+                        dist.barrier(group=watch.side)  # all wait off the clock while rank 0 writes
             if stop:
                 watch.stop_here(step)
         watch.at(step)
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
-        """The clock stands still, nothing counts as a hang, and all steps so far are known to be sound."""
+        """Stops the clock and the watch for hangs, and checks the gradients of all steps so far."""
         self.clock.stop()
         self.watch.pause()
         self.trainer.check_gradients(self.log, lag=0)
@@ -3605,17 +3632,18 @@ class BetweenSteps:
         require(math.isfinite(loss), f"the validation loss is {loss}: a parameter has left finite numbers")
 
     def log_step(self, step: int, batch: StepBatch, files: int) -> None:
-        """The line of a step that has been issued, and before it that of an epoch; files: how many an epoch has."""
-        if batch.epoch > 1 + (self.now.position[0] - 1) // files:  # the epoch of the step before
+        """Logs a step whose kernels have been launched, and an epoch that began with it; files: of an epoch."""
+        epoch_before = 1 + (self.now.position[0] - 1) // files
+        if batch.epoch > epoch_before:
             self.log.write(f"epoch {batch.epoch}: the train files ran out at step {step} and start over")
         self.now.position = batch.position
         self.clock.step_issued()
-        self.trainer.check_gradients(self.log, lag=1)  # of the step before, which the clock has waited for
+        self.trainer.check_gradients(self.log, lag=1)  # of the step before: step_issued has waited for it
         self.log.step(step + 1, f"step:{step + 1}/{self.hp.total_steps} {self.clock.text(step + 1)}")
 
 
 class Clock:
-    """Training time in milliseconds, without what is off the clock. It waits for the GPU only when it stops."""
+    """Training time in milliseconds. It waits for all of the GPU's work only when it starts and stops."""
 
     def __init__(self, device: torch.device, elapsed: float = 0.0):
         self.device, self.elapsed = device, elapsed
@@ -3623,7 +3651,7 @@ class Clock:
         self.start()
 
     def step_issued(self) -> None:
-        """Lets the CPU run one step ahead of the GPU, not more, so that times in the log are times of the GPU."""
+        """Waits for the step before: the CPU launches one step ahead, no more, so that the log has the GPU's times."""
         if self.device.type == "cuda":
             before, self.issued = self.issued, torch.cuda.Event()
             self.issued.record()
@@ -3631,24 +3659,22 @@ class Clock:
                 before.synchronize()
 
     def start(self) -> None:
-        """Lets the time run."""
         synchronize(self.device)
         self.since = time.perf_counter()
 
     def stop(self) -> None:
-        """Holds it, once all that was issued is done."""
+        """Waits for the work launched so far, and stops counting."""
         synchronize(self.device)
         self.elapsed += 1000 * (time.perf_counter() - self.since)
         self.since = None
 
     def text(self, step: int) -> str:
-        """As logs have it; `step` steps are done."""
+        """The time as in the log, after `step` steps."""
         total = self.elapsed + (1000 * (time.perf_counter() - self.since) if self.since else 0)
         return f"train_time:{total:.0f}ms step_avg:{total / max(step, 1):.2f}ms"
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has done all that was issued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -3942,12 +3968,12 @@ def settings_of(path: Path, content: dict) -> Hyperparameters:
 def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, top_k=0, seed=0) -> Iterator[int]:
     """What follows a document's tokens, one by one, with BOS at the end. Temperature 0: the likeliest; top_k 0: all."""
     draws, count = torch.Generator().manual_seed(seed), min(top_k or hp.vocab_size, hp.vocab_size)
-    spelled = spellings(hp)
+    canonical = canonical_tokens(hp)
     while True:  # each from the whole text, or its end, as far as the rotary tables reach: slow, but one forward pass
         seen = tokens[15 - len(model.yarn.position) // 2 :]
         n, fill = len(seen), -len(seen) % 16 * [hp.bos]  # a document behind it, which it does not see: whole tiles
         ends = np.array([0, n, n + len(fill)])
-        batch = make_micro_batch(np.array([*seen, *fill, 0]), ends, spelled, hp.ngram_rows, model.head.device)
+        batch = make_micro_batch(np.array([*seen, *fill, 0]), ends, canonical, hp.ngram_rows, model.head.device)
         z, ids = model.logits(batch, windows, n - 1)[: hp.vocab_size].double().cpu().topk(count if temperature else 1)
         drawn = torch.multinomial((z - z[0]).div(temperature or 1).softmax(-1), 1, generator=draws)
         yield (tokens := [*tokens, ids[drawn].item()])[-1]

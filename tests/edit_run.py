@@ -43,7 +43,7 @@ def two_steps(program, world, folder: Path) -> dict:
     small_run = importlib.reload(small_run)  # its sizes are made from the tables
     hp = small_run.small_hyperparameters(folder, vocab_size=BOS + 1, bos=BOS, val_tokens=256)
     program.check_hyperparameters(hp)
-    program.spellings = lambda hp: np.arange(hp.padded_vocab)  # the vocabulary is for other tokens
+    program.canonical_tokens = lambda hp: np.arange(hp.padded_vocab)  # the vocabulary is for other tokens
     trainer = program.Trainer(hp, world)
     trainer.model.prefixes[: BOS // 2] = torch.arange(1, BOS // 2 + 1)  # as if the vocabulary had them
     val_batches = program.validation_batches(program.find_files(hp.val_files), hp, world)

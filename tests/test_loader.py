@@ -22,10 +22,10 @@ from train_gpt import (
     TrainLoader,
     UserError,
     World,
+    canonical_tokens,
     make_micro_batch,
     prefix_table,
     read_vocabulary,
-    spellings,
     validation_batches,
 )
 
@@ -712,7 +712,7 @@ def test_prefixes_in_gpt2s_vocabulary_which_comes_with_the_program(tmp_path, mon
 def test_without_a_vocabulary_no_token_has_a_prefix_and_each_its_own_spelling():
     hp = Hyperparameters(vocabulary="")
     assert (prefix_table(hp) == -1).all() and len(prefix_table(hp)) == 50304
-    assert spellings(hp).tolist() == [*range(50304)]
+    assert canonical_tokens(hp).tolist() == [*range(50304)]
 
 
 def test_spellings_differ_in_case_accents_and_space_around_only(tmp_path):
@@ -735,14 +735,14 @@ def test_spellings_differ_in_case_accents_and_space_around_only(tmp_path):
         "A b ",
     ]
     tokens = [t if isinstance(t, bytes) else t.encode() for t in tokens]
-    found = spellings(vocabulary(tmp_path / "own.tiktoken", tokens))
+    found = canonical_tokens(vocabulary(tmp_path / "own.tiktoken", tokens))
     assert found.dtype == np.int32
     assert found[: len(tokens)].tolist() == [0, 0, 0, 3, 4, 5, 5, 7, 8, 8, 8, 11, 11, 13, 13]
     assert found[len(tokens) :].tolist() == [*range(len(tokens), len(found))]
 
 
 def test_gpt2s_tokens_have_as_many_spellings_as_the_public_record_counts():
-    found = spellings(Hyperparameters())
+    found = canonical_tokens(Hyperparameters())
     assert len({*found[:50257].tolist()}) in range(32_900, 33_100)  # 32,980 there, with another rule for line ends
     assert (found <= np.arange(50304)).all() and (found[found] == found).all() and found[50256] == 50256
 

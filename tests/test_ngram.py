@@ -81,7 +81,7 @@ def step_of(tmp_path, rank, ranks, **overrides):
 
 def plain_rows_of(batch, hp):
     """By hand, of the micro-batches apart, as they were dealt; tokens count as the first that is spelled alike."""
-    spelled = [train_gpt.spellings(hp)[b.inputs.numpy()].tolist() for b in batch.micro_batches]
+    spelled = [train_gpt.canonical_tokens(hp)[b.inputs.numpy()].tolist() for b in batch.micro_batches]
     starts = [{*b.documents.starts.tolist()} for b in batch.micro_batches]
     return [plain_ngrams(tokens, hp.ngram_rows, of) for tokens, of in zip(spelled, starts, strict=True)]
 
@@ -165,7 +165,7 @@ def exchange_once(folder, rank, size, dtype):
         by_rank = [rows_of(q, size).astype(np.int32) for q in range(size)]
         slots, (rows, asked, taken, given) = train_gpt.exchange_rows(by_rank, rank, np.zeros(ROWS, np.int32))
         exchange = train_gpt.Exchange(torch.from_numpy(rows), torch.from_numpy(asked), taken, given)
-        communication = train_gpt.ExchangedRows(torch.zeros(ROWS, C, dtype=dtype), world, ROWS)
+        communication = train_gpt.ShardedRowCache(torch.zeros(ROWS, C, dtype=dtype), world, ROWS)
         communication.slice.copy_(whole_table(dtype).chunk(size)[rank])
         communication.fill(exchange)
         grad = torch.zeros(ROWS, C)
@@ -300,7 +300,7 @@ def test_a_gradient_that_is_not_finite_shows_in_its_rows_mean_square(update_rows
 def test_rows_beyond_two_to_the_31_numbers_are_found():
     """5 GB: both what is fetched and what is updated lie where an int32 has wrapped around."""
     N, width = 3_400_000, 768
-    communication = train_gpt.FewRows(torch.zeros(4, width, dtype=torch.bfloat16, device="cuda"), World(), N)
+    communication = train_gpt.RowCache(torch.zeros(4, width, dtype=torch.bfloat16, device="cuda"), World(), N)
     table, rows = communication.slice, torch.tensor([3, 2_796_203, N - 1], dtype=torch.int32, device="cuda")
     assert table.numel() > 2**31
     table[rows.long()] = torch.arange(1.0, 4.0, dtype=torch.bfloat16, device="cuda")[:, None].expand(3, width)

@@ -158,7 +158,7 @@ def by_hand(model, hp, windows, tokens, count):
     """The likeliest next token, `count` times, of the logits of the text and nothing else."""
     for _ in range(count):
         batch = train_gpt.make_micro_batch(
-            np.array([*tokens, 0]), np.array([0, len(tokens)]), train_gpt.spellings(hp), hp.ngram_rows, CPU
+            np.array([*tokens, 0]), np.array([0, len(tokens)]), train_gpt.canonical_tokens(hp), hp.ngram_rows, CPU
         )
         with torch.no_grad():
             logits = model.logits(batch, windows)
@@ -197,7 +197,7 @@ def test_a_seed_gives_the_same_tokens_again_and_another_one_others(loaded):
 def test_tokens_are_drawn_as_often_as_temperature_and_top_k_say(loaded):
     model, hp, windows = loaded
     batch = train_gpt.make_micro_batch(
-        np.array([hp.bos, 0]), np.array([0, 1]), train_gpt.spellings(hp), hp.ngram_rows, CPU
+        np.array([hp.bos, 0]), np.array([0, 1]), train_gpt.canonical_tokens(hp), hp.ngram_rows, CPU
     )
     with torch.no_grad():
         p, likeliest = model.logits(batch, windows, 0)[: hp.vocab_size].double().topk(3)
