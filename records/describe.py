@@ -115,10 +115,11 @@ def gates_of(run: Run, layers) -> int:
 def states_bytes(run: Run, size: int) -> dict[str, int]:
     """What a process holds from beginning to end, by kind, when there are so many of them."""
     gradients = states = 0
-    *slots, (_, ngrams) = sorted(run.slots.items(), key=lambda item: item[0] == "ngrams")
+    slots = dict(run.slots)
+    ngrams = slots.pop("ngrams")
     row = total_bytes(getattr(ngrams.algorithm, name) for name in ngrams.algorithm.row_states)
     looked_up = run.train_gpt.ngram_slots(run.hp, run.train_gpt.World(size=size))
-    for name, slot in slots:
+    for name, slot in slots.items():
         whole = run.stack(name)[0]
         gradients += whole * slot.p.grad.nbytes
         held = (getattr(slot.algorithm, state) for state in slot.algorithm.states)
@@ -160,7 +161,7 @@ def kept_bytes(run: Run, stage, tokens: int) -> dict[str, int]:
     stream = sum(1 + sum(map(bool, (a.window, a.adds, a.values, a.mlp, a.keep, a.reads))) for a in layers)
     return {
         "attention": tokens * len(run.train_gpt.ATTENTION_LAYERS) * C * (product + 7 * size),
-        "MLP": tokens * len(run.train_gpt.MLP_LAYERS) * 5 * C * product,
+        "MLP": tokens * len(run.train_gpt.MLP_LAYERS) * (1 + run.hp.mlp_ratio) * C * product,
         "stream": tokens * stream * C * size,
         "copying": tokens * 4 * run.hp.copy_width * size,
         "logits": tokens * run.classes(stage) * (size + (2 if "head" in run.fp8 else size)),

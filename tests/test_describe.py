@@ -236,6 +236,14 @@ def test_a_position_that_may_copy_meets_the_keys_before_it_in_the_longest_docume
     assert describe.kept_bytes(run, run.hp.stages[0], 10)["copying"] == 10 * 4 * width * 2  # q and k, twice, in bf16
 
 
+@pytest.mark.parametrize("ratio", [2, 4])
+def test_an_mlp_keeps_its_input_and_its_hidden_units(ratio):
+    run = run_of(train_gpt, "--fp8=off", f"--mlp_ratio={ratio}")
+    C = run.hp.model_dim
+    kept = describe.kept_bytes(run, run.hp.stages[0], 10)["MLP"]
+    assert kept == 10 * len(train_gpt.MLP_LAYERS) * (C + ratio * C) * run.dtype.itemsize
+
+
 def test_training_takes_three_times_the_forward_pass_for_each_token(programs):
     text = text_of(train_gpt)
     *parts, together, whole = table(text, "MFLOP a token")[2:]
