@@ -3271,8 +3271,10 @@ def prefix_table(hp: Hyperparameters) -> Tensor:
     """
     ids, prefixes = read_vocabulary(hp), [-1] * hp.padded_vocab
     for token, i in ids.items():
-        shorter = (token[:length] for length in range(len(token) - 1, 0, -1))
-        prefixes[i] = next((ids[prefix] for prefix in shorter if prefix in ids), -1)
+        prefix = token[:-1]
+        while prefix and prefix not in ids:
+            prefix = prefix[:-1]
+        prefixes[i] = ids.get(prefix, -1)
     return torch.tensor(prefixes, dtype=torch.int32)
 
 

@@ -382,7 +382,7 @@ PLANTED = {
          "edges, lengths = ends,", "test_loader.py test_joined_micro_batches"),
         ("joined: a token more than is allowed", "n * num_tokens <= hp.micro_batch_tokens",
          "n * num_tokens <= hp.micro_batch_tokens + 1", "test_loader.py test_as_many_micro_batches"),
-        ("a token is its own prefix", "range(len(token) - 1, 0, -1)", "range(len(token), 0, -1)",
+        ("a token is its own prefix", "        prefix = token[:-1]\n", "        prefix = token\n",
          "test_loader.py test_a_tokens_prefix"),
         # Schedule
         ("unties on an even step", "next(untie, hp.total_steps) | 1", "next(untie, hp.total_steps)",
