@@ -1527,7 +1527,8 @@ def attend_reference(q, k, v, documents: Documents, window: int, scale: float, x
 # Score of a masked pair; real ones, of normed q and k, stay within head_dim. A row that has met masked keys only has
 # worthless sums, which its first real score multiplies by exp2(MASKED - score) = 0. They must be finite until then:
 # -inf - -inf is NaN, and of much larger numbers rounding errors alone overflow exp2.
-MASKED = tl.constexpr(-1e5)
+MASKED_SCORE = -1e5
+MASKED = tl.constexpr(MASKED_SCORE)
 
 
 @triton.jit
@@ -1687,8 +1688,8 @@ ATTENTION_BACKWARD_KV_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stag
 
 
 def attention_tiles(block: int, *tensors: Tensor) -> list:
-    """Descriptors of tiles of `block` positions of one head, of contiguous tensors (N, H, D)."""
-    return [TensorDescriptor.from_tensor(t.flatten(1), [block, t.size(2)]) for t in tensors]
+    """Descriptors of tiles of `block` positions of one head, of tensors (N, H, D), contiguous, or (N, D)."""
+    return [TensorDescriptor.from_tensor(t.flatten(1), [block, t.size(-1)]) for t in tensors]
 
 
 class CausalSelfAttention(torch.autograd.Function):
@@ -1752,17 +1753,18 @@ def attend(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor
 
 
 def copy_scores(q, k, documents: Documents, window: int, rows: Tensor) -> Tensor:
-    """Scores (n, T), float32, that positions `rows` (n,) give to all positions: -1e5 where they do not see them."""
+    """Scores (n, T), float32, that positions `rows` (n,) give to all: MASKED_SCORE to those that they do not see."""
     position = torch.arange(len(k), device=k.device)
     first = torch.maximum(documents.starts, position - window)[rows, None]
     seen = (position >= first) & (position < rows[:, None])
-    return (widened(q[rows]) @ widened(k).T).masked_fill(~seen, -1e5)
+    return (widened(q[rows]) @ widened(k).T).masked_fill(~seen, MASKED_SCORE)
 
 
 def copy_sums_reference(q, k, targets, documents: Documents, window: int) -> Tensor:
     """copy_sums() over all pairs with a mask, for CPUs."""
     scores = copy_scores(q, k, documents, window, torch.arange(len(q), device=q.device))
-    return torch.stack((scores, scores.masked_fill(targets[:, None] != targets, -1e5))).logsumexp(-1)
+    matching = scores.masked_fill(targets[:, None] != targets, MASKED_SCORE)
+    return torch.stack((scores, matching)).logsumexp(-1)
 
 
 @triton.jit(do_not_specialize=["N", "window"])
@@ -1833,10 +1835,9 @@ class CopySums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, targets, starts, ends, window):
-        (N, D), BLOCK_Q, BLOCK_K = q.shape, COPY_TILES["BLOCK_Q"], COPY_TILES["BLOCK_K"]
-        sums = q.new_empty(2, N, dtype=torch.float32)
-        q_desc, k_desc = TensorDescriptor.from_tensor(q, [BLOCK_Q, D]), TensorDescriptor.from_tensor(k, [BLOCK_K, D])
-        copy_kernel[(triton.cdiv(N, BLOCK_Q),)](q_desc, k_desc, starts, targets, sums, N, window, **COPY_TILES)
+        N, BLOCK_Q, sums = len(q), COPY_TILES["BLOCK_Q"], q.new_empty(2, len(q), dtype=torch.float32)
+        descs = *attention_tiles(BLOCK_Q, q), *attention_tiles(COPY_TILES["BLOCK_K"], k)
+        copy_kernel[(triton.cdiv(N, BLOCK_Q),)](*descs, starts, targets, sums, N, window, **COPY_TILES)
         ctx.save_for_backward(q, k, starts, ends, targets, sums)
         ctx.window = window
         return sums
@@ -1845,7 +1846,7 @@ class CopySums(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, *args = ctx.saved_tensors
         (N, D), BLOCK, grads = q.shape, COPY_BACKWARD_TILES["BLOCK"], [q.new_empty(q.shape), k.new_empty(k.shape)]
-        q, k, *out = (TensorDescriptor.from_tensor(t, [BLOCK, D]) for t in (q, k, *grads))
+        q, k, *out = attention_tiles(BLOCK, q, k, *grads)
         args += [grad.contiguous()]
         for queries, own, other, out_desc in ((True, q, k, out[0]), (False, k, q, out[1])):
             copy_backward_kernel[(triton.cdiv(N, BLOCK),)](
