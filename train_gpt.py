@@ -492,10 +492,9 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     positive = "num_scheduled_iterations train_max_seq_len val_tokens val_batch_size num_heads window_block adam_eps"
     for name in (*positive.split(), "grad_scale"):
         require(getattr(hp, name) > 0, f"--{name}={getattr(hp, name)} must be positive")
-    not_negative = (
-        "mlp_ratio num_extension_iterations val_loss_every checkpoint_every hang_timeout adam_lr adam_wd muon_lr"
-    )
-    for name in (*not_negative.split(), "muon_wd", "lr_end", "muon_momentum_warmup", "muon_momentum_cooldown"):
+    not_negative = "num_extension_iterations val_loss_every checkpoint_every hang_timeout adam_lr adam_wd muon_lr"
+    not_negative += " muon_wd lr_end muon_momentum_warmup muon_momentum_cooldown mlp_ratio"
+    for name in not_negative.split():
         require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
     require(0 <= hp.muon_beta2 < 1, f"--muon_beta2={hp.muon_beta2} must be in [0, 1)")
     require(hp.hang_timeout <= 1e9, f"--hang_timeout={hp.hang_timeout} must be at most 1e9; 0 is never")
@@ -2119,11 +2118,13 @@ class MicroBatch(NamedTuple):
     classes: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
+        """All of them, as capture() takes them."""
         classes = () if self.classes is None else (self.classes,)
         return [self.inputs, self.targets, *self.documents, *self.ngrams, *classes]
 
     @staticmethod
     def of(tensors: list[Tensor]) -> "MicroBatch":
+        """The inverse of tensors()."""
         inputs, targets, starts, ends, slots, signs, *classes = tensors
         return MicroBatch(inputs, targets, Documents(starts, ends), Ngrams(slots, signs), *classes)
 
@@ -3206,7 +3207,10 @@ class TrainLoader:
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
-def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> list[tuple[list[MicroBatch], Exchange]]:
+ValidationBatches = list[tuple[list[MicroBatch], Exchange]]  # of one micro-batch each
+
+
+def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> ValidationBatches:
     """This rank's chunks of the first val_tokens, each with its exchange. Raises UserError for fewer tokens."""
     needed, tokens = hp.val_tokens + 1, np.empty(0, np.uint16)
     for path in paths:
@@ -3307,9 +3311,11 @@ class TrainingSchedule:
         self.untie_step = next(untie, hp.total_steps) | 1  # | 1: the next odd step, as Adam steps on these only
 
     def stage_index(self, step: int) -> int:
+        """The row of STAGES that `step` belongs to, from 0."""
         return max(i for i, start in enumerate(self.starts) if step >= start)
 
     def stage(self, step: int) -> TrainingStage:
+        """The row of STAGES that `step` belongs to."""
         return self.hp.stages[self.stage_index(step)]
 
     def tokens(self, step: int) -> int:
@@ -3444,10 +3450,11 @@ class Trainer:
         self.optimizer.mark_lookups(batch.dealt)
 
     def update(self, step: int) -> None:
+        """The optimizer's step, with the schedule's learning rate and momentum."""
         self.optimizer.step(step, self.schedule.lr(step), self.schedule.momentum(step))
 
     @torch.no_grad()
-    def validate(self, batches: list[tuple[list[MicroBatch], Exchange]], windows: dict[str, int]) -> float:
+    def validate(self, batches: ValidationBatches, windows: dict[str, int]) -> float:
         """Mean cross-entropy of all ranks' validation tokens, in nats."""
         one = torch.ones(1, device=self.world.device)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
@@ -3459,7 +3466,7 @@ class Trainer:
             dist.all_reduce(total)
         return total.item() / self.hp.val_tokens
 
-    def warm_up(self, train_paths: list[Path], val_batches: list[MicroBatch]) -> None:
+    def warm_up(self, train_paths: list[Path], val_batches: ValidationBatches) -> None:
         """Compiles all that the run will use, by a step of each stage and a validation, and puts everything back."""
         saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         schedule, use_graphs = self.schedule, self.world.on_gpu and self.hp.cuda_graphs == "auto"
@@ -3495,7 +3502,7 @@ class Trainer:
         self.stage_index = 0
 
     def run(
-        self, log: "Log", train_paths: list[Path], val_batches: list[MicroBatch], progress=None, watch=None
+        self, log: "Log", train_paths: list[Path], val_batches: ValidationBatches, progress=None, watch=None
     ) -> list[float]:
         """The run on the clock, from `progress` on. Returns the validation losses."""
         now = progress or Progress()
@@ -3590,7 +3597,7 @@ class Trainer:
 class BetweenSteps:
     """What happens between two steps of a run: lines in the log, validations, checkpoints, the end after a signal."""
 
-    def __init__(self, trainer: Trainer, log: "Log", val_batches: list[MicroBatch], now: Progress, watch: "Watch"):
+    def __init__(self, trainer: Trainer, log: "Log", val_batches: ValidationBatches, now: Progress, watch: "Watch"):
         self.trainer, self.hp, self.log, self.val_batches, self.watch = trainer, trainer.hp, log, val_batches, watch
         self.now, self.begin, self.clock = now, now.step, Clock(trainer.world.device, now.elapsed)
 
@@ -3662,6 +3669,7 @@ class Clock:
                 before.synchronize()
 
     def start(self) -> None:
+        """Waits for the work launched so far, and starts counting."""
         synchronize(self.device)
         self.since = time.perf_counter()
 
@@ -3678,6 +3686,7 @@ class Clock:
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done all that was launched; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
