@@ -1158,42 +1158,77 @@ class HeadLoss(torch.autograd.Function):
 
 # ---------------------------------------------------------------------------- lookups in the embedding tables
 # Gradients are added to .grad here, row by row. Autograd would fill a table with zeros, scatter into it, and add all of
-# it: 900 MB for a few thousand rows.
+# it: 900 MB for a few thousand rows. Atomic additions would end with other bits each time, as the order in which
+# programs come is chance; here positions are sorted by row, and each row is added to by one program at a time.
+
+
+def add_rows_reference(table: Tensor, rows: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
+    """table[rows[t]] += grad[t], times gate[t, h] for the h-th of H parts; (rows, C), (T,), (T, C), None or (T, H)."""
+    if gate is not None:
+        grad = (gate.unsqueeze(-1) * grad.unflatten(1, (gate.size(1), -1))).flatten(1)
+    table.index_add_(0, rows, grad.to(table.dtype))
 
 
 @triton.jit
-def add_rows_kernel(grad_ptr, rows_ptr, table_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """table[rows[t]] += grad[t] for one t."""
-    t, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    row = tl.load(rows_ptr + t).to(tl.int64)
-    grad = tl.load(grad_ptr + t * C + cols, mask=cols < C, other=0.0).to(tl.float32)
-    tl.atomic_add(table_ptr + row * C + cols, grad, mask=cols < C, sem="relaxed")
+def add_rows_kernel(
+    grad_ptr, gate_ptr, order_ptr, rows_ptr, table_ptr, T,
+    C: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """WIDTH columns of the rows that begin among CHUNK of the T sorted positions; the last may go on beyond these."""
+    start, part, cols = tl.program_id(0) * CHUNK, tl.program_id(1), tl.arange(0, BLOCK)
+    place, here = start + tl.arange(0, CHUNK), (part * WIDTH + cols)[None, :]
+    columns = (cols < WIDTH)[None, :] & (here < C)
+    own = tl.load(rows_ptr + place, mask=place < T, other=-1)
+    begins = own != tl.load(rows_ptr + place - 1, mask=(place > 0) & (place < T), other=-1)
+    acc, goes_on = tl.zeros((CHUNK, BLOCK), tl.float32), tl.max(begins.to(tl.int32), 0) == 1
+    while goes_on:
+        inside = start + tl.arange(0, CHUNK) < T
+        row = tl.load(rows_ptr + start + tl.arange(0, CHUNK), mask=inside, other=-1)
+        t = tl.load(order_ptr + start + tl.arange(0, CHUNK), mask=inside, other=0).to(tl.int64)
+        grad = tl.load(grad_ptr + t[:, None] * C + here, mask=inside[:, None] & columns, other=0.0)
+        weight = (own[:, None] == row[None, :]).to(grad.dtype)
+        if GATED:
+            weight *= tl.load(gate_ptr + t * (C // WIDTH) + part, mask=inside, other=0.0)[None, :]
+        acc = tl.dot(weight, grad, acc, input_precision="ieee")  # at each place the sum of its row
+        start += CHUNK
+        goes_on = tl.load(rows_ptr + start, mask=start < T, other=-1) == tl.max(own, 0)
+    table_ptr += own.to(tl.int64)[:, None] * C + here
+    mask = begins[:, None] & columns
+    tl.store(table_ptr, tl.load(table_ptr, mask=mask, other=0.0) + acc, mask=mask)
 
 
-def add_rows(table: Tensor, rows: Tensor, grad: Tensor) -> None:
-    """table[rows[t]] += grad[t] for all t, in the table's type; table (rows, C), rows (T,), grad (T, C)."""
-    if not grad.is_cuda:
-        table.index_add_(0, rows, grad.to(table.dtype))
-        return
-    T, C = grad.shape
-    if T == 0:  # no row from another rank
-        return
-    add_rows_kernel[(T,)](grad.contiguous(), rows, table, C, BLOCK=triton.next_power_of_2(C), num_warps=4)
+def add_rows_triton(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
+    """add_rows_reference in one kernel, for a float32 table; order (T,) sorts `rows`."""
+    (T, C), CHUNK = grad.shape, 64
+    width = min(C, 128) if gate is None else C // gate.size(1)
+    block = max(16, triton.next_power_of_2(width))  # 16: the least a tensor core multiplies
+    add_rows_kernel[(triton.cdiv(T, CHUNK), triton.cdiv(C, width))](
+        grad.contiguous(), gate, order, rows.index_select(0, order), table, T, C, width, gate is not None, CHUNK, block,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def add_rows(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
+    """Adds in place; order (T,) sorts `rows`, all else as in add_rows_reference."""
+    if grad.is_cuda:
+        add_rows_triton(table, rows, order, grad, gate)
+    else:
+        add_rows_reference(table, rows, grad, gate)
 
 
 class Lookup(torch.autograd.Function):
-    """Rows of a table (rows, C) by index (T,)."""
+    """Rows of a table (rows, C) by index (T,); order (T,) sorts the indices."""
 
     @staticmethod
-    def forward(ctx, table, rows):
-        ctx.save_for_backward(table, rows)
+    def forward(ctx, table, rows, order):
+        ctx.save_for_backward(table, rows, order)
         return F.embedding(rows, table)
 
     @staticmethod
     def backward(ctx, grad):
-        table, rows = ctx.saved_tensors
-        add_rows(table_gradient(table), rows, grad)
-        return None, None
+        table, *rows_and_order = ctx.saved_tensors
+        add_rows(table_gradient(table), *rows_and_order, grad)
+        return None, None, None
 
 
 class HeadClasses(torch.autograd.Function):
@@ -1307,20 +1342,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((a * cos + b * sin, b * cos - a * sin), -1).flatten(-2)
 
 
-def split_heads_reference(qkv, value_gate, table, rows, cos, sin, documents, num_heads: int, paired: bool):
+def split_heads_reference(qkv, value_gate, table, rows, order, cos, sin, documents, num_heads: int, paired: bool):
     """q, k, v as attention takes them, from qkv (T, H (2 D_QK + D)): heads of q, of k, of v; cos, sin: see rotate.
 
     D is twice the tables' width, D_QK at most that. To the values are added value_gate (T, H) times `rows` (T,) of
-    table, unless value_gate is None. Results are (T, H, .), in paired layers (2T, H/2, .): heads 0.. at even, the other
-    half at odd positions. documents: None, or, for the key offset, those of these positions: the second half of a key
-    then comes from the position before, except at a document's first.
+    table, whose order is as in Lookup, unless value_gate is None. Results are (T, H, .), in paired layers
+    (2T, H/2, .): heads 0.. at even, the other half at odd positions. documents: None, or, for the key offset, those of
+    these positions: the second half of a key then comes from the position before, except at a document's first.
     """
     T, C = len(qkv), num_heads * 2 * cos.size(-1)
     qk, v = qkv.split((qkv.size(1) - C, C), 1)
     q, k, v = *qk.view(T, 2, num_heads, -1).unbind(1), v.view(T, num_heads, -1)
     q, k = norm(q), norm(k)
     if value_gate is not None:
-        v = v + value_gate.unsqueeze(-1) * Lookup.apply(table, rows).view_as(v)
+        v = v + value_gate.unsqueeze(-1) * Lookup.apply(table, rows, order).view_as(v)
     if paired:
         q, k, v = (t.reshape(2 * T, num_heads // 2, -1) for t in (q, k, v))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -1396,11 +1431,11 @@ def split_heads_kernel(
 @triton.jit
 def split_heads_backward_kernel(
     qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, starts_ptr, ends_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
-    grad_qkv_ptr, grad_gate_ptr, grad_table_ptr, T, eps, factor,
+    grad_qkv_ptr, grad_gate_ptr, T, eps, factor,
     H: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr,
     VALUE_EMBED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One head of BLOCK_T tokens: qkv's gradient times `factor`, value_gate's; adds to the table's .grad."""
+    """One head of BLOCK_T tokens: qkv's gradient times `factor`, and value_gate's."""
     head, t, position, inside, cos, sin, projected, out, v_projected, v_out = head_offsets(
         cos_ptr, sin_ptr, T, H, D_QK, D, PAIRED, BLOCK_T
     )
@@ -1428,19 +1463,17 @@ def split_heads_backward_kernel(
     tl.store(grad_qkv_ptr + v_projected, grad_qkv_v, mask=mask)
     if VALUE_EMBED:
         row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
-        gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
         offsets = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
         embed = tl.load(table_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         grad_gate = tl.sum(grad_v * embed, 1).to(grad_gate_ptr.dtype.element_ty)
         tl.store(grad_gate_ptr + t * H + head, grad_gate, mask=inside)
-        tl.atomic_add(grad_table_ptr + offsets, gate[:, None] * grad_v, mask=mask, sem="relaxed")
 
 
 class SplitHeads(torch.autograd.Function):
     """A Projection's product, then split_heads_reference in one kernel a direction."""
 
     @staticmethod
-    def forward(ctx, value_gate, table, rows, cos, sin, documents, num_heads, paired, *projection):
+    def forward(ctx, value_gate, table, rows, order, cos, sin, documents, num_heads, paired, *projection):
         weight, fp8, fp8_t, ctx.grad_scale, scale, x, x_fp8 = projection
         qkv = x @ weight.T if fp8 is None else fp8_product(x_fp8, fp8.T, FP8_X, scale, x.dtype)
         T, H, D = len(x), num_heads, 2 * cos.size(-1)
@@ -1448,7 +1481,7 @@ class SplitHeads(torch.autograd.Function):
         q, k, v = (qkv.new_empty((2 * T, H // 2, d) if paired else (T, H, d)) for d in (D_QK, D_QK, D))
         inputs = (qkv, value_gate, *((table, rows) if value_gate is not None else (None, None)), cos, sin)
         inputs += (None, None) if documents is None else tuple(documents)
-        ctx.save_for_backward(*((x, weight) if fp8 is None else (x_fp8, fp8_t)), scale, *inputs)
+        ctx.save_for_backward(*((x, weight) if fp8 is None else (x_fp8, fp8_t)), scale, order, *inputs)
         has = dict(KEY_OFFSET=documents is not None, VALUE_EMBED=value_gate is not None)
         ctx.options = dict(H=H, D_QK=D_QK, D=D, PAIRED=paired, **has, BLOCK_T=16, num_warps=4)
         split_heads_kernel[(H * triton.cdiv(T, 16),)](*inputs, q, k, v, T, NORM_EPS, **ctx.options)
@@ -1456,26 +1489,27 @@ class SplitHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        x, weight, scale, *inputs = ctx.saved_tensors  # in FP8, the weight is transposed
-        qkv, value_gate, table = inputs[:3]
+        x, weight, scale, order, *inputs = ctx.saved_tensors  # in FP8, the weight is transposed
+        grads = [grad.contiguous() for grad in grads]
+        qkv, value_gate, table, rows = inputs[:4]
         grad_qkv = torch.empty_like(qkv, dtype=torch.float8_e5m2 if ctx.grad_scale else None)
         grad_gate = None if value_gate is None else torch.empty_like(value_gate)
-        grad_table = None if value_gate is None else table_gradient(table)
         split_heads_backward_kernel[(ctx.options["H"] * triton.cdiv(len(qkv), 16),)](
-            *inputs, *(g.contiguous() for g in grads), grad_qkv, grad_gate, grad_table, len(qkv), NORM_EPS,
-            1 / (ctx.grad_scale or 1.0), **ctx.options,
-        )  # fmt: skip
+            *inputs, *grads, grad_qkv, grad_gate, len(qkv), NORM_EPS, 1 / (ctx.grad_scale or 1.0), **ctx.options
+        )
+        if value_gate is not None:
+            add_rows(table_gradient(table), rows, order, grads[2].view(len(qkv), -1), value_gate)
         if ctx.grad_scale is None:
             grad_x, grad_weight = grad_qkv @ weight, grad_qkv.T @ x
         else:
             grad_x = fp8_product(grad_qkv, weight.T, ctx.grad_scale, scale, qkv.dtype)
             grad_weight = fp8_weight_gradient(grad_qkv, x, ctx.grad_scale, FP8_X, qkv.dtype)
-        return grad_gate, *(None,) * 7, *Projection(grad_weight, x=grad_x)  # in the order of forward's arguments
+        return grad_gate, *(None,) * 8, *Projection(grad_weight, x=grad_x)  # in the order of forward's arguments
 
 
-def split_heads(qkv: Projection, value_gate, table, rows, cos, sin, documents, num_heads, paired):
+def split_heads(qkv: Projection, value_gate, table, rows, order, cos, sin, documents, num_heads, paired):
     """split_heads_reference of a Projection's product."""
-    rest = value_gate, table, rows, cos, sin, documents, num_heads, paired
+    rest = value_gate, table, rows, order, cos, sin, documents, num_heads, paired
     if qkv.x.is_cuda:
         return SplitHeads.apply(*rest, *qkv)
     return split_heads_reference(F.linear(qkv.x, qkv.weight), *rest)
@@ -1936,6 +1970,8 @@ def compiler(enabled: bool) -> Callable:
         return lambda function: function
     # A function is compiled once for each kind of layer in each stage: more often than Dynamo's limit of 8 allows.
     torch._dynamo.config.recompile_limit = 64
+    # Else reductions take the kernel that is timed as the fastest, and runs that chose differently have different bits.
+    torch._inductor.config.deterministic = True
     return torch.compile(dynamic=False, fullgraph=True)
 
 
@@ -2106,27 +2142,34 @@ class Ngrams(NamedTuple):
 
     slots: Tensor
     signs: Tensor
+    order: Tensor  # sorts the slots, (orders T,)
 
 
 class MicroBatch(NamedTuple):
-    """Documents end to end: inputs, targets (T,), and the classes (P,) of the softmax, None for all; all int32."""
+    """Documents end to end: inputs, targets (T,), and the classes (P,) of the softmax, None for all; all int32.
+
+    The orders sort inputs and slots, for their tables' gradients; without gradients they may be empty.
+    """
 
     inputs: Tensor
     targets: Tensor
     documents: Documents
     ngrams: Ngrams
+    order: Tensor
     classes: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """All of them, as capture() takes them."""
         classes = () if self.classes is None else (self.classes,)
-        return [self.inputs, self.targets, *self.documents, *self.ngrams, *classes]
+        return [self.inputs, self.targets, *self.documents, *self.ngrams, self.order, *classes]
 
     @staticmethod
     def of(tensors: list[Tensor]) -> "MicroBatch":
         """The inverse of tensors()."""
-        inputs, targets, starts, ends, slots, signs, *classes = tensors
-        return MicroBatch(inputs, targets, Documents(starts, ends), Ngrams(slots, signs), *classes)
+        inputs, targets, starts, ends, slots, signs, slot_order, *order_and_classes = tensors
+        return MicroBatch(
+            inputs, targets, Documents(starts, ends), Ngrams(slots, signs, slot_order), *order_and_classes
+        )
 
 
 class GPT(nn.Module):
@@ -2291,10 +2334,10 @@ class GPT(nn.Module):
         # value_embeds has one table of V rows after the other: these are 0, V, 2 V, ...
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
         value_rows = iter(batch.inputs + first_rows.int()[:, None])
-        slots, sign_rows = batch.ngrams
-        ngrams = Lookup.apply(self.ngrams, slots.flatten()).unflatten(0, slots.shape)
+        slots, sign_rows, slot_order = batch.ngrams
+        ngrams = Lookup.apply(self.ngrams, slots.flatten(), slot_order).unflatten(0, slots.shape)
         x0, ngrams = self.embed_inputs(
-            Lookup.apply(self.embed, batch.inputs), ngrams, self.signs, sign_rows, batch.documents.first(),
+            Lookup.apply(self.embed, batch.inputs, batch.order), ngrams, self.signs, sign_rows, batch.documents.first(),
             scalars["smear"][0], self.smear_gate,
         )  # fmt: skip
         documents = {False: batch.documents, True: batch.documents.paired()}
@@ -2316,7 +2359,7 @@ class GPT(nn.Module):
                 projection = w.qkv._replace(**lacking)
                 embed_rows = next(value_rows) if layer.value_embed else None
                 q, k, v = split_heads(
-                    projection, value_gate, self.value_embeds, embed_rows, self.yarn.cos, self.yarn.sin,
+                    projection, value_gate, self.value_embeds, embed_rows, batch.order, self.yarn.cos, self.yarn.sin,
                     documents[layer.paired] if layer.key_offset else None, self.num_heads, layer.paired,
                 )  # fmt: skip
                 v = v if added_values is None else v + added_values.view_as(v)
@@ -2648,12 +2691,13 @@ class ShardedRows(Sharded):
         self.own_lookups, self.received_rows, sent_rows = indices
         self.grad, values = self.own(grad), grad[sent_rows].to(self.p.dtype)
         self.received = values.new_empty(len(self.received_rows), grad.shape[1])
-        sizes = [*map(len, received)], [*map(len, sent)]
-        self.work = dist.all_to_all_single(self.received, values, *sizes, async_op=True)
+        self.sizes = [*map(len, received)]
+        self.work = dist.all_to_all_single(self.received, values, self.sizes, [*map(len, sent)], async_op=True)
 
     def reduced(self) -> Tensor:
         grad = super().reduced()
-        add_rows(grad, self.received_rows, self.received)
+        for rows, values in zip(self.received_rows.split(self.sizes), self.received.split(self.sizes), strict=True):
+            grad.index_add_(0, rows, values.to(grad.dtype))  # rank by rank, none of whose rows comes twice
         self.received = None
         return grad
 
@@ -2732,7 +2776,7 @@ class ShardedRowCache(RowCache):
         parts = [*self.received.split(given)]
         parts[self.world.rank] = self.grad.split(taken)[self.world.rank]  # this rank's own, not rounded by the journey
         for places, values in zip(asked.split(given), parts, strict=True):
-            add_rows(total, places, values)
+            total.index_add_(0, places, values.to(total.dtype))
         self.received = self.grad = None
         return RowGradient(rows, total)
 
@@ -3081,13 +3125,20 @@ def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray) -> t
     return slots, [rows - rank * share, found_in(np.concatenate(asked), rows), taken.tolist(), given]
 
 
+def sorting_order(rows: np.ndarray) -> np.ndarray:
+    """np.argsort, stable, for numbers of 0 to 2^31 - 1: by the low 16 bits, then the high ones, five times as fast."""
+    by_low = np.argsort(rows.astype(np.uint16), axis=None, kind="stable")
+    return by_low[np.argsort((rows.ravel()[by_low] >> 16).astype(np.uint16), kind="stable")]
+
+
 def make_micro_batches(
     dealt: list[tuple[np.ndarray, np.ndarray]], together: int, canonical: np.ndarray, places: np.ndarray, world: World,
-    classes: list[Tensor],
+    classes: list[Tensor], learns: bool,
 ) -> tuple[list[MicroBatch], Exchange]:  # fmt: skip
     """This rank's share of the micro-batches dealt to all ranks, joined, on its device, and their exchange.
 
-    canonical: of canonical_tokens; places: of exchange_rows; classes: of softmax_classes, an empty list for all.
+    canonical: of canonical_tokens; places: of exchange_rows; classes: of softmax_classes, an empty list for all;
+    learns: whether gradients will be taken.
     """
     joined = [[*join_micro_batches(dealt[rank :: world.size], together)] for rank in range(world.size)]
     rows = [[ngram_rows(canonical[inputs], starts, len(places)) for inputs, _, starts, _ in b] for b in joined]
@@ -3095,6 +3146,7 @@ def make_micro_batches(
     own, batches = joined[world.rank], []
     for arrays, part in zip(own, np.split(slots, len(own), 1), strict=True):
         arrays += [part, ngram_signs(canonical[arrays[0]], arrays[2])]
+        arrays += [sorting_order(a) if learns else a[:0].ravel() for a in (part, arrays[0])]
         batches.append(MicroBatch.of([*to_device(arrays, world.device), *classes]))
     return batches, Exchange(*to_device(indices, world.device), taken, given)
 
@@ -3104,8 +3156,8 @@ def make_micro_batch(
 ) -> MicroBatch:
     """A micro-batch for a model that has all `rows` of the n-grams' table; tokens and ends as in join_micro_batches."""
     arrays = inputs, _, starts, _ = next(join_micro_batches([(tokens, ends)], 1))
-    arrays = *arrays, ngram_rows(canonical[inputs], starts, rows), ngram_signs(canonical[inputs], starts)
-    return MicroBatch.of(to_device(arrays, device))
+    slots, signs = ngram_rows(canonical[inputs], starts, rows), ngram_signs(canonical[inputs], starts)
+    return MicroBatch.of(to_device([*arrays, slots, signs, sorting_order(slots), sorting_order(inputs)], device))
 
 
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
@@ -3185,7 +3237,7 @@ class TrainLoader:
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             classes = to_device([] if classes is None else [classes], self.world.device)
             together = micro_batches_together(num_tokens, self.hp, self.world)
-            made = make_micro_batches(dealt, together, self.canonical, self.places, self.world, classes)
+            made = make_micro_batches(dealt, together, self.canonical, self.places, self.world, classes, learns=True)
             if self.stream:
                 self.stream.synchronize()  # here, so that the main thread need not wait for copies
         position = self.files_begun, self.shard.next_document
@@ -3222,7 +3274,7 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
     dealt = [*zip(chunks, ends, strict=True)]
     groups = (dealt[i : i + world.size] for i in range(0, len(dealt), world.size))
     canonical, places = canonical_tokens(hp), np.empty(hp.ngram_rows, np.int32)
-    return [make_micro_batches(group, 1, canonical, places, world, []) for group in groups]
+    return [make_micro_batches(group, 1, canonical, places, world, [], learns=False) for group in groups]
 
 
 def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:

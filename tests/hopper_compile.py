@@ -64,7 +64,8 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
         train_gpt.linear_relu2_triton(bf16(T, C).to(dtype), weight.to(dtype))
         train_gpt.linear_relu2_triton(bf16(T, C).to(dtype), weight.to(dtype), hidden.to(dtype))
-    train_gpt.add_rows_kernel[(T,)](number(T, C), index(T), number(V, C), C, BLOCK=1024, num_warps=4)
+    for gate in (None, bf16(T, H)):
+        train_gpt.add_rows_triton(number(V, C), index(T), index(T), bf16(T, C), gate)
     rows = number(V), index(V), index(T), number(T, C)
     train_gpt.update_rows_triton(bf16(V, C), *rows, 7, 0.95, 0.1, 0.1, 1e-10)
     train_gpt.cross_entropy_triton(bf16(T, V), index(3, T))
@@ -72,7 +73,7 @@ def main() -> None:
         train_gpt.cross_entropy_backward_triton(bf16(T, V), number(T), index(3, T), number(3, T), 1.0, dtype)
     for paired, documents, fp8 in ((False, True, True), (True, False, False)):
         gate, table, rotary = bf16(T, H).requires_grad_(), torch.nn.Parameter(bf16(V, C)), bf16(2 * T, 1, 64)
-        args = gate, table, index(T), rotary, rotary, (index(T), index(T)) if documents else None, H, paired
+        args = gate, table, index(T), index(T), rotary, rotary, (index(T), index(T)) if documents else None, H, paired
         sum(out.sum() for out in SplitHeads.apply(*args, *projection(fp8))).backward()
     for gates in (None, bf16(T, H).requires_grad_()):
         q, k, v = (bf16(T, H, 128).requires_grad_() for _ in range(3))

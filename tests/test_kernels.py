@@ -957,7 +957,7 @@ def split_heads_inputs(device, dtype, with_values, D, paired, key_offset, T=37, 
     x = normal(T, H * D, device=device, dtype=dtype)
     # Each projection is one element of x: exact in any type
     weight = F.one_hot(torch.randint(H * D, (H * (2 * D_QK + D),)), H * D).to(x)
-    return x, weight, gate, table, rows, yarn.cos, yarn.sin, documents, H, paired
+    return x, weight, gate, table, rows, rows.argsort().int(), yarn.cos, yarn.sin, documents, H, paired
 
 
 def test_split_heads_reference_takes_the_second_half_of_a_key_from_the_token_before_in_its_document():
@@ -965,7 +965,7 @@ def test_split_heads_reference_takes_the_second_half_of_a_key_from_the_token_bef
     for paired in (False, True):
         torch.manual_seed(0)
         x, weight, *rest = split_heads_inputs("cpu", torch.float64, True, 16, paired, True)
-        own = train_gpt.split_heads_reference(x @ weight.T, *rest[:5], None, *rest[6:])
+        own = train_gpt.split_heads_reference(x @ weight.T, *rest[:6], None, *rest[7:])
         out = train_gpt.split_heads_reference(x @ weight.T, *rest)
         assert torch.equal(out[0], own[0]) and torch.equal(out[2], own[2])
         starts = [2 * s if paired else s for s in (0, 1, 3, 16, 17)]
@@ -1047,7 +1047,7 @@ def test_split_heads_in_fp8_are_the_reference_within_the_quantisation(narrow, pa
 def test_lookup_adds_its_gradient_to_the_tables_row_by_row(device, dtype):
     table = torch.nn.Parameter(normal(7, 24, device=device, dtype=dtype))
     rows, grad = integers(7, 50, device=device), normal(50, 24, device=device, dtype=dtype)
-    out = train_gpt.Lookup.apply(table, rows)
+    out = train_gpt.Lookup.apply(table, rows, rows.argsort().int())
     assert torch.equal(out, table[rows.long()])
     expected = torch.zeros(7, 24, dtype=torch.float64, device=device).index_add_(0, rows, grad.double())
     for times in (1, 2):
@@ -1056,13 +1056,32 @@ def test_lookup_adds_its_gradient_to_the_tables_row_by_row(device, dtype):
         assert relative_error(table.grad, times * expected) < KERNEL_TOLERANCE[torch.float32]
 
 
-@interpreted  # on a GPU it is Lookup's test that runs it
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_add_rows_kernel_adds_rows_that_occur_several_times(dtype):
-    table, rows, grad = torch.randn(5, 24), integers(5, 30), normal(30, 24, dtype=dtype)
-    expected = table.double().index_add_(0, rows, grad.double())
-    train_gpt.add_rows_kernel[(30,)](grad, rows, table, 24, BLOCK=32)
-    assert relative_error(table, expected) < KERNEL_TOLERANCE[torch.float32]
+# 200 positions are three chunks and a part of one
+LOOKED_UP = dict(
+    mixed=[3] * 20 + [5] * 150 + [6] * 22 + [8, 8, 9, 1, 1, 0, 11, 11],
+    aligned=[2] * 64 + [4] * 64 + [7] * 72,
+    one=[6] * 200,
+    different=list(range(200)),
+    few=[9, 2, 9],
+)
+
+
+@on_each_device
+@pytest.mark.parametrize("rows", LOOKED_UP.values(), ids=LOOKED_UP)
+@pytest.mark.parametrize("heads, C", [(None, 24), (None, 160), (3, 24), (2, 64)])
+def test_add_rows_kernel_adds_each_rows_sum_once(heads, C, rows, device, dtype):
+    T, V = len(rows), 1 + max(rows)
+    rows = torch.tensor(rows, dtype=torch.int32, device=device)[torch.randperm(T, device=device)]
+    table, grad = torch.randn(V, C, device=device), normal(T, C, device=device, dtype=dtype)
+    gate = None if heads is None else normal(T, heads, device=device, dtype=dtype)
+    expected = table.double()
+    train_gpt.add_rows_reference(expected, rows, grad.double(), None if gate is None else gate.double())
+    outs = [table.clone() for _ in range(3)]
+    for out in outs:
+        with poisoned_memory():
+            train_gpt.add_rows_triton(out, rows, rows.argsort(stable=True).int(), grad, gate)
+    assert relative_error(outs[0], expected) < KERNEL_TOLERANCE[torch.float32] * (1 if gate is None else 300)
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 # ---------------------------------------------------------------------------- the whole model on a GPU

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import small_run
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -236,8 +237,27 @@ def test_all_micro_batches_of_a_step_have_the_classes_of_all_its_targets_on_any_
                 for batch, classes in zip(steps, expected, strict=True):
                     for b in batch.micro_batches:
                         assert (b.classes is None) == (classes is None)
-                        assert len(b.tensors()) == 6 + (classes is not None)
+                        assert len(b.tensors()) == 8 + (classes is not None)
                         assert classes is None or b.classes.tolist() == classes.tolist()
+
+
+@pytest.mark.parametrize("highest", [3, 65536, 70_000, 2**31])
+def test_the_sorting_order_is_numpys_stable_one(highest):
+    rows = np.random.default_rng(0).integers(highest, size=(2, 500), dtype=np.int64)
+    rows[1, :250] = rows[0, :250]
+    expected = np.argsort(rows, axis=None, kind="stable")
+    for dtype in [np.int32] + [np.uint16] * (highest <= 65536):
+        assert np.array_equal(train_gpt.sorting_order(rows.astype(dtype)), expected)
+
+
+def test_micro_batches_have_the_orders_of_inputs_and_slots_unless_they_learn_nothing(tmp_path):
+    small_run.write_text(tmp_path)
+    hp = small_run.small_hyperparameters(tmp_path)
+    (batch,) = next(iter(TrainLoader([tmp_path / "train_1.bin"], [(96, 64, 0)], hp, World(size=8)))).micro_batches
+    for rows, order in ((batch.inputs, batch.order), (batch.ngrams.slots.flatten(), batch.ngrams.order)):
+        assert order.dtype == torch.int32 and torch.equal(order.long(), rows.argsort(stable=True))
+    for (batch,), _ in train_gpt.validation_batches([tmp_path / "val_0.bin"], hp, World()):
+        assert batch.order.numel() == batch.ngrams.order.numel() == 0
 
 
 # ------------------------------------------------------------------------------------------------ joined micro-batches

@@ -92,8 +92,9 @@ def random_tokens():
 def batch_of(inputs, targets):
     """For a model that has the whole table of n-grams."""
     starts = documents().starts.numpy()
-    ngrams = train_gpt.ngram_rows(inputs.numpy(), starts, HP.ngram_rows), train_gpt.ngram_signs(inputs.numpy(), starts)
-    return MicroBatch(inputs, targets, documents(), train_gpt.Ngrams(*map(torch.from_numpy, ngrams)))
+    rows = train_gpt.ngram_rows(inputs.numpy(), starts, HP.ngram_rows)
+    arrays = rows, train_gpt.ngram_signs(inputs.numpy(), starts), train_gpt.sorting_order(rows)
+    return MicroBatch(inputs, targets, documents(), train_gpt.Ngrams(*map(torch.from_numpy, arrays)), inputs.argsort())
 
 
 def losses_of(model, inputs, targets, weights=TARGET_WEIGHTS, **options):
@@ -550,7 +551,9 @@ def test_joined_micro_batches_have_the_losses_and_gradients_that_they_have_apart
         model.zero_grad()
         model.ngrams = table.to(dtype).requires_grad_()
         spelled, places = np.arange(HP.padded_vocab), np.empty(HP.ngram_rows, np.int32)
-        batches, exchange = train_gpt.make_micro_batches(dealt, joined, spelled, places, train_gpt.World(), classes)
+        batches, exchange = train_gpt.make_micro_batches(
+            dealt, joined, spelled, places, train_gpt.World(), classes, True
+        )
         model.ngrams = model.ngrams.detach()[exchange.rows].requires_grad_()
         assert [len(batch.inputs) for batch in batches] == [20 * joined] * (4 // joined)
         losses = [model(batch, WINDOWS, weights, prefix=True) for batch in batches]

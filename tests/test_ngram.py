@@ -346,7 +346,7 @@ def test_lookups_that_collide_add_up_and_the_update_sees_their_sum(tmp_path, mon
     (rows, values), exchange = seen[0], batch.exchange
     # The same by autograd alone, of the table as it was: zero
     again = trainer_of(tmp_path, ngram_rows=16)
-    monkeypatch.setattr(train_gpt, "Lookup", SimpleNamespace(apply=lambda table, rows: F.embedding(rows, table)))
+    monkeypatch.setattr(train_gpt, "Lookup", SimpleNamespace(apply=lambda table, rows, order: F.embedding(rows, table)))
     again.model.ngrams = table = torch.zeros(16, again.hp.model_dim, requires_grad=True)
     for b in batch.micro_batches:
         whole = b._replace(ngrams=b.ngrams._replace(slots=exchange.rows[b.ngrams.slots]))
