@@ -52,7 +52,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, cached_property, partial, reduce
@@ -3437,24 +3437,41 @@ class Progress:
     val_losses: list[float] = field(default_factory=list)
 
 
-def capture(run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor, pool) -> Callable:
-    """Forward and backward of a micro-batch as a CUDA graph; returns a function that runs it on others of its shape.
+class GraphMemory:
+    """What CUDA graphs, and validations between their replays, take their memory from: one pool, for none overlap.
 
-    Launching its 600 kernels one by one takes longer than they run (measured in stage 1 on H100: 55 ms against 31).
-    Windows and softmax scale are part of the capture, hence a graph for each stage.
+    A pool gives what is free again only to the stream that had it, hence one stream for all.
     """
-    graph = torch.cuda.CUDAGraph()
-    inputs = [t.clone() for t in (target_weights, *batch.tensors())]
-    # thread_local: the loader's threads go on using the GPU, which must not disturb the capture.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        run(MicroBatch.of(inputs[1:]), inputs[0])
 
-    def replay(batch: MicroBatch, target_weights: Tensor) -> None:
-        for static, tensor in zip(inputs, (target_weights, *batch.tensors()), strict=True):
-            static.copy_(tensor)
-        graph.replay()
+    def __init__(self):
+        self.id, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
-    return replay
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """For kernels that are launched one by one, without gradients: those are computed in another thread."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def capture(self, run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor) -> Callable:
+        """Forward and backward of a micro-batch as a CUDA graph; the function that runs it on others of its shape.
+
+        Launching its 600 kernels one by one takes longer than they run (measured in stage 1 on H100: 55 ms against 31).
+        Windows and softmax scale are part of the capture, hence a graph for each stage.
+        """
+        graph = torch.cuda.CUDAGraph()
+        inputs = [t.clone() for t in (target_weights, *batch.tensors())]
+        # thread_local: the loader's threads go on using the GPU, which must not disturb the capture.
+        with torch.cuda.graph(graph, pool=self.id, stream=self.stream, capture_error_mode="thread_local"):
+            run(MicroBatch.of(inputs[1:]), inputs[0])
+
+        def replay(batch: MicroBatch, target_weights: Tensor) -> None:
+            for static, tensor in zip(inputs, (target_weights, *batch.tensors()), strict=True):
+                static.copy_(tensor)
+            graph.replay()
+
+        return replay
 
 
 class Trainer:
@@ -3476,7 +3493,9 @@ class Trainer:
         weights = map(self.schedule.target_weights, range(hp.total_steps))
         self.target_weights = [torch.tensor(row, device=world.device) for row in weights]  # by step, copied once
         self.stage_index = 0
-        self.graphs: dict[int, Callable[[MicroBatch, Tensor], None]] = {}  # by stage, on a GPU
+        self.graph_memory = GraphMemory() if world.on_gpu and hp.cuda_graphs == "auto" else None
+        # By stage, and whether the softmax takes all classes
+        self.graphs: dict[tuple[int, bool], Callable[[MicroBatch, Tensor], None]] = {}
         self.peak_memory: dict[int, int] = {}  # bytes by stage, on a GPU
 
     def enter_step(self, step: int) -> None:
@@ -3494,11 +3513,9 @@ class Trainer:
     def add_gradients(self, step: int, batch: StepBatch) -> None:
         """Forward and backward on each micro-batch of this rank."""
         self.ngrams.communication.fill(batch.exchange)
-        run, graph = partial(self.micro_step, step), self.graphs.get(self.stage_index)
         for micro_batch in batch.micro_batches:
-            # More different targets than the stage has classes: the softmax takes all, other than the graph's
-            rare = micro_batch.classes is None and self.schedule.size(step)[2]
-            (run if rare or not graph else graph)(micro_batch, self.target_weights[step])
+            graph = self.graphs.get((self.stage_index, micro_batch.classes is None))
+            (graph or partial(self.micro_step, step))(micro_batch, self.target_weights[step])
         self.optimizer.mark_lookups(batch.dealt)
 
     def update(self, step: int) -> None:
@@ -3511,8 +3528,9 @@ class Trainer:
         one = torch.ones(1, device=self.world.device)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for (batch,), exchange in batches:
-            self.model.ngrams = self.ngrams.communication.fetch(exchange)  # may be more rows than the cache has
-            total += self.model(batch, windows, one, head_chunk=32_768).double().sum()
+            with self.graph_memory.used() if self.graphs else nullcontext():
+                self.model.ngrams = self.ngrams.communication.fetch(exchange)  # may be more rows than the cache has
+                total += self.model(batch, windows, one, head_chunk=32_768).double().sum()
         self.model.ngrams = self.ngrams.p
         if self.world.size > 1:
             dist.all_reduce(total)
@@ -3521,31 +3539,43 @@ class Trainer:
     def warm_up(self, train_paths: list[Path], val_batches: ValidationBatches) -> None:
         """Compiles all that the run will use, by a step of each stage and a validation, and puts everything back."""
         saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        schedule, use_graphs = self.schedule, self.world.on_gpu and self.hp.cuda_graphs == "auto"
-        pool = torch.cuda.graph_pool_handle() if use_graphs else None  # of memory, shared: stages never overlap
+        schedule = self.schedule
         steps = [start for start, end in zip(schedule.starts, schedule.ends, strict=True) if start < end]
-        batches = TrainLoader(train_paths, [schedule.size(step) for step in steps], self.hp, self.world)
-        for step, batch in zip(steps, batches, strict=True):
+        loader = TrainLoader(train_paths, [schedule.size(step) for step in steps], self.hp, self.world)
+        batches = [*zip(steps, loader, strict=True)]
+        for step, batch in batches:
             self.enter_step(step)
-            run, first, weights = partial(self.micro_step, step), batch.micro_batches[0], self.target_weights[step]
-            if self.world.on_gpu and (count := schedule.size(step)[2]):
-                run(first._replace(classes=None), weights)  # compiles for steps with more targets than classes
-                first = first._replace(classes=torch.arange(count, dtype=torch.int32, device=self.world.device))
-            if use_graphs:
-                run(first, weights)  # compiles
-                self.graphs[self.stage_index] = capture(run, first, weights, pool)
+            for micro_batch in self.shapes(step, batch):
+                self.micro_step(step, micro_batch, self.target_weights[step])
             self.add_gradients(step, batch)
             self.update(step)
-            if self.world.on_gpu:  # measured here, as replaying a graph allocates nothing
+            if self.world.on_gpu:
                 self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
+                torch.cuda.empty_cache()
         untie = schedule.untie_step
         for step in (0, 1, untie, untie + 2):  # without and with Adam, tied; the one that unties; untied
             self.optimizer.step(step, schedule.lr(0), schedule.momentum(0))
         self.validate(val_batches[:1], schedule.windows(0))
+        # The largest first, in whose memory the others find room
+        batches.sort(key=lambda pair: len(pair[1].micro_batches[0].inputs), reverse=True)
+        for step, batch in batches if self.graph_memory else ():
+            self.model.yarn.reset()
+            self.stage_index = 0
+            self.enter_step(step)
+            for micro_batch in self.shapes(step, batch):
+                args = micro_batch, self.target_weights[step]
+                graph = self.graph_memory.capture(partial(self.micro_step, step), *args)
+                graph(*args)  # its first launch takes longer
+                self.graphs[self.stage_index, micro_batch.classes is None] = graph
         self.model.load_state_dict(saved)
         self.reset()
-        if self.world.on_gpu:
-            torch.cuda.empty_cache()  # of what ran outside the graphs
+
+    def shapes(self, step: int, batch: StepBatch) -> list[MicroBatch]:
+        """On a GPU, a micro-batch of each shape that the stage of `step` may have: with its classes, and with all."""
+        all_classes, count = batch.micro_batches[0]._replace(classes=None), self.schedule.size(step)[2]
+        classes = torch.arange(count, dtype=torch.int32, device=self.world.device)
+        some = [all_classes._replace(classes=classes)] if count else []
+        return [all_classes, *some] if self.world.on_gpu else []
 
     def reset(self) -> None:
         """Back to the first step; the parameters stay, but for the n-grams, which become zero."""
