@@ -25,6 +25,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def pytest_assertrepr_compare(op, left, right):
+    """What test_faults's Result, and whatever else has a method for it, knows about why it is not equal."""
+    return ["they differ:", *left.differences(right)] if op == "==" and hasattr(left, "differences") else None
+
+
 def rows_in_use():
     """The rows of PARAMETERS, but those of parameters that LAYERS leaves empty."""
     from train_gpt import GPT, PARAMETERS, Hyperparameters

@@ -1,7 +1,8 @@
 """train_gpt.py, small, with something going wrong: python tests/fault_run.py FAULT RANK STEP [--name=value ...]
 
 The fault happens on one rank at the beginning of a step of the run (STEPS in all). DATA_PATH must name a folder that
-small_run.write_text has filled; a step takes some hundredths of a second.
+small_run.write_text has filled; a step takes some hundredths of a second. With --preset=real the run takes the
+speedrun's path on a GPU, for which the text must be of REAL_SCALE.
 """
 
 import os
@@ -17,7 +18,26 @@ from small_run import FILES, SMALL
 
 import train_gpt
 
-CHANGES = dict(**FILES, **SMALL, val_loss_every=5, adam_lr=0.03)
+# In FP8, micro-batches are multiples of 16 tokens.
+CHANGES = dict(**FILES, **SMALL, val_loss_every=5, adam_lr=0.03, fp8="off")
+# Of every stage the same shapes, as each takes compiled code of its own.
+REAL = dict(
+    stages=tuple(s._replace(tokens=8 * 256, classes=s.classes and 4096) for s in SMALL["stages"]),
+    micro_batch_tokens=512,
+    num_scheduled_iterations=12,
+    num_extension_iterations=2,
+    head_dim=64,
+    window_block=32,
+    copy_width=32,
+    ngram_rows=4096,
+    adam_lr=0.01,
+    val_tokens=4096,
+    val_batch_size=4096,
+    val_loss_every=0,
+    val_steps=(0, 1, 2, 3, 4, 6, 8, 10, 12),
+    **dict(fp8="auto", cuda_graphs="auto", compile="on"),
+)
+REAL_STEPS, REAL_SCALE = 14, 7
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.11 GiB of which 1.31 GiB is free."
 
 
@@ -31,6 +51,11 @@ def raise_bug(trainer):
 
 def run_out_of_gpu_memory(trainer):
     raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+
+def fill_the_gpu(trainer):
+    free, _ = torch.cuda.mem_get_info()
+    torch.empty(free + torch.cuda.memory_reserved() + 2**30, dtype=torch.uint8, device="cuda")
 
 
 def run_out_of_memory(trainer):
@@ -73,7 +98,7 @@ FAULTS = {
     **{
         f.__name__: f
         for f in (
-            *(raise_bug, run_out_of_gpu_memory, run_out_of_memory, poison, poison_gradient),
+            *(raise_bug, run_out_of_gpu_memory, fill_the_gpu, run_out_of_memory, poison, poison_gradient),
             *(lose_the_next_shard, change_the_next_shard, lose_the_vocabulary, stall_file_system),
         )
     },
@@ -81,7 +106,11 @@ FAULTS = {
 
 
 def main(fault, rank, step, *arguments):
-    train_gpt.PRESETS["smoke"].update(CHANGES)
+    presets = train_gpt.PRESETS
+    presets["smoke"].update(CHANGES)
+    presets["real"] = {**presets["smoke"], **REAL}
+    if torch.cuda.is_available():  # attention's kernels take queries from 16 wide, in narrow layers half as wide as D
+        presets["smoke"].update(head_dim=32)
     train_gpt.parse_arguments([], has_gpu=False)
     add_gradients, run = train_gpt.Trainer.add_gradients, train_gpt.Trainer.run
     on_the_clock = []

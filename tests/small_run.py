@@ -58,19 +58,22 @@ SMALL = dict(
 STATES = dict(adam=("m", "v", "updates"), normuon=("m", "second_moment", "low_bits"), rowwise=("v", "last", "updates"))
 
 
-def write_text(folder: Path, bos: int = BOS) -> None:
-    """Shards of documents of random lengths, in which few of the vocabulary's tokens occur: soon learned."""
+def write_text(folder: Path, bos: int = BOS, scale: int = 1) -> None:
+    """Shards of documents of random lengths, in which few of the vocabulary's tokens occur: soon learned.
+
+    scale: by what shards and documents are longer than for micro-batches of 16 to 32 tokens.
+    """
     generator = random.Random(0)
 
     def text(tokens: int) -> list[int]:
         out = []
         while len(out) < tokens:
-            out += [bos, *(int(generator.paretovariate(0.7)) % 300 for _ in range(generator.randint(2, 40)))]
+            out += [bos, *(int(generator.paretovariate(0.7)) % 300 for _ in range(generator.randint(2, 40 * scale)))]
         return out
 
-    write_shard(folder / "train_1.bin", text(2500))
-    write_shard(folder / "train_2.bin", text(2500))
-    write_shard(folder / "val_0.bin", text(600))
+    write_shard(folder / "train_1.bin", text(2500 * scale))
+    write_shard(folder / "train_2.bin", text(2500 * scale))
+    write_shard(folder / "val_0.bin", text(600 * scale))
 
 
 def small_hyperparameters(folder: Path, **overrides) -> Hyperparameters:
