@@ -1210,7 +1210,7 @@ def add_rows_triton(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, ga
 
 def add_rows(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
     """Adds in place; order (T,) sorts `rows`, all else as in add_rows_reference."""
-    if grad.is_cuda:
+    if grad.is_cuda and table.dtype == torch.float32:
         add_rows_triton(table, rows, order, grad, gate)
     else:
         add_rows_reference(table, rows, grad, gate)
