@@ -2257,13 +2257,14 @@ class GPT(nn.Module):
 
     def forward(
         self, batch: MicroBatch, windows: dict[str, int], target_weights: Tensor, fp8_grad_scale: float | None = None,
-        head_chunk: int | None = None, prefix: bool = False,
+        head_chunk: int | None = None, prefix: bool = False, rare: bool = False,
     ) -> Tensor:  # fmt: skip
         """Loss of each position, (T,) float32: sum over k of target_weights[k] times the k-th next token's.
 
         windows: tokens, by the names in LAYERS. fp8_grad_scale: None for products in bf16, else the factor by which the
         losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
-        prefix: the last of the weights is that of the next token's prefix.
+        prefix: the last of the weights is that of the next token's prefix. rare: the head's losses are not compiled for
+        this kind of micro-batch, which few steps have; what takes long in them are operators anyway.
         """
         x = self.output(batch, windows, fp8_grad_scale)
         left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)  # how many of its document follow
@@ -2273,10 +2274,10 @@ class GPT(nn.Module):
             by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
         args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
-        losses = []
+        losses, losses_of = [], head_losses if rare else self.head_losses
         chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
         for x_chunk, targets, left, *copying in chunks:
-            losses.append(self.head_losses(x_chunk, head, targets, left, *args, *copying))
+            losses.append(losses_of(x_chunk, head, targets, left, *args, *copying))
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
     def copying(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -2323,7 +2324,8 @@ class GPT(nn.Module):
                 factor = NARROW_SCALE if layer.narrow else 1
                 y = attend(q, k, v, documents[layer.paired], windows[layer.window], self.yarn.scale * factor, xsa)
             keep = layer.keep is not None
-            x, mlp_out = self.layer_outputs(x, mlp_out, before, y, head_gates, added, w, keep)
+            # Without an MLP nothing is left to wait for: such rows share a graph whether they are kept or not.
+            x, mlp_out = self.layer_outputs(x, mlp_out, before, y, head_gates, added, w, keep and layer.mlp)
             before = w
             if keep:
                 kept[layer.keep] = x
@@ -3433,10 +3435,15 @@ class Trainer:
             self.model.yarn.grow(*self.schedule.long_windows[self.stage_index : self.stage_index + 2])
             self.stage_index += 1
 
+    def is_rare(self, step: int, batch: MicroBatch) -> bool:
+        """Whether it has more different targets than the stage has classes: the softmax takes all, as in few steps."""
+        return batch.classes is None and self.schedule.size(step)[2] > 0
+
     def micro_step(self, step: int, batch: MicroBatch, target_weights: Tensor) -> None:
         """Forward and backward of one micro-batch; adds to the gradients."""
-        prefix = len(target_weights) > len(self.schedule.stage(step).target_weights)
-        losses = self.model(batch, self.schedule.windows(step), target_weights, self.fp8_grad_scale, prefix=prefix)
+        prefix, rare = len(target_weights) > len(self.schedule.stage(step).target_weights), self.is_rare(step, batch)
+        windows = self.schedule.windows(step)
+        losses = self.model(batch, windows, target_weights, self.fp8_grad_scale, prefix=prefix, rare=rare)
         (losses.sum() * self.grad_scale).backward()
 
     def add_gradients(self, step: int, batch: StepBatch) -> None:
@@ -3444,9 +3451,8 @@ class Trainer:
         self.ngrams.communication.fill(batch.exchange)
         run, graph = partial(self.micro_step, step), self.graphs.get(self.stage_index)
         for micro_batch in batch.micro_batches:
-            # More different targets than the stage has classes: the softmax takes all, other than the graph's
-            rare = micro_batch.classes is None and self.schedule.size(step)[2]
-            (run if rare or not graph else graph)(micro_batch, self.target_weights[step])
+            past_graph = not graph or self.is_rare(step, micro_batch)
+            (run if past_graph else graph)(micro_batch, self.target_weights[step])
         self.optimizer.mark_lookups(batch.dealt)
 
     def update(self, step: int) -> None:
@@ -3477,7 +3483,7 @@ class Trainer:
             self.enter_step(step)
             run, first, weights = partial(self.micro_step, step), batch.micro_batches[0], self.target_weights[step]
             if self.world.on_gpu and (count := schedule.size(step)[2]):
-                run(first._replace(classes=None), weights)  # compiles for steps with more targets than classes
+                run(first._replace(classes=None), weights)  # compiles the kernels of rare micro-batches
                 first = first._replace(classes=torch.arange(count, dtype=torch.int32, device=self.world.device))
             if use_graphs:
                 run(first, weights)  # compiles
