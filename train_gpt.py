@@ -35,6 +35,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # CPU threads that spin whi
 import base64
 import ctypes
 import fcntl
+import gc
 import hashlib
 import importlib
 import math
@@ -1936,6 +1937,15 @@ def compiler(enabled: bool) -> Callable:
         return lambda function: function
     # A function is compiled once for each kind of layer in each stage: more often than Dynamo's limit of 8 allows.
     torch._dynamo.config.recompile_limit = 64
+    # A warm start finds graphs on the disk by their code. That of our autograd functions is in it, both directions; of
+    # operators only the name is, so that the tag adds what register_fake says of their results.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    fakes = [text.split("\n\n\n")[0] for text in Path(__file__).read_text().split(".register_fake\n")[1:]]
+    torch.compiler.config.cache_key_tag = hashlib.sha256("".join(fakes).encode()).hexdigest()
+    # The processes that compile Triton's code take seconds to start; until they are there, kernels wait in line.
+    importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
+    # Compiling makes millions of objects that live on: looking through them as often as Python does takes 5 % of it.
+    gc.set_threshold(100_000, 20, 100)
     return torch.compile(dynamic=False, fullgraph=True)
 
 
