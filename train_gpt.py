@@ -4397,9 +4397,11 @@ def main(arguments: list[str]) -> None:
             hp = replace(hp, run_id=check_agreement(hp, overrides, world, shards, checkpoint))
             log.path = log.path.with_name(f"{hp.run_id}.txt")
         watch.follow(hp)
-        trainer = Trainer(hp, world, shards)
         train_paths, val_paths = files.values()
-        val_batches = validation_batches(val_paths, hp, world)
+        with ThreadPoolExecutor() as pool:  # two seconds of NumPy, beside those in which the model is made
+            val_batches = pool.submit(validation_batches, val_paths, hp, world)
+            trainer = Trainer(hp, world, shards)
+        val_batches = val_batches.result()
         trainer.warm_up(train_paths, val_batches)
         log.write(f"warm-up: {time.perf_counter() - begin:.1f} s from the start of main")
         if bench:
