@@ -405,6 +405,9 @@ PLANTED = {
          '"short": long * self.hp.window_block, "long": short *', "test_schedule.py test_windows_are_counted"),
         ("more classes than there are are taken", "stage.classes if stage.classes < self.hp.padded_vocab else 0",
          "stage.classes", "test_loader.py test_a_step_has_the_classes"),
+        # Model
+        ("the caches do not hear of what operators return", '"".join(fakes).encode()', 'b""',
+         "test_compile_cache.py test_a_warm_cache"),
         # Train
         ("a step of too many different targets goes through the graph", "(run if past_graph else graph)(",
          "(graph or run)(", "test_training.py test_a_micro_batch_of_too_many"),
