@@ -35,6 +35,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # CPU threads that spin whi
 import base64
 import ctypes
 import fcntl
+import gc
 import hashlib
 import importlib
 import math
@@ -626,6 +627,10 @@ class World(NamedTuple):
             backend, device = ("nccl", self.device) if self.on_gpu else ("gloo", None)
             # A long timeout, for ranks that compile at different speeds; a rank's death torchrun sees at once.
             dist.init_process_group(backend, device_id=device, timeout=timedelta(minutes=30))
+
+    def thread(self, name: str) -> ThreadPoolExecutor:
+        """One thread, on this process's GPU: else it would be on GPU 0, and open a CUDA context there for every rank."""
+        return ThreadPoolExecutor(1, name, partial(torch.cuda.set_device, self.device) if self.on_gpu else None)
 
     def stop(self) -> None:
         """Leaves the other processes."""
@@ -1972,6 +1977,15 @@ def compiler(enabled: bool) -> Callable:
     torch._dynamo.config.recompile_limit = 64
     # Else reductions take the kernel that is timed as the fastest, and runs that chose differently have different bits.
     torch._inductor.config.deterministic = True
+    # A warm start finds graphs on the disk by their code. That of our autograd functions is in it, both directions; of
+    # operators only the name is, so that the tag adds what register_fake says of their results.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    fakes = [text.split("\n\n\n")[0] for text in Path(__file__).read_text().split(".register_fake\n")[1:]]
+    torch.compiler.config.cache_key_tag = hashlib.sha256("".join(fakes).encode()).hexdigest()
+    # The processes that compile Triton's code take seconds to start; until they are there, kernels wait in line.
+    importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
+    # Compiling makes millions of objects that live on: looking through them as often as Python does takes 5 % of it.
+    gc.set_threshold(100_000, 20, 100)
     return torch.compile(dynamic=False, fullgraph=True)
 
 
@@ -2366,7 +2380,8 @@ class GPT(nn.Module):
                 factor = NARROW_SCALE if layer.narrow else 1
                 y = attend(q, k, v, documents[layer.paired], windows[layer.window], self.yarn.scale * factor, xsa)
             keep = layer.keep is not None
-            x, mlp_out = self.layer_outputs(x, mlp_out, before, y, head_gates, added, w, keep)
+            # Without an MLP nothing is left to wait for: such rows share a graph whether they are kept or not.
+            x, mlp_out = self.layer_outputs(x, mlp_out, before, y, head_gates, added, w, keep and layer.mlp)
             before = w
             if keep:
                 kept[layer.keep] = x
@@ -3193,9 +3208,7 @@ class TrainLoader:
         self.next_shard = self.reader.submit(self._load, self.files_begun)
         self.places = np.empty(hp.ngram_rows, np.int32)  # see exchange_rows
         self.stream = torch.cuda.Stream(world.device) if world.on_gpu else None
-        # A new thread is on GPU 0; there it would open a CUDA context for every rank.
-        set_device = partial(torch.cuda.set_device, world.device) if world.on_gpu else None
-        self.assembler = ThreadPoolExecutor(1, "micro-batches", set_device)
+        self.assembler = world.thread("micro-batches")
         self.ahead = self.assembler.submit(self._prepare, sizes[0])
 
     @cached_property
@@ -4463,17 +4476,18 @@ def main(arguments: list[str]) -> None:
             hp = replace(hp, run_id=check_agreement(hp, overrides, world, shards, checkpoint))
             log.path = log.path.with_name(f"{hp.run_id}.txt")
         watch.follow(hp)
-        trainer = Trainer(hp, world, shards)
         train_paths, val_paths = files.values()
-        val_batches = validation_batches(val_paths, hp, world)
-        trainer.warm_up(train_paths, val_batches)
+        with world.thread("validation") as thread:  # two seconds of NumPy, beside those in which the model is made
+            val_batches = thread.submit(validation_batches, val_paths, hp, world)
+            trainer = Trainer(hp, world, shards)
+        trainer.warm_up(train_paths, val_batches.result())
         log.write(f"warm-up: {time.perf_counter() - begin:.1f} s from the start of main")
         if bench:
             program = sys.modules[__name__]  # as __main__, an import of train_gpt would load it a second time
             bench.Bench(program, trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)
         else:
             progress = trainer.restore(checkpoint) if checkpoint else None
-            val_losses = trainer.run(log, train_paths, val_batches, progress, watch)
+            val_losses = trainer.run(log, train_paths, val_batches.result(), progress, watch)
             if hp.save_checkpoint:
                 trainer.save_checkpoint(log)
             if world.on_gpu:

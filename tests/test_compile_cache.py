@@ -1,0 +1,82 @@
+"""What PyTorch keeps of compiled graphs on the disk is not taken for an edited program.
+
+Compiles on the CPU, in a process of its own, as the settings and the folder are the process's.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "train_gpt.py"
+PROMOTED = "    dtype = torch.promote_types(logits.dtype, torch.float32)\n    return tuple("
+EDITS = {
+    "unchanged": [],
+    "backward and a constant": [
+        ("linear_relu2(grad_out, w_proj, hidden, 2.0)", "linear_relu2(grad_out, w_proj, hidden, 3.0)"),
+        ("grad = grad_out * out * (1 - out)", "grad = grad_out * out * (2 - out)"),
+        ("return grad @ head.T, x.T @ grad, None, None", "return grad @ head.T, 5 * (x.T @ grad), None, None"),
+        ("MAX_HIDDEN = 448 * FP8_HIDDEN", "MAX_HIDDEN = 1.0"),
+    ],
+    "an operator's result": [
+        (PROMOTED, PROMOTED.replace("torch.promote_types(logits.dtype, torch.float32)", "torch.float64")),
+        ("return (cross_entropy_triton if logits.is_cuda else cross_entropy_reference)(logits, targets)",
+         "return tuple(t.double() for t in cross_entropy_reference(logits, targets))"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_warm_cache_gives_an_edited_program_its_own_results(tmp_path):
+    for name, edits in EDITS.items():
+        source = SOURCE.read_text()
+        for old, new in edits:
+            assert source.count(old) == 1, f"{name}: {old}"
+            source = source.replace(old, new)
+        (tmp_path / f"{name}.py").write_text(source)
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, __file__, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def compile_all(folder: Path) -> None:
+    """Loss and gradients of each program, compiled after the others, beside those that are not compiled."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    def loss_and_gradients(program, region, *inputs):
+        def function(x, w_fc, w_proj, gates, head):
+            x = program.MLP.apply(program.norm(x), w_fc, w_proj) + x * program.gate(x, gates)
+            weights, left = torch.tensor([1.0, 0.5]), torch.arange(len(x))
+            return program.head_losses(x, head, targets, left, weights, None, None, head.size(1), None)
+
+        loss = region(function)(*inputs).double().sum()
+        return [loss, *torch.autograd.grad(loss, inputs)]
+
+    torch.manual_seed(0)
+    T, C, F, V = 32, 16, 64, 128
+    shapes = (T, C), (F, C), (F, C), (1, 12), (C, V)
+    inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
+    targets = torch.randint(V, (T,), dtype=torch.int32)
+    seen = []
+    for name in ("unchanged", *EDITS):  # the first twice: the second time from the cache
+        spec = spec_from_file_location("program", folder / f"{name}.py")
+        program = sys.modules["program"] = module_from_spec(spec)
+        spec.loader.exec_module(program)
+        counters.clear()
+        compiled = loss_and_gradients(program, program.compiler(True), *inputs)
+        plain = loss_and_gradients(program, program.compiler(False), *inputs)
+        hits = counters["aot_autograd"]["autograd_cache_hit"]
+        assert hits == (len(seen) == 1), f"{name}: {hits} graphs from the cache"
+        for a, b in zip(compiled, plain, strict=True):
+            assert torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5), f"{name}: {a} instead of {b}"
+        assert all(any(not torch.equal(a, b) for a, b in zip(plain, other, strict=True)) for other in seen[1:]), name
+        seen.append(plain)
+
+
+if __name__ == "__main__":
+    compile_all(Path(sys.argv[1]))
