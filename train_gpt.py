@@ -629,7 +629,7 @@ class World(NamedTuple):
             dist.init_process_group(backend, device_id=device, timeout=timedelta(minutes=30))
 
     def thread(self, name: str) -> ThreadPoolExecutor:
-        """One thread, on this process's GPU: else it would be on GPU 0, and open a CUDA context there for every rank."""
+        """One thread, on this process's GPU; else it would open a CUDA context on GPU 0 for every rank."""
         return ThreadPoolExecutor(1, name, partial(torch.cuda.set_device, self.device) if self.on_gpu else None)
 
     def stop(self) -> None:

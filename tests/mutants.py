@@ -412,7 +412,7 @@ PLANTED = {
         ("the caches do not hear of what operators return", '"".join(fakes).encode()', 'b""',
          "test_compile_cache.py test_a_warm_cache"),
         # Train
-        ("micro-batches with and without classes go through one graph", "(self.stage_index, micro_batch.classes is None))",
+        ("micro-batches with and without classes share a graph", "(self.stage_index, micro_batch.classes is None))",
          "(self.stage_index, False))", "test_training.py test_a_micro_batch_of_too_many"),
         ("grad_scale is taken as 1", "self.grad_scale = hp.grad_scale / MICRO_BATCHES",
          "self.grad_scale = 1.0 / MICRO_BATCHES", "test_distributed.py test_the_optimizer_sees_an_eighth 1-"),
