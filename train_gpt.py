@@ -1175,6 +1175,13 @@ def add_rows_reference(table: Tensor, rows: Tensor, grad: Tensor, gate: Tensor |
 
 
 @triton.jit
+def sorted_rows(rows_ptr, order_ptr, place, T):
+    """The rows at sorted places; -1 outside of 0 to T."""
+    inside = (place >= 0) & (place < T)
+    return tl.load(rows_ptr + tl.load(order_ptr + place, mask=inside, other=0), mask=inside, other=-1)
+
+
+@triton.jit
 def add_rows_kernel(
     grad_ptr, gate_ptr, order_ptr, rows_ptr, table_ptr, T,
     C: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -1183,20 +1190,20 @@ def add_rows_kernel(
     start, part, cols = tl.program_id(0) * CHUNK, tl.program_id(1), tl.arange(0, BLOCK)
     place, here = start + tl.arange(0, CHUNK), (part * WIDTH + cols)[None, :]
     columns = (cols < WIDTH)[None, :] & (here < C)
-    own = tl.load(rows_ptr + place, mask=place < T, other=-1)
-    begins = own != tl.load(rows_ptr + place - 1, mask=(place > 0) & (place < T), other=-1)
+    own = sorted_rows(rows_ptr, order_ptr, place, T)
+    begins = (place < T) & (own != sorted_rows(rows_ptr, order_ptr, place - 1, T))
     acc, goes_on = tl.zeros((CHUNK, BLOCK), tl.float32), tl.max(begins.to(tl.int32), 0) == 1
     while goes_on:
         inside = start + tl.arange(0, CHUNK) < T
-        row = tl.load(rows_ptr + start + tl.arange(0, CHUNK), mask=inside, other=-1)
         t = tl.load(order_ptr + start + tl.arange(0, CHUNK), mask=inside, other=0).to(tl.int64)
+        row = tl.load(rows_ptr + t, mask=inside, other=-1)
         grad = tl.load(grad_ptr + t[:, None] * C + here, mask=inside[:, None] & columns, other=0.0)
         weight = (own[:, None] == row[None, :]).to(grad.dtype)
         if GATED:
             weight *= tl.load(gate_ptr + t * (C // WIDTH) + part, mask=inside, other=0.0)[None, :]
         acc = tl.dot(weight, grad, acc, input_precision="ieee")  # at each place the sum of its row
         start += CHUNK
-        goes_on = tl.load(rows_ptr + start, mask=start < T, other=-1) == tl.max(own, 0)
+        goes_on = sorted_rows(rows_ptr, order_ptr, start, T) == tl.max(own, 0)
     table_ptr += own.to(tl.int64)[:, None] * C + here
     mask = begins[:, None] & columns
     tl.store(table_ptr, tl.load(table_ptr, mask=mask, other=0.0) + acc, mask=mask)
@@ -1208,9 +1215,8 @@ def add_rows_triton(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, ga
     width = min(C, 128) if gate is None else C // gate.size(1)
     block = max(16, triton.next_power_of_2(width))  # 16: the least a tensor core multiplies
     add_rows_kernel[(triton.cdiv(T, CHUNK), triton.cdiv(C, width))](
-        grad.contiguous(), gate, order, rows.index_select(0, order), table, T, C, width, gate is not None, CHUNK, block,
-        num_warps=4,
-    )  # fmt: skip
+        grad.contiguous(), gate, order, rows, table, T, C, width, gate is not None, CHUNK, block, num_warps=4
+    )
 
 
 def add_rows(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
@@ -2322,11 +2328,12 @@ class GPT(nn.Module):
         losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
         prefix: the last of the weights is that of the next token's prefix.
         """
-        x = self.output(batch, windows, fp8_grad_scale)
+        scalars = self.named_scalars()
+        x = self.output(batch, windows, scalars, fp8_grad_scale)
         left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)  # how many of its document follow
         by_position = [x, batch.targets, left]
         if len(self.copy_qk):
-            q, k, sentinel = self.copying(x)
+            q, k, sentinel = self.copying(x, scalars)
             by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
         args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
@@ -2336,14 +2343,14 @@ class GPT(nn.Module):
             losses.append(self.head_losses(x_chunk, head, targets, left, *args, *copying))
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
-    def copying(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def copying(self, x: Tensor, scalars: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """copy_inputs of the last row's output x (T, C), with the model's parameters."""
-        scalars = self.named_scalars()
         return self.copy_inputs(x, self.copy_qk, self.copy_sentinel, *scalars["copy_gain"], *scalars["copy_sentinel"])
 
-    def output(self, batch: MicroBatch, windows: dict[str, int], fp8_grad_scale: float | None = None) -> Tensor:
+    def output(
+        self, batch: MicroBatch, windows: dict[str, int], scalars: dict[str, list[Tensor]], fp8_grad_scale: float | None
+    ) -> Tensor:
         """The stream (T, C) behind the last row, not normed; arguments as in forward."""
-        scalars = self.named_scalars()
         weights = self.layer_weights(scalars, fp8_grad_scale)
         # value_embeds has one table of V rows after the other: these are 0, V, 2 V, ...
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
@@ -2392,12 +2399,13 @@ class GPT(nn.Module):
 
         With copying, log probabilities: a mixture of the model's own and of the tokens that it copies, see copy_scores.
         """
-        x = self.output(batch, windows)
+        scalars = self.named_scalars()
+        x = self.output(batch, windows, scalars, None)
         rows = torch.arange(len(x), device=x.device)[positions]
         z = softcapped(norm(x[rows]) @ self.head)
         if not len(self.copy_qk):
             return z
-        q, k, sentinel = self.copying(x)
+        q, k, sentinel = self.copying(x, scalars)
         scores = copy_scores(q, k, batch.documents, self.copy_window, rows.reshape(-1)).view(*rows.shape, -1)
         sentinel, every = sentinel[rows], scores.logsumexp(-1)
         total = torch.logaddexp(sentinel, every)[..., None]
