@@ -1981,8 +1981,6 @@ def compiler(enabled: bool) -> Callable:
         return lambda function: function
     # A function is compiled once for each kind of layer in each stage: more often than Dynamo's limit of 8 allows.
     torch._dynamo.config.recompile_limit = 64
-    # Else reductions take the kernel that is timed as the fastest, and runs that chose differently have different bits.
-    torch._inductor.config.deterministic = True
     # A warm start finds graphs on the disk by their code. That of our autograd functions is in it, both directions; of
     # operators only the name is, so that the tag adds what register_fake says of their results.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
@@ -1992,7 +1990,9 @@ def compiler(enabled: bool) -> Callable:
     importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
     # Compiling makes millions of objects that live on: looking through them as often as Python does takes 5 % of it.
     gc.set_threshold(100_000, 20, 100)
-    return torch.compile(dynamic=False, fullgraph=True)
+    # Kernels that are chosen by their time are other ones, with other bits, in another run. (As an option, since Dynamo
+    # takes back what is set in Inductor's configuration.)
+    return torch.compile(dynamic=False, fullgraph=True, options={"deterministic": True})
 
 
 # The functions down to head_losses are the compiled regions and their helpers. Compiled one by one, they are compiled
