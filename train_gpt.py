@@ -3461,7 +3461,8 @@ class Progress:
 class GraphMemory:
     """What CUDA graphs, and validations between their replays, take their memory from: one pool, for none overlap.
 
-    A pool gives what is free again only to the stream that had it, hence one stream for all.
+    A pool gives what is free again only to the stream that had it, hence one stream for all. `id` is all that
+    torch.cuda.use_mem_pool reads of a MemPool, which could not be destroyed before the graphs are.
     """
 
     def __init__(self):

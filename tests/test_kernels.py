@@ -1126,9 +1126,10 @@ def small_batch(device):
 
 
 # A position's loss is about 7, so that its relative error says little: losses are compared less their mean. Measured on
-# H100 (and a CPU): in bf16 losses are off by up to 1.3 % (1.8 %), an FP8 head by 3.5 % (3.6 %) and 6.4 % (6.9 %), with
-# FP8 in the layers the MLPs' gradients by 9.3 %.
-MODEL_TOLERANCE = 3e-2
+# H100 (and a CPU): in bf16 losses are off by up to 1.5 % (1.8 %), gradients by 5.7 % (1.6 %; on the GPU by as much with
+# the references in place of all kernels), an FP8 head by 3.5 % (3.6 %) and 6.4 % (6.9 %), with FP8 in the layers the
+# MLPs' gradients by 9.3 %.
+MODEL_TOLERANCE, MODEL_GRAD_TOLERANCE = 3e-2, 8e-2
 FP8_MODEL_LOSS_TOLERANCE, FP8_MODEL_GRAD_TOLERANCE = 6e-2, {"head": 9e-2, "auto": 0.13}
 # The gradients of the rest, each a sum over all tokens, cancel: scaling a layer's input changes little, as the norms
 # undo it. Bfloat16 leaves 20 % to 200 % of noise there; float64 in test_model.py checks them.
@@ -1159,7 +1160,7 @@ def test_compiled_model_in_bf16_on_a_gpu_equals_float32_on_a_cpu(classes):
     ref_losses, ref_gradients = losses_and_gradients(on_cpu, "cpu", classes=classes)
     assert relative_error(losses, ref_losses) < MODEL_TOLERANCE
     errors = {name: relative_error(gradient, ref_gradients[name]) for name, gradient in gradients.items()}
-    assert all(error < MODEL_TOLERANCE * (2 if name == "value_gates" else 1) for name, error in errors.items()), errors
+    assert max(errors.values()) < MODEL_GRAD_TOLERANCE, errors
 
 
 @pytest.mark.gpu
