@@ -294,6 +294,7 @@ class Hyperparameters:
     seed: int = 0
     cuda_graphs: str = "auto"  # on a GPU, launch a micro-batch's kernels as one graph; "off" to debug or profile
     compile: str = "auto"  # torch.compile on a GPU; off on a CPU, where compiling takes longer than a smoke run
+    deterministic: bool = False  # compiled kernels are not chosen by their time: the same bits in every run
 
     @property
     def model_dim(self) -> int:
@@ -1990,9 +1991,7 @@ def compiler(enabled: bool) -> Callable:
     importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
     # Compiling makes millions of objects that live on: looking through them as often as Python does takes 5 % of it.
     gc.set_threshold(100_000, 20, 100)
-    # Kernels that are chosen by their time are other ones, with other bits, in another run. (As an option, since Dynamo
-    # takes back what is set in Inductor's configuration.)
-    return torch.compile(dynamic=False, fullgraph=True, options={"deterministic": True})
+    return torch.compile(dynamic=False, fullgraph=True)
 
 
 # The functions down to head_losses are the compiled regions and their helpers. Compiled one by one, they are compiled
@@ -3503,6 +3502,10 @@ class Trainer:
         self.hp, self.world, self.schedule = hp, world, TrainingSchedule(hp)
         self.shards = shards or {}  # for checkpoints: by hyperparameter, the files in words
         compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
+        if hp.deterministic:  # Inductor then times no kernels, and index_put_ is slower
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         torch.manual_seed(hp.seed)
         self.model = GPT(hp, world.device, choose_dtype(hp, world), compile)
         if world.size > 1:

@@ -414,6 +414,9 @@ PLANTED = {
         ("the caches do not hear of what operators return", '"".join(fakes).encode()', 'b""',
          "test_compile_cache.py test_a_warm_cache"),
         # Train
+        ("the deterministic switch is a setting that Dynamo takes back",
+         "torch.use_deterministic_algorithms(True, warn_only=True)", "torch._inductor.config.deterministic = True",
+         "test_training.py test_the_deterministic_switch True"),
         ("micro-batches with and without classes share a graph", "(self.stage_index, micro_batch.classes is None))",
          "(self.stage_index, False))", "test_training.py test_a_micro_batch_of_too_many"),
         ("grad_scale is taken as 1", "self.grad_scale = hp.grad_scale / MICRO_BATCHES",

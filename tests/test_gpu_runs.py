@@ -39,10 +39,10 @@ def gpus():
 
 
 # ---------------------------------------------------------------------------- the same seed, the same bits
-# Compiled, in FP8, by CUDA graphs. What the compiler and Triton choose by timing may differ from one time to the next,
-# so that runs which must have compiled for themselves have empty caches.
+# Compiled, in FP8, by CUDA graphs. What a compiler takes that may time its kernels differs from one time to the next:
+# runs that must have compiled for themselves have empty caches.
 
-REAL = ["--preset=real"]
+REAL = ["--preset=real", "--deterministic=true"]
 REAL_KEPT = [*REAL, "--run_id=kept", "--checkpoint_every=6", "--save_checkpoint=true"]
 SECONDS = 500  # a run of two processes that compiles everything takes a fifth of it
 

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -263,6 +264,24 @@ def test_of_a_step_only_the_micro_batches_without_classes_go_past_the_graph(fold
     whole.micro_step(0, rare, whole.target_weights[0])
     assert len(replayed) == 1 and replayed[0] is with_classes
     assert different(gradients_of(whole), gradients_of(trainer)) == set()
+
+
+@pytest.fixture
+def deterministic_as_it_was(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles for the CPU")
+@pytest.mark.parametrize("switch", [False, True])
+def test_the_deterministic_switch_holds_for_every_graph_that_is_compiled(switch, folder, deterministic_as_it_was):
+    model = Trainer(small_run.small_hyperparameters(folder, compile="on", deterministic=switch), World()).model
+    for tokens in (3, 5):  # PyTorch takes a setting of its compiler's back after the first
+        model.normed_input(torch.ones(tokens, 16), False)
+        assert torch._inductor.config.deterministic is torch.are_deterministic_algorithms_enabled() is switch
+    assert torch.utils.deterministic.fill_uninitialized_memory is not switch
 
 
 # ---------------------------------------------------------------------------- end to end
