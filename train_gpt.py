@@ -58,7 +58,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, cached_property, partial, reduce
 from glob import escape, glob
-from itertools import accumulate, chain, islice, pairwise, repeat, takewhile
+from itertools import accumulate, chain, pairwise, repeat
 from operator import itemgetter, xor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -4080,21 +4080,6 @@ def settings_of(path: Path, content: dict) -> Hyperparameters:
     return hp
 
 
-@torch.no_grad()
-def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, top_k=0, seed=0) -> Iterator[int]:
-    """What follows a document's tokens, one by one, with BOS at the end. Temperature 0: the likeliest; top_k 0: all."""
-    draws, count = torch.Generator().manual_seed(seed), min(top_k or hp.vocab_size, hp.vocab_size)
-    canonical = canonical_tokens(hp)
-    while True:  # each from the whole text, or its end, as far as the rotary tables reach: slow, but one forward pass
-        seen = tokens[15 - len(model.yarn.position) // 2 :]
-        n, fill = len(seen), -len(seen) % 16 * [hp.bos]  # a document behind it, which it does not see: whole tiles
-        ends = np.array([0, n, n + len(fill)])
-        batch = make_micro_batch(np.array([*seen, *fill, 0]), ends, canonical, hp.ngram_rows, model.head.device)
-        z, ids = model.logits(batch, windows, n - 1)[: hp.vocab_size].double().cpu().topk(count if temperature else 1)
-        drawn = torch.multinomial((z - z[0]).div(temperature or 1).softmax(-1), 1, generator=draws)
-        yield (tokens := [*tokens, ids[drawn].item()])[-1]
-
-
 def files_of(hp: Hyperparameters, checkpoint: dict | None = None) -> dict[str, list[Path]]:
     """Train and validation files: all that match, or those that a run to go on with began with. Raises UserError."""
     files = {name: find_files(getattr(hp, name)) for name in FILES}
@@ -4443,6 +4428,7 @@ def import_tool(argument: str, name: str) -> ModuleType:
     told = f"{argument} takes {path}, which is not there: run the train_gpt.py of a whole checkout"
     require(path.is_file(), told)
     sys.path.insert(0, str(path.parent))
+    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # as __main__ it would be loaded a second time
     return importlib.import_module(name)
 
 
@@ -4510,12 +4496,10 @@ def main(arguments: list[str]) -> None:
             log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
             if hp.preset == "smoke":
                 trainer.model.ngrams = trainer.ngrams.communication.full(trainer.ngrams.algorithm.p)
-            with suppress(UserError):  # the run has ended well, though the vocabulary's file may be gone by now
-                if hp.preset == "smoke" and world.rank == 0 and (ids := read_vocabulary(hp)):
-                    torch.set_num_threads(1)  # for tensors so small: more threads wait for each other
-                    made = generate(trainer.model, hp, trainer.schedule.val_windows(hp.total_steps), [hp.bos], 0.5)
-                    text = b"".join(takewhile(bool, map({i: word for word, i in ids.items()}.get, islice(made, 60))))
-                    log.write(f"sample: {text.decode(errors='replace')!r}")  # escaped as Python does
+                # The run has ended well, though this file be a copy without records/ or the vocabulary gone by now.
+                with suppress(UserError, ImportError):
+                    if world.rank == 0:
+                        log.write(import_tool("the sample", "sample").log_line(trainer))
         watch.close()
         world.stop()
         log.close()

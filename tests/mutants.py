@@ -478,10 +478,6 @@ PLANTED = {
          "require(hasattr(saved, key), told)", "test_faults.py test_what_contradicts adam_lr"),
         ("a run goes on with other files", 'require(shard in by_words, f"--{name}', 'require(by_words, f"--{name}',
          "test_faults.py test_other_files_than gone-train"),
-        ("the likeliest of the fill, not of the text", "model.logits(batch, windows, n - 1)",
-         "model.logits(batch, windows, -1)", "test_sample.py test_greedy"),
-        ("a long text is cut at its end", "seen = tokens[15 - len(model.yarn.position) // 2 :]",
-         "seen = tokens[: len(model.yarn.position) // 2 - 15]", "test_sample.py test_of_a_text_longer"),
         # Watch
         ("a run that was stopped has ended well", 'self.end(143, f"train_gpt.py', 'self.end(0, f"train_gpt.py',
          "test_faults.py test_sigterm_leaves [1]"),
@@ -518,8 +514,8 @@ PLANTED = {
          "test_bench.py test_the_bench_is_given"),
         ("the log does not say what it ran on", '        log.write("\\n".join(summary), console=False)\n', "",
          "test_faults.py test_a_log_says_what"),
-        ("a run fails at its end for a vocabulary that is gone", "with suppress(UserError):  # the run has ended well",
-         "with suppress():  # the run has ended well", "test_faults.py test_a_run_whose_vocabulary_is_gone"),
+        ("a run fails at its end for a vocabulary that is gone", "with suppress(UserError, ImportError):",
+         "with suppress(ImportError):", "test_faults.py test_a_run_whose_vocabulary_or"),
     ],
     "run.sh": [
         ("three processes share a step", "1 | 2 | 4 | 8) ;;", "1 | 2 | 3 | 4 | 8) ;;",
@@ -725,6 +721,10 @@ PLANTED = {
          "test_records.py test_watch_compares"),
     ],
     "records/sample.py": [
+        ("the likeliest of the fill, not of the text", "model.logits(batch, windows, n - 1)",
+         "model.logits(batch, windows, -1)", "test_sample.py test_greedy"),
+        ("a long text is cut at its end", "seen = tokens[15 - len(model.yarn.position) // 2 :]",
+         "seen = tokens[: len(model.yarn.position) // 2 - 15]", "test_sample.py test_of_a_text_longer"),
         ("a loaded model has the first stage's frequencies", "        model.yarn.grow(*windows)\n", "        pass\n",
          "test_sample.py test_a_loaded_model"),
         ("a loaded model is in the stage to come", "schedule.stage_index(max(step - 1, 0)) + 1]",
