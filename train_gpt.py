@@ -23,7 +23,7 @@ What never runs on the clock:
     Checkpoints       what a killed run goes on from; what a trained model writes
     Watch             signals, hangs, the failures of other ranks: one message, and no process left
     World check       everything that can be wrong, found in two seconds
-    main              a run from its arguments to its end; --bench, --profile and --describe take a file of records/
+    main              a run from its arguments to its end; --bench, --profile, --describe and samples: see records/
 
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
 """
@@ -177,10 +177,9 @@ SIGN_ROWS = 8192
 ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
 VALUE_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.value_embed]
 MLP_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.mlp]
+GATE_ROWS = [i for i, layer in enumerate(LAYERS) if layer.gates]
 # For each gate network, the layers whose gates it gives
-NETWORK_LAYERS = [
-    LAYERS[begin:end] for begin, end in pairwise([*(i for i, a in enumerate(LAYERS) if a.gates), len(LAYERS)])
-]
+NETWORK_LAYERS = [LAYERS[begin:end] for begin, end in pairwise([*GATE_ROWS, len(LAYERS)])]
 
 # Learned scalars by name: (how many, initial value, learning-rate multiplier). All are one float32 vector, so that
 # ranks exchange one small message.
@@ -472,8 +471,8 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
     require(not odd, f"PARAMETERS takes one row for each of the model's parameters: {', '.join(told)}")
     for name, algorithm, sharded, lr, _, betas in PARAMETERS:
         row, p = f"PARAMETERS, {name}", as_stack(parameters[name])
-        told = "'rowwise'" if name == "ngrams" else "'adam' or 'normuon'"
-        require(algorithm in ALGORITHMS and f"'{algorithm}'" in told, f"{row}: algorithm is {told}")
+        choices = ["rowwise"] if name == "ngrams" else ["adam", "normuon"]
+        require(algorithm in choices, f"{row}: algorithm is {' or '.join(map(repr, choices))}")
         require(isinstance(lr, tuple) and lr, f"{row}: lr={lr} is no tuple, as (1.0,)")
         pair = isinstance(betas, tuple) and len(betas) == 2
         require(pair or algorithm != "adam", f"{row}: adam takes betas, as (0.9, 0.99)")
@@ -4478,8 +4477,7 @@ def main(arguments: list[str]) -> None:
         trainer.warm_up(train_paths, val_batches.result())
         log.write(f"warm-up: {time.perf_counter() - begin:.1f} s from the start of main")
         if bench:
-            program = sys.modules[__name__]  # as __main__, an import of train_gpt would load it a second time
-            bench.Bench(program, trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)
+            bench.Bench(sys.modules[__name__], trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)
         else:
             progress = trainer.restore(checkpoint) if checkpoint else None
             val_losses = trainer.run(log, train_paths, val_batches.result(), progress, watch)
