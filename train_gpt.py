@@ -342,7 +342,6 @@ PRESETS = {
     ),
 }
 
-
 # What can be given on the command line: everything but the table of stages.
 SETTINGS = {field.name: field for field in fields(Hyperparameters) if field.name != "stages"}
 
@@ -413,9 +412,6 @@ def parse_value(name: str, text: str) -> object:
         raise UserError(f"--{name}={text}: expected {expected}") from None
 
 
-FOR_ATTENTION = ("narrow", "paired", "key_offset", "value_embed", "xsa", "head_gates", "reads", "values")  # of a row
-
-
 def check_tables(hp: Hyperparameters) -> None:
     """Raises UserError for rows of the tables above that would fail later, or have no effect."""
     shares = [stage.share for stage in hp.stages]
@@ -440,11 +436,12 @@ def check_tables(hp: Hyperparameters) -> None:
         least = len(LAYERS) if name in ("attn_resid", "mlp_resid", "mlp_out", "qkv", "out") else 1
         told = f"SCALARS, {name}: it takes at least {least}, and a number as learning-rate multiplier"
         require(count >= least and isinstance(lr, int | float), told)
+    for_attention = ("narrow", "paired", "key_offset", "value_embed", "xsa", "head_gates", "reads", "values")
     kept, weighed = {"x0", "ngrams"}, set()
     for i, layer in enumerate(LAYERS):
-        row, attention = f"LAYERS, row {i}", any(getattr(layer, name) for name in FOR_ATTENTION)
+        row, attention = f"LAYERS, row {i}", any(getattr(layer, name) for name in for_attention)
         require(layer.window in ("short", "long", None), f"{row}: window is 'short', 'long' or None")
-        require(layer.window or not attention, f"{row}: {', '.join(FOR_ATTENTION)} are for layers with a window")
+        require(layer.window or not attention, f"{row}: {', '.join(for_attention)} are for layers with a window")
         told = f"{row}: key_offset takes the half of a key that does not turn, which narrow ones lack"
         require(not (layer.narrow and layer.key_offset), told)
         for gates in (layer.values, layer.adds):
@@ -4424,8 +4421,7 @@ def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
 def import_tool(argument: str, name: str) -> ModuleType:
     """The module of records/ that an argument takes. Raises UserError where this file is a copy without it."""
     path = Path(__file__).resolve().parent / "records" / f"{name}.py"
-    told = f"{argument} takes {path}, which is not there: run the train_gpt.py of a whole checkout"
-    require(path.is_file(), told)
+    require(path.is_file(), f"{argument} takes {path}, which is not there: run the train_gpt.py of a whole checkout")
     sys.path.insert(0, str(path.parent))
     sys.modules.setdefault("train_gpt", sys.modules[__name__])  # as __main__ it would be loaded a second time
     return importlib.import_module(name)

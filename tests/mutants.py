@@ -508,7 +508,7 @@ PLANTED = {
          "if True:\n                print(import_tool", "test_describe.py test_of_several_processes"),
         ("where there is no GPU the smoke run is told of", "parse_arguments(arguments, has_gpu=True)",
          "parse_arguments(arguments, has_gpu=False)", "test_describe.py test_the_command_needs"),
-        ("a copy without records/bench.py ends in a stack trace", "require(path.is_file(), told)", "pass",
+        ("a copy without records/bench.py ends in a stack trace", 'require(path.is_file(), f"', 'require(True, f"',
          "test_errors.py test_a_copy_without"),
         ("a tool that imports the program loads it a second time",
          'sys.modules.setdefault("train_gpt", sys.modules[__name__])', "pass", "test_bench.py test_the_bench_is_given"),
