@@ -23,7 +23,7 @@ What never runs on the clock:
     Checkpoints       what a killed run goes on from; what a trained model writes
     Watch             signals, hangs, the failures of other ranks: one message, and no process left
     World check       everything that can be wrong, found in two seconds
-    main              a run from its arguments to its end; --bench, --profile and --describe take a file of records/
+    main              a run from its arguments to its end; --bench, --profile, --describe and samples: see records/
 
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
 """
@@ -58,7 +58,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, cached_property, partial, reduce
 from glob import escape, glob
-from itertools import accumulate, chain, islice, pairwise, repeat, takewhile
+from itertools import accumulate, chain, pairwise, repeat
 from operator import itemgetter, xor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -177,10 +177,9 @@ SIGN_ROWS = 8192
 ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
 VALUE_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.value_embed]
 MLP_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.mlp]
+GATE_ROWS = [i for i, layer in enumerate(LAYERS) if layer.gates]
 # For each gate network, the layers whose gates it gives
-NETWORK_LAYERS = [
-    LAYERS[begin:end] for begin, end in pairwise([*(i for i, a in enumerate(LAYERS) if a.gates), len(LAYERS)])
-]
+NETWORK_LAYERS = [LAYERS[begin:end] for begin, end in pairwise([*GATE_ROWS, len(LAYERS)])]
 
 # Learned scalars by name: (how many, initial value, learning-rate multiplier). All are one float32 vector, so that
 # ranks exchange one small message.
@@ -344,7 +343,6 @@ PRESETS = {
     ),
 }
 
-
 # What can be given on the command line: everything but the table of stages.
 SETTINGS = {field.name: field for field in fields(Hyperparameters) if field.name != "stages"}
 
@@ -415,9 +413,6 @@ def parse_value(name: str, text: str) -> object:
         raise UserError(f"--{name}={text}: expected {expected}") from None
 
 
-FOR_ATTENTION = ("narrow", "paired", "key_offset", "value_embed", "xsa", "head_gates", "reads", "values")  # of a row
-
-
 def check_tables(hp: Hyperparameters) -> None:
     """Raises UserError for rows of the tables above that would fail later, or have no effect."""
     shares = [stage.share for stage in hp.stages]
@@ -442,11 +437,12 @@ def check_tables(hp: Hyperparameters) -> None:
         least = len(LAYERS) if name in ("attn_resid", "mlp_resid", "mlp_out", "qkv", "out") else 1
         told = f"SCALARS, {name}: it takes at least {least}, and a number as learning-rate multiplier"
         require(count >= least and isinstance(lr, int | float), told)
+    for_attention = ("narrow", "paired", "key_offset", "value_embed", "xsa", "head_gates", "reads", "values")
     kept, weighed = {"x0", "ngrams"}, set()
     for i, layer in enumerate(LAYERS):
-        row, attention = f"LAYERS, row {i}", any(getattr(layer, name) for name in FOR_ATTENTION)
+        row, attention = f"LAYERS, row {i}", any(getattr(layer, name) for name in for_attention)
         require(layer.window in ("short", "long", None), f"{row}: window is 'short', 'long' or None")
-        require(layer.window or not attention, f"{row}: {', '.join(FOR_ATTENTION)} are for layers with a window")
+        require(layer.window or not attention, f"{row}: {', '.join(for_attention)} are for layers with a window")
         told = f"{row}: key_offset takes the half of a key that does not turn, which narrow ones lack"
         require(not (layer.narrow and layer.key_offset), told)
         for gates in (layer.values, layer.adds):
@@ -473,8 +469,8 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
     require(not odd, f"PARAMETERS takes one row for each of the model's parameters: {', '.join(told)}")
     for name, algorithm, sharded, lr, _, betas in PARAMETERS:
         row, p = f"PARAMETERS, {name}", as_stack(parameters[name])
-        told = "'rowwise'" if name == "ngrams" else "'adam' or 'normuon'"
-        require(algorithm in ALGORITHMS and f"'{algorithm}'" in told, f"{row}: algorithm is {told}")
+        choices = ["rowwise"] if name == "ngrams" else ["adam", "normuon"]
+        require(algorithm in choices, f"{row}: algorithm is {' or '.join(map(repr, choices))}")
         require(isinstance(lr, tuple) and lr, f"{row}: lr={lr} is no tuple, as (1.0,)")
         pair = isinstance(betas, tuple) and len(betas) == 2
         require(pair or algorithm != "adam", f"{row}: adam takes betas, as (0.9, 0.99)")
@@ -4083,21 +4079,6 @@ def settings_of(path: Path, content: dict) -> Hyperparameters:
     return hp
 
 
-@torch.no_grad()
-def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, top_k=0, seed=0) -> Iterator[int]:
-    """What follows a document's tokens, one by one, with BOS at the end. Temperature 0: the likeliest; top_k 0: all."""
-    draws, count = torch.Generator().manual_seed(seed), min(top_k or hp.vocab_size, hp.vocab_size)
-    canonical = canonical_tokens(hp)
-    while True:  # each from the whole text, or its end, as far as the rotary tables reach: slow, but one forward pass
-        seen = tokens[15 - len(model.yarn.position) // 2 :]
-        n, fill = len(seen), -len(seen) % 16 * [hp.bos]  # a document behind it, which it does not see: whole tiles
-        ends = np.array([0, n, n + len(fill)])
-        batch = make_micro_batch(np.array([*seen, *fill, 0]), ends, canonical, hp.ngram_rows, model.head.device)
-        z, ids = model.logits(batch, windows, n - 1)[: hp.vocab_size].double().cpu().topk(count if temperature else 1)
-        drawn = torch.multinomial((z - z[0]).div(temperature or 1).softmax(-1), 1, generator=draws)
-        yield (tokens := [*tokens, ids[drawn].item()])[-1]
-
-
 def files_of(hp: Hyperparameters, checkpoint: dict | None = None) -> dict[str, list[Path]]:
     """Train and validation files: all that match, or those that a run to go on with began with. Raises UserError."""
     files = {name: find_files(getattr(hp, name)) for name in FILES}
@@ -4443,9 +4424,9 @@ def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
 def import_tool(argument: str, name: str) -> ModuleType:
     """The module of records/ that an argument takes. Raises UserError where this file is a copy without it."""
     path = Path(__file__).resolve().parent / "records" / f"{name}.py"
-    told = f"{argument} takes {path}, which is not there: run the train_gpt.py of a whole checkout"
-    require(path.is_file(), told)
+    require(path.is_file(), f"{argument} takes {path}, which is not there: run the train_gpt.py of a whole checkout")
     sys.path.insert(0, str(path.parent))
+    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # as __main__ it would be loaded a second time
     return importlib.import_module(name)
 
 
@@ -4495,8 +4476,7 @@ def main(arguments: list[str]) -> None:
         trainer.warm_up(train_paths, val_batches.result())
         log.write(f"warm-up: {time.perf_counter() - begin:.1f} s from the start of main")
         if bench:
-            program = sys.modules[__name__]  # as __main__, an import of train_gpt would load it a second time
-            bench.Bench(program, trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)
+            bench.Bench(sys.modules[__name__], trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)
         else:
             progress = trainer.restore(checkpoint) if checkpoint else None
             val_losses = trainer.run(log, train_paths, val_batches.result(), progress, watch)
@@ -4513,12 +4493,10 @@ def main(arguments: list[str]) -> None:
             log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
             if hp.preset == "smoke":
                 trainer.model.ngrams = trainer.ngrams.communication.full(trainer.ngrams.algorithm.p)
-            with suppress(UserError):  # the run has ended well, though the vocabulary's file may be gone by now
-                if hp.preset == "smoke" and world.rank == 0 and (ids := read_vocabulary(hp)):
-                    torch.set_num_threads(1)  # for tensors so small: more threads wait for each other
-                    made = generate(trainer.model, hp, trainer.schedule.val_windows(hp.total_steps), [hp.bos], 0.5)
-                    text = b"".join(takewhile(bool, map({i: word for word, i in ids.items()}.get, islice(made, 60))))
-                    log.write(f"sample: {text.decode(errors='replace')!r}")  # escaped as Python does
+                # The run has ended well, though this file be a copy without records/ or the vocabulary gone by now.
+                with suppress(UserError, ImportError):
+                    if world.rank == 0:
+                        log.write(import_tool("the sample", "sample").log_line(trainer))
         watch.close()
         world.stop()
         log.close()

@@ -4,8 +4,7 @@ What a step of each stage takes, and which kernels take it: what train_gpt.py do
     python train_gpt.py --bench              # times, and the whole run's time projected from them
     python train_gpt.py --profile            # kernels by category, and traces; --bench --profile does both
 
-It is started through train_gpt.py only, which hands itself over as the module `train_gpt`: the one that runs is called
-__main__, and an import here would load a second one, with classes and caches of its own.
+It is started through train_gpt.py only, which hands itself over as the module `train_gpt`.
 
 Times come from steps that are each waited for, kernels from PyTorch's profiler in a second pass, as it slows steps
 down. Rates are set against what one large product reaches on the same machine, not against a data sheet. What the

@@ -4,6 +4,8 @@ Continues a text with a trained model: what has a run learned to write?
     python records/sample.py logs/ID_step002272.pt --prompt "The sea was"
     python records/sample.py CHECKPOINT --tokens 200 --temperature 0.7 --top_k 40 --seed 3
 
+The smoke run of train_gpt.py calls log_line, for the last line of its log.
+
 CHECKPOINT is a file of --save_checkpoint or --checkpoint_every. The text is one document: it starts with the token that
 documents begin with, then the prompt, and ends with the next such token or after --tokens tokens. The same seed gives
 the same text on the same machine; temperature 0 takes the likeliest token each time. Every token takes a forward pass
@@ -17,6 +19,7 @@ import argparse
 import codecs
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise, takewhile
@@ -27,13 +30,14 @@ from runlog import exit_with
 
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "data"))
+import numpy as np
 import torch
 from shards import DataError, home_path
 from tokenize_text import encoding_from, utf8
 from torch import Tensor
 
 import train_gpt
-from train_gpt import GPT, Hyperparameters, TrainingSchedule, UserError, World, copy_saved, piece_paths
+from train_gpt import GPT, Hyperparameters, Trainer, TrainingSchedule, UserError, World, copy_saved, piece_paths
 
 SMALL = 256  # a model of this width or less has so little to do that threads only wait for each other
 
@@ -55,6 +59,33 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Hyp
     for windows in pairwise(schedule.long_windows[: schedule.stage_index(max(step - 1, 0)) + 1]):
         model.yarn.grow(*windows)
     return model, schedule.hp, schedule.val_windows(step)
+
+
+@torch.no_grad()
+def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, top_k=0, seed=0) -> Iterator[int]:
+    """What follows a document's tokens, one by one, with BOS at the end. Temperature 0: the likeliest; top_k 0: all."""
+    draws, count = torch.Generator().manual_seed(seed), min(top_k or hp.vocab_size, hp.vocab_size)
+    canonical = train_gpt.canonical_tokens(hp)
+    while True:  # each from the whole text, or its end, as far as the rotary tables reach: slow, but one forward pass
+        seen = tokens[15 - len(model.yarn.position) // 2 :]
+        n, fill = len(seen), -len(seen) % 16 * [hp.bos]  # a document behind it, which it does not see: whole tiles
+        ends = np.array([0, n, n + len(fill)])
+        tokens_and_next = np.array([*seen, *fill, 0])
+        batch = train_gpt.make_micro_batch(tokens_and_next, ends, canonical, hp.ngram_rows, model.head.device)
+        z, ids = model.logits(batch, windows, n - 1)[: hp.vocab_size].double().cpu().topk(count if temperature else 1)
+        drawn = torch.multinomial((z - z[0]).div(temperature or 1).softmax(-1), 1, generator=draws)
+        yield (tokens := [*tokens, ids[drawn].item()])[-1]
+
+
+def log_line(trainer: Trainer) -> str:
+    """What a smoke run's log ends with, escaped as Python does. Raises UserError where there is no vocabulary."""
+    hp, windows = trainer.hp, trainer.schedule.val_windows(trainer.hp.total_steps)
+    words = {i: word for word, i in train_gpt.read_vocabulary(hp).items()}
+    train_gpt.require(words, "a sample takes a --vocabulary")
+    torch.set_num_threads(1)  # for tensors so small: more threads wait for each other
+    made = islice(generate(trainer.model, hp, windows, [hp.bos], temperature=0.5), 60)
+    text = b"".join(takewhile(bool, map(words.get, made)))
+    return f"sample: {text.decode(errors='replace')!r}"
 
 
 class Vocabulary:
@@ -106,7 +137,7 @@ def sample(options: argparse.Namespace) -> None:
     print(printable(options.prompt), end="", flush=True)
     if options.vocabulary:
         hp = replace(hp, vocabulary=str(options.vocabulary))  # also for the spellings, by which n-grams are looked up
-    made = train_gpt.generate(model, hp, windows, tokens, options.temperature, options.top_k, options.seed)
+    made = generate(model, hp, windows, tokens, options.temperature, options.top_k, options.seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in islice(takewhile(lambda token: token != hp.bos, made), options.tokens):
         print(printable(decoder.decode(vocabulary.decode(token))), end="", flush=True)

@@ -85,6 +85,10 @@ def lose_the_vocabulary(trainer):
     Path(trainer.hp.vocabulary).unlink()
 
 
+def lose_the_tools(trainer):
+    train_gpt.__file__ = "/nowhere/train_gpt.py"  # as of a copy without records/
+
+
 def stall_file_system(trainer):
     train_gpt.read_tokens = lambda *arguments: time.sleep(1e6)
 
@@ -99,7 +103,7 @@ FAULTS = {
         f.__name__: f
         for f in (
             *(raise_bug, run_out_of_gpu_memory, fill_the_gpu, run_out_of_memory, poison, poison_gradient),
-            *(lose_the_next_shard, change_the_next_shard, lose_the_vocabulary, stall_file_system),
+            *(lose_the_next_shard, change_the_next_shard, lose_the_vocabulary, lose_the_tools, stall_file_system),
         )
     },
 }

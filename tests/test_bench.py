@@ -293,7 +293,7 @@ def test_the_bench_is_given_the_program_that_runs_and_writes_to_its_log(tmp_path
     look = """
 class Bench(Bench):
     def run(self, start_seconds):
-        print("itself:", self.train_gpt is sys.modules["__main__"], "train_gpt" not in sys.modules)
+        print("itself:", self.train_gpt is sys.modules["__main__"], self.train_gpt is sys.modules.get("train_gpt"))
         super().run(start_seconds)
 """
     (records / "bench.py").write_text((program.parent / "records" / "bench.py").read_text() + look)

@@ -955,10 +955,11 @@ class Full:
         return getattr(self.file, name)
 
 
-def test_a_run_whose_vocabulary_is_gone_by_its_end_ends_well_without_a_sample(data, tmp_path):
+@pytest.mark.parametrize("fault", ["lose_the_vocabulary", "lose_the_tools"])
+def test_a_run_whose_vocabulary_or_records_are_gone_by_its_end_ends_well_without_a_sample(data, tmp_path, fault):
     vocabulary = shutil.copy(Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken", tmp_path / "own.tiktoken")
-    status, said = run(tmp_path, data, fault=("lose_the_vocabulary", 0, 8), arguments=[f"--vocabulary={vocabulary}"])
-    assert status == 0 and not vocabulary.exists(), said
+    status, said = run(tmp_path, data, fault=(fault, 0, 8), arguments=[f"--vocabulary={vocabulary}"])
+    assert status == 0 and vocabulary.exists() == (fault != "lose_the_vocabulary"), said
     assert log_of(tmp_path).read_text().splitlines()[-1].startswith("validation loss ")
 
 

@@ -1,4 +1,4 @@
-"""A trained model, loaded again and asked to write: generate of train_gpt.py, and records/sample.py."""
+"""A trained model, loaded again and asked to write: records/sample.py."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ import small_run
 import torch
 
 import train_gpt
-from train_gpt import BetweenSteps, Log, Trainer, UserError, World, generate
+from train_gpt import BetweenSteps, Log, Trainer, UserError, World
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "records"))
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "records"))
 spec = importlib.util.spec_from_file_location("records_sample", ROOT / "records" / "sample.py")
 sample = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sample)
-load_model = sample.load_model
+load_model, generate = sample.load_model, sample.generate
 
 STEPS = small_run.STEPS
 CPU = torch.device("cpu")
@@ -220,7 +220,7 @@ def test_of_a_text_longer_than_the_rotary_tables_the_end_is_seen(loaded):
     assert of_all == of_end != of_beginning
 
 
-# ---------------------------------------------------------------------------- records/sample.py
+# ---------------------------------------------------------------------------- the command
 
 
 def main(capsys, *arguments):
@@ -257,7 +257,7 @@ def test_a_text_goes_on_as_before_from_where_one_of_its_tokens_ends(loaded, last
         assert vocabulary.encode(beginning) == whole[:n]
         seen = []
         monkeypatch.setattr(
-            train_gpt, "generate", lambda model, hp, windows, tokens, *_, seen=seen: seen.append(tokens) or []
+            sample, "generate", lambda model, hp, windows, tokens, *_, seen=seen: seen.append(tokens) or []
         )
         main(capsys, last, "--prompt", beginning)
         assert seen == [[hp.bos, *whole[:n]]]
@@ -267,7 +267,7 @@ def test_text_of_the_smoke_preset_is_in_the_bytes_of_its_data(last, tmp_path, ca
     files = dict(train_files="data/sample/sample_train_*.bin")
     path = changed(last, tmp_path / "bytes_step000010.pt", hyperparameters=files)
     seen = []
-    monkeypatch.setattr(train_gpt, "generate", lambda model, hp, windows, tokens, *_: seen.append(tokens) or [])
+    monkeypatch.setattr(sample, "generate", lambda model, hp, windows, tokens, *_: seen.append(tokens) or [])
     assert main(capsys, path, "--prompt", TEXT) == (0, TEXT + "\n", "")
     by_id = [b""] * 256  # GPT-2's order of the bytes: those that print in Latin-1, then the others
     order = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -282,7 +282,7 @@ def write(capsys, monkeypatch, path, pieces):
     hp = load_model(path)[1]
     ids = {word: i for i, word in enumerate(words_of(hp))}
     tokens = [hp.bos if piece is None else ids[piece] for piece in pieces]
-    monkeypatch.setattr(train_gpt, "generate", lambda *_: iter(tokens))
+    monkeypatch.setattr(sample, "generate", lambda *_: iter(tokens))
     status, text, said = main(capsys, path)
     assert (status, said) == (0, "")
     return text
