@@ -2859,8 +2859,7 @@ class Optimizer:
         # Empty parameters, such as value_embeds where no layer has them, are left out.
         rows = [row for row in PARAMETERS if parameters[row.name].numel()]
         self.slots = {row.name: Slot(row, parameters[row.name], hp, world, compiled) for row in rows}
-        self.model, self.world, self.untie_step = model, world, untie_step
-        self.tied = True
+        self.world, self.untie_step, self.tied = world, untie_step, True
         self.largest = deque(maxlen=8)  # (step, names, on the CPU the largest magnitude of each gradient)
 
     def mark_lookups(self, dealt: list[np.ndarray]) -> None:
@@ -2874,10 +2873,12 @@ class Optimizer:
         """Updates the parameters that are due at `step` from their .grad, and clears these."""
         adam_is_due = step % 2 == 1
         due = {n: slot for n, slot in self.slots.items() if adam_is_due or slot.row.algorithm != "adam"}
-        steps_tied = adam_is_due and self.tied
+        steps_tied, head, embed = adam_is_due and self.tied, self.slots["head"], self.slots["embed"]
         if steps_tied:
             del due["embed"]
-            self._give_head_the_gradient_of_embed()
+            head.p.grad += embed.p.grad.T
+            embed.p.grad.zero_()
+            embed.communication.forget_lookups()
         for slot in due.values():
             slot.communication.reduce(slot.p.grad.view(slot.shape))
         gradients = {}
@@ -2892,15 +2893,9 @@ class Optimizer:
             slot.communication.gathered()
             slot.communication.clear(slot.p.grad.view(slot.shape))
         if steps_tied:
-            self.slots["embed"].p.copy_(self.slots["head"].p.T)
+            embed.p.copy_(head.p.T)
             if step >= self.untie_step:
                 self._untie()
-
-    def _give_head_the_gradient_of_embed(self) -> None:
-        head, embed = self.slots["head"], self.slots["embed"]
-        head.p.grad += embed.p.grad.T
-        embed.p.grad.zero_()
-        embed.communication.forget_lookups()
 
     def _untie(self) -> None:
         self.tied = False

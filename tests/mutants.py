@@ -335,7 +335,7 @@ PLANTED = {
          "test_distributed.py test_the_steps_taken 2- _embed"),
         ("Adam steps on even steps", "adam_is_due = step % 2 == 1", "adam_is_due = step % 2 == 0",
          "test_optimizer.py test_adams_parameters_rest"),
-        ("tied: the embedding's gradient is lost", "        head.p.grad += embed.p.grad.T\n", "",
+        ("tied: the embedding's gradient is lost", "            head.p.grad += embed.p.grad.T\n", "",
          "test_optimizer.py test_tied_weights_learn"),
         ("unties a step late", "if step >= self.untie_step:", "if step > self.untie_step:",
          "test_optimizer.py test_the_embedding_is_the_heads_transpose"),
