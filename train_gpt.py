@@ -2671,7 +2671,7 @@ class Sharded(Replicated):
         return full.chunk(self.world.size)[self.world.rank]
 
     def full(self, slice: Tensor) -> Tensor:
-        out = slice.new_empty(len(self.p), *slice.shape[1:])
+        out = slice.new_empty(len(slice) * self.world.size, *slice.shape[1:])
         all_gather(out.view(torch.uint8), slice.contiguous().view(torch.uint8))  # as bytes: NCCL lacks uint16
         return out
 
@@ -2774,10 +2774,7 @@ class RowCache(Alone):
 class ShardedRowCache(RowCache):
     """The same with several ranks: rows come from their owners, gradients go back to them, both in the table's type."""
 
-    def full(self, slice: Tensor) -> Tensor:
-        out = slice.new_empty(len(slice) * self.world.size, *slice.shape[1:])
-        all_gather(out, slice)
-        return out
+    full = Sharded.full
 
     def fetch(self, exchange: "Exchange", out: Tensor | None = None) -> Tensor:
         rows, asked, taken, given = exchange
