@@ -56,7 +56,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cache, cached_property, partial, reduce
+from functools import cache, partial, reduce
 from glob import escape, glob
 from itertools import accumulate, chain, islice, pairwise, repeat, takewhile
 from operator import itemgetter, xor
@@ -3209,12 +3209,8 @@ class TrainLoader:
         self.places = np.empty(hp.ngram_rows, np.int32)  # see exchange_rows
         self.stream = torch.cuda.Stream(world.device) if world.on_gpu else None
         self.assembler = world.thread("micro-batches")
+        self.canonical = self.assembler.submit(canonical_tokens, hp)  # before the first step: in a run, on the clock
         self.ahead = self.assembler.submit(self._prepare, sizes[0])
-
-    @cached_property
-    def canonical(self) -> np.ndarray:
-        """Made when the first step is assembled: in a run, on the clock."""
-        return canonical_tokens(self.hp)
 
     def _load(self, number: int) -> Shard:
         path = self.reading = self.paths[number % len(self.paths)]
@@ -3250,7 +3246,8 @@ class TrainLoader:
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             classes = to_device([] if classes is None else [classes], self.world.device)
             together = micro_batches_together(num_tokens, self.hp, self.world)
-            made = make_micro_batches(dealt, together, self.canonical, self.places, self.world, classes, learns=True)
+            canonical = self.canonical.result()
+            made = make_micro_batches(dealt, together, canonical, self.places, self.world, classes, learns=True)
             if self.stream:
                 self.stream.synchronize()  # here, so that the main thread need not wait for copies
         position = self.files_begun, self.shard.next_document
