@@ -3184,7 +3184,6 @@ def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
 class StepBatch(NamedTuple):
     """What a step takes."""
 
-    epoch: int  # from 1
     micro_batches: list[MicroBatch]  # this rank's
     exchange: Exchange  # of the n-grams' rows
     dealt: list[np.ndarray]  # inputs of all 8 micro-batches, which go to the ranks in turn
@@ -3250,9 +3249,8 @@ class TrainLoader:
             made = make_micro_batches(dealt, together, canonical, self.places, self.world, classes, learns=True)
             if self.stream:
                 self.stream.synchronize()  # here, so that the main thread need not wait for copies
-        position = self.files_begun, self.shard.next_document
         inputs = [tokens[:-1] for tokens, _ in dealt]
-        return StepBatch(1 + (self.files_begun - 1) // len(self.paths), *made, inputs, position)
+        return StepBatch(*made, inputs, (self.files_begun, self.shard.next_document))
 
     def __iter__(self) -> Iterator[StepBatch]:
         try:
@@ -3736,9 +3734,9 @@ class BetweenSteps:
 
     def log_step(self, step: int, batch: StepBatch, files: int) -> None:
         """Logs a step whose kernels have been launched, and an epoch that began with it; files: of an epoch."""
-        epoch_before = 1 + (self.now.position[0] - 1) // files
-        if batch.epoch > epoch_before:
-            self.log.write(f"epoch {batch.epoch}: the train files ran out at step {step} and start over")
+        epoch_before, epoch = (1 + (begun - 1) // files for begun, _ in (self.now.position, batch.position))
+        if epoch > epoch_before:
+            self.log.write(f"epoch {epoch}: the train files ran out at step {step} and start over")
         self.now.position = batch.position
         self.clock.step_issued()
         self.trainer.check_gradients(self.log, lag=1)  # of the step before: step_issued has waited for it
