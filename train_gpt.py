@@ -3503,8 +3503,7 @@ class Trainer:
         self.target_weights = [torch.tensor(row, device=world.device) for row in weights]  # by step, copied once
         self.stage_index = 0
         self.graph_memory = GraphMemory() if world.on_gpu and hp.cuda_graphs == "auto" else None
-        # By stage, and whether the softmax takes all classes
-        self.graphs: dict[tuple[int, bool], Callable[[MicroBatch, Tensor], None]] = {}
+        self.graphs: dict[tuple[int, bool], Callable] = {}  # by stage, and whether the softmax takes all classes
         self.peak_memory: dict[int, int] = {}  # bytes by stage, on a GPU
 
     def enter_step(self, step: int) -> None:
@@ -3666,9 +3665,8 @@ class Trainer:
         for i, piece in enumerate(piece_paths(path)[self.world.rank * own :][:own]):
             content = {name: getattr(algorithm, name).chunk(own)[i].to("cpu", copy=True) for name in names}
             written.append(try_to_write(piece, content))
-        everyone: list = [written]
+        everyone = [written] * size
         if size > 1:
-            everyone *= size
             dist.all_gather_object(everyone, written)
         return [piece for pieces in everyone for piece in pieces]
 
