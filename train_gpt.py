@@ -56,7 +56,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cache, cached_property, partial, reduce
+from functools import cache, partial, reduce
 from glob import escape, glob
 from itertools import accumulate, chain, pairwise, repeat
 from operator import itemgetter, xor
@@ -2666,7 +2666,7 @@ class Sharded(Replicated):
         return full.chunk(self.world.size)[self.world.rank]
 
     def full(self, slice: Tensor) -> Tensor:
-        out = slice.new_empty(len(self.p), *slice.shape[1:])
+        out = slice.new_empty(len(slice) * self.world.size, *slice.shape[1:])
         all_gather(out.view(torch.uint8), slice.contiguous().view(torch.uint8))  # as bytes: NCCL lacks uint16
         return out
 
@@ -2769,10 +2769,7 @@ class RowCache(Alone):
 class ShardedRowCache(RowCache):
     """The same with several ranks: rows come from their owners, gradients go back to them, both in the table's type."""
 
-    def full(self, slice: Tensor) -> Tensor:
-        out = slice.new_empty(len(slice) * self.world.size, *slice.shape[1:])
-        all_gather(out, slice)
-        return out
+    full = Sharded.full
 
     def fetch(self, exchange: "Exchange", out: Tensor | None = None) -> Tensor:
         rows, asked, taken, given = exchange
@@ -2854,8 +2851,7 @@ class Optimizer:
         # Empty parameters, such as value_embeds where no layer has them, are left out.
         rows = [row for row in PARAMETERS if parameters[row.name].numel()]
         self.slots = {row.name: Slot(row, parameters[row.name], hp, world, compiled) for row in rows}
-        self.model, self.world, self.untie_step = model, world, untie_step
-        self.tied = True
+        self.world, self.untie_step, self.tied = world, untie_step, True
         self.largest = deque(maxlen=8)  # (step, names, on the CPU the largest magnitude of each gradient)
 
     def mark_lookups(self, dealt: list[np.ndarray]) -> None:
@@ -2869,10 +2865,12 @@ class Optimizer:
         """Updates the parameters that are due at `step` from their .grad, and clears these."""
         adam_is_due = step % 2 == 1
         due = {n: slot for n, slot in self.slots.items() if adam_is_due or slot.row.algorithm != "adam"}
-        steps_tied = adam_is_due and self.tied
+        steps_tied, head, embed = adam_is_due and self.tied, self.slots["head"], self.slots["embed"]
         if steps_tied:
             del due["embed"]
-            self._give_head_the_gradient_of_embed()
+            head.p.grad += embed.p.grad.T
+            embed.p.grad.zero_()
+            embed.communication.forget_lookups()
         for slot in due.values():
             slot.communication.reduce(slot.p.grad.view(slot.shape))
         gradients = {}
@@ -2887,15 +2885,9 @@ class Optimizer:
             slot.communication.gathered()
             slot.communication.clear(slot.p.grad.view(slot.shape))
         if steps_tied:
-            self.slots["embed"].p.copy_(self.slots["head"].p.T)
+            embed.p.copy_(head.p.T)
             if step >= self.untie_step:
                 self._untie()
-
-    def _give_head_the_gradient_of_embed(self) -> None:
-        head, embed = self.slots["head"], self.slots["embed"]
-        head.p.grad += embed.p.grad.T
-        embed.p.grad.zero_()
-        embed.communication.forget_lookups()
 
     def _untie(self) -> None:
         self.tied = False
@@ -3187,7 +3179,6 @@ def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
 class StepBatch(NamedTuple):
     """What a step takes."""
 
-    epoch: int  # from 1
     micro_batches: list[MicroBatch]  # this rank's
     exchange: Exchange  # of the n-grams' rows
     dealt: list[np.ndarray]  # inputs of all 8 micro-batches, which go to the ranks in turn
@@ -3212,12 +3203,8 @@ class TrainLoader:
         self.places = np.empty(hp.ngram_rows, np.int32)  # see exchange_rows
         self.stream = torch.cuda.Stream(world.device) if world.on_gpu else None
         self.assembler = world.thread("micro-batches")
+        self.canonical = self.assembler.submit(canonical_tokens, hp)  # before the first step: in a run, on the clock
         self.ahead = self.assembler.submit(self._prepare, sizes[0])
-
-    @cached_property
-    def canonical(self) -> np.ndarray:
-        """Made when the first step is assembled: in a run, on the clock."""
-        return canonical_tokens(self.hp)
 
     def _load(self, number: int) -> Shard:
         path = self.reading = self.paths[number % len(self.paths)]
@@ -3253,12 +3240,12 @@ class TrainLoader:
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             classes = to_device([] if classes is None else [classes], self.world.device)
             together = micro_batches_together(num_tokens, self.hp, self.world)
-            made = make_micro_batches(dealt, together, self.canonical, self.places, self.world, classes, learns=True)
+            canonical = self.canonical.result()
+            made = make_micro_batches(dealt, together, canonical, self.places, self.world, classes, learns=True)
             if self.stream:
                 self.stream.synchronize()  # here, so that the main thread need not wait for copies
-        position = self.files_begun, self.shard.next_document
         inputs = [tokens[:-1] for tokens, _ in dealt]
-        return StepBatch(1 + (self.files_begun - 1) // len(self.paths), *made, inputs, position)
+        return StepBatch(*made, inputs, (self.files_begun, self.shard.next_document))
 
     def __iter__(self) -> Iterator[StepBatch]:
         try:
@@ -3515,8 +3502,7 @@ class Trainer:
         self.target_weights = [torch.tensor(row, device=world.device) for row in weights]  # by step, copied once
         self.stage_index = 0
         self.graph_memory = GraphMemory() if world.on_gpu and hp.cuda_graphs == "auto" else None
-        # By stage, and whether the softmax takes all classes
-        self.graphs: dict[tuple[int, bool], Callable[[MicroBatch, Tensor], None]] = {}
+        self.graphs: dict[tuple[int, bool], Callable] = {}  # by stage, and whether the softmax takes all classes
         self.peak_memory: dict[int, int] = {}  # bytes by stage, on a GPU
 
     def enter_step(self, step: int) -> None:
@@ -3678,9 +3664,8 @@ class Trainer:
         for i, piece in enumerate(piece_paths(path)[self.world.rank * own :][:own]):
             content = {name: getattr(algorithm, name).chunk(own)[i].to("cpu", copy=True) for name in names}
             written.append(try_to_write(piece, content))
-        everyone: list = [written]
+        everyone = [written] * size
         if size > 1:
-            everyone *= size
             dist.all_gather_object(everyone, written)
         return [piece for pieces in everyone for piece in pieces]
 
@@ -3746,9 +3731,9 @@ class BetweenSteps:
 
     def log_step(self, step: int, batch: StepBatch, files: int) -> None:
         """Logs a step whose kernels have been launched, and an epoch that began with it; files: of an epoch."""
-        epoch_before = 1 + (self.now.position[0] - 1) // files
-        if batch.epoch > epoch_before:
-            self.log.write(f"epoch {batch.epoch}: the train files ran out at step {step} and start over")
+        epoch_before, epoch = (1 + (begun - 1) // files for begun, _ in (self.now.position, batch.position))
+        if epoch > epoch_before:
+            self.log.write(f"epoch {epoch}: the train files ran out at step {step} and start over")
         self.now.position = batch.position
         self.clock.step_issued()
         self.trainer.check_gradients(self.log, lag=1)  # of the step before: step_issued has waited for it

@@ -95,13 +95,18 @@ def in_dealing_order(of_ranks):
     return [b for turn in zip(*(batch.micro_batches for batch in of_ranks), strict=True) for b in turn]
 
 
+def epoch_of(batch, paths):
+    files_begun, _ = batch.position
+    return 1 + (files_begun - 1) // len(paths)
+
+
 def load_all_ranks(paths, sizes, size, max_seq_len=64):
     """Per step: (epoch, the 8 micro-batches in the order they were dealt in)."""
     ranks = [list(load(paths, sizes, size, rank, max_seq_len)) for rank in range(size)]
     steps = []
     for of_ranks in zip(*ranks, strict=True):
-        assert len({batch.epoch for batch in of_ranks}) == 1
-        steps.append((of_ranks[0].epoch, in_dealing_order(of_ranks)))
+        assert len({batch.position for batch in of_ranks}) == 1
+        steps.append((epoch_of(of_ranks[0], paths), in_dealing_order(of_ranks)))
     return steps
 
 
@@ -340,11 +345,11 @@ def test_the_deal_is_that_of_the_plain_dealer_over_shards_and_epochs(two_texts):
 def test_from_any_steps_position_the_deal_goes_on_as_if_it_had_not_stopped(two_texts):
     sizes = [(T, 64, 0) for T in [60, 120] * 8]
     steps = list(TrainLoader(two_texts[1], sizes, Hyperparameters(), World()))
-    assert steps[-1].epoch > 1
+    assert epoch_of(steps[-1], two_texts[1]) > 1
     for done in range(1, len(steps)):
         loader = TrainLoader(two_texts[1], sizes[done:], Hyperparameters(), World(), steps[done - 1].position)
         batch = next(iter(loader))
-        assert (batch.epoch, batch.position) == (steps[done].epoch, steps[done].position)
+        assert batch.position == steps[done].position
         assert torch.equal(batch.micro_batches[0].inputs, steps[done].micro_batches[0].inputs)
 
 
@@ -471,8 +476,9 @@ def test_each_position_knows_where_its_document_begins_and_ends(T, longest):
 
 def test_when_the_files_run_out_they_start_over_and_the_epoch_counts_up(tmp_path):
     texts = [text_of([11] * 17), text_of([11] * 17, 30_000)]
-    steps = list(load(write_texts(tmp_path, texts), [10] * 10))
-    assert [batch.epoch for batch in steps] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+    paths = write_texts(tmp_path, texts)
+    steps = list(load(paths, [10] * 10))
+    assert [epoch_of(batch, paths) for batch in steps] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
     for earlier, later in zip(steps, steps[4:], strict=False):
         for a, b in zip(earlier.micro_batches, later.micro_batches, strict=True):
             assert torch.equal(a.inputs, b.inputs)
@@ -483,8 +489,8 @@ def test_a_run_says_in_its_log_at_which_step_the_files_start_over(tmp_path, caps
         ["--preset=smoke", "--num_scheduled_iterations=9", "--num_extension_iterations=2", f"--log_dir={tmp_path}"],
         has_gpu=False,
     )
-    text = text_of(ordinary_lengths(3, 150))
-    (path,) = write_texts(tmp_path, [text])
+    texts = [text_of(ordinary_lengths(seed, 75)) for seed in (3, 4)]
+    paths = write_texts(tmp_path, texts)
     schedule = train_gpt.TrainingSchedule(hp)
     trained = []
     trainer = object.__new__(train_gpt.Trainer)  # the run's loop alone: no model
@@ -495,11 +501,11 @@ def test_a_run_says_in_its_log_at_which_step_the_files_start_over(tmp_path, caps
     trainer.validate = lambda batches, windows: 1.0
     trainer.check_gradients = lambda log, lag: None
     log = train_gpt.Log(hp, World())
-    trainer.run(log, [path], [])
+    trainer.run(log, paths, [])
     log.close()
 
     sizes = [schedule.size(step)[:2] for step in range(hp.total_steps)]
-    epochs = [epoch for epoch, _ in deal_by_hand([text], sizes)]
+    epochs = [epoch for epoch, _ in deal_by_hand(texts, sizes)]
     assert len(trained) == hp.total_steps and epochs[-1] >= 3
     lines = [line for line in log.path.read_text().splitlines() if line.startswith("epoch")]
     begins = {epoch: epochs.index(epoch) for epoch in epochs if epoch > 1}
