@@ -3552,9 +3552,7 @@ class Trainer:
         batches = [*zip(steps, loader, strict=True)]
         for step, batch in batches:
             self.enter_step(step)
-            for micro_batch in self.shapes(step, batch):
-                self.micro_step(step, micro_batch, self.target_weights[step])
-            self.add_gradients(step, batch)
+            self.add_gradients(step, batch._replace(micro_batches=self.shapes(step, batch)))
             self.update(step)
             if self.world.on_gpu:
                 self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
@@ -3566,8 +3564,7 @@ class Trainer:
         # The largest first, in whose memory the others find room
         batches.sort(key=lambda pair: len(pair[1].micro_batches[0].inputs), reverse=True)
         for step, batch in batches if self.graph_memory else ():
-            self.model.yarn.reset()
-            self.stage_index = 0
+            self.reset()
             self.enter_step(step)
             for micro_batch in self.shapes(step, batch):
                 args = micro_batch, self.target_weights[step]
@@ -3578,11 +3575,11 @@ class Trainer:
         self.reset()
 
     def shapes(self, step: int, batch: StepBatch) -> list[MicroBatch]:
-        """On a GPU, a micro-batch of each shape that the stage of `step` may have: with its classes, and with all."""
+        """What the warm-up runs of a stage: on a GPU one of each shape, with all classes and with its own; else all."""
         all_classes, count = batch.micro_batches[0]._replace(classes=None), self.schedule.size(step)[2]
         classes = torch.arange(count, dtype=torch.int32, device=self.world.device)
         some = [all_classes._replace(classes=classes)] if count else []
-        return [all_classes, *some] if self.world.on_gpu else []
+        return [all_classes, *some] if self.world.on_gpu else batch.micro_batches
 
     def reset(self) -> None:
         """Back to the first step; the parameters stay, but for the n-grams, which become zero."""
