@@ -601,14 +601,18 @@ class World(NamedTuple):
         require(MICRO_BATCHES % size == 0, f"{size} processes do not divide 8 micro-batches: start 1, 2, 4 or 8")
         rank, local_rank = (environment_number(name, 0, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
         local_size = environment_number("LOCAL_WORLD_SIZE", 1, 1, size)
+        gpus = torch.cuda.device_count()  # asks the driver's library: CUDA itself has not begun yet
+        # Not from this process's rank alone: every rank must see it, for rank 0 prints the message.
+        told = f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})"
+        require(max(local_rank + 1, local_size) <= (gpus or MICRO_BATCHES), told)
+        if gpus and local_size > 1:
+            # Compiled code names its device. Where each rank sees but one GPU, as number 0, one cache serves all.
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank]
         if not torch.cuda.is_available():
             check_no_gpu()
             return World(rank, local_rank, size)
-        gpus = torch.cuda.device_count()
-        # Not from this process's rank alone: every rank must see it, for rank 0 prints the message.
-        told = f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})"
-        require(max(local_rank + 1, local_size) <= gpus, told)
-        return World(rank, local_rank, size, torch.device("cuda", local_rank))
+        return World(rank, local_rank, size, torch.device("cuda", min(local_rank, torch.cuda.device_count() - 1)))
 
     def start(self) -> None:
         """Joins the other processes (NCCL on GPUs, gloo on CPUs). Raises UserError when the launcher is gone."""

@@ -1,6 +1,7 @@
 """The command line: --name=value for every number, presets, and what is refused; who a process is in the world."""
 
 import dataclasses
+import os
 import re
 import uuid
 from pathlib import Path
@@ -440,14 +441,19 @@ def test_a_run_id_with_a_path_is_refused(run_id):
 def machine(monkeypatch):
     """Sets what torchrun puts into the environment, and how many GPUs there are."""
 
-    def set_up(gpus=0, **environment):
+    def set_up(gpus=0, visible=None, **environment):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(train_gpt, "NVIDIA_DEVICE", Path("/nowhere"))
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or ",".join(map(str, range(gpus))))
+
+        def device_count():
+            return gpus and len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+
+        monkeypatch.setattr(torch.cuda, "device_count", device_count)
 
     return set_up
 
@@ -464,7 +470,26 @@ def test_a_process_is_who_the_launcher_says(machine):
 
 def test_each_process_of_a_host_takes_its_own_gpu(machine):
     machine(gpus=4, RANK=7, LOCAL_RANK=3, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4)
-    assert World.from_environment() == World(7, 3, 8, torch.device("cuda", 3))
+    assert World.from_environment() == World(7, 3, 8, torch.device("cuda", 0))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_it_takes_its_own_of_the_gpus_that_the_user_has_chosen(machine):
+    machine(gpus=2, visible="4,GPU-5f", RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
+    assert World.from_environment().device == torch.device("cuda", 0)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-5f"
+
+
+def test_it_takes_its_own_gpu_where_cuda_has_begun_and_still_sees_all(machine, monkeypatch):
+    machine(gpus=2, RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert World.from_environment().device == torch.device("cuda", 1)
+
+
+def test_a_process_that_is_alone_leaves_the_choice_of_gpus_as_it_is(machine):
+    machine(gpus=2, visible="1,0")
+    assert World.from_environment().device == torch.device("cuda", 0)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,0"
 
 
 @pytest.mark.parametrize("size, micro_batches", [(1, 8), (2, 4), (4, 2), (8, 1)])
