@@ -113,7 +113,7 @@ def main(fault, rank, step, *arguments):
     presets = train_gpt.PRESETS
     presets["smoke"].update(CHANGES)
     presets["real"] = {**presets["smoke"], **REAL}
-    if torch.cuda.is_available():  # attention's kernels take queries from 16 wide, in narrow layers half as wide as D
+    if torch.cuda.device_count():  # attention's kernels take queries from 16 wide, in narrow layers half as wide as D
         presets["smoke"].update(head_dim=32)
     train_gpt.parse_arguments([], has_gpu=False)
     add_gradients, run = train_gpt.Trainer.add_gradients, train_gpt.Trainer.run

@@ -307,6 +307,13 @@ def test_without_a_preset_a_gpu_runs_the_speedrun_and_a_cpu_the_smoke_run(argume
     assert parse(*argument, has_gpu=False).preset == "smoke"
 
 
+@pytest.mark.parametrize(("memory", "joined"), [(79.2, 65_536), (47.4, 32_768), (39.5, 32_768)])
+def test_a_small_gpu_joins_fewer_micro_batches_unless_told_otherwise(memory, joined):
+    assert parse_arguments([], True, memory)[0].micro_batch_tokens == joined
+    assert parse_arguments(["--micro_batch_tokens=65536"], True, memory)[0].micro_batch_tokens == 65_536
+    assert parse_arguments(["--preset=smoke"], True, memory)[0].micro_batch_tokens == 1024
+
+
 @pytest.mark.parametrize("has_gpu", [True, False])
 def test_a_preset_that_is_given_is_taken_whatever_the_machine(has_gpu):
     speedrun, smoke = (parse(f"--preset={name}", has_gpu=has_gpu) for name in ("speedrun", "smoke"))
@@ -454,6 +461,7 @@ def machine(monkeypatch):
             return gpus and len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
 
         monkeypatch.setattr(torch.cuda, "device_count", device_count)
+        monkeypatch.setattr(torch.cuda, "init", lambda: None)
 
     return set_up
 
@@ -482,7 +490,7 @@ def test_it_takes_its_own_of_the_gpus_that_the_user_has_chosen(machine):
 
 def test_it_takes_its_own_gpu_where_cuda_has_begun_and_still_sees_all(machine, monkeypatch):
     machine(gpus=2, RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "init", lambda: monkeypatch.setattr(torch.cuda, "device_count", lambda: 2))
     assert World.from_environment().device == torch.device("cuda", 1)
 
 

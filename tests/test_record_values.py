@@ -204,7 +204,7 @@ def test_the_speedruns_hyperparameters():
         train_files="data/fineweb10B/fineweb_train_*.bin",
         val_files="data/fineweb10B/fineweb_val_*.bin",
         train_max_seq_len=2048,
-        micro_batch_tokens=32_768,
+        micro_batch_tokens=65_536,
         val_tokens=10_485_760,
         val_batch_size=2_097_152,
         num_scheduled_iterations=2208,
