@@ -106,16 +106,17 @@ class TrainingStage(NamedTuple):
 
 # What is easy to learn is learnt from small batches and short windows first. A token costs nearly the same in a small
 # batch as in a large one and teaches more: with half the seed record's batches, at the same number of tokens, a quarter
-# run ended 0.06 lower. Still smaller ones won little.
+# run ended 0.06 lower. Still smaller ones won little. On one GPU joined micro-batches of all stages are of one length,
+# 65,536 tokens: what is compiled for the first stage serves all.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, prefix weights
     TrainingStage(
         1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), (0.25, 0.25), max_seq_len=896, classes=12_288
     ),
     TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0), classes=17_408),
-    TrainingStage(0.75, 196_608, 5, 11, 1.5, (1.0,), (1.0,), classes=20_992, untie=True),
-    TrainingStage(0.25, 196_608, 5, 11, 1.5, (1.0,), (1.0,)),  # all classes, to correct those that were left out before
-    TrainingStage(None, 196_608, 6, 13, 1.5, (1.0,), (1.0,)),  # at the learning rate lr_end, whatever lr is
+    TrainingStage(1.125, 131_072, 5, 11, 1.2, (1.0,), (1.0,), classes=17_408, untie=True),
+    TrainingStage(0.375, 131_072, 5, 11, 1.2, (1.0,), (1.0,)),  # all classes, to correct those that were left out
+    TrainingStage(None, 131_072, 6, 13, 1.2, (1.0,), (1.0,)),  # at the learning rate lr_end, whatever lr is
 )
 FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
 
@@ -249,8 +250,8 @@ class Hyperparameters:
     val_tokens: int = 10_485_760  # fixed by the rules
     val_batch_size: int = 2_097_152  # tokens of a validation step; each of its 8 chunks is a micro-batch
     # length of the run
-    num_scheduled_iterations: int = 2208  # shared by the stages
-    num_extension_iterations: int = 64  # at the final learning rate, with longer windows
+    num_scheduled_iterations: int = 2576  # shared by the stages
+    num_extension_iterations: int = 96  # at the final learning rate, with longer windows
     length: float = 1.0  # multiplies these two and the momentum's two below: 0.25 is a quarter run
     cooldown_frac: float = 0.6  # of the scheduled iterations
     lr_end: float = 0.15  # learning-rate factor at the end of the cooldown, and in the extension
@@ -274,8 +275,8 @@ class Hyperparameters:
     muon_lr: float = 0.023
     muon_wd: float = 1.2
     muon_beta2: float = 0.95
-    muon_momentum_warmup: int = 480  # steps from 0.85 to 0.95
-    muon_momentum_cooldown: int = 320  # the last steps, back to 0.85
+    muon_momentum_warmup: int = 560  # steps from 0.85 to 0.95
+    muon_momentum_cooldown: int = 376  # the last steps, back to 0.85
     grad_scale: float = 2.0  # gradients are of this / 8 x the sum of losses; for FP8 and bf16 slightly better than 1
     # run
     run_id: str = ""  # names log and checkpoint; a fresh UUID if empty

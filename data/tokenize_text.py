@@ -75,7 +75,7 @@ class Preset(NamedTuple):
         return self.step_tokens + 8 * (self.max_seq_len + 1)
 
 
-SPEEDRUN, SMOKE, VAL_TOKENS = Preset(2048, 196_608, 2_097_152), Preset(256, 1_536, 8_192), 10_485_760
+SPEEDRUN, SMOKE, VAL_TOKENS = Preset(2048, 131_072, 2_097_152), Preset(256, 1_024, 8_192), 10_485_760
 
 
 class Piece(NamedTuple):

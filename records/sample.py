@@ -1,7 +1,7 @@
 """
 Continues a text with a trained model: what has a run learned to write?
 
-    python records/sample.py logs/ID_step002272.pt --prompt "The sea was"
+    python records/sample.py logs/ID_step002672.pt --prompt "The sea was"
     python records/sample.py CHECKPOINT --tokens 200 --temperature 0.7 --top_k 40 --seed 3
 
 The smoke run of train_gpt.py calls log_line, for the last line of its log.

@@ -39,65 +39,71 @@ SPEEDRUN = TrainingSchedule(Hyperparameters())
 # ---------------------------------------------------------------------------- stages
 
 
-def test_four_stages_that_share_2208_steps_are_followed_by_an_extension_of_64():
-    assert SPEEDRUN.starts == (0, 736, 1472, 2024, 2208) and SPEEDRUN.hp.total_steps == 2272
-    assert [stage.share for stage in STAGES] == [1, 1, 0.75, 0.25, None]
+def test_four_stages_that_share_2576_steps_are_followed_by_an_extension_of_96():
+    assert SPEEDRUN.starts == (0, 736, 1472, 2300, 2576) and SPEEDRUN.hp.total_steps == 2672
+    assert [stage.share for stage in STAGES] == [1, 1, 1.125, 0.375, None]
 
 
-def test_stages_are_thirds_rounded_down_the_last_in_two_parts_of_which_the_second_has_the_rest():
-    for scheduled in range(6, 1600):
-        third = scheduled // 3
+def test_stages_are_shares_rounded_down_and_the_last_has_the_rest():
+    for scheduled in range(7, 1600):
+        first, third = scheduled * 2 // 7, scheduled * 9 // 28
         schedule = TrainingSchedule(Hyperparameters(num_scheduled_iterations=scheduled))
-        assert schedule.starts == (0, third, 2 * third, 2 * third + scheduled // 4, scheduled)
+        assert schedule.starts == (0, first, 2 * first, 2 * first + third, scheduled)
 
 
 def test_embedding_and_head_untie_at_the_first_odd_step_of_stage_3():
-    for scheduled, step in ((2208, 1473), (380, 253), (1512, 1009), (1518, 1013), (4, 3), (6, 5)):
+    for scheduled, step in ((2576, 1473), (644, 369), (1512, 865), (1522, 869), (7, 5), (11, 7)):
         assert TrainingSchedule(Hyperparameters(num_scheduled_iterations=scheduled)).untie_step == step
 
 
-def test_the_batch_grows_from_65536_tokens_to_three_times_that():
-    assert [stage.tokens for stage in STAGES] == [65_536, 131_072, 196_608, 196_608, 196_608]
-    tokens = sum(SPEEDRUN.stage(step).tokens for step in range(2272))
-    assert tokens == 736 * (65_536 + 131_072) + (736 + 64) * 196_608
+def test_the_batch_grows_once_from_65536_tokens_to_twice_that():
+    assert [stage.tokens for stage in STAGES] == [65_536, *4 * [131_072]]
+    tokens = sum(SPEEDRUN.stage(step).tokens for step in range(2672))
+    assert tokens == 736 * 65_536 + (2672 - 736) * 131_072
+
+
+def test_the_joined_micro_batches_of_one_gpu_have_one_length():
+    hp = Hyperparameters()
+    sizes = {SPEEDRUN.tokens(step) for step in SPEEDRUN.starts}
+    assert {size * train_gpt.micro_batches_together(size, hp, train_gpt.World()) for size in sizes} == {65_536}
 
 
 def test_documents_are_cut_at_896_tokens_in_the_first_stage_and_at_2048_then():
-    sizes = [SPEEDRUN.size(step) for step in (0, 735, 736, 1472, 2024, 2208)]
-    expected = [(8192, 896), (8192, 896), (16_384, 2048), *3 * [(24_576, 2048)]]
+    sizes = [SPEEDRUN.size(step) for step in (0, 735, 736, 1472, 2300, 2576)]
+    expected = [(8192, 896), (8192, 896), *4 * [(16_384, 2048)]]
     assert [size[:2] for size in sizes] == expected
 
 
-def test_the_softmax_has_12288_classes_at_first_then_20992_and_all_in_the_last_248_steps():
-    classes = [SPEEDRUN.size(step)[2] for step in (0, 735, 736, 1471, 1472, 2023, 2024, 2208, 2271)]
-    assert classes == [12_288, 12_288, 17_408, 17_408, 20_992, 20_992, 0, 0, 0]  # 0: all
+def test_the_softmax_has_12288_classes_at_first_then_17408_and_all_in_the_last_372_steps():
+    classes = [SPEEDRUN.size(step)[2] for step in (0, 735, 736, 1471, 1472, 2299, 2300, 2576, 2671)]
+    assert classes == [12_288, 12_288, 17_408, 17_408, 17_408, 17_408, 0, 0, 0]  # 0: all
 
 
 def test_windows_grow_from_stage_to_stage_and_once_more_for_the_final_validation():
-    windows = [SPEEDRUN.windows(step) for step in (0, 736, 1472, 2024, 2208)]
+    windows = [SPEEDRUN.windows(step) for step in (0, 736, 1472, 2300, 2576)]
     assert [w["short"] for w in windows] == [128, 384, 640, 640, 768]
     assert [w["long"] for w in windows] == [384, 896, 1408, 1408, 1664]
     assert SPEEDRUN.window_tokens(*FINAL_WINDOWS) == {"short": 768, "long": 2560}
 
 
-def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_883_to_15_hundredths():
-    assert [SPEEDRUN.lr(step) for step in (0, 735, 736, 882, 883)] == [0.85, 0.85, 1.2, 1.2, 1.2]
-    for step, multiplier in ((884, 1.2), (1471, 1.2), (1472, 1.5), (2024, 1.5), (2207, 1.5)):
-        t = (step - 883) / (2208 - 883)
-        assert SPEEDRUN.lr(step) == pytest.approx((1 - t) * multiplier + 0.15 * t, rel=1e-12)
-    assert {SPEEDRUN.lr(step) for step in (2208, 2240, 2271)} == {0.15}
+def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_1030_to_15_hundredths():
+    assert [SPEEDRUN.lr(step) for step in (0, 735, 736, 1029, 1030)] == [0.85, 0.85, 1.2, 1.2, 1.2]
+    for step in (1031, 1471, 1472, 2300, 2575):
+        t = (step - 1030) / (2576 - 1030)
+        assert SPEEDRUN.lr(step) == pytest.approx((1 - t) * 1.2 + 0.15 * t, rel=1e-12)
+    assert {SPEEDRUN.lr(step) for step in (2576, 2640, 2671)} == {0.15}
 
 
-def test_momentum_rises_over_480_steps_and_falls_back_over_the_last_320():
-    expected = {0: 0.85, 240: 0.90, 479: 0.85 + 0.1 * 479 / 480, 480: 0.95, 481: 0.95, 1000: 0.95}
-    expected |= {1951: 0.95, 1952: 0.95, 1953: 0.95 - 0.1 / 320, 2112: 0.90, 2271: 0.85 + 0.1 / 320}
+def test_momentum_rises_over_560_steps_and_falls_back_over_the_last_376():
+    expected = {0: 0.85, 280: 0.90, 559: 0.85 + 0.1 * 559 / 560, 560: 0.95, 561: 0.95, 1000: 0.95}
+    expected |= {2295: 0.95, 2296: 0.95, 2297: 0.95 - 0.1 / 376, 2484: 0.90, 2671: 0.85 + 0.1 / 376}
     assert {step: SPEEDRUN.momentum(step) for step in expected} == pytest.approx(expected, rel=1e-12)
 
 
 def test_three_next_tokens_and_a_prefix_are_predicted_at_first_and_one_token_at_last():
     expected = {0: [1, 0.5, 0.25, 0.25], 368: [1, 0.5, 0.125, 0.25], 735: [1, 0.5, 0.25 / 736, 0.25]}
     expected |= {736: [1, 0.5, 0.25], 1104: [1, 0.25, 0.125], 1471: [1, 0.5 / 736, 0.25 / 736]}
-    expected |= {1472: [1], 2024: [1], 2208: [1], 2271: [1]}
+    expected |= {1472: [1], 2300: [1], 2576: [1], 2671: [1]}
     for step, weights in expected.items():
         assert SPEEDRUN.target_weights(step) == pytest.approx(weights, rel=1e-9)
 
@@ -207,8 +213,8 @@ def test_the_speedruns_hyperparameters():
         micro_batch_tokens=65_536,
         val_tokens=10_485_760,
         val_batch_size=2_097_152,
-        num_scheduled_iterations=2208,
-        num_extension_iterations=64,
+        num_scheduled_iterations=2576,
+        num_extension_iterations=96,
         length=1.0,
         cooldown_frac=0.6,
         lr_end=0.15,
@@ -227,8 +233,8 @@ def test_the_speedruns_hyperparameters():
         muon_lr=0.023,
         muon_wd=1.2,
         muon_beta2=0.95,
-        muon_momentum_warmup=480,
-        muon_momentum_cooldown=320,
+        muon_momentum_warmup=560,
+        muon_momentum_cooldown=376,
         grad_scale=2.0,
         val_loss_every=250,
         seed=0,
@@ -238,8 +244,8 @@ def test_the_speedruns_hyperparameters():
 
 def test_the_smoke_run_goes_through_the_same_stages_with_a_128th_of_the_tokens():
     schedule = TrainingSchedule(Hyperparameters(**PRESETS["smoke"]))
-    assert schedule.starts == (0, 12, 24, 33, 36) and schedule.hp.total_steps == 40
-    assert [schedule.tokens(step) for step in schedule.starts] == [64, 128, 192, 192, 192]
+    assert schedule.starts == (0, 10, 20, 31, 36) and schedule.hp.total_steps == 40
+    assert [schedule.tokens(step) for step in schedule.starts] == [64, *4 * [128]]
     assert {schedule.size(step)[1] for step in schedule.starts} == {256}
     assert schedule.windows(0) == {"short": 16, "long": 48}
     assert (schedule.hp.model_dim, schedule.hp.val_tokens, schedule.hp.val_batch_size) == (48, 16_384, 8_192)
