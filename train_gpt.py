@@ -209,6 +209,9 @@ class Row(NamedTuple):
     lr: tuple[float, ...]  # multiplier; several repeat along the first dimension: in mlp_bank W_fc, W_proj, W_fc, ...
     wd: float  # weight-decay multiplier
     betas: tuple[float, float] | None = None  # adam's; rowwise has no first moment
+    # Ends as its average over the run's last steps. A learning rate that stays high finds more, and leaves noise, which
+    # an average takes out. Source: the tail averages of the public speedrun's PRs 349 and 360, 2026.
+    averaged: bool = False
 
 
 SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count))
@@ -225,11 +228,11 @@ PARAMETERS = (
     Row("copy_qk", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
     Row("copy_sentinel", "adam", False, (0.05,), 1.0, (0.9, 0.99)),
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
-    Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
-    Row("head", "adam", True, (1.0,), 150.0, (0.5, 0.95)),
-    Row("qk_bank", "normuon", True, (1.0,), 1.0),
-    Row("vo_bank", "normuon", True, (1.0,), 1.0),
-    Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0),
+    Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95), averaged=True),
+    Row("head", "adam", True, (1.0,), 150.0, (0.5, 0.95), averaged=True),
+    Row("qk_bank", "normuon", True, (1.0,), 1.0, averaged=True),
+    Row("vo_bank", "normuon", True, (1.0,), 1.0, averaged=True),
+    Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0, averaged=True),
     Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
 )
 # Parameters looked up by token, so that few rows of their gradients are not zero: see Lookup and ShardedRows. By name,
@@ -253,8 +256,9 @@ class Hyperparameters:
     num_scheduled_iterations: int = 2576  # shared by the stages
     num_extension_iterations: int = 96  # at the final learning rate, with longer windows
     length: float = 1.0  # multiplies these two and the momentum's two below: 0.25 is a quarter run
-    cooldown_frac: float = 0.6  # of the scheduled iterations
-    lr_end: float = 0.15  # learning-rate factor at the end of the cooldown, and in the extension
+    cooldown_frac: float = 0.8  # of the scheduled iterations
+    lr_end: float = 0.3  # learning-rate factor at the end of the cooldown, and in the extension
+    average_frac: float = 0.1  # of all steps: over the last ones parameters are averaged (see PARAMETERS); 0: none are
     stages: tuple[TrainingStage, ...] = STAGES
     # model
     vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
@@ -475,7 +479,7 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
     odd = [name for name in sorted({*rows, *model}) if rows.count(name) != model.count(name)]
     told = (f"{name} has {rows.count(name)}" if name in model else f"{name} is none" for name in odd)
     require(not odd, f"PARAMETERS takes one row for each of the model's parameters: {', '.join(told)}")
-    for name, algorithm, sharded, lr, _, betas in PARAMETERS:
+    for name, algorithm, sharded, lr, _, betas, averaged in PARAMETERS:
         row, p = f"PARAMETERS, {name}", as_stack(parameters[name])
         choices = ["rowwise"] if name == "ngrams" else ["adam", "normuon"]
         require(algorithm in choices, f"{row}: algorithm is {' or '.join(map(repr, choices))}")
@@ -485,6 +489,7 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
         told = f"{row}: rowwise is sharded and takes one lr and betas of which the first is 0, as (0.0, 0.95)"
         require((pair and betas[0] == 0 and sharded and len(lr) == 1) or algorithm != "rowwise", told)
         require(betas is None or algorithm != "normuon", f"{row}: normuon takes no betas")
+        require(not averaged or algorithm != "rowwise", f"{row}: rowwise has no average")
         told = f"{row}: normuon is for banks of matrices, this has the shape {tuple(p.shape)}"
         require(p.dim() == 3 or algorithm != "normuon", told)
         told = f"{row}: sharded, but its first dimension {len(p)} does not divide by {MICRO_BATCHES}, the most ranks"
@@ -507,6 +512,7 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     require(-(2**63) <= hp.seed < 2**64, f"--seed={hp.seed} must be from -2**63 to 2**64 - 1")
     require(hp.bench_steps >= 4, f"--bench_steps={hp.bench_steps} must be at least 4: the first two are not timed")
     require(0 < hp.cooldown_frac <= 1, f"--cooldown_frac={hp.cooldown_frac} must be in (0, 1]")
+    require(0 <= hp.average_frac <= 1, f"--average_frac={hp.average_frac} must be in [0, 1]")
     require(0 < hp.length <= 100, f"--length={hp.length:g} must be in (0, 100]")
     require(hp.total_steps < 1_000_000, f"{hp.total_steps} steps: names of checkpoints have room for 999,999")
     for step in hp.val_steps:
@@ -2532,6 +2538,10 @@ class Algorithm:
     states: tuple[str, ...] = ()  # attributes that checkpoints keep: tensors and counts
     row_states: tuple[str, ...] = ()  # those with as many rows as the n-grams' table, in files of their own
 
+    def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor):
+        self.row, self.hp, self.p = row, hp, slice
+        self.average = torch.zeros_like(slice, dtype=torch.float32) if row.averaged else None
+
     def reset(self) -> None:
         """Back to before the first step; the n-grams' table, too: it starts at zero, and no copy of it need be kept."""
         for name in (*self.states, *self.row_states):
@@ -2544,10 +2554,10 @@ class Algorithm:
 class Adam(Algorithm):
     """For parameters of any shape."""
 
-    states = ("m", "v", "updates")
+    states = ("m", "v", "updates", "average")
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
-        self.row, self.hp, self.p = row, hp, slice
+        super().__init__(row, hp, slice)
         self.apply, self.multipliers = compiled(adam_update), lr_multipliers(row, slice, first)
         self.m, self.v = (torch.zeros_like(slice, dtype=torch.float32) for _ in range(2))
         self.updates = 0
@@ -2565,10 +2575,10 @@ class Adam(Algorithm):
 class NorMuon(Algorithm):
     """For banks of matrices, (N, rows, columns)."""
 
-    states = ("m", "second_moment", "low_bits")
+    states = ("m", "second_moment", "low_bits", "average")
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
-        self.row, self.hp, self.p = row, hp, slice
+        super().__init__(row, hp, slice)
         self.look_ahead, self.apply = compiled(nesterov), compiled(normuon_update)
         N, rows, columns = slice.shape
         self.m = torch.zeros_like(slice, dtype=torch.float32)
@@ -2602,7 +2612,7 @@ class RowAdam(Algorithm):
     row_states = ("p", "v", "last")
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
-        self.row, self.hp, self.p = row, hp, slice
+        super().__init__(row, hp, slice)
         self.v = slice.new_zeros(len(slice), dtype=torch.promote_types(slice.dtype, torch.float32))
         self.last = slice.new_zeros(len(slice), dtype=torch.int32)
         self.updates = 0
@@ -2906,6 +2916,17 @@ class Optimizer:
             embed.p.copy_(head.p.T)
             if step >= self.untie_step:
                 self._untie()
+
+    @torch.no_grad()
+    def average(self, weight: float, settle: bool) -> None:
+        """Gives the present parameters this weight in their averages, which with `settle` they become."""
+        for slot in (slot for slot in self.slots.values() if slot.row.averaged):
+            slice, average = slot.communication.slice, slot.algorithm.average
+            average.mul_(1 - weight).add_(slice, alpha=weight)
+            if settle:
+                slice.copy_(average)
+                slot.communication.gather()
+                slot.communication.gathered()
 
     def _untie(self) -> None:
         self.tied = False
@@ -3368,6 +3389,9 @@ def prefixes_in_words(table: Tensor) -> str:
 # The stages share the scheduled iterations; the extension follows.
 
 
+AVERAGE_EVERY = 4  # steps
+
+
 class TrainingSchedule:
     """Values by step, counted from 0; a stage has the steps from `starts` to before `ends`."""
 
@@ -3415,6 +3439,13 @@ class TrainingSchedule:
             return low + (high - low) * step / self.warmup
         into_cooldown = max(0, step - (self.hp.total_steps - self.cooldown))
         return high - (high - low) * into_cooldown / self.cooldown if into_cooldown else high
+
+    def average_weight(self, step: int) -> float:
+        """What the parameters after `step` weigh in their average: 0, but for every fourth of the last steps."""
+        ahead, span = self.hp.total_steps - 1 - step, round(self.hp.average_frac * self.hp.total_steps)
+        if ahead % AVERAGE_EVERY or ahead >= span:
+            return 0.0
+        return 1.0 if ahead + AVERAGE_EVERY >= span else min(1.0, 2 * AVERAGE_EVERY / span)
 
     def target_weights(self, step: int) -> list[float]:
         """Weights of the next tokens, then of the prefix if the stage has one; linear over the steps of a stage."""
@@ -3544,8 +3575,10 @@ class Trainer:
         self.optimizer.mark_lookups(batch.dealt)
 
     def update(self, step: int) -> None:
-        """The optimizer's step, with the schedule's learning rate and momentum."""
+        """The optimizer's step, with the schedule's learning rate and momentum; averages in the last steps."""
         self.optimizer.step(step, self.schedule.lr(step), self.schedule.momentum(step))
+        if weight := self.schedule.average_weight(step):
+            self.optimizer.average(weight, settle=step == self.hp.total_steps - 1)
 
     @torch.no_grad()
     def validate(self, batches: ValidationBatches, windows: dict[str, int]) -> float:

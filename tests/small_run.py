@@ -44,6 +44,7 @@ SMALL = dict(
     micro_batch_tokens=96,  # four of 16 and 24 tokens are joined, two of 32, as far as a rank has them
     num_scheduled_iterations=9,
     num_extension_iterations=1,
+    average_frac=0.9,  # of 10 steps: after the 2nd, the 6th and the last
     adam_eps=1e-6,  # else a gradient of 1e-8, rounded otherwise on another number of ranks, steps as far the other way
     muon_momentum_warmup=4,
     muon_momentum_cooldown=2,

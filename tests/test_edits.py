@@ -37,7 +37,7 @@ EDITS = {
         (r"w = LayerWeights\(\)", 'w = LayerWeights(added=scalars["added"][i])'),
         (r"x \+ added\b", "x + w.added * added"),
     ],
-    "a bank under Adam": [(r'"mlp_bank", "normuon", (.*)\)', r'"mlp_bank", "adam", \1, (0.9, 0.95))')],
+    "a bank under Adam": [(r'"mlp_bank", "normuon", (.*), averaged', r'"mlp_bank", "adam", \1, (0.9, 0.95), averaged')],
     "one token predicted": [
         (r"^(    TrainingStage\((?:[^,]*,){5}) \(.*?\), \(.*?\)", r"\1 (1.0,), (1.0,)"),
     ],

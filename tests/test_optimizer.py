@@ -104,7 +104,7 @@ def states_of(optimizer):
     """Every tensor and count of every algorithm, by parameter and name."""
     out = {}
     for name, slot in optimizer.slots.items():
-        for state in ("m", "v", "second_moment", "low_bits", "updates"):
+        for state in ("m", "v", "second_moment", "low_bits", "updates", "average"):
             value = getattr(slot.algorithm, state, None)
             if value is not None:
                 out[name, state] = value.clone() if isinstance(value, torch.Tensor) else value
@@ -645,6 +645,42 @@ def test_the_optimizer_moves_a_bf16_bank_by_steps_smaller_than_a_bf16_step():
         assert relative_error(sizes, expected) < BF16_NORM_TOLERANCE
 
 
+# ---------------------------------------------------------------------------- averages
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_what_is_averaged_ends_as_its_average_and_all_else_as_it_is(dtype):
+    model = random_model(dtype)
+    optimizer, averages = optimizer_of(model, average_frac=0.5), {}
+    for weight in (1.0, 0.4, 0.4, 0.7):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_()
+        values = values_of(model)
+        averages = {name: (1 - weight) * averages.get(name, 0) + weight * p.double() for name, p in values.items()}
+        optimizer.average(weight, settle=False)
+        assert all(torch.equal(p, values[name]) for name, p in values_of(model).items())
+    optimizer.average(0.0, settle=True)
+    for name, p in values_of(model).items():
+        if ROWS[name].averaged:
+            assert relative_error(p.double(), averages[name]) < (1e-6 if dtype == torch.float32 else 4e-3), name
+        else:
+            assert torch.equal(p, values[name]), name
+
+
+def test_each_rank_averages_its_own_share():
+    row, start, more = Row("some", "adam", True, (1.0,), 1.0, (0.9, 0.99), averaged=True), *torch.randn(2, 16, 5)
+    p = torch.nn.Parameter(start.clone())
+    slots = [Slot(row, p, HP, World(rank, rank, 4), lambda function: function) for rank in range(4)]
+    optimizer = SimpleNamespace(slots=dict(enumerate(slots)))
+    for slot in slots:
+        slot.communication.gather = slot.communication.gathered = lambda: None  # the slices are parts of one tensor
+    Optimizer.average(optimizer, 1.0, settle=False)
+    p.data.copy_(more)
+    Optimizer.average(optimizer, 0.25, settle=True)
+    assert torch.allclose(p, 0.75 * start + 0.25 * more)
+
+
 # ---------------------------------------------------------------------------- reset
 
 
@@ -659,6 +695,7 @@ def test_reset_forgets_everything(dtype):
         for step, new in enumerate(gradients):
             add_gradients(model, new)
             optimizer.step(step, *schedule_of(step))
+            optimizer.average(0.5, settle=False)
         return SimpleNamespace(values=values_of(model), states=states_of(optimizer))
 
     first = run(optimizer)

@@ -86,12 +86,19 @@ def test_windows_grow_from_stage_to_stage_and_once_more_for_the_final_validation
     assert SPEEDRUN.window_tokens(*FINAL_WINDOWS) == {"short": 768, "long": 2560}
 
 
-def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_1030_to_15_hundredths():
-    assert [SPEEDRUN.lr(step) for step in (0, 735, 736, 1029, 1030)] == [0.85, 0.85, 1.2, 1.2, 1.2]
-    for step in (1031, 1471, 1472, 2300, 2575):
-        t = (step - 1030) / (2576 - 1030)
-        assert SPEEDRUN.lr(step) == pytest.approx((1 - t) * 1.2 + 0.15 * t, rel=1e-12)
-    assert {SPEEDRUN.lr(step) for step in (2576, 2640, 2671)} == {0.15}
+def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_515_to_three_tenths():
+    assert [SPEEDRUN.lr(step) for step in (0, 514, 515)] == [0.85, 0.85, 0.85]
+    for step, multiplier in ((516, 0.85), (735, 0.85), (736, 1.2), (1472, 1.2), (2300, 1.2), (2575, 1.2)):
+        t = (step - 515) / (2576 - 515)
+        assert SPEEDRUN.lr(step) == pytest.approx((1 - t) * multiplier + 0.3 * t, rel=1e-12)
+    assert {SPEEDRUN.lr(step) for step in (2576, 2640, 2671)} == {0.3}
+
+
+def test_matrices_head_and_embedding_end_as_their_average_over_every_fourth_of_the_last_267_steps():
+    assert [row.name for row in PARAMETERS if row.averaged] == ["embed", "head", "qk_bank", "vo_bank", "mlp_bank"]
+    weights = {step: weight for step in range(2672) if (weight := SPEEDRUN.average_weight(step))}
+    assert [*weights] == [*range(2407, 2672, 4)]
+    assert weights.pop(2407) == 1 and {*weights.values()} == {8 / 267}
 
 
 def test_momentum_rises_over_560_steps_and_falls_back_over_the_last_376():
@@ -216,8 +223,9 @@ def test_the_speedruns_hyperparameters():
         num_scheduled_iterations=2576,
         num_extension_iterations=96,
         length=1.0,
-        cooldown_frac=0.6,
-        lr_end=0.15,
+        cooldown_frac=0.8,
+        lr_end=0.3,
+        average_frac=0.1,
         vocab_size=50257,
         bos=50256,
         vocabulary="data/gpt2.tiktoken",

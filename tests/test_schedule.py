@@ -196,3 +196,21 @@ def test_a_stage_without_prefix_weights_or_a_run_without_a_vocabulary_has_none()
         assert schedule.target_weights(step) == RUN.target_weights(step)
     for step in range(410):
         assert without.target_weights(step) == RUN.target_weights(step)
+
+
+# ---------------------------------------------------------------------------- averages
+
+
+def weights_of(steps, average_frac):
+    schedule = schedule_of(*THREE, scheduled=steps - LAST, average_frac=average_frac)
+    return {step: weight for step in range(steps) if (weight := schedule.average_weight(step))}
+
+
+def test_an_average_begins_with_its_first_parameters_and_ends_with_the_last():
+    assert weights_of(100, 0.2) == {83: 1.0, 87: 0.4, 91: 0.4, 95: 0.4, 99: 0.4}
+    assert weights_of(100, 0.01) == {99: 1.0}  # the last alone: nothing is averaged
+    assert weights_of(100, 0.06) == {95: 1.0, 99: 1.0}
+
+
+def test_without_a_share_nothing_is_averaged():
+    assert weights_of(100, 0.0) == {}
