@@ -3669,8 +3669,11 @@ class Trainer:
             algorithms = {name: slot.algorithm for name, slot in self.optimizer.slots.items()}
             states = {f"{name}.{key}": getattr(a, key) for name, a in algorithms.items() for key in a.states}
             try:
-                write_checkpoint(path, dict(step=step + 1, bad=bad, model=dict(self.model.state_dict()), states=states))
-            except (OSError, RuntimeError) as error:
+                path.parent.mkdir(parents=True, exist_ok=True)  # on another host than rank 0's it may be missing
+                torch.save(dict(step=step + 1, bad=bad, model=dict(self.model.state_dict()), states=states), path)
+            except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
+                with suppress(OSError):
+                    path.unlink()  # half of it would take the room that the log needs
                 path = f"{path} could not be written ({error})"
             more = f" (nor those of {len(bad) - 1} more parameters: the forward pass is not)" if bad[1:] else ""
             told = f"the gradient of {bad[0]} in step {step + 1} is not finite{more}"

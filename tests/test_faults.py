@@ -6,6 +6,7 @@ The runs are tests/fault_run.py: train_gpt.py with a small model of ten steps, a
 import contextlib
 import fcntl
 import io
+import math
 import os
 import pty
 import random
@@ -20,6 +21,7 @@ import termios
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import fault_run
 import pytest
@@ -867,6 +869,20 @@ def test_a_number_that_is_not_finite_ends_the_run_and_is_named(data, tmp_path, f
     newest = train_gpt.checkpoints_of("kept", tmp_path / "logs")[-1]
     content = train_gpt.read_checkpoint(newest)  # from before
     assert content["step"] <= 3 and all(p.isfinite().all() for p in content["model"].values())
+
+
+def test_a_state_that_is_not_finite_and_cannot_be_saved_is_told_and_half_of_it_is_removed(tmp_path, monkeypatch):
+    def save(content, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("file write failed")
+
+    trainer = train_gpt.Trainer(small_run.small_hyperparameters(tmp_path), train_gpt.World())
+    trainer.optimizer.largest.append((3, ["head"], torch.tensor([math.inf])))
+    monkeypatch.setattr(torch, "save", save)
+    words = r"head in step 4 is not finite; .*_nonfinite_rank0\.pt could not be written \(file write failed\)$"
+    with pytest.raises(train_gpt.UserError, match=words):
+        trainer.check_gradients(SimpleNamespace(path=tmp_path / "logs" / "small.txt"), lag=0)
+    assert not any((tmp_path / "logs").iterdir())
 
 
 @pytest.mark.parametrize(
