@@ -20,10 +20,10 @@ Contents, in reading order (search for the banner):
     Train             warm-up, the loop, validation, the clock
 What never runs on the clock:
     Log               the run's log file and the terminal
-    Checkpoints       what a killed run goes on from; what a trained model writes
     Watch             signals, hangs, the failures of other ranks: one message, and no process left
     World check       everything that can be wrong, found in two seconds
-    main              a run from its arguments to its end; --bench, --profile, --describe and samples: see records/
+    main              a run from its arguments to its end
+Checkpoints, --bench, --profile, --describe and the sample of text stand in records/.
 
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
 """
@@ -2824,15 +2824,6 @@ class ShardedRowCache(RowCache):
         return RowGradient(rows, total)
 
 
-def copy_saved(into: Tensor, saved: object, name: str, own: Callable = lambda whole: whole) -> None:
-    """Copies this rank's part, own(saved), of a saved tensor. Raises UserError for one of another shape or type."""
-    part = own(saved) if isinstance(saved, Tensor) and saved.dim() == into.dim() else None
-    if part is None or part.shape != into.shape or part.dtype != into.dtype:
-        found = f"{tuple(saved.shape)} in {saved.dtype}" if isinstance(saved, Tensor) else f"no tensor ({saved!r:.20})"
-        raise UserError(f"{name} in the checkpoint is {found}, this program's part {tuple(into.shape)} in {into.dtype}")
-    into.copy_(part)
-
-
 def as_stack(p: Tensor) -> Tensor:
     """A bank as one stack of matrices, which can be shared out; other parameters as they are."""
     return p.flatten(0, -3) if p.dim() > 2 else p
@@ -2936,38 +2927,6 @@ class Optimizer:
             getattr(embed.algorithm, state).copy_(embed.communication.own(full.T))
         embed.algorithm.updates = head.algorithm.updates
 
-    def state(self) -> dict[str, Tensor | int]:
-        """For a checkpoint: every state as a whole tensor on the CPU of rank 0; every rank must call it."""
-        state: dict[str, Tensor | int] = {"tied": int(self.tied)}
-        for name, slot in self.slots.items():
-            for key in slot.algorithm.states:
-                value = getattr(slot.algorithm, key)
-                if isinstance(value, Tensor):
-                    whole = slot.communication.full(value)
-                    value = None if self.world.rank else whole.cpu()  # one by one: the GPU need not hold them all
-                if value is not None:
-                    state[f"{name}.{key}"] = value
-        return state
-
-    def load(self, state: dict[str, Tensor | int]) -> None:
-        """Takes what state() gave, in place, as captured graphs hold addresses. Raises UserError if it doesn't fit."""
-        state = dict(state)
-
-        def whole_number(name: str) -> int:
-            value = state.pop(name, None)
-            require(type(value) is int, f"{name} in the checkpoint is no whole number ({value!r:.20})")
-            return value
-
-        self.tied = bool(whole_number("tied"))
-        for name, slot in self.slots.items():
-            for key in slot.algorithm.states:
-                value = getattr(slot.algorithm, key)
-                if isinstance(value, Tensor):
-                    copy_saved(value, state.pop(f"{name}.{key}", None), f"{name}.{key}", slot.communication.own)
-                elif value is not None:
-                    setattr(slot.algorithm, key, whole_number(f"{name}.{key}"))
-        require(not state, f"the checkpoint has states that this program has not: {', '.join(map(str, state))[:200]}")
-
     def reset(self) -> None:
         """Back to the state before the first step; the parameters stay, but for the n-grams, which are zero again."""
         self.tied = True
@@ -2998,6 +2957,11 @@ def find_files(pattern: str) -> list[Path]:
     told = f"no data files match {ROOT / pattern}: {remedy}, or set DATA_PATH to the folder that holds data/"
     require(paths, told)
     return paths
+
+
+def files_of(hp: Hyperparameters) -> dict[str, list[Path]]:
+    """Train and validation files: all that match. Raises UserError."""
+    return {name: find_files(getattr(hp, name)) for name in FILES}
 
 
 def read_header(path: Path) -> int:
@@ -3528,11 +3492,13 @@ class GraphMemory:
 
 
 class Trainer:
-    """Model, optimizer and schedule of a run; the warm-up and the run itself go through the same steps."""
+    """Model, optimizer and schedule of a run; the warm-up and the run itself go through the same steps.
 
-    def __init__(self, hp: Hyperparameters, world: World, shards: dict[str, list[str]] | None = None):
-        self.hp, self.world, self.schedule = hp, world, TrainingSchedule(hp)
-        self.shards = shards or {}  # for checkpoints: by hyperparameter, the files in words
+    checkpoints: those of records/checkpoint.py, for a run that writes any.
+    """
+
+    def __init__(self, hp: Hyperparameters, world: World, checkpoints=None):
+        self.hp, self.world, self.schedule, self.checkpoints = hp, world, TrainingSchedule(hp), checkpoints
         compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
         if hp.deterministic:  # Inductor then times no kernels, and index_put_ is slower
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for
@@ -3669,65 +3635,15 @@ class Trainer:
             algorithms = {name: slot.algorithm for name, slot in self.optimizer.slots.items()}
             states = {f"{name}.{key}": getattr(a, key) for name, a in algorithms.items() for key in a.states}
             try:
-                write_checkpoint(path, dict(step=step + 1, bad=bad, model=dict(self.model.state_dict()), states=states))
-            except (OSError, RuntimeError) as error:
+                path.parent.mkdir(parents=True, exist_ok=True)  # on another host than rank 0's it may be missing
+                torch.save(dict(step=step + 1, bad=bad, model=dict(self.model.state_dict()), states=states), path)
+            except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
+                with suppress(OSError):
+                    path.unlink()  # half of it would take the room that the log needs
                 path = f"{path} could not be written ({error})"
             more = f" (nor those of {len(bad) - 1} more parameters: the forward pass is not)" if bad[1:] else ""
             told = f"the gradient of {bad[0]} in step {step + 1} is not finite{more}"
             raise UserError(f"{told}; parameters and this rank's states a step or two later: {path}")
-
-    def save_checkpoint(self, log: "Log", progress: Progress | None = None) -> None:
-        """Writes the model, and with `progress` all it takes to go on, beside the log; every rank must call it.
-
-        torch.load(path, weights_only=True) reads the files. The newest two are kept. If writing fails, the log says so.
-        """
-        step = progress.step if progress else self.hp.total_steps
-        path = log.path.with_name(f"{self.hp.run_id}_step{step:06d}.pt")
-        optimizer = self.optimizer.state() if progress else {}
-        rows = self.save_rows(path, RowAdam.row_states if progress else ("p",))
-        if self.world.rank:
-            return
-        settings = {name: getattr(self.hp, name) for name in SETTINGS}
-        content = dict(step=step, hyperparameters=settings, stages=[tuple(stage) for stage in self.hp.stages])
-        content.update(shards=self.shards, progress=vars(progress) if progress else {})
-        content.update(prefixes=prefixes_in_words(self.model.prefixes), rows=[checksum for checksum, _ in rows])
-        content.update(model=dict(self.model.state_dict()), optimizer=optimizer)
-        errors = [error for _, error in rows if error]
-        error = errors[0] if errors else try_to_write(path, content)[1]
-        log.write(f"no checkpoint at step {step}: {error}; training goes on" if error else f"checkpoint: {path}")
-        if not error:
-            unfinished = checkpoints_of(self.hp.run_id, path.parent, "part")  # of a run that was killed meanwhile
-            # Files of later steps are damaged: the run has gone on from an earlier one.
-            done = [old for old in checkpoints_of(self.hp.run_id, path.parent) if old <= path]
-            for old in done[:-CHECKPOINTS_KEPT] + unfinished:
-                old.unlink(missing_ok=True)
-        for piece in path.parent.glob(f"{escape(self.hp.run_id)}_step{6 * '[0-9]'}_rows[0-9].*"):
-            if not piece.with_name(f"{piece.stem[: -len('_rows0')]}.pt").exists():  # its checkpoint
-                piece.unlink(missing_ok=True)
-
-    def save_rows(self, path: Path, names: tuple[str, ...]) -> list[tuple[str, str]]:
-        """Writes this rank's pieces of the n-grams' table. Returns (checksum, error) of all ranks' pieces, in order."""
-        algorithm, size, written = self.ngrams.algorithm, self.world.size, []
-        own = len(piece_paths(path)) // size
-        for i, piece in enumerate(piece_paths(path)[self.world.rank * own :][:own]):
-            content = {name: getattr(algorithm, name).chunk(own)[i].to("cpu", copy=True) for name in names}
-            written.append(try_to_write(piece, content))
-        everyone = [written] * size
-        if size > 1:
-            dist.all_gather_object(everyone, written)
-        return [piece for pieces in everyone for piece in pieces]
-
-    @torch.no_grad()
-    def restore(self, checkpoint: dict) -> Progress:
-        """Takes a checkpoint's parameters and states, in place, on any number of ranks; returns where the run is."""
-        for name, p in self.model.named_parameters():
-            copy_saved(p, checkpoint["model"].get(name), name)
-        self.optimizer.load(checkpoint["optimizer"])
-        own = len(checkpoint["rows"]) // self.world.size
-        for i, piece in enumerate(checkpoint["rows"][self.world.rank * own :][:own]):
-            for name in RowAdam.row_states:
-                copy_saved(getattr(self.ngrams.algorithm, name).chunk(own)[i], piece.get(name), f"ngrams.{name}")
-        return Progress(**checkpoint["progress"])  # enter_step then moves on to the stage and Yarn's frequencies
 
 
 class BetweenSteps:
@@ -3739,7 +3655,7 @@ class BetweenSteps:
 
     def at(self, step: int) -> None:
         """All that is due when `step` steps are done."""
-        hp, now, watch, last = self.hp, self.now, self.watch, step == self.hp.total_steps
+        hp, watch, last = self.hp, self.watch, step == self.hp.total_steps
         watch.at(step)
         due = step in hp.val_steps or (hp.val_loss_every and step % hp.val_loss_every == 0)
         resumed_here = 0 < step == self.begin  # has validated before its checkpoint
@@ -3748,17 +3664,8 @@ class BetweenSteps:
                 self.validate(step)
         if last:
             return
-        # Only after an even number of steps: else Adam's gradients of one step would be lost.
-        if hp.checkpoint_every and step % 2 == 0:
-            stop = watch.agree_to_stop()
-            if step >= now.step + hp.checkpoint_every or (stop and step > now.step):
-                with self.off_the_clock():
-                    now.step, now.elapsed = step, self.clock.elapsed
-                    self.trainer.save_checkpoint(self.log, now)
-                    if watch.side:
-                        dist.barrier(group=watch.side)  # all wait off the clock while rank 0 writes
-            if stop:
-                watch.stop_here(step)
+        if self.trainer.checkpoints:
+            self.trainer.checkpoints.at(step, self)
         watch.at(step)
 
     @contextmanager
@@ -3967,164 +3874,6 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
 
 
 # ======================================================================================================================
-# Checkpoints
-# ======================================================================================================================
-# A run that was killed goes on to the same bits as one that was not, on any number of GPUs. A file is written under
-# another name, forced to the disk, then renamed: under its own name it is whole, which its checksum proves. The table
-# of n-grams is in as many pieces as there may be ranks, each a file that its owner writes; the checkpoint comes last,
-# and has their checksums.
-
-CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, progress=dict, prefixes=str, rows=list)
-CHECKPOINT |= dict(model=dict, optimizer=dict)
-CHECKPOINTS_KEPT = 2
-# What may differ when a run goes on: where things are, and what leaves the mathematics alone.
-FREE_ON_RESUME = {"resume", "log_dir", "train_files", "val_files", "vocabulary", "checkpoint_every", "save_checkpoint"}
-FREE_ON_RESUME |= {"hang_timeout", "cuda_graphs", "compile"}
-
-
-def checkpoints_of(run_id: str, folder: Path, suffix: str = "pt") -> list[Path]:
-    """The files of a run's checkpoints in the folder, the newest last."""
-    return sorted(folder.glob(f"{escape(run_id)}_step{6 * '[0-9]'}.{suffix}"))
-
-
-def piece_paths(path: Path) -> list[Path]:
-    """A checkpoint's pieces of the table of n-grams, in the order of its rows."""
-    return [path.with_name(f"{path.stem}_rows{k}.pt") for k in range(MICRO_BATCHES)]
-
-
-def try_to_write(path: Path, content: dict) -> tuple[str, str]:
-    """write_checkpoint; returns its checksum, and what went wrong, if anything."""
-    try:
-        return write_checkpoint(path, content), ""
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
-        return "", f"{path}: {error}"
-
-
-def write_checkpoint(path: Path, content: dict) -> str:
-    """A file for torch.load, then its SHA-256, which is returned; whole or not at all, also when the machine dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, digest = path.with_suffix(".part"), hashlib.sha256()
-    try:
-        with open(temporary, "wb") as file:
-
-            def write(data) -> int:  # the checksum is of what was to be written, not of what the disk made of it
-                digest.update(data)
-                return file.write(data)
-
-            torch.save(content, SimpleNamespace(write=write, flush=file.flush))
-            file.write(digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name too
-        os.close(folder)
-        return digest.hexdigest()
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def read_checkpoint(path: Path) -> dict:
-    """Its content, see read_file. Raises UserError for what is none."""
-    content, _ = read_file(path)
-    require(types_of(content) == CHECKPOINT, f"{path}: not a checkpoint of this program")
-    return content
-
-
-def read_pieces(path: Path, content: dict) -> list[dict]:
-    """A checkpoint's pieces of the table of n-grams. Raises UserError for one that is missing, damaged or another's."""
-    pieces = []
-    for k, piece in enumerate(piece_paths(path)):
-        rows, checksum = read_file(piece)
-        require([checksum] == content["rows"][k : k + 1], f"{piece}: not the piece that was written with {path.name}")
-        pieces.append(rows)
-    return pieces
-
-
-def read_file(path: Path) -> tuple[dict, str]:
-    """What write_checkpoint has written, tensors mapped from the disk, and its checksum. Raises UserError.
-
-    It may come from a stranger: nothing in it is executed, and it takes no memory beyond what its tensors hold.
-    """
-    try:
-        # Not mapped until it is known to be sound: what a disk can't give of a mapped file kills the process.
-        with open(path, "rb") as file:
-            end, digest = os.fstat(file.fileno()).st_size - 32, hashlib.sha256()
-            while block := file.read(max(0, min(end - file.tell(), 1 << 24))):
-                digest.update(block)
-            sound = file.read(33) == digest.digest()
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True) if sound else None
-    except Exception as error:  # whatever a stranger's bytes make of torch.load
-        raise UserError(f"{path}: not a checkpoint ({' '.join(str(error).split())[:120]})") from None
-    require(sound, f"{path}: damaged or cut short, its checksum differs")
-    require(isinstance(content, dict), f"{path}: not a checkpoint of this program")
-    return content, digest.hexdigest()
-
-
-def types_of(values: dict) -> dict:
-    """The type of each value, by name."""
-    return {name: type(value) for name, value in values.items()}
-
-
-def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperparameters, dict | None, list[str]]:
-    """What to go on with: the run's hyperparameters, its newest sound checkpoint, and lines that say which it is.
-
-    Without one --resume=auto begins the run; its log goes on if there is one. Raises UserError when there is none
-    otherwise, or when arguments or program contradict it.
-    """
-    auto, folder, lines = hp.resume == "auto", Path(hp.log_dir), []
-    run_id = hp.run_id if auto else hp.resume
-    for path in reversed(checkpoints_of(run_id, folder)):
-        try:
-            content = read_checkpoint(path)
-            content["rows"] = read_pieces(path, content) if content["optimizer"] else []
-            break
-        except UserError as error:
-            lines.append(f"checkpoint not used: {error}")
-    else:
-        require(auto, "; ".join([f"--resume={run_id}: no usable checkpoint in {folder}/", *lines]))
-        if (folder / f"{run_id}.txt").exists():
-            lines.append("resumed at step 0 from the beginning: the run has left no usable checkpoint")
-        return hp, None, lines
-    require(content["optimizer"], f"--resume={hp.resume}: the run has ended, {path} is its result")
-    saved, shards = settings_of(path, content), content["shards"]
-    sound = types_of(content["progress"]) == types_of(vars(Progress())) and [*shards] == FILES
-    sound &= all(isinstance(a, list) and a and {*map(type, a)} == {str} for a in shards.values())
-    require(sound, f"{path}: its progress or shards are none of this program's")
-    for key in overrides.keys() - FREE_ON_RESUME:
-        told = f"--{key}={getattr(hp, key)} contradicts the run's {key}={getattr(saved, key)}: leave it away"
-        require(getattr(saved, key) == getattr(hp, key), told)
-    hp = replace(saved, run_id=run_id, **{key: getattr(hp, key) for key in {"log_dir", *overrides} & FREE_ON_RESUME})
-    told = f"--vocabulary={hp.vocabulary}: its prefixes are not those that the run began with"
-    require(prefixes_in_words(prefix_table(hp)) == content["prefixes"], f"{told}, of {saved.vocabulary!r}")
-    return hp, content, [*lines, f"resumed at step {content['step']} from {path}"]
-
-
-def settings_of(path: Path, content: dict) -> Hyperparameters:
-    """A checkpoint's, which may come from a stranger. Raises UserError for those of another program."""
-    saved, defaults = content["hyperparameters"], {name: field.default for name, field in SETTINGS.items()}
-    sound = types_of(saved).items() <= types_of(defaults).items() and {*map(type, saved.get("val_steps", ()))} <= {int}
-    require(sound, f"{path}: its hyperparameters are none of this program's")
-    hp = Hyperparameters(**{**PRESETS.get(saved.get("preset"), {}), **saved})
-    check_hyperparameters(hp)
-    require(list(hp.stages) == content["stages"], f"{path}: the run had other STAGES than the table in train_gpt.py")
-    return hp
-
-
-def files_of(hp: Hyperparameters, checkpoint: dict | None = None) -> dict[str, list[Path]]:
-    """Train and validation files: all that match, or those that a run to go on with began with. Raises UserError."""
-    files = {name: find_files(getattr(hp, name)) for name in FILES}
-    for name, shards in checkpoint["shards"].items() if checkpoint else ():
-        there = [path for path in files[name] if any(shard.startswith(f"{path.name}, ") for shard in shards)]
-        by_words = {shard_in_words(path): path for path in there}
-        for shard in shards:
-            require(shard in by_words, f"--{name}={getattr(hp, name)}: the run began with another file, {shard}")
-        files[name] = [by_words[shard] for shard in shards]
-    return files
-
-
-# ======================================================================================================================
 # Watch
 # ======================================================================================================================
 # While the main thread is in a collective or waits for a GPU, it runs no Python, not even a signal's handler. So a
@@ -4146,7 +3895,7 @@ class Watch:
         self.rank, self.size, self.host = int(rank) if rank.isdecimal() else 0, 1, socket.gethostname()
         self.log: Log | None = None
         self.launcher = os.getppid() if UNDER_TORCHRUN else None
-        self.store = self.side = self.asked = None
+        self.store = None
         self.step: int | None = None  # steps done, on the clock
         self.stop = ""  # the signal that asked for an end at the next checkpoint
         self.can_stop, self.hang_timeout, self.moved = False, math.inf, math.inf
@@ -4176,9 +3925,6 @@ class Watch:
     def follow(self, hp: Hyperparameters) -> None:
         """From now on as the hyperparameters say, which are the same on all ranks."""
         self.can_stop, self.hang_timeout = hp.checkpoint_every > 0, hp.hang_timeout or math.inf
-        if self.size > 1 and self.can_stop:
-            # Whether to stop is agreed upon between CPUs, beside NCCL, and only where a stop leaves a checkpoint.
-            self.side = dist.new_group(backend="gloo")
 
     def at(self, step: int) -> None:
         """The main thread has come to this step."""
@@ -4187,22 +3933,6 @@ class Watch:
     def pause(self) -> None:
         """Until the next `at` it may take as long as it likes: validation, a checkpoint."""
         self.moved = math.inf
-
-    def agree_to_stop(self) -> bool:
-        """Whether a rank had been asked to stop when this was called before: the same answer on all, and none waits."""
-        if self.size == 1:
-            return bool(self.stop)
-        asked, flag = self.asked, torch.tensor([bool(self.stop)], dtype=torch.uint8)
-        self.asked = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.side, async_op=True), flag
-        return bool(asked and asked[0].wait() and asked[1])
-
-    def stop_here(self, step: int) -> None:
-        """Ends all processes, after the checkpoint of this step. It does not return."""
-        if self.size > 1:
-            dist.barrier(group=self.side)  # torchrun ends all when one has ended: rank 0 writes first
-        run_id, folder = self.log.path.stem, self.log.path.parent
-        then = f"go on with --resume={run_id}" if checkpoints_of(run_id, folder) else "there is no checkpoint"
-        self.end(143, f"train_gpt.py: {self.stop or 'a signal to another rank'}: stopped at step {step}; {then}")
 
     def fail(self, error: BaseException) -> None:
         """Ends all processes with the error's message. It does not return."""
@@ -4485,9 +4215,11 @@ def main(arguments: list[str]) -> None:
         if not world.on_gpu:
             keep_freed_memory()
         hp, overrides = parse_arguments(arguments, world.on_gpu, world.gpu_memory)
-        hp, checkpoint, resumed = resume(hp, overrides) if hp.resume else (hp, None, [])
+        wanted = next((name for name in ("resume", "checkpoint_every", "save_checkpoint") if getattr(hp, name)), None)
+        tool = import_tool(f"--{wanted}", "checkpoint") if wanted else None
+        hp, checkpoint, resumed = tool.resume(hp, overrides) if hp.resume else (hp, None, [])
         bench = import_tool("--bench" if hp.bench else "--profile", "bench") if hp.bench or hp.profile else None
-        files = files_of(hp, checkpoint)
+        files = tool.files_of(hp, checkpoint) if checkpoint else files_of(hp)
         summary = check_world(hp, world, files) + resumed
         shards = {name: [shard_in_words(path) for path in paths] for name, paths in files.items()}
         if world.rank == 0:
@@ -4502,19 +4234,20 @@ def main(arguments: list[str]) -> None:
             hp = replace(hp, run_id=check_agreement(hp, overrides, world, shards, checkpoint))
             log.path = log.path.with_name(f"{hp.run_id}.txt")
         watch.follow(hp)
+        checkpoints = tool and tool.Checkpoints(hp, world, shards)
         train_paths, val_paths = files.values()
         with world.thread("validation") as thread:  # two seconds of NumPy, beside those in which the model is made
             val_batches = thread.submit(validation_batches, val_paths, hp, world)
-            trainer = Trainer(hp, world, shards)
+            trainer = Trainer(hp, world, checkpoints)
         trainer.warm_up(train_paths, val_batches.result())
         log.write(f"warm-up: {time.perf_counter() - begin:.1f} s from the start of main")
         if bench:
             bench.Bench(sys.modules[__name__], trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)
         else:
-            progress = trainer.restore(checkpoint) if checkpoint else None
+            progress = tool.restore(trainer, checkpoint) if checkpoint else None
             val_losses = trainer.run(log, train_paths, val_batches.result(), progress, watch)
             if hp.save_checkpoint:
-                trainer.save_checkpoint(log)
+                checkpoints.save(trainer, log)
             if world.on_gpu:
                 allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
                 log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")

@@ -32,12 +32,13 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "data"))
 import numpy as np
 import torch
+from checkpoint import copy_saved, piece_paths, read_checkpoint, read_pieces, settings_of
 from shards import DataError, home_path
 from tokenize_text import encoding_from, utf8
 from torch import Tensor
 
 import train_gpt
-from train_gpt import GPT, Hyperparameters, Trainer, TrainingSchedule, UserError, World, copy_saved, piece_paths
+from train_gpt import GPT, Hyperparameters, Trainer, TrainingSchedule, UserError, World
 
 SMALL = 256  # a model of this width or less has so little to do that threads only wait for each other
 
@@ -45,9 +46,9 @@ SMALL = 256  # a model of this width or less has so little to do that threads on
 @torch.no_grad()
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Hyperparameters, dict[str, int]]:
     """A checkpoint's model, hyperparameters, and windows, as its run's validation there has them. Raises UserError."""
-    content, device = train_gpt.read_checkpoint(path), torch.device(device)
-    pieces = train_gpt.read_pieces(path, content)
-    schedule, step = TrainingSchedule(train_gpt.settings_of(path, content)), content["step"]
+    content, device = read_checkpoint(path), torch.device(device)
+    pieces = read_pieces(path, content)
+    schedule, step = TrainingSchedule(settings_of(path, content)), content["step"]
     for place in (torch.device("meta"), device):  # first the shapes alone: a stranger's may take any memory
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is drawn is of no use
             model = GPT(schedule.hp, place, train_gpt.choose_dtype(schedule.hp, World(device=device)))

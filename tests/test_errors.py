@@ -196,11 +196,16 @@ def test_several_processes_without_a_launcher_are_told_to_take_one(folder):
     assert not (folder / "logs").exists()
 
 
-@pytest.mark.parametrize("argument", ["--bench", "--profile"])
-def test_a_copy_without_its_bench_says_so_at_once_if_it_is_asked_for(folder, argument):
+TOOLS = {"--bench": "bench", "--profile": "bench"}
+TOOLS |= {argument: "checkpoint" for argument in ("--checkpoint_every=4", "--save_checkpoint", "--resume=some")}
+
+
+@pytest.mark.parametrize("argument", TOOLS)
+def test_a_copy_without_its_tools_says_so_at_once_if_one_is_asked_for(folder, argument):
     copy = folder / "train_gpt.py"
     copy.write_text(TRAIN_GPT.read_text())
-    words = [f"{argument} takes {folder}/records/bench.py", "not there", "whole checkout"]
+    name = argument.partition("=")[0]
+    words = [f"{name} takes {folder}/records/{TOOLS[argument]}.py", "not there", "whole checkout"]
     result = run(folder, [*DATA, argument], [sys.executable, str(copy)])
     assert result.returncode == 1 and result.stdout == "" and result.seconds < 30
     assert_one_line(result.stderr, words)

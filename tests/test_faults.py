@@ -6,6 +6,7 @@ The runs are tests/fault_run.py: train_gpt.py with a small model of ten steps, a
 import contextlib
 import fcntl
 import io
+import math
 import os
 import pty
 import random
@@ -20,6 +21,7 @@ import termios
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import fault_run
 import pytest
@@ -30,6 +32,7 @@ from small_run import STEPS
 import train_gpt
 
 sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
+import checkpoint
 from runlog import read_run
 
 FAULT_RUN = Path(fault_run.__file__).resolve()
@@ -144,9 +147,9 @@ class Result:
         self.losses = self.run.losses
         (path,) = (folder / "logs").glob(f"*_step{steps:06d}.pt")
         load = partial(torch.load, map_location="cpu", weights_only=True)
-        table = torch.cat([load(piece)["p"] for piece in train_gpt.piece_paths(path)])
+        table = torch.cat([load(piece)["p"] for piece in checkpoint.piece_paths(path)])
         self.model = dict(load(path)["model"], ngrams=table)
-        before = [p for p in train_gpt.checkpoints_of(self.run.path.stem, path.parent) if p < path]
+        before = [p for p in checkpoint.checkpoints_of(self.run.path.stem, path.parent) if p < path]
         exact = load(before[-1])["progress"]["val_losses"] if before else []
         self.exact = dict(zip(sorted(self.losses), exact, strict=False))
 
@@ -243,7 +246,7 @@ def test_a_killed_run_goes_on_and_ends_to_the_bit_as_one_that_went_through(kille
 def test_the_newest_two_checkpoints_are_kept_and_nothing_half_written(killed):
     names = sorted(path.name for path in (killed / "logs").iterdir())
     steps = [killed / "logs" / f"kept_step{step:06d}.pt" for step in (4, 6)]
-    assert names == sorted(["kept.txt", *(p.name for step in steps for p in (step, *train_gpt.piece_paths(step)))])
+    assert names == sorted(["kept.txt", *(p.name for step in steps for p in (step, *checkpoint.piece_paths(step)))])
 
 
 def test_a_log_says_what_the_run_is_before_its_first_step(killed, data):
@@ -287,7 +290,7 @@ def resume(killed, data, tmp_path, monkeypatch):
 
     def resume(*arguments):
         arguments = [*RESUMED, f"--log_dir={tmp_path / 'logs'}", *arguments]
-        return train_gpt.resume(*train_gpt.parse_arguments(arguments, has_gpu=False))
+        return checkpoint.resume(*train_gpt.parse_arguments(arguments, has_gpu=False))
 
     return resume
 
@@ -305,14 +308,16 @@ def test_a_checkpoint_that_is_cut_short_while_it_is_read_is_named(killed, tmp_pa
 import hashlib, os, sys, types
 from pathlib import Path
 import train_gpt
+sys.path.insert(0, "records")
+import checkpoint
 
 def sha256(*data):
     os.truncate(sys.argv[1], 100)
     return hashlib.sha256(*data)
 
-train_gpt.hashlib = types.SimpleNamespace(sha256=sha256)
+checkpoint.hashlib = types.SimpleNamespace(sha256=sha256)
 try:
-    train_gpt.read_checkpoint(Path(sys.argv[1]))
+    checkpoint.read_checkpoint(Path(sys.argv[1]))
 except train_gpt.UserError as error:
     print(error)
 """
@@ -331,9 +336,9 @@ def test_the_hyperparameters_are_the_checkpoints(resume, tmp_path):
 
 def test_a_run_in_small_goes_on_as_long_as_it_was(resume, tmp_path):
     path = tmp_path / "logs" / "kept_step000006.pt"
-    content = train_gpt.read_checkpoint(path)
+    content = checkpoint.read_checkpoint(path)
     content["hyperparameters"].update(length=2.0, bos=7)
-    train_gpt.write_checkpoint(path, content)
+    checkpoint.write_checkpoint(path, content)
     for arguments in ((), ("--length=2", "--num_scheduled_iterations=9")):  # nor is it taken twice where it is repeated
         hp = resume(*arguments)[0]
         assert (hp.length, hp.total_steps, hp.bos) == (2.0, 20, 7)
@@ -376,7 +381,7 @@ def test_other_files_than_the_run_began_with_are_refused_by_name(resume, data, t
     setting = name.split("_")[0] + "_files"
     hp, content, _ = resume(f"--{setting}={tmp_path}/other/{setting[:-6]}_*.bin")
     with pytest.raises(train_gpt.UserError, match=f"--{setting}=.*began with another file, {name}, {len(tokens)} tok"):
-        train_gpt.files_of(hp, content)
+        checkpoint.files_of(hp, content)
 
 
 def vocabularies(folder):
@@ -400,30 +405,30 @@ def test_a_run_goes_on_with_its_vocabulary_wherever_it_lies_and_with_no_other(re
 
 def test_shards_of_another_program_in_a_checkpoint_are_refused(resume, tmp_path):
     path = tmp_path / "logs" / "kept_step000006.pt"
-    content = train_gpt.read_checkpoint(path)
+    content = checkpoint.read_checkpoint(path)
     for shards in (
         {},
         dict(train_files=[], val_files=[]),
         dict(train_files=["a"], val_files=[1]),
         {"train_files": "a"},
     ):
-        train_gpt.write_checkpoint(path, {**content, "shards": shards})
+        checkpoint.write_checkpoint(path, {**content, "shards": shards})
         with pytest.raises(train_gpt.UserError, match=r"kept_step000006\.pt: its .* are none of this program's"):
             resume()
 
 
 def test_a_run_that_has_ended_is_not_resumed(resume, tmp_path):
     path = tmp_path / "logs" / "kept_step000006.pt"
-    train_gpt.write_checkpoint(path, {**train_gpt.read_checkpoint(path), "optimizer": {}})
+    checkpoint.write_checkpoint(path, {**checkpoint.read_checkpoint(path), "optimizer": {}})
     with pytest.raises(train_gpt.UserError, match="the run has ended"):
         resume()
 
 
 def test_a_progress_of_another_program_is_refused(resume, tmp_path):
     path = tmp_path / "logs" / "kept_step000006.pt"
-    content = train_gpt.read_checkpoint(path)
+    content = checkpoint.read_checkpoint(path)
     for progress in ({}, {**content["progress"], "elapsed": "long"}, {**content["progress"], "more": 1}):
-        train_gpt.write_checkpoint(path, {**content, "progress": progress})
+        checkpoint.write_checkpoint(path, {**content, "progress": progress})
         with pytest.raises(train_gpt.UserError, match=r"kept_step000006\.pt: its .* are none of this program's"):
             resume()
 
@@ -462,7 +467,7 @@ def test_sigterm_leaves_a_checkpoint_a_line_and_a_run_to_go_on_with(data, whole,
 
 
 def test_a_process_killed_at_any_moment_of_writing_leaves_nothing_under_the_final_name(tmp_path, monkeypatch):
-    content = {key: kind() for key, kind in train_gpt.CHECKPOINT.items()} | {"model": {"p": torch.arange(3000.0)}}
+    content = {key: kind() for key, kind in checkpoint.CHECKPOINT.items()} | {"model": {"p": torch.arange(3000.0)}}
     path, writes = tmp_path / "kept_step000002.pt", []
 
     class File(io.FileIO):
@@ -475,15 +480,15 @@ def test_a_process_killed_at_any_moment_of_writing_leaves_nothing_under_the_fina
             return super().write(data)
 
     survived = 0
-    monkeypatch.setattr(train_gpt, "open", File, raising=False)
-    train_gpt.write_checkpoint(path, content)
-    assert train_gpt.read_checkpoint(path)["step"] == 0
+    monkeypatch.setattr(checkpoint, "open", File, raising=False)
+    checkpoint.write_checkpoint(path, content)
+    assert checkpoint.read_checkpoint(path)["step"] == 0
     path.unlink()
     count = len(writes)
     for survived in (1, 2, count // 2, count):  # noqa: B007 - File reads it
         writes.clear()
         if not (child := os.fork()):
-            train_gpt.write_checkpoint(path, content)
+            checkpoint.write_checkpoint(path, content)
             os._exit(0)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
         assert not path.exists() and path.with_suffix(".part").exists()
@@ -535,9 +540,9 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
             return os.system, (f"touch {tmp_path}/executed",)
 
     path = tmp_path / "evil_step000002.pt"
-    train_gpt.write_checkpoint(path, dict(step=Evil()))
+    checkpoint.write_checkpoint(path, dict(step=Evil()))
     with pytest.raises(train_gpt.UserError, match="not a checkpoint"):
-        train_gpt.read_checkpoint(path)
+        checkpoint.read_checkpoint(path)
     assert not (tmp_path / "executed").exists()
 
 
@@ -864,9 +869,23 @@ def test_a_number_that_is_not_finite_ends_the_run_and_is_named(data, tmp_path, f
     saved = torch.load(tmp_path / "logs" / "kept_nonfinite_rank0.pt", weights_only=True)
     assert saved["step"] == 4 and saved["bad"][0] in words[0]
     assert saved["model"]["mlp_bank"].isfinite().all() == (fault == "poison_gradient")
-    newest = train_gpt.checkpoints_of("kept", tmp_path / "logs")[-1]
-    content = train_gpt.read_checkpoint(newest)  # from before
+    newest = checkpoint.checkpoints_of("kept", tmp_path / "logs")[-1]
+    content = checkpoint.read_checkpoint(newest)  # from before
     assert content["step"] <= 3 and all(p.isfinite().all() for p in content["model"].values())
+
+
+def test_a_state_that_is_not_finite_and_cannot_be_saved_is_told_and_half_of_it_is_removed(tmp_path, monkeypatch):
+    def save(content, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("file write failed")
+
+    trainer = train_gpt.Trainer(small_run.small_hyperparameters(tmp_path), train_gpt.World())
+    trainer.optimizer.largest.append((3, ["head"], torch.tensor([math.inf])))
+    monkeypatch.setattr(torch, "save", save)
+    words = r"head in step 4 is not finite; .*_nonfinite_rank0\.pt could not be written \(file write failed\)$"
+    with pytest.raises(train_gpt.UserError, match=words):
+        trainer.check_gradients(SimpleNamespace(path=tmp_path / "logs" / "small.txt"), lag=0)
+    assert not any((tmp_path / "logs").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -1012,7 +1031,7 @@ def test_a_run_killed_at_random_again_and_again_ends_to_the_bit(data, long_whole
     logs = tmp_path / "logs"
     begin = ["--run_id=kept", "--checkpoint_every=20", "--save_checkpoint=true", *SOAK]
     for _ in range(20):
-        arguments = RESUMED if train_gpt.checkpoints_of("kept", logs) else begin
+        arguments = RESUMED if checkpoint.checkpoints_of("kept", logs) else begin
         if arguments == begin:
             shutil.rmtree(logs, ignore_errors=True)
         process = start(tmp_path, data, processes, arguments=arguments)

@@ -20,9 +20,11 @@ from shard_files import text_of, write_shard
 
 import train_gpt
 
+sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
 sys.path.insert(0, str(Path(train_gpt.__file__).parent / "data"))
 import shards
 import tokenize_text
+from checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 
 many = settings(max_examples=1500, deadline=None, derandomize=True)
 
@@ -78,10 +80,10 @@ def test_any_lengths_of_documents_are_dealt_or_refused(folder, lengths, num_toke
 @pytest.fixture(scope="module")
 def checkpoint(folder):
     """The bytes of a small one, and what is in it."""
-    empty = {key: kind() for key, kind in train_gpt.CHECKPOINT.items()}
+    empty = {key: kind() for key, kind in CHECKPOINT.items()}
     content = {**empty, "step": 2, "model": {"p": torch.arange(30.0)}, "optimizer": {"p.updates": 1}}
     path = folder / "small.pt"
-    train_gpt.write_checkpoint(path, content)
+    write_checkpoint(path, content)
     return path.read_bytes(), content
 
 
@@ -90,7 +92,7 @@ def read(folder, data):
     path = folder / "read.pt"
     path.write_bytes(data)
     try:
-        return train_gpt.read_checkpoint(path)
+        return read_checkpoint(path)
     except train_gpt.UserError as error:
         assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
         return None

@@ -5,6 +5,7 @@ As in test_kernels.py, kernels run in Triton's interpreter where there is no GPU
 
 import os
 import shutil
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from test_sample import load_model
 
 import train_gpt
 from train_gpt import Hyperparameters, Log, Progress, Trainer, TrainLoader, UserError, World, find_files
+
+sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
+import checkpoint
 
 CPU = torch.device("cpu")
 C = 24  # not a power of two
@@ -393,26 +397,26 @@ def test_the_table_is_held_once_and_a_cache_no_larger_than_a_step(tmp_path):
 def saved_run(tmp_path, steps=6, **overrides):
     """A run's trainer after `steps`, and its checkpoint; rows have rested since different steps."""
     trainer = trainer_of(tmp_path, ngram_rows=512, run_id="small", checkpoint_every=2, **overrides)
-    for name in train_gpt.FILES:
-        paths = find_files(getattr(trainer.hp, name))
-        trainer.shards[name] = [train_gpt.shard_in_words(path) for path in paths]
+    files = train_gpt.files_of(trainer.hp)
+    shards = {name: [train_gpt.shard_in_words(path) for path in paths] for name, paths in files.items()}
+    trainer.checkpoints = checkpoint.Checkpoints(trainer.hp, World(), shards)
     trainer.model.prefixes.copy_(train_gpt.prefix_table(trainer.hp))
     position = [batch.position for _, batch, _ in steps_of(trainer, 0, steps)][-1]
     log = Log(trainer.hp, World())
-    trainer.save_checkpoint(log, Progress(steps, 1.0, position, [9.0]))
+    trainer.checkpoints.save(trainer, log, Progress(steps, 1.0, position, [9.0]))
     log.close()
     return trainer, tmp_path / f"small_step{steps:06d}.pt", position
 
 
 def restored(path):
-    content = train_gpt.read_checkpoint(path)
-    content["rows"] = train_gpt.read_pieces(path, content)
+    content = checkpoint.read_checkpoint(path)
+    content["rows"] = checkpoint.read_pieces(path, content)
     return content
 
 
 def test_a_checkpoint_has_eight_pieces_that_make_the_table_and_its_states(tmp_path):
     trainer, path, _ = saved_run(tmp_path)
-    pieces = train_gpt.piece_paths(path)
+    pieces = checkpoint.piece_paths(path)
     assert [piece.name for piece in pieces] == [f"small_step000006_rows{k}.pt" for k in range(8)]
     content = restored(path)
     for name in ("p", "v", "last"):
@@ -429,7 +433,7 @@ def test_a_checkpoint_has_eight_pieces_that_make_the_table_and_its_states(tmp_pa
 def test_a_run_goes_on_to_the_same_bits_with_rows_that_decay_later(tmp_path):
     trainer, path, position = saved_run(tmp_path)
     other = Trainer(trainer.hp, World())
-    progress = other.restore(restored(path))
+    progress = checkpoint.restore(other, restored(path))
     assert (progress.step, progress.position) == (6, position)
     for _ in zip(steps_of(trainer, 6, 10, position), steps_of(other, 6, 10, position), strict=True):
         pass
@@ -448,9 +452,9 @@ def test_each_of_several_ranks_takes_its_pieces(tmp_path, size):
         algorithm = train_gpt.RowAdam(trainer.ngrams.row, trainer.hp, torch.zeros(share, trainer.hp.model_dim), None, 0)
         fake = SimpleNamespace(
             model=trainer.model, world=World(rank, rank, size), ngrams=SimpleNamespace(algorithm=algorithm),
-            optimizer=SimpleNamespace(load=lambda state: None),
+            optimizer=trainer.optimizer,
         )  # fmt: skip
-        Trainer.restore(fake, content)
+        checkpoint.restore(fake, content)
         for name in ("p", "v", "last"):
             whole = getattr(trainer.ngrams.algorithm, name)
             assert torch.equal(getattr(algorithm, name), whole[rank * share :][:share])
@@ -489,16 +493,16 @@ def exchange_with_another(path):
 def test_a_piece_that_is_missing_or_damaged_is_named_and_an_earlier_checkpoint_is_taken(tmp_path, harm, words):
     trainer, *_ = saved_run(tmp_path, 6)
     log = Log(replace(trainer.hp, resume="small"), World())
-    trainer.save_checkpoint(log, Progress(8, 1.0, (1, 0), [9.0]))
+    trainer.checkpoints.save(trainer, log, Progress(8, 1.0, (1, 0), [9.0]))
     log.close()
     later = tmp_path / "small_step000008.pt"
     hp = replace(trainer.hp, resume="small")
     with small_preset():
-        assert train_gpt.resume(hp, {"resume": "small"})[1]["step"] == 8
+        assert checkpoint.resume(hp, {"resume": "small"})[1]["step"] == 8
         harm(later.with_name("small_step000008_rows3.pt"))
         if "small_step000006" in words:
             words = words.replace("6", "8")
-        _, content, lines = train_gpt.resume(hp, {"resume": "small"})
+        _, content, lines = checkpoint.resume(hp, {"resume": "small"})
         assert content["step"] == 6 and len(content["rows"]) == 8
         assert len(lines) == 2 and lines[0].startswith(f"checkpoint not used: {tmp_path}/small_step000008_rows3.pt: ")
         assert words in lines[0]
@@ -514,7 +518,7 @@ def test_pieces_go_with_their_checkpoint_and_those_without_one_at_the_next(tmp_p
         path.write_bytes(b"")
     log = Log(replace(trainer.hp, resume="small"), World())
     for step in (4, 6):
-        trainer.save_checkpoint(log, Progress(step, 1.0, (1, 0), [9.0]))
+        trainer.checkpoints.save(trainer, log, Progress(step, 1.0, (1, 0), [9.0]))
         assert not any(orphan.exists() for orphan in orphans) and others.exists()
     log.close()
     steps = [f"small_step{step:06d}" for step in (4, 6)]
@@ -524,16 +528,16 @@ def test_pieces_go_with_their_checkpoint_and_those_without_one_at_the_next(tmp_p
 
 def test_no_checkpoint_is_left_when_a_piece_cannot_be_written(tmp_path, monkeypatch, capsys):
     trainer, path, _ = saved_run(tmp_path, 2)
-    write = train_gpt.write_checkpoint
+    write = checkpoint.write_checkpoint
 
     def full(to, content):
         if "000004_rows5" in to.name:
             raise OSError(28, "No space left on device")
         return write(to, content)
 
-    monkeypatch.setattr(train_gpt, "write_checkpoint", full)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", full)
     log = Log(replace(trainer.hp, resume="small"), World())
-    trainer.save_checkpoint(log, Progress(4, 1.0, (1, 0), [9.0]))
+    trainer.checkpoints.save(trainer, log, Progress(4, 1.0, (1, 0), [9.0]))
     log.close()
     said = capsys.readouterr().out
     assert "no checkpoint at step 4: " in said and "small_step000004_rows5.pt: [Errno 28]" in said
@@ -544,7 +548,7 @@ def test_no_checkpoint_is_left_when_a_piece_cannot_be_written(tmp_path, monkeypa
 def test_a_loaded_model_has_the_whole_table_and_a_final_one_has_no_states(tmp_path):
     trainer, path, _ = saved_run(tmp_path)
     log = Log(replace(trainer.hp, resume="small"), World())
-    trainer.save_checkpoint(log)
+    trainer.checkpoints.save(trainer, log)
     log.close()
     final = tmp_path / f"small_step{trainer.hp.total_steps:06d}.pt"
     assert all({*piece} == {"p"} for piece in restored(final)["rows"])

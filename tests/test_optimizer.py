@@ -1,6 +1,8 @@
 """The optimizer on a CPU against plain formulas in float64, written independently of it."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +24,9 @@ from train_gpt import (
     polar_express,
     split_bits,
 )
+
+sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
+import checkpoint
 
 CPU = torch.device("cpu")
 HP = Hyperparameters(
@@ -734,6 +739,6 @@ def test_reset_forgets_everything(dtype):
 )
 def test_states_of_another_program_are_refused_by_name(name, value, words):
     optimizer = optimizer_of(random_model())
-    state = {**optimizer.state(), name: value}
+    state = {**checkpoint.state(optimizer), name: value}
     with pytest.raises(train_gpt.UserError, match=words):
-        optimizer.load({key: value for key, value in state.items() if value is not None})
+        checkpoint.load(optimizer, {key: value for key, value in state.items() if value is not None})

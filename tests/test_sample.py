@@ -18,8 +18,10 @@ import torch
 import train_gpt
 from train_gpt import BetweenSteps, Log, Trainer, UserError, World
 
+sys.path.insert(0, str(Path(train_gpt.__file__).resolve().parent / "records"))
+import checkpoint
+
 ROOT = Path(train_gpt.__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "records"))
 # Under another name: data/sample.py is a module that other tests import.
 spec = importlib.util.spec_from_file_location("records_sample", ROOT / "records" / "sample.py")
 sample = importlib.util.module_from_spec(spec)
@@ -39,7 +41,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in small_run.SMALL.items():
             patch.setitem(train_gpt.PRESETS["smoke"], name, value)
-        patch.setattr(train_gpt, "CHECKPOINTS_KEPT", STEPS)
+        patch.setattr(checkpoint, "CHECKPOINTS_KEPT", STEPS)
         yield folder
 
 
@@ -47,9 +49,9 @@ def run_of(folder, dtype):
     """Checkpoints by step, validation losses by step: one on which to go on in each stage, and the final one."""
     steps = tuple(range(2, STEPS, 2))
     hp = small_run.small_hyperparameters(folder, run_id=dtype, dtype=dtype, checkpoint_every=2, val_steps=steps)
-    trainer, losses, validate = Trainer(hp, World()), {}, BetweenSteps.validate
-    files = {name: train_gpt.find_files(getattr(hp, name)) for name in train_gpt.FILES}
-    trainer.shards = {name: [train_gpt.shard_in_words(path) for path in paths] for name, paths in files.items()}
+    files, losses, validate = train_gpt.files_of(hp), {}, BetweenSteps.validate
+    shards = {name: [train_gpt.shard_in_words(path) for path in paths] for name, paths in files.items()}
+    trainer = Trainer(hp, World(), checkpoint.Checkpoints(hp, World(), shards))
     val_batches = train_gpt.validation_batches(files["val_files"], hp, World())
     log = Log(hp, World())
     with pytest.MonkeyPatch.context() as patch:
@@ -57,7 +59,7 @@ def run_of(folder, dtype):
         at = []
         found = trainer.run(log, files["train_files"], val_batches)
     losses = dict(zip(at, found, strict=True))
-    trainer.save_checkpoint(log)
+    trainer.checkpoints.save(trainer, log)
     log.close()
     paths = {step: folder / f"{dtype}_step{step:06d}.pt" for step in (*steps, STEPS)}
     return SimpleNamespace(paths=paths, losses=losses, trainer=trainer, val_batches=val_batches)
@@ -81,11 +83,11 @@ def loaded(last):
 
 def changed(path, to, **changes):
     """A copy of a checkpoint with other values in some places."""
-    content = train_gpt.read_checkpoint(path)
+    content = checkpoint.read_checkpoint(path)
     for name, value in changes.items():
         content[name] = {**content[name], **value} if isinstance(value, dict) else value
-    train_gpt.write_checkpoint(to, content)
-    for piece, copy in zip(*map(train_gpt.piece_paths, (path, to)), strict=True):
+    checkpoint.write_checkpoint(to, content)
+    for piece, copy in zip(*map(checkpoint.piece_paths, (path, to)), strict=True):
         if piece != copy:
             shutil.copy(piece, copy)
     return to
@@ -337,7 +339,7 @@ def test_what_cannot_be_is_refused_in_one_line(last, capsys, arguments, words):
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(last, tmp_path, capsys):
-    train_gpt.write_checkpoint(tmp_path / "text.pt", dict(a="text"))
+    checkpoint.write_checkpoint(tmp_path / "text.pt", dict(a="text"))
     shutil.copy(last, tmp_path / "cut.pt")
     os.truncate(tmp_path / "cut.pt", 5000)
     for name, words in (("gone.pt", "no such file"), ("text.pt", "not a checkpoint"), ("cut.pt", "damaged or cut")):

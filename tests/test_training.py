@@ -38,6 +38,9 @@ from train_gpt import (
     validation_batches,
 )
 
+sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
+from checkpoint import piece_paths, read_pieces
+
 CPU = torch.device("cpu")
 # Nats at steps 0, 5 and 10, the types' rounding, which ten steps magnify differently on each PyTorch and processor;
 # measured 1e-5, 9e-4, 3e-3 with 2.13 and up to 1.1e-2 with 2.11. Within these steps the loss falls by 0.5.
@@ -473,7 +476,7 @@ def test_only_the_first_process_writes(two_processes):
 
 def test_a_checkpoint_gives_the_final_validation_loss_again(one_process, sample, monkeypatch):
     path, *pieces = sorted(one_process.folder.rglob("*.pt"))
-    assert pieces == train_gpt.piece_paths(path)
+    assert pieces == piece_paths(path)
     assert path.parent.name == "logs" and path.name == f"one_step{STEPS:06d}.pt"
     assert not list(one_process.folder.rglob("*.part"))
     checkpoint = torch.load(path, weights_only=True)
@@ -482,7 +485,7 @@ def test_a_checkpoint_gives_the_final_validation_loss_again(one_process, sample,
     monkeypatch.setattr(train_gpt, "ROOT", sample)
     trainer = Trainer(replace(hp, seed=1), World())
     trainer.model.load_state_dict(checkpoint["model"])
-    rows = train_gpt.read_pieces(path, checkpoint)
+    rows = read_pieces(path, checkpoint)
     trainer.ngrams.algorithm.p.copy_(torch.cat([piece["p"] for piece in rows]))
     trainer.enter_step(STEPS - 1)  # the rotary frequencies follow from the step
     batches = validation_batches(find_files(hp.val_files), hp, World())
