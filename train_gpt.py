@@ -334,6 +334,7 @@ PRESETS = {
         bench_steps=8,
         num_scheduled_iterations=36,
         num_extension_iterations=4,
+        cooldown_frac=0.6,
         # With so few steps each must lower the logits of most tokens that never come.
         stages=tuple(stage._replace(tokens=stage.tokens // 128, classes=stage.classes and 40_960) for stage in STAGES),
         micro_batch_tokens=1024,

@@ -131,7 +131,7 @@ BROKEN = [
     (
         few_train_tokens,
         [],
-        ["{folder}/train_1.bin", "500 train tokens in the largest shard", "a step takes 1536", FETCH],
+        ["{folder}/train_1.bin", "500 train tokens in the largest shard", "a step takes 1024", FETCH],
     ),
     (
         file_instead_of_a_log_folder,
@@ -301,5 +301,5 @@ def test_a_good_world_is_summed_up_in_the_first_lines_on_the_screen(folder):
     world, _, data, run = lines  # the second names the software
     assert world.startswith("world: 1 x CPU, 8 micro-batches each a step; parameters in float32")
     assert data == "data: 2 train shards, 20,000 tokens; 8,192 of 10,000 validation tokens\n"
-    # 12 steps each of 512, 1024 and 1536 tokens, 4 more of the extension
-    assert run == "run: good, 40 steps, 43,008 tokens (2.15 of the train files)\n"
+    # 10 steps of 512 tokens, 30 of 1024
+    assert run == "run: good, 40 steps, 35,840 tokens (1.79 of the train files)\n"

@@ -53,6 +53,7 @@ def plan(monkeypatch, capsys):
         monkeypatch.setattr(sys, "path", [str(REPOSITORY), *sys.path])
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "init", lambda: None)
         exec(program, {})
         processes, data = capsys.readouterr().out.split()
         return int(processes), data
