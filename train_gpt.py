@@ -3354,7 +3354,7 @@ def prefixes_in_words(table: Tensor) -> str:
 # The stages share the scheduled iterations; the extension follows.
 
 
-AVERAGE_EVERY = 4  # steps
+AVERAGE_EVERY = 4  # steps: the parameters of neighbouring ones are nearly the same
 
 
 class TrainingSchedule:
@@ -3406,7 +3406,7 @@ class TrainingSchedule:
         return high - (high - low) * into_cooldown / self.cooldown if into_cooldown else high
 
     def average_weight(self, step: int) -> float:
-        """What the parameters after `step` weigh in their average: 0, but for every fourth of the last steps."""
+        """What the parameters after `step` weigh in their average: 2 / n after each of n of the last steps, else 0."""
         ahead, span = self.hp.total_steps - 1 - step, round(self.hp.average_frac * self.hp.total_steps)
         if ahead % AVERAGE_EVERY or ahead >= span:
             return 0.0
