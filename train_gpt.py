@@ -3363,6 +3363,7 @@ class TrainingSchedule:
     def __init__(self, hp: Hyperparameters):
         self.hp, self.scheduled = hp, hp.steps("num_scheduled_iterations")
         self.warmup, self.cooldown = hp.steps("muon_momentum_warmup"), hp.steps("muon_momentum_cooldown")
+        self.averaged = round(hp.average_frac * hp.total_steps)  # how many of the last steps
         *shares, _ = (stage.share for stage in hp.stages)
         # Rounded down, 1e-9 for inexact products; the last stage before the extension takes what is left.
         lengths = [int(self.scheduled * share / sum(shares) + 1e-9) for share in shares[:-1]]
@@ -3407,10 +3408,10 @@ class TrainingSchedule:
 
     def average_weight(self, step: int) -> float:
         """What the parameters after `step` weigh in their average: 2 / n after each of n of the last steps, else 0."""
-        ahead, span = self.hp.total_steps - 1 - step, round(self.hp.average_frac * self.hp.total_steps)
-        if ahead % AVERAGE_EVERY or ahead >= span:
+        ahead = self.hp.total_steps - 1 - step
+        if ahead % AVERAGE_EVERY or ahead >= self.averaged:
             return 0.0
-        return 1.0 if ahead + AVERAGE_EVERY >= span else min(1.0, 2 * AVERAGE_EVERY / span)
+        return 1.0 if ahead + AVERAGE_EVERY >= self.averaged else min(1.0, 2 * AVERAGE_EVERY / self.averaged)
 
     def target_weights(self, step: int) -> list[float]:
         """Weights of the next tokens, then of the prefix if the stage has one; linear over the steps of a stage."""

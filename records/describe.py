@@ -236,7 +236,7 @@ def parameters_told(run: Run) -> str:
         base, decay = (hp.muon_lr * tall, hp.muon_wd) if normuon else (hp.adam_lr, hp.adam_wd)
         lrs = " / ".join(f"{base * lr:.4g}" for lr in dict.fromkeys(row.lr))
         betas = " ".join([row.algorithm, *(f"{beta:g}" for beta in row.betas or ())])
-        state = "shared out" if row.sharded else "everywhere"
+        state = ("shared out" if row.sharded else "everywhere") + row.averaged * ", averaged"
         rows.append([f"{p.numel():,}", " x ".join(map(str, p.shape)), lrs, f"{decay * row.wd:.4g}", betas, state, name])
         kind = "in tables looked up by token" if name in run.train_gpt.TABLES else f"others under {row.algorithm}"
         kind = "in rows of n-grams" if row.algorithm == "rowwise" else kind
@@ -283,7 +283,8 @@ def stages_told(run: Run) -> str:
     untie = next((f"after step {schedule.untie_step + 1:,}" for stage in hp.stages if stage.untie), "never")
     return (
         f"stages; the last is the extension\n{aligned(rows, 4)}\n"
-        f"head and embedding part {untie}; momentum {schedule.warmup:,} steps up, the last {schedule.cooldown:,} down\n"
+        f"head and embedding part {untie}; momentum {schedule.warmup:,} steps up, the last {schedule.cooldown:,} down; "
+        f"averages over the last {schedule.averaged:,}\n"
         f"{len(validations)} validations of {hp.val_tokens:,} tokens, the last with windows of {final['short']:,} and "
         f"{final['long']:,}"
     )

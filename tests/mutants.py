@@ -346,8 +346,8 @@ PLANTED = {
         ("averages: the other ranks' shares stay as they are",
          "                slot.communication.gather()\n                slot.communication.gathered()\n\n    def _untie",
          "    def _untie", "test_distributed.py test_all_ranks_begin_and_end 2"),
-        ("averages: begin with zeros", "return 1.0 if ahead + AVERAGE_EVERY >= span",
-         "return 0.5 if ahead + AVERAGE_EVERY >= span", "test_schedule.py test_an_average_begins"),
+        ("averages: begin with zeros", "return 1.0 if ahead + AVERAGE_EVERY >= self.averaged",
+         "return 0.5 if ahead + AVERAGE_EVERY >= self.averaged", "test_schedule.py test_an_average_begins"),
         ("untied: the second moment starts anew", '        for state in ("m", "v"):\n            full',
          '        for state in ("m",):\n            full', "test_optimizer.py test_the_embedding_goes_on"),
         # Data

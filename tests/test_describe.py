@@ -186,6 +186,17 @@ def test_learning_rates_are_those_that_the_first_update_has():
 # ----------------------------------------------------------------------------------------------------------------- FLOP
 
 
+def test_what_ends_as_an_average_is_told_and_over_how_many_steps():
+    lines = text_of(train_gpt, "--average_frac=0.5").splitlines()
+    assert [line.split()[-1] for line in lines if ", averaged  " in line] == [
+        row.name for row in train_gpt.PARAMETERS if row.averaged
+    ]
+    assert (
+        sum(line.endswith(f"averages over the last {train_gpt.Hyperparameters().total_steps // 2:,}") for line in lines)
+        == 1
+    )
+
+
 @pytest.mark.parametrize("name", ["none", "a layer more in the middle"])
 def test_the_products_are_those_that_a_forward_pass_computes(programs, name, monkeypatch):
     program, T = programs(name), 64
