@@ -66,16 +66,20 @@ class Preset(NamedTuple):
     """What train_gpt.py's presets ask of data; for the closing lines only."""
 
     max_seq_len: int  # tokens that training reads of a document
-    step_tokens: int  # of the largest step
+    steps: tuple[tuple[int, int], ...]  # of the stages that take most: tokens of a step, where documents are cut
     val_batch_size: int
 
     @property
     def needs(self) -> int:
-        """Tokens that fill a step for sure: one shard must, and each of 8 micro-batches begins with a new document."""
-        return self.step_tokens + 8 * (self.max_seq_len + 1)
+        """Tokens, of a document up to max_seq_len, that fill a step for sure; a stage that cuts earlier gets fewer.
+
+        One shard must, and each of 8 micro-batches begins with a new document.
+        """
+        return max(-(-(tokens + 8 * (cut + 1)) * self.max_seq_len // cut) for tokens, cut in self.steps)
 
 
-SPEEDRUN, SMOKE, VAL_TOKENS = Preset(2048, 131_072, 2_097_152), Preset(256, 1_024, 8_192), 10_485_760
+SPEEDRUN, VAL_TOKENS = Preset(2048, ((65_536, 896), (131_072, 2048)), 2_097_152), 10_485_760
+SMOKE = Preset(256, ((1_024, 256),), 8_192)
 
 
 class Piece(NamedTuple):

@@ -494,7 +494,7 @@ def test_a_run_says_in_its_log_at_which_step_the_files_start_over(tmp_path, caps
     schedule = train_gpt.TrainingSchedule(hp)
     trained = []
     trainer = object.__new__(train_gpt.Trainer)  # the run's loop alone: no model
-    trainer.hp, trainer.world, trainer.schedule = hp, World(), schedule
+    trainer.hp, trainer.world, trainer.schedule, trainer.checkpoints = hp, World(), schedule, None
     trainer.model = SimpleNamespace(prefixes=torch.empty(hp.padded_vocab, dtype=torch.int32))
     trainer.enter_step = lambda step: None
     trainer.add_gradients, trainer.update = lambda step, batch: trained.append(batch), lambda step: None
