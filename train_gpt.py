@@ -16,7 +16,7 @@ Contents, in reading order (search for the banner):
     Model             Yarn, the compiled regions of a layer, GPT
     Optimizer         Adam, NorMuon, Adam by rows, communication, the order of work
     Data              shards, micro-batches, rows of n-grams, read-ahead, prefixes of tokens
-    Schedule          learning rate, momentum, windows, multi-token and prefix weights by step
+    Schedule          learning rate, momentum, windows, weights of targets and of averages by step
     Train             warm-up, the loop, validation, the clock
 What never runs on the clock:
     Log               the run's log file and the terminal
@@ -106,8 +106,8 @@ class TrainingStage(NamedTuple):
 
 # What is easy to learn is learnt from small batches and short windows first. A token costs nearly the same in a small
 # batch as in a large one and teaches more: with half the seed record's batches, at the same number of tokens, a quarter
-# run ended 0.06 lower. Still smaller ones won little. On one GPU joined micro-batches of all stages are of one length,
-# 65,536 tokens: what is compiled for the first stage serves all.
+# run ended 0.06 lower. Still smaller ones won little: those of today's last stages 0.004, which half a run lost again.
+# But with them joined micro-batches have one length on one GPU, 65,536 tokens, so that the layers are compiled once.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, prefix weights
     TrainingStage(
@@ -209,8 +209,7 @@ class Row(NamedTuple):
     lr: tuple[float, ...]  # multiplier; several repeat along the first dimension: in mlp_bank W_fc, W_proj, W_fc, ...
     wd: float  # weight-decay multiplier
     betas: tuple[float, float] | None = None  # adam's; rowwise has no first moment
-    # Ends as its average over the run's last steps. A learning rate that stays high finds more, and leaves noise, which
-    # an average takes out. Source: the tail averages of the public speedrun's PRs 349 and 360, 2026.
+    # Ends as its average over the run's last steps, see AVERAGE_EVERY
     averaged: bool = False
 
 
@@ -238,6 +237,10 @@ PARAMETERS = (
 # Parameters looked up by token, so that few rows of their gradients are not zero: see Lookup and ShardedRows. By name,
 # how many tables lie one after the other in it; a token has the same row in each.
 TABLES = {"embed": 1, "value_embeds": len(VALUE_LAYERS)}
+# Over the last steps (`average_frac` of all) a running average is made of some parameters, which they then become. A
+# learning rate that stays high finds more, and leaves noise, which an average takes out. Every fourth step is enough:
+# neighbours are nearly the same. Source: the tail averages of the public speedrun's PRs 349 and 360, 2026.
+AVERAGE_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -335,6 +338,7 @@ PRESETS = {
         num_scheduled_iterations=36,
         num_extension_iterations=4,
         cooldown_frac=0.6,
+        average_frac=0.4,
         # With so few steps each must lower the logits of most tokens that never come.
         stages=tuple(stage._replace(tokens=stage.tokens // 128, classes=stage.classes and 40_960) for stage in STAGES),
         micro_batch_tokens=1024,
@@ -376,7 +380,7 @@ def parse_arguments(
 ) -> tuple[Hyperparameters, dict[str, object]]:
     """Hyperparameters: as given, else the preset's, else defaults; what was given, by name. Raises UserError.
 
-    gpu_memory: GiB. A speedrun whose micro-batches are joined up to 65,536 tokens takes 48, up to 32,768 34.
+    gpu_memory: GiB. With micro-batches joined up to 65,536 tokens the speedrun takes 43, up to 32,768 35 (measured).
     """
     overrides: dict[str, object] = {}
     for argument in arguments:
@@ -480,6 +484,8 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
     odd = [name for name in sorted({*rows, *model}) if rows.count(name) != model.count(name)]
     told = (f"{name} has {rows.count(name)}" if name in model else f"{name} is none" for name in odd)
     require(not odd, f"PARAMETERS takes one row for each of the model's parameters: {', '.join(told)}")
+    tied = {row.averaged for row in PARAMETERS if row.name in ("embed", "head")}
+    require(len(tied) < 2, "PARAMETERS: embed and head are averaged both or neither: they may be one matrix")
     for name, algorithm, sharded, lr, _, betas, averaged in PARAMETERS:
         row, p = f"PARAMETERS, {name}", as_stack(parameters[name])
         choices = ["rowwise"] if name == "ngrams" else ["adam", "normuon"]
@@ -621,10 +627,10 @@ class World(NamedTuple):
         require(MICRO_BATCHES % size == 0, f"{size} processes do not divide 8 micro-batches: start 1, 2, 4 or 8")
         rank, local_rank = (environment_number(name, 0, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
         local_size = environment_number("LOCAL_WORLD_SIZE", 1, 1, size)
-        gpus = torch.cuda.device_count()  # asks the driver's library: CUDA itself has not begun yet
+        gpus = torch.cuda.device_count()  # by NVML, so that CUDA has not begun yet
         # Not from this process's rank alone: every rank must see it, for rank 0 prints the message.
         told = f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})"
-        require(max(local_rank + 1, local_size) <= (gpus or MICRO_BATCHES), told)
+        require(not gpus or max(local_rank + 1, local_size) <= gpus, told)
         if gpus and local_size > 1:
             # Compiled code names its device. Where each rank sees but one GPU, as number 0, one cache serves all.
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
@@ -632,8 +638,9 @@ class World(NamedTuple):
         if not torch.cuda.is_available():
             check_no_gpu()
             return World(rank, local_rank, size)
-        torch.cuda.init()  # from here on CUDA itself says how many it sees: all, if it had begun before
-        return World(rank, local_rank, size, torch.device("cuda", min(local_rank, torch.cuda.device_count() - 1)))
+        torch.cuda.init()
+        seen = len(torch.cuda.default_generators)  # by CUDA: one, or all if it had begun before
+        return World(rank, local_rank, size, torch.device("cuda", min(local_rank, seen - 1)))
 
     def start(self) -> None:
         """Joins the other processes (NCCL on GPUs, gloo on CPUs). Raises UserError when the launcher is gone."""
@@ -2541,7 +2548,7 @@ class Algorithm:
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor):
         self.row, self.hp, self.p = row, hp, slice
-        self.average = torch.zeros_like(slice, dtype=torch.float32) if row.averaged else None
+        self.average = torch.zeros_like(slice, dtype=torch.float32) if row.averaged and hp.average_frac else None
 
     def reset(self) -> None:
         """Back to before the first step; the n-grams' table, too: it starts at zero, and no copy of it need be kept."""
@@ -2861,6 +2868,8 @@ class Optimizer:
     Head and embedding are tied, though stored twice, up to the Adam step at `untie_step`: the embedding's gradient is
     added to the head's, and after each update the embedding becomes the head's transpose. From then on they learn
     apart, the embedding from a copy of the head's state. With `untie_step` beyond the run's end they stay tied.
+
+    In the last steps average() follows step(): see AVERAGE_EVERY.
     """
 
     def __init__(self, model: GPT, hp: Hyperparameters, world: World, untie_step: int, compile: bool = False):
@@ -2912,7 +2921,7 @@ class Optimizer:
     @torch.no_grad()
     def average(self, weight: float, settle: bool) -> None:
         """Gives the present parameters this weight in their averages, which with `settle` they become."""
-        for slot in (slot for slot in self.slots.values() if slot.row.averaged):
+        for slot in (slot for slot in self.slots.values() if slot.algorithm.average is not None):
             slice, average = slot.communication.slice, slot.algorithm.average
             average.mul_(1 - weight).add_(slice, alpha=weight)
             if settle:
@@ -3354,9 +3363,6 @@ def prefixes_in_words(table: Tensor) -> str:
 # The stages share the scheduled iterations; the extension follows.
 
 
-AVERAGE_EVERY = 4  # steps: the parameters of neighbouring ones are nearly the same
-
-
 class TrainingSchedule:
     """Values by step, counted from 0; a stage has the steps from `starts` to before `ends`."""
 
@@ -3407,7 +3413,10 @@ class TrainingSchedule:
         return high - (high - low) * into_cooldown / self.cooldown if into_cooldown else high
 
     def average_weight(self, step: int) -> float:
-        """What the parameters after `step` weigh in their average: 2 / n after each of n of the last steps, else 0."""
+        """Weight of the parameters after `step` in their running average; 0: none.
+
+        The first of n begins it with 1, the others have 2 / n each.
+        """
         ahead = self.hp.total_steps - 1 - step
         if ahead % AVERAGE_EVERY or ahead >= self.averaged:
             return 0.0
@@ -3499,7 +3508,7 @@ class Trainer:
     checkpoints: those of records/checkpoint.py, for a run that writes any.
     """
 
-    def __init__(self, hp: Hyperparameters, world: World, checkpoints=None):
+    def __init__(self, hp: Hyperparameters, world: World, checkpoints: object = None):
         self.hp, self.world, self.schedule, self.checkpoints = hp, world, TrainingSchedule(hp), checkpoints
         compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
         if hp.deterministic:  # Inductor then times no kernels, and index_put_ is slower
@@ -4047,7 +4056,7 @@ class Watch:
             places = {rank: "silent" if rank in silent else beat[2] for rank, (beat, _) in sorted(self.beats.items())}
             told = "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
             # A rank that does not wait for others. On GPUs no step is waited for: what stands is who reads its end.
-            waiting = "reduced gathered fetch full agree_to_stop step_issued synchronize validate state check_gradients"
+            waiting = "reduced gathered fetch full agree_to_stop step_issued synchronize validate check_gradients"
             last = min(places, key=lambda rank: (rank not in silent, places[rank].split()[0] in waiting.split()))
             self.end(1, self._error(last, f"no step has ended for {self.hang_timeout:g} s (--hang_timeout), {told}"))
 
@@ -4128,8 +4137,8 @@ def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] 
     length = f" (--length={hp.length:g}; momentum {schedule.warmup}, {schedule.cooldown})" if hp.length != 1 else ""
     dtype, products = str(choose_dtype(hp, world)).removeprefix("torch."), "head" if hp.fp8 == "head" else "products"
     return [
-        f"world: {machine}, {world.grad_accum_steps} micro-batches each a step; parameters in {dtype}, "
-        f"{products} in {'FP8' if fp8 else why_not}",
+        f"world: {machine}, {world.grad_accum_steps} micro-batches each a step, joined up to "
+        f"{hp.micro_batch_tokens:,} tokens; parameters in {dtype}, {products} in {'FP8' if fp8 else why_not}",
         f"software: Python {sys.version.split()[0]}, {versions()}",
         f"data: {len(train)} train shards, {train_tokens:,} tokens; "
         f"{hp.val_tokens:,} of {val_tokens:,} validation tokens",
@@ -4148,7 +4157,9 @@ def check_agreement(hp: Hyperparameters, overrides: dict, world: World, shards: 
     facts["--vocabulary's table of prefixes"] = prefixes_in_words(prefix_table(hp))
     facts["--dtype"], facts["--fp8"] = str(choose_dtype(hp, world)), hp.fp8 if use_fp8(hp, world)[0] else "off"
     facts["--run_id"] = overrides.get("run_id", "drawn")
-    facts["train_gpt.py"] = f"sha256 {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"
+    tools = [sys.modules[name].__file__ for name in ("checkpoint", "bench") if name in sys.modules]
+    for path in map(Path, (__file__, *tools)):
+        facts[path.name] = f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
     facts["software"] = versions()
     facts["checkpoint"] = checkpoint and f"step {checkpoint['step']}, {checkpoint['progress']['elapsed']:.3f} ms"
     facts.update({f"{name}, file {i + 1}": shard for name in FILES for i, shard in enumerate(shards[name])})
@@ -4221,7 +4232,7 @@ def main(arguments: list[str]) -> None:
         tool = import_tool(f"--{wanted}", "checkpoint") if wanted else None
         hp, checkpoint, resumed = tool.resume(hp, overrides) if hp.resume else (hp, None, [])
         bench = import_tool("--bench" if hp.bench else "--profile", "bench") if hp.bench or hp.profile else None
-        files = tool.files_of(hp, checkpoint) if checkpoint else files_of(hp)
+        files = tool.files_of_checkpoint(hp, checkpoint) if checkpoint else files_of(hp)
         summary = check_world(hp, world, files) + resumed
         shards = {name: [shard_in_words(path) for path in paths] for name, paths in files.items()}
         if world.rank == 0:

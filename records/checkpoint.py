@@ -29,6 +29,7 @@ import train_gpt
 from train_gpt import (
     FILES,
     MICRO_BATCHES,
+    PARAMETERS,
     PRESETS,
     SETTINGS,
     BetweenSteps,
@@ -51,9 +52,9 @@ from train_gpt import (
 CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, progress=dict, prefixes=str, rows=list)
 CHECKPOINT |= dict(model=dict, optimizer=dict)
 CHECKPOINTS_KEPT = 2
-# What may differ when a run goes on: where things are, and what leaves the mathematics alone.
+# What may differ when a run goes on: where things are, and what leaves the mathematics alone, up to rounding.
 FREE_ON_RESUME = {"resume", "log_dir", "train_files", "val_files", "vocabulary", "checkpoint_every", "save_checkpoint"}
-FREE_ON_RESUME |= {"hang_timeout", "cuda_graphs", "compile"}
+FREE_ON_RESUME |= {"hang_timeout", "cuda_graphs", "compile", "micro_batch_tokens"}
 
 
 def checkpoints_of(run_id: str, folder: Path, suffix: str = "pt") -> list[Path]:
@@ -119,7 +120,7 @@ class Checkpoints:
         """
         hp, step = trainer.hp, progress.step if progress else trainer.hp.total_steps
         path = log.path.with_name(f"{hp.run_id}_step{step:06d}.pt")
-        optimizer = state(trainer.optimizer) if progress else {}
+        optimizer = optimizer_state(trainer.optimizer) if progress else {}
         rows = save_rows(trainer, path, RowAdam.row_states if progress else ("p",))
         if trainer.world.rank:
             return
@@ -155,7 +156,7 @@ def save_rows(trainer: Trainer, path: Path, names: tuple[str, ...]) -> list[tupl
     return [piece for pieces in everyone for piece in pieces]
 
 
-def state(optimizer: Optimizer) -> dict[str, Tensor | int]:
+def optimizer_state(optimizer: Optimizer) -> dict[str, Tensor | int]:
     """Every state as a whole tensor on the CPU of rank 0; every rank must call it."""
     state: dict[str, Tensor | int] = {"tied": int(optimizer.tied)}
     for name, slot in optimizer.slots.items():
@@ -197,6 +198,11 @@ def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperpara
     sound = types_of(content["progress"]) == types_of(vars(Progress())) and [*shards] == FILES
     sound &= all(isinstance(a, list) and a and {*map(type, a)} == {str} for a in shards.values())
     require(sound, f"{path}: its progress or shards are none of this program's")
+    names = map(str, content["optimizer"])
+    averages = {name.removesuffix(".average") for name in names if name.endswith(".average")}
+    averaged = {row.name for row in PARAMETERS if row.averaged and saved.average_frac}
+    told = f"{path}: the run had other averages than the column `averaged` of PARAMETERS says"
+    require(averages == averaged, told)
     for key in overrides.keys() - FREE_ON_RESUME:
         told = f"--{key}={getattr(hp, key)} contradicts the run's {key}={getattr(saved, key)}: leave it away"
         require(getattr(saved, key) == getattr(hp, key), told)
@@ -222,7 +228,7 @@ def types_of(values: dict) -> dict:
     return {name: type(value) for name, value in values.items()}
 
 
-def files_of(hp: Hyperparameters, checkpoint: dict) -> dict[str, list[Path]]:
+def files_of_checkpoint(hp: Hyperparameters, checkpoint: dict) -> dict[str, list[Path]]:
     """Train and validation files: those that the run began with. Raises UserError where one is gone or another."""
     files = train_gpt.files_of(hp)
     for name, shards in checkpoint["shards"].items():
@@ -239,7 +245,7 @@ def restore(trainer: Trainer, checkpoint: dict) -> Progress:
     """Takes a checkpoint's parameters and states, in place, on any number of ranks; returns where the run is."""
     for name, p in trainer.model.named_parameters():
         copy_saved(p, checkpoint["model"].get(name), name)
-    load(trainer.optimizer, checkpoint["optimizer"])
+    load_optimizer(trainer.optimizer, checkpoint["optimizer"])
     own, rank = len(checkpoint["rows"]) // trainer.world.size, trainer.world.rank
     for i, piece in enumerate(checkpoint["rows"][rank * own :][:own]):
         for name in RowAdam.row_states:
@@ -247,8 +253,8 @@ def restore(trainer: Trainer, checkpoint: dict) -> Progress:
     return Progress(**checkpoint["progress"])  # enter_step then moves on to the stage and Yarn's frequencies
 
 
-def load(optimizer: Optimizer, state: dict[str, Tensor | int]) -> None:
-    """Takes what state() gave, in place, as captured graphs hold addresses. Raises UserError if it doesn't fit."""
+def load_optimizer(optimizer: Optimizer, state: dict[str, Tensor | int]) -> None:
+    """Takes optimizer_state()'s, in place, as captured graphs hold addresses. Raises UserError if it doesn't fit."""
     state = dict(state)
 
     def whole_number(name: str) -> int:

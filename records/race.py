@@ -49,7 +49,7 @@ COUNTS = (
     *("num_scheduled_iterations", "num_extension_iterations"),  # these two are the run
     *("muon_momentum_warmup", "muon_momentum_cooldown"),
 )
-RACE_SETS = {"run_id", "log_dir", "seed", "resume", "bench", "profile"}
+RACE_SETS = {"run_id", "log_dir", "seed", "resume", "bench", "profile", "checkpoint_every", "save_checkpoint"}
 FILES = {"train_files", "val_files"}
 DATA = {*FILES, "val_tokens", "val_batch_size"}  # alike for all: given after `--`
 LAST_FAILURE = 2  # then a contestant's other runs are left out

@@ -64,11 +64,11 @@ PLANTED = {
         # Distributed
         ("a rank may be the number of ranks", "environment_number(name, 0, 0, size - 1)",
          "environment_number(name, 0, 0, size)", "test_command_line.py test_ranks_count"),
-        ("only the rank without a GPU sees that it has none", "max(local_rank + 1, local_size) <= (gpus",
-         "local_rank + 1 <= (gpus", "test_command_line.py test_more_processes_than_gpus"),
+        ("only the rank without a GPU sees that it has none", "max(local_rank + 1, local_size) <= gpus",
+         "local_rank + 1 <= gpus", "test_command_line.py test_more_processes_than_gpus"),
         ("takes the GPU of its rank over all hosts", 'visible.split(",")[local_rank]', 'visible.split(",")[rank - 4]',
          "test_command_line.py test_it_takes_its_own_of_the_gpus"),
-        ("takes the first GPU where CUDA sees all", "min(local_rank, torch.cuda.device_count() - 1)", "0",
+        ("takes the first GPU where CUDA sees all", "min(local_rank, seen - 1)", "0",
          "test_command_line.py test_it_takes_its_own_gpu_where_cuda_has_begun"),
         # Kernels
         ("symmetric product: beta is lost in the reference", "else product + beta * addend", "else product + addend",

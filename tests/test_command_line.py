@@ -110,6 +110,13 @@ def test_a_row_of_parameters_that_fails_later_or_has_no_effect_is_refused(monkey
     assert refused() == f"PARAMETERS, {name}: {words}"
 
 
+@pytest.mark.parametrize("name", ["embed", "head"])
+def test_head_and_embedding_are_averaged_both_or_neither(monkeypatch, name):
+    rows = [row._replace(averaged=row.averaged and row.name != name) for row in train_gpt.PARAMETERS]
+    monkeypatch.setattr(train_gpt, "PARAMETERS", rows)
+    assert refused() == "PARAMETERS: embed and head are averaged both or neither: they may be one matrix"
+
+
 @pytest.mark.parametrize("first", [1, 2, 4, 12])
 def test_what_is_sharded_is_shared_by_eight(monkeypatch, first):
     row = train_gpt.Row("p", "adam", sharded=True, lr=(1.0,), wd=0.0, betas=(0.9, 0.99))
@@ -451,6 +458,9 @@ def test_a_run_id_with_a_path_is_refused(run_id):
 def machine(monkeypatch):
     """Sets what torchrun puts into the environment, and how many GPUs there are."""
 
+    def begin(gpus):
+        monkeypatch.setattr(torch.cuda, "default_generators", (None,) * gpus)
+
     def set_up(gpus=0, visible=None, **environment):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.delenv(name, raising=False)
@@ -464,7 +474,7 @@ def machine(monkeypatch):
             return gpus and len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
 
         monkeypatch.setattr(torch.cuda, "device_count", device_count)
-        monkeypatch.setattr(torch.cuda, "init", lambda: None)
+        monkeypatch.setattr(torch.cuda, "init", lambda: begin(device_count()))
 
     return set_up
 
@@ -493,7 +503,8 @@ def test_it_takes_its_own_of_the_gpus_that_the_user_has_chosen(machine):
 
 def test_it_takes_its_own_gpu_where_cuda_has_begun_and_still_sees_all(machine, monkeypatch):
     machine(gpus=2, RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
-    monkeypatch.setattr(torch.cuda, "init", lambda: monkeypatch.setattr(torch.cuda, "device_count", lambda: 2))
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, None))  # NVML says 1 even now
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     assert World.from_environment().device == torch.device("cuda", 1)
 
 

@@ -20,6 +20,7 @@ import sys
 import termios
 import time
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -360,6 +361,17 @@ def test_what_contradicts_the_checkpoint_is_refused_by_name(resume, argument):
         resume(argument)
 
 
+def test_a_run_goes_on_where_fewer_micro_batches_fit(resume):
+    assert resume("--micro_batch_tokens=32")[0].micro_batch_tokens == 32
+
+
+def test_other_averages_are_refused(resume, monkeypatch):
+    rows = [row._replace(averaged=False) for row in train_gpt.PARAMETERS]
+    monkeypatch.setattr(checkpoint, "PARAMETERS", rows)
+    with pytest.raises(train_gpt.UserError, match="had other averages than the column `averaged` of PARAMETERS says"):
+        resume()
+
+
 def test_other_stages_are_refused(resume, monkeypatch):
     stages = train_gpt.PRESETS["smoke"]["stages"]
     monkeypatch.setitem(train_gpt.PRESETS["smoke"], "stages", (stages[0]._replace(lr=2.0), *stages[1:]))
@@ -381,7 +393,7 @@ def test_other_files_than_the_run_began_with_are_refused_by_name(resume, data, t
     setting = name.split("_")[0] + "_files"
     hp, content, _ = resume(f"--{setting}={tmp_path}/other/{setting[:-6]}_*.bin")
     with pytest.raises(train_gpt.UserError, match=f"--{setting}=.*began with another file, {name}, {len(tokens)} tok"):
-        checkpoint.files_of(hp, content)
+        checkpoint.files_of_checkpoint(hp, content)
 
 
 def vocabularies(folder):
@@ -617,9 +629,10 @@ def test_another_source_version_or_data_file_on_a_rank_is_named(agree, data, tmp
     monkeypatch.setattr(train_gpt, "versions", iter(["PyTorch 2.13", "PyTorch 2.11"] * 2).__next__)
     assert "software is PyTorch 2.13 on rank 0" in agree(start_of(hp, data), start_of(hp, data))
     monkeypatch.undo()
-    sources = iter([b"a", b"b"] * 2)
-    monkeypatch.setattr(Path, "read_bytes", lambda path: next(sources))
-    assert "alike: train_gpt.py is sha256 ca97" in agree(start_of(hp, data), start_of(hp, data))
+    for name in ("train_gpt.py", "checkpoint.py"):
+        sources = dict.fromkeys([name], iter([b"a", b"b"] * 2))
+        monkeypatch.setattr(Path, "read_bytes", lambda path, sources=sources: next(sources.get(path.name, repeat(b""))))
+        assert f"alike: {name} is sha256 ca97" in agree(start_of(hp, data), start_of(hp, data))
 
 
 def test_ranks_may_have_the_vocabulary_at_different_places_but_no_other_one(agree, data, tmp_path):

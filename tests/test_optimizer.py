@@ -739,6 +739,6 @@ def test_reset_forgets_everything(dtype):
 )
 def test_states_of_another_program_are_refused_by_name(name, value, words):
     optimizer = optimizer_of(random_model())
-    state = {**checkpoint.state(optimizer), name: value}
+    state = {**checkpoint.optimizer_state(optimizer), name: value}
     with pytest.raises(train_gpt.UserError, match=words):
-        checkpoint.load(optimizer, {key: value for key, value in state.items() if value is not None})
+        checkpoint.load_optimizer(optimizer, {key: value for key, value in state.items() if value is not None})

@@ -270,6 +270,7 @@ def test_a_contestant_is_a_file_a_revision_or_a_log_with_its_settings(tmp_path):
         (["a={toy}", "A={toy}"], "a name of its own"),
         (["a={toy} --pase=1"], "knows no --pase"),
         (["a={toy} --seed=1"], "--seed is the race's to set"),
+        (["a={toy} --save_checkpoint=true"], "--save_checkpoint is the race's to set"),
         (["a={toy} --val_tokens=5"], "give it after --"),
         (["a={toy}.py"], "cannot be read"),
         (["a=nothing-like-this"], "no git revision"),

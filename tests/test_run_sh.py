@@ -54,6 +54,7 @@ def plan(monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "init", lambda: None)
+        monkeypatch.setattr(torch.cuda, "default_generators", (None,) * gpus)
         exec(program, {})
         processes, data = capsys.readouterr().out.split()
         return int(processes), data
