@@ -487,9 +487,10 @@ PLANTED = {
          "fits = stage.tokens % (8 * MICRO_BATCHES) == 0", "test_command_line.py test_what_a_gpu_run_lacks"),
         ("ranks may differ in grad_scale", 'own = ("log_dir", "vocabulary", *FILES)',
          'own = ("log_dir", "vocabulary", "grad_scale", *FILES)', "test_faults.py test_what_differs_between_ranks"),
-        ("ranks may differ in the program",
-         '    facts["train_gpt.py"] = f"sha256 {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"\n', "",
+        ("ranks may differ in the program", "for path in map(Path, (__file__, *tools)):", "for path in map(Path, tools):",
          "test_faults.py test_another_source_version"),
+        ("ranks may differ in the tools", "for path in map(Path, (__file__, *tools)):",
+         "for path in map(Path, (__file__,)):", "test_faults.py test_another_source_version"),
         # main
         ("every rank tells what would run", "if watch.rank == 0:\n                print(import_tool",
          "if True:\n                print(import_tool", "test_describe.py test_of_several_processes"),
