@@ -487,8 +487,8 @@ PLANTED = {
          "fits = stage.tokens % (8 * MICRO_BATCHES) == 0", "test_command_line.py test_what_a_gpu_run_lacks"),
         ("ranks may differ in grad_scale", 'own = ("log_dir", "vocabulary", *FILES)',
          'own = ("log_dir", "vocabulary", "grad_scale", *FILES)', "test_faults.py test_what_differs_between_ranks"),
-        ("ranks may differ in the program", "for path in map(Path, (__file__, *tools)):", "for path in map(Path, tools):",
-         "test_faults.py test_another_source_version"),
+        ("ranks may differ in the program", "for path in map(Path, (__file__, *tools)):",
+         "for path in map(Path, tools):", "test_faults.py test_another_source_version"),
         ("ranks may differ in the tools", "for path in map(Path, (__file__, *tools)):",
          "for path in map(Path, (__file__,)):", "test_faults.py test_another_source_version"),
         # main
