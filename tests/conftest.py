@@ -15,7 +15,8 @@ if not torch.cuda.is_available():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "records")]
 
 
 def pytest_collection_modifyitems(items):

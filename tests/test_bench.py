@@ -12,11 +12,6 @@ from types import SimpleNamespace
 import pytest
 import small_run
 import torch
-
-import train_gpt
-from train_gpt import GPT, LAYERS, Hyperparameters, Log, Trainer, TrainingSchedule, World, find_files, parse_arguments
-
-sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
 from bench import (
     KERNEL_CATEGORIES,
     Bench,
@@ -27,6 +22,9 @@ from bench import (
     kernels_of,
     typical_ms,
 )
+
+import train_gpt
+from train_gpt import GPT, LAYERS, Hyperparameters, Log, Trainer, TrainingSchedule, World, find_files, parse_arguments
 
 # ----------------------------------------------------------------------------------------------------------- counting
 

@@ -458,9 +458,6 @@ def test_a_run_id_with_a_path_is_refused(run_id):
 def machine(monkeypatch):
     """Sets what torchrun puts into the environment, and how many GPUs there are."""
 
-    def begin(gpus):
-        monkeypatch.setattr(torch.cuda, "default_generators", (None,) * gpus)
-
     def set_up(gpus=0, visible=None, **environment):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.delenv(name, raising=False)
@@ -473,8 +470,11 @@ def machine(monkeypatch):
         def device_count():
             return gpus and len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
 
+        def init():
+            monkeypatch.setattr(torch.cuda, "default_generators", (None,) * device_count())
+
         monkeypatch.setattr(torch.cuda, "device_count", device_count)
-        monkeypatch.setattr(torch.cuda, "init", lambda: begin(device_count()))
+        monkeypatch.setattr(torch.cuda, "init", init)
 
     return set_up
 

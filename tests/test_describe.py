@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import describe
 import edit_run
 import numpy as np
 import pytest
@@ -14,9 +15,6 @@ from test_edits import EDITS, edited
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
-
-sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
-import describe
 
 ROOT = Path(train_gpt.__file__).parent
 SMALL = ["--preset=smoke", "--vocab_size=301", "--bos=300", "--ngram_rows=64"]

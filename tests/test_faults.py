@@ -24,17 +24,15 @@ from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoint
 import fault_run
 import pytest
 import small_run
 import torch
+from runlog import read_run
 from small_run import STEPS
 
 import train_gpt
-
-sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
-import checkpoint
-from runlog import read_run
 
 FAULT_RUN = Path(fault_run.__file__).resolve()
 HOST = socket.gethostname()
@@ -630,7 +628,7 @@ def test_another_source_version_or_data_file_on_a_rank_is_named(agree, data, tmp
     assert "software is PyTorch 2.13 on rank 0" in agree(start_of(hp, data), start_of(hp, data))
     monkeypatch.undo()
     for name in ("train_gpt.py", "checkpoint.py"):
-        sources = dict.fromkeys([name], iter([b"a", b"b"] * 2))
+        sources = {name: iter([b"a", b"b"] * 2)}
         monkeypatch.setattr(Path, "read_bytes", lambda path, sources=sources: next(sources.get(path.name, repeat(b""))))
         assert f"alike: {name} is sha256 ca97" in agree(start_of(hp, data), start_of(hp, data))
 

@@ -20,7 +20,6 @@ from shard_files import text_of, write_shard
 
 import train_gpt
 
-sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
 sys.path.insert(0, str(Path(train_gpt.__file__).parent / "data"))
 import shards
 import tokenize_text

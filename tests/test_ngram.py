@@ -5,12 +5,12 @@ As in test_kernels.py, kernels run in Triton's interpreter where there is no GPU
 
 import os
 import shutil
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoint
 import numpy as np
 import pytest
 import small_run
@@ -24,9 +24,6 @@ from test_sample import load_model
 
 import train_gpt
 from train_gpt import Hyperparameters, Log, Progress, Trainer, TrainLoader, UserError, World, find_files
-
-sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
-import checkpoint
 
 CPU = torch.device("cpu")
 C = 24  # not a power of two

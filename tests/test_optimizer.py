@@ -1,10 +1,9 @@
 """The optimizer on a CPU against plain formulas in float64, written independently of it."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoint
 import pytest
 import torch
 from conftest import relative_error, rows_in_use
@@ -24,9 +23,6 @@ from train_gpt import (
     polar_express,
     split_bits,
 )
-
-sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
-import checkpoint
 
 CPU = torch.device("cpu")
 HP = Hyperparameters(

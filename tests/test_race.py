@@ -20,7 +20,6 @@ import pytest
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "records"))
 
 import race  # noqa: E402
 import rerun  # noqa: E402

@@ -3,12 +3,12 @@
 Every other test derives what it expects from the tables, for any number of stages and layers.
 """
 
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
+import describe
 import pytest
 import torch
+from bench import flops_per_token
 
 import train_gpt
 from train_gpt import (
@@ -29,10 +29,6 @@ from train_gpt import (
     Hyperparameters,
     TrainingSchedule,
 )
-
-sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
-import describe
-from bench import flops_per_token
 
 SPEEDRUN = TrainingSchedule(Hyperparameters())
 

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoint
 import numpy as np
 import pytest
 import small_run
@@ -17,9 +18,6 @@ import torch
 
 import train_gpt
 from train_gpt import BetweenSteps, Log, Trainer, UserError, World
-
-sys.path.insert(0, str(Path(train_gpt.__file__).resolve().parent / "records"))
-import checkpoint
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 # Under another name: data/sample.py is a module that other tests import.

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import small_run
 import torch
+from checkpoint import piece_paths, read_pieces
 from conftest import rows_in_use
 
 import train_gpt
@@ -37,9 +38,6 @@ from train_gpt import (
     prefix_table,
     validation_batches,
 )
-
-sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
-from checkpoint import piece_paths, read_pieces
 
 CPU = torch.device("cpu")
 # Nats at steps 0, 5 and 10, the types' rounding, which ten steps magnify differently on each PyTorch and processor;
