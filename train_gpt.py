@@ -15,7 +15,7 @@ Contents, in reading order (search for the banner):
     Kernels           Triton, each beside its reference in plain PyTorch and one switch point
     Model             Yarn, the compiled regions of a layer, GPT
     Optimizer         Adam, NorMuon, Adam by rows, communication, the order of work
-    Data              shards, micro-batches, rows of n-grams, read-ahead, prefixes of tokens
+    Data              shards, micro-batches, rows of n-grams, read-ahead
     Schedule          learning rate, momentum, windows, weights of targets and of averages by step
     Train             warm-up, the loop, validation, the clock
 What never runs on the clock:
@@ -98,7 +98,6 @@ class TrainingStage(NamedTuple):
     lr: float  # learning-rate multiplier; grows about as the square root of the batch
     target_weights: tuple[float, ...]  # multi-token prediction: weight of the 1st, 2nd, 3rd next token at the start ...
     target_weights_end: tuple[float, ...]  # ... and at the end of the stage
-    prefix_weights: tuple[float, float] = (0.0, 0.0)  # of the next token's prefix (see prefix_table), at start and end
     max_seq_len: int = 1 << 30  # documents are cut at this length or at train_max_seq_len, whichever is less
     classes: int = 0  # tokens of the vocabulary in a step's softmax, its targets among them (softmax_classes); 0: all
     untie: bool = False  # head and embedding are one matrix until this stage; if no row says so, to the end
@@ -109,11 +108,9 @@ class TrainingStage(NamedTuple):
 # run ended 0.06 lower. Still smaller ones won little: those of today's last stages 0.004, which half a run lost again.
 # But with them joined micro-batches have one length on one GPU, 65,536 tokens, so that the layers are compiled once.
 STAGES = (
-    # share, tokens, short and long window, lr, multi-token weights at the start and at the end, prefix weights
-    TrainingStage(
-        1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), (0.25, 0.25), max_seq_len=896, classes=12_288
-    ),
-    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), (0.25, 0.0), classes=17_408),
+    # share, tokens, short and long window, lr, multi-token weights at the start and at the end
+    TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), max_seq_len=896, classes=12_288),
+    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), classes=17_408),
     TrainingStage(1.125, 131_072, 5, 11, 1.2, (1.0,), (1.0,), classes=17_408, untie=True),
     TrainingStage(0.375, 131_072, 5, 11, 1.2, (1.0,), (1.0,)),  # all classes, to correct those that were left out
     TrainingStage(None, 131_072, 6, 13, 1.2, (1.0,), (1.0,)),  # at the learning rate lr_end, whatever lr is
@@ -133,7 +130,7 @@ class Layer(NamedTuple):
     narrow: bool = False  # queries and keys half as wide as values: only the half that rotates with the position
     paired: bool = False  # heads interleaved along time in pairs, so that a query sees both heads' keys
     key_offset: bool = False  # the half of a key that does not rotate comes from the previous token
-    value_embed: bool = False  # adds a gated embedding of the token to the values
+    value_embed: bool = False  # adds an embedding of the token to the values, times a head's gate
     xsa: bool = False  # subtracts from attention its part along the token's own value, times tanh of a head's gate
     head_gates: bool = False  # multiplies what each head gives by a gate
     reads: str | None = None  # attention reads this kept output instead of the stream
@@ -146,34 +143,32 @@ class Layer(NamedTuple):
     keep: str | None = None  # the name under which the row's output is kept
 
 
-X0, NGRAMS = dict(x0=0.0), dict(ngrams=0.05)
+X0, NGRAMS, NGRAM_VALUES = dict(x0=0.0), dict(ngrams=0.05), dict(ngrams=0.0)
 LAYERS = (
     Layer(None, adds=NGRAMS, mlp=False, gates=True, keep="start"),  # ahead of the first layer
     Layer("short", narrow=True, paired=True, adds=X0),
-    Layer("short", narrow=True, value_embed=True, xsa=True, adds=X0 | NGRAMS),
-    Layer("short", narrow=True, paired=True, value_embed=True, adds=X0 | NGRAMS),
+    Layer("short", narrow=True, value_embed=True, xsa=True, values=NGRAM_VALUES, adds=X0 | NGRAMS),
+    Layer("short", narrow=True, paired=True, value_embed=True, values=NGRAM_VALUES, adds=X0 | NGRAMS),
     Layer("long", key_offset=True, xsa=True, head_gates=True, adds=X0 | NGRAMS, keep="early"),
     Layer(None, adds=X0 | NGRAMS, gates=True),
     Layer("short", narrow=True, paired=True, adds=X0 | NGRAMS),
     Layer(None, adds=dict(early=0.09)),
     Layer("short", narrow=True, xsa=True, adds=X0 | NGRAMS, keep="middle"),
     # Late layers' attention reads the middle of the model: the stream is by now about the prediction.
-    Layer("short", narrow=True, value_embed=True, reads="middle", adds=X0 | NGRAMS),
+    Layer("short", narrow=True, value_embed=True, reads="middle", values=NGRAM_VALUES, adds=X0 | NGRAMS),
     Layer(None, adds=X0 | NGRAMS, keep="late"),
     Layer("long", key_offset=True, value_embed=True, head_gates=True, reads="middle", gates=True,
-          values=dict(start=0.0, middle=0.0, late=0.0), adds=dict(start=0.0, middle=0.0, late=0.0) | NGRAMS),
+          values=dict(start=0.0, middle=0.0, late=0.0) | NGRAM_VALUES,
+          adds=dict(start=0.0, middle=0.0, late=0.0) | NGRAMS),
     # After the last layer: much of what the middle has put into the stream is subtracted, as in the seed record.
     Layer(None, adds=dict(start=0.0, early=0.0, middle=-0.5, late=0.0), mlp=False, gates=True),
 )  # fmt: skip
-XSA_GATE, HEAD_GATE = 0.0, 0.25  # initial values
+XSA_GATE, HEAD_GATE, VALUE_GATE = 0.0, 0.25, 1.0  # initial values
 NARROW_SCALE = 1.2  # attention's softmax scale in narrow layers, relative to the others
 GATE_HIDDEN, GATE_SCALE = 64, 0.1  # hidden units of a gate network; what its results are multiplied by
-GATE_DIMS = 12  # the gates of smear and value embeddings read the first 12 dimensions of their input
-# An n-gram's hash is the XOR of its tokens, each times a factor, the last token's first. By order: factors for its row
-# in the table, of which each order has an equal part, and for one of SIGN_ROWS rows of fixed random signs that multiply
-# what is found there, so that n-grams in one row still differ. Source: the public speedrun's PRs 299 and 360, 2026.
-NGRAM_FACTORS = {2: ((36313, 27191), (1, 1)), 3: ((17351, 60961, 45259), (58699, 39779, 26801))}
-SIGN_ROWS = 8192
+# By order, the factors of an n-gram's tokens, the last token's first. The XOR of the products is a hash, by which an
+# n-gram has its row in the order's equal part of the table. Source: the public speedrun's PRs 299 and 360, 2026.
+NGRAM_FACTORS = {2: (36313, 27191), 3: (17351, 60961, 45259)}
 
 ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
 VALUE_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.value_embed]
@@ -192,7 +187,6 @@ SCALARS = {
     "out": (len(LAYERS), 1.0, 5.0),  # scale of W_o
     "copy_gain": (1, 1.0, 5.0),  # scale of the scores of copying, see copy_sums
     "copy_sentinel": (1, 15.0, 5.0),  # bias of the score of not copying; its weights are the parameter copy_sentinel
-    "smear": (1, 0.0, 5.0),  # how much of the previous token's embedding is added to a token's
 }
 
 
@@ -214,24 +208,22 @@ class Row(NamedTuple):
 
 
 SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count))
-# Small parameters come first, then tables, whose all-gather overlaps the longest updates, those of the matrices; last
-# n-grams, whose gradients arrive in the meantime.
+# Tables come first: their all-gather overlaps the longest updates, those of the matrices. In the meantime the gradients
+# of small parameters, one short message each, and of n-grams arrive.
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
-    Row("scalars", "adam", False, SCALAR_LRS, 0.0, (0.9, 0.99)),
-    Row("smear_gate", "adam", False, (0.01,), 0.0, (0.9, 0.99)),
-    Row("gate_in", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
-    Row("gate_out", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
-    Row("gate_bias", "adam", False, (0.2,), 0.0, (0.9, 0.99)),
-    Row("value_gates", "adam", False, (1.0,), 1.0, (0.9, 0.99)),
-    Row("copy_qk", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
-    Row("copy_sentinel", "adam", False, (0.05,), 1.0, (0.9, 0.99)),
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95), averaged=True),
     Row("head", "adam", True, (1.0,), 150.0, (0.5, 0.95), averaged=True),
     Row("qk_bank", "normuon", True, (1.0,), 1.0, averaged=True),
     Row("vo_bank", "normuon", True, (1.0,), 1.0, averaged=True),
     Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0, averaged=True),
+    Row("scalars", "adam", False, SCALAR_LRS, 0.0, (0.9, 0.99)),
+    Row("gate_in", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
+    Row("gate_out", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
+    Row("gate_bias", "adam", False, (0.2,), 0.0, (0.9, 0.99)),
+    Row("copy_qk", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
+    Row("copy_sentinel", "adam", False, (0.05,), 1.0, (0.9, 0.99)),
     Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
 )
 # Parameters looked up by token, so that few rows of their gradients are not zero: see Lookup and ShardedRows. By name,
@@ -266,7 +258,7 @@ class Hyperparameters:
     # model
     vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
     bos: int = 50256  # every document begins with this token; GPT-2's <|endoftext|>
-    vocabulary: str = "data/gpt2.tiktoken"  # the other tokens' bytes, for prefixes and n-grams by spelling; "": none
+    vocabulary: str = "data/gpt2.tiktoken"  # the other tokens' bytes, for n-grams by spelling; "": none
     ngram_rows: int = 8_388_608  # half for bigrams, half for trigrams; a half's last: for documents' first tokens
     copy_width: int = 128  # of the queries and keys that find tokens to copy in the document; 0: no copying
     num_heads: int = 6
@@ -279,7 +271,7 @@ class Hyperparameters:
     adam_lr: float = 0.008
     adam_eps: float = 1e-10
     adam_wd: float = 0.005
-    muon_lr: float = 0.023
+    muon_lr: float = 0.028
     muon_wd: float = 1.2
     muon_beta2: float = 0.95
     muon_momentum_warmup: int = 560  # steps from 0.85 to 0.95
@@ -447,8 +439,6 @@ def check_tables(hp: Hyperparameters) -> None:
         require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
         require(first == last > 0, f"{row}: {first} multi-token weights at the start, {last} at the end: as many, > 0")
         require(stage.classes in range(0, 2**20, 16), f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16")
-        told = f"{row}: prefix_weights={stage.prefix_weights}: give two, at the start and at the end, as (0.25, 0.0)"
-        require(isinstance(stage.prefix_weights, tuple) and len(stage.prefix_weights) == 2, told)
     require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
     for name, (count, _, lr) in SCALARS.items():
         least = len(LAYERS) if name in ("attn_resid", "mlp_resid", "mlp_out", "qkv", "out") else 1
@@ -535,7 +525,6 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     require(hp.head_dim in (8, 16, 32, 64, 128), f"--head_dim={hp.head_dim} must be a power of two from 8 to 128")
     told = f"--copy_width={hp.copy_width} must be a power of two from 16 to 128, or 0 not to copy"
     require(hp.copy_width in (0, 16, 32, 64, 128), told)
-    require(hp.model_dim >= GATE_DIMS, f"--num_heads x --head_dim must be at least {GATE_DIMS}")
     told = f"--ngram_rows={hp.ngram_rows} must be a multiple of 16, two halves to shard over ranks, below 2 ** 31"
     require(0 < hp.ngram_rows < 2**31 and hp.ngram_rows % 16 == 0, told)
     told = f"--bos={hp.bos} must be a token, below --vocab_size={hp.vocab_size}, and all tokens fit 16 bits"
@@ -929,8 +918,8 @@ class MLP(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------- softcapped multi-token cross-entropy
-# A position has n targets: next tokens (multi-token prediction, arXiv 2404.19737, 2024) and prefixes. Each direction is
-# one pass over the logits. The cap, in the seed record's form, is after Gemma 2's (arXiv 2408.00118, 2024).
+# A position has n targets, the next tokens (multi-token prediction, arXiv 2404.19737, 2024). Each direction is one pass
+# over the logits. The cap, in the seed record's form, is after Gemma 2's (arXiv 2408.00118, 2024).
 SOFTCAP = (23.0, 5.0, 7.5)  # cap, shift, temperature: z = cap * sigmoid((logit + shift) / temperature)
 
 
@@ -1519,7 +1508,8 @@ class SplitHeads(torch.autograd.Function):
         T, H, D = len(x), num_heads, 2 * cos.size(-1)
         D_QK = (qkv.size(1) // H - D) // 2
         q, k, v = (qkv.new_empty((2 * T, H // 2, d) if paired else (T, H, d)) for d in (D_QK, D_QK, D))
-        inputs = (qkv, value_gate, *((table, rows) if value_gate is not None else (None, None)), cos, sin)
+        gated = (None,) * 3 if value_gate is None else (value_gate.contiguous(), table, rows)
+        inputs = (qkv, *gated, cos, sin)
         inputs += (None, None) if documents is None else tuple(documents)
         ctx.save_for_backward(*((x, weight) if fp8 is None else (x_fp8, fp8_t)), scale, order, *inputs)
         has = dict(KEY_OFFSET=documents is not None, VALUE_EMBED=value_gate is not None)
@@ -1569,10 +1559,6 @@ class Documents(NamedTuple):
     def paired(self) -> "Documents":
         """The same documents where every token has two positions."""
         return Documents(*((2 * t).repeat_interleave(2) for t in self))
-
-    def first(self) -> Tensor:
-        """Whether a position is its document's first, (T,): nothing looks back from there."""
-        return self.starts == torch.arange(len(self.starts), device=self.starts.device)
 
 
 def exclude_own_value(y, v, gates):
@@ -1983,9 +1969,9 @@ class Yarn:
 
 
 def gate_groups(layer: Layer, num_heads: int) -> list[list[float]]:
-    """First values of a layer's gates, in the order of the network's results: for XSA, heads, values, stream."""
-    of_heads = layer.xsa * num_heads * [XSA_GATE], layer.head_gates * num_heads * [HEAD_GATE]
-    return [*of_heads, [*layer.values.values()], [*layer.adds.values()]]
+    """First values of a layer's gates, as the network gives them: XSA, heads, value embedding, values, stream."""
+    of_heads = (layer.xsa, XSA_GATE), (layer.head_gates, HEAD_GATE), (layer.value_embed, VALUE_GATE)
+    return [*(has * num_heads * [first] for has, first in of_heads), [*layer.values.values()], [*layer.adds.values()]]
 
 
 class LayerWeights(NamedTuple):
@@ -2001,7 +1987,6 @@ class LayerWeights(NamedTuple):
     out_lambda: Tensor | None = None
     qkv: Projection | None = None  # pairs of heads of W_q, then of W_k, (H, 2, D, C); W_v (C, C)
     out: Tensor | None = None  # (C, C)
-    value_gate: Tensor | None = None  # (H, 12)
 
 
 def compiler(enabled: bool) -> Callable:
@@ -2039,45 +2024,13 @@ def join(x, mlp_out, w: LayerWeights | None):
     return x if mlp_out is None else (w.mlp_resid * widened(x) + w.mlp_out * mlp_out).to(x.dtype)
 
 
-class Gate(torch.autograd.Function):
-    """sigmoid(x W^T) for x (T, 12), W (heads, 12) -> (T, heads).
-
-    Forward and the gradient of x are sums, which the compiler fuses into the kernels around; cuBLAS takes several slow
-    kernels for so narrow a product. The weight's gradient, 72 sums over all tokens, is better left to cuBLAS.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        out = torch.sigmoid((x[:, None] * weight).sum(-1))
-        ctx.save_for_backward(x, weight, out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad_out):
-        x, weight, out = ctx.saved_tensors
-        grad = grad_out * out * (1 - out)
-        return (grad[:, :, None] * weight).sum(1), grad.T @ x
-
-
-def gate(x, weight):
-    """Gate of the first 12 dimensions of x (T, C)."""
-    return Gate.apply(x[:, :GATE_DIMS], weight)
-
-
-def embed_inputs(x, ngrams, signs, sign_rows, first, smear_lambda, smear_gate):
-    """LAYERS' "x0" and "ngrams", (T, C) each, from embeddings of tokens (T, C) and of n-grams (orders, T, C).
-
-    Smear adds to a token's embedding a gated share of the previous token's, unless a document begins between them
-    (first, (T,)). N-grams' embeddings are multiplied by their rows of signs (orders, T) and summed.
-    """
-    smear = smear_lambda * gate(x[1:], smear_gate)
-    smear = smear.masked_fill(first[1:, None], 0)
-    ngrams = (widened(ngrams) * F.embedding(sign_rows, signs)).sum(0).to(x.dtype)
-    return norm(torch.cat((x[:1], x[1:] + smear * x[:-1]))), ngrams
+def embed_inputs(x, ngrams):
+    """LAYERS' "x0" and "ngrams", (T, C) each, from embeddings of tokens (T, C) and of n-grams (orders, T, C)."""
+    return norm(x), widened(ngrams).sum(0).to(x.dtype)
 
 
 def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias, layers: list[Layer], num_heads: int):
-    """The stream (T, C); of each of `layers` XSA and head gates (T, H), and what to add to values and stream (T, C).
+    """The stream (T, C); of each of `layers` the gates of heads (T, H), and what to add to values and stream (T, C).
 
     None for what a layer lacks. A two-layer network makes the gates from the stream; what is added are sums of the kept
     outputs (by name), each times a gate. All layers' sums are made here, so that in the backward pass one kernel sums
@@ -2097,18 +2050,20 @@ def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias,
     def of_heads(layer_has_them):
         return next(gates) if layer_has_them else None
 
-    return x, [(of_heads(a.xsa), of_heads(a.head_gates), weighed(a.values), weighed(a.adds)) for a in layers]
+    return x, [
+        (of_heads(a.xsa), of_heads(a.head_gates), of_heads(a.value_embed), weighed(a.values), weighed(a.adds))
+        for a in layers
+    ]
 
 
 def normed_input(x, fp8: bool):
-    """The norm of x (T, C); its first 12 dimensions, for value gates; the norm in FP8, or None."""
+    """The norm of x (T, C), and the norm in FP8, or None."""
     normed = norm(x)
-    # The 12 are a copy: a view's gradient would be filled up with zeros to the whole width.
-    return normed, normed[:, :GATE_DIMS].clone(), (normed.detach() / FP8_X).to(torch.float8_e4m3fn) if fp8 else None
+    return normed, (normed.detach() / FP8_X).to(torch.float8_e4m3fn) if fp8 else None
 
 
 def attention_inputs(x, mlp_out, before, normed, w: LayerWeights, narrow: bool):
-    """The stream (x, mlp_out), fields of the layer's Projection to q, k, v, and its value gate (T, H).
+    """The stream (x, mlp_out), and fields of the layer's Projection to q, k, v.
 
     normed: normed_input of the kept output that the layer reads; None: it reads the stream. The fields come as a dict:
     in PyTorch 2.11 a Projection that a compiled function returns loses some.
@@ -2116,14 +2071,13 @@ def attention_inputs(x, mlp_out, before, normed, w: LayerWeights, narrow: bool):
     if normed is None:
         x, mlp_out = join(x, mlp_out, before), None
         normed = normed_input(x, w.qkv.fp8 is not None)
-    normed, for_gate, x_fp8 = normed
+    normed, x_fp8 = normed
     qk, v = w.qkv.weight
     qk = qk[:, :, : qk.size(2) // 2] if narrow else qk
     weight = w.qkv_lambda * torch.cat((qk.flatten(0, 2), v))
     # In FP8 the lambda goes into the weight's scale, so that the weight is the one that layer_weights has converted.
     scale = None if x_fp8 is None else w.qkv_lambda.detach() * FP8_WEIGHT
-    value_gate = None if w.value_gate is None else 2 * gate(for_gate, w.value_gate)
-    return x, mlp_out, dict(weight=weight, scale=scale, x=normed, x_fp8=x_fp8), value_gate
+    return x, mlp_out, dict(weight=weight, scale=scale, x=normed, x_fp8=x_fp8)
 
 
 def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeights, keep: bool):
@@ -2142,16 +2096,13 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
     return (join(x, mlp_out, w), None) if keep else (x, mlp_out)
 
 
-def target_rows(
-    targets: Tensor, left: Tensor, n: int, prefixes: Tensor | None, classes: Tensor | None, vocab_size: int
-) -> Tensor:
-    """n targets of each position, (n, T): next tokens, the nearest first, then with `prefixes` (V,) the first's prefix.
+def target_rows(targets: Tensor, left: Tensor, n: int, classes: Tensor | None, vocab_size: int) -> Tensor:
+    """The n next tokens of each position, (n, T), the nearest first; with `classes` (P,), their indices in these.
 
     The first token behind a position's document is its last target, what comes after is -1, for none; left (T,): how
-    many positions of the document follow. With `classes` (P,), indices into these; a prefix outside them is none, too.
+    many positions of the document follow.
     """
-    ahead = [torch.where(left >= k, targets.roll(-k), -1) for k in range(n - (prefixes is not None))]
-    rows = torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
+    rows = torch.stack([torch.where(left >= k, targets.roll(-k), -1) for k in range(n)])
     if classes is None:
         return rows
     places = torch.full((vocab_size + 1,), -1, dtype=rows.dtype, device=rows.device)
@@ -2168,7 +2119,7 @@ def copy_inputs(x, qk, sentinel_weight, gain, bias):
 
 
 def head_losses(
-    x, head, targets, left, target_weights, prefixes, classes, vocab_size: int, fp8_grad_scale,
+    x, head, targets, left, target_weights, classes, vocab_size: int, fp8_grad_scale,
     sentinel=None, every=None, matching=None,
 ):  # fmt: skip
     """Loss of each position (T,), float32, weighted over its targets, from the last row's output (T, C).
@@ -2176,7 +2127,7 @@ def head_losses(
     head (C, V), or (C, P) with `classes` (P,). sentinel, every, matching (T,): for copying the next token, by the
     formula above copy_scores.
     """
-    targets = target_rows(targets, left, len(target_weights), prefixes, classes, vocab_size)
+    targets = target_rows(targets, left, len(target_weights), classes, vocab_size)
     losses = HeadLoss.apply(norm(x), head, targets, fp8_grad_scale)
     if sentinel is not None:
         first = torch.logaddexp(sentinel, every) - torch.logaddexp(sentinel - losses[0], matching)
@@ -2185,10 +2136,9 @@ def head_losses(
 
 
 class Ngrams(NamedTuple):
-    """Of the n-grams that end with each token the rows of GPT.ngrams and of the table of signs, (orders, T) int32."""
+    """Of the n-grams that end with each token the rows of GPT.ngrams, (orders, T) int32."""
 
     slots: Tensor
-    signs: Tensor
     order: Tensor  # sorts the slots, (orders T,)
 
 
@@ -2213,10 +2163,8 @@ class MicroBatch(NamedTuple):
     @staticmethod
     def of(tensors: list[Tensor]) -> "MicroBatch":
         """The inverse of tensors()."""
-        inputs, targets, starts, ends, slots, signs, slot_order, *order_and_classes = tensors
-        return MicroBatch(
-            inputs, targets, Documents(starts, ends), Ngrams(slots, signs, slot_order), *order_and_classes
-        )
+        inputs, targets, starts, ends, slots, slot_order, *order_and_classes = tensors
+        return MicroBatch(inputs, targets, Documents(starts, ends), Ngrams(slots, slot_order), *order_and_classes)
 
 
 class GPT(nn.Module):
@@ -2239,11 +2187,9 @@ class GPT(nn.Module):
         gates = [[*chain(*of_network)] for of_network in groups]  # first values, by network
         most_gates = max(map(len, gates), default=0)
         self.scalars = parameter(len(SCALAR_LRS), dtype=torch.float32)
-        self.smear_gate = parameter(1, GATE_DIMS)
         self.gate_in = parameter(len(gates), GATE_HIDDEN, C)
         self.gate_out = parameter(len(gates), most_gates, GATE_HIDDEN)
         self.gate_bias = parameter(len(gates), most_gates)
-        self.value_gates = parameter(len(VALUE_LAYERS), H, GATE_DIMS)
         self.copy_qk = parameter(2 * hp.copy_width, C)
         self.copy_sentinel = parameter(min(hp.copy_width, 1), C)
         # A bank stacks matrices that the optimizer makes orthogonal one by one: of each attention layer W_q, then W_k,
@@ -2272,11 +2218,6 @@ class GPT(nn.Module):
             self.value_embeds.normal_(std=0.01)
             self.head.normal_(std=0.005)
             self.embed.copy_(self.head.T)
-        # Drawn on the CPU: the same on every machine, whatever the run's seed
-        drawn = torch.randint(2, (SIGN_ROWS, C), generator=torch.Generator().manual_seed(0))
-        self.register_buffer("signs", (2 * drawn - 1).to(device, dtype), persistent=False)
-        # Filled by Trainer.run, on the clock
-        self.register_buffer("prefixes", torch.full((V,), -1, dtype=torch.int32, device=device), persistent=False)
         most_tokens = max(hp.val_batch_size, *(stage.tokens for stage in hp.stages)) // MICRO_BATCHES
         longest = max(most_tokens, hp.micro_batch_tokens)
         self.yarn = Yarn(hp.head_dim, 2 * longest, device)  # 2: paired heads are interleaved along time
@@ -2327,7 +2268,7 @@ class GPT(nn.Module):
             qkvs_fp8 = iter(self.qkv_fp8_weights())
             grad_scale = FP8_GRAD * fp8_grad_scale
         # By split and unbind, whose backward joins gradients in one pass; indexing would write a bank of zeros a layer.
-        vo, value_gates = self.vo_bank.unbind(), iter(self.value_gates.unbind())
+        vo = self.vo_bank.unbind()
         mlps, outs = iter(self.mlp_bank.unbind()), iter(vo[1::2])
         qkvs = zip(self.pairs_of_heads(), vo[::2], strict=False)
         weights = []
@@ -2340,20 +2281,17 @@ class GPT(nn.Module):
                 qkv = Projection(next(qkvs), *next(qkvs_fp8), grad_scale)
                 w = w._replace(attn_resid=scalars["attn_resid"][i], qkv_lambda=scalars["qkv"][i], qkv=qkv)
                 w = w._replace(out_lambda=scalars["out"][i], out=next(outs))
-            if layer.value_embed:
-                w = w._replace(value_gate=next(value_gates))
             weights.append(w)
         return weights
 
     def forward(
         self, batch: MicroBatch, windows: dict[str, int], target_weights: Tensor, fp8_grad_scale: float | None = None,
-        head_chunk: int | None = None, prefix: bool = False,
+        head_chunk: int | None = None,
     ) -> Tensor:  # fmt: skip
         """Loss of each position, (T,) float32: sum over k of target_weights[k] times the k-th next token's.
 
         windows: tokens, by the names in LAYERS. fp8_grad_scale: None for products in bf16, else the factor by which the
         losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
-        prefix: the last of the weights is that of the next token's prefix.
         """
         scalars = self.named_scalars()
         x = self.output(batch, windows, scalars, fp8_grad_scale)
@@ -2363,7 +2301,7 @@ class GPT(nn.Module):
             q, k, sentinel = self.copying(x, scalars)
             by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
-        args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
+        args = target_weights, batch.classes, len(self.embed), fp8_grad_scale
         losses = []
         chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
         for x_chunk, targets, left, *copying in chunks:
@@ -2382,12 +2320,10 @@ class GPT(nn.Module):
         # value_embeds has one table of V rows after the other: these are 0, V, 2 V, ...
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
         value_rows = iter(batch.inputs + first_rows.int()[:, None])
-        slots, sign_rows, slot_order = batch.ngrams
+        slots, slot_order = batch.ngrams
         ngrams = Lookup.apply(self.ngrams, slots.flatten(), slot_order).unflatten(0, slots.shape)
-        x0, ngrams = self.embed_inputs(
-            Lookup.apply(self.embed, batch.inputs, batch.order), ngrams, self.signs, sign_rows, batch.documents.first(),
-            scalars["smear"][0], self.smear_gate,
-        )  # fmt: skip
+        tokens = Lookup.apply(self.embed, batch.inputs, batch.order)
+        x0, ngrams = self.embed_inputs(tokens, ngrams)
         documents = {False: batch.documents, True: batch.documents.paired()}
         kept, normed, gates = {"x0": x0, "ngrams": ngrams}, {}, None
         networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
@@ -2396,12 +2332,12 @@ class GPT(nn.Module):
             if layer.gates:
                 x, gates = self.gate_network(x, mlp_out, before, kept, *next(networks), self.num_heads)
                 mlp_out, gates = None, iter(gates)
-            xsa, head_gates, added_values, added = next(gates) if gates else (None,) * 4
+            xsa, head_gates, value_gate, added_values, added = next(gates) if gates else (None,) * 5
             y = None
             if layer.window:
                 if layer.reads and layer.reads not in normed:
                     normed[layer.reads] = self.normed_input(kept[layer.reads], w.qkv.fp8 is not None)
-                x, mlp_out, lacking, value_gate = self.attention_inputs(
+                x, mlp_out, lacking = self.attention_inputs(
                     x, mlp_out, before, normed.get(layer.reads), w, layer.narrow
                 )
                 projection = w.qkv._replace(**lacking)
@@ -3092,25 +3028,18 @@ def join_micro_batches(dealt: list[tuple[np.ndarray, np.ndarray]], together: int
         yield [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
-def ngram_hashes(tokens: np.ndarray, starts: np.ndarray, kind: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """By order, of the n-grams that end with each token (T,): hashes, int32, and whether the document lacks tokens.
+def ngram_rows(tokens: np.ndarray, starts: np.ndarray, rows: int) -> np.ndarray:
+    """Rows of the table, (orders, T) int32, of the n-grams that end with each token (T,).
 
-    kind: which factors of NGRAM_FACTORS, 0 for rows, 1 for signs. Products wrap around as int32 does.
+    Of the equal part of an order, the last row is for those that the document lacks tokens for. Products wrap around as
+    int32 does.
     """
     x, before = tokens.astype(np.int32), np.arange(len(tokens)) - starts
-    for order, factors in NGRAM_FACTORS.items():
-        yield reduce(xor, (f * np.roll(x, back) for back, f in enumerate(factors[kind]))), before < order - 1
-
-
-def ngram_rows(tokens: np.ndarray, starts: np.ndarray, rows: int) -> np.ndarray:
-    """Rows of the table, (orders, T) int32: an equal part for each order, its last where the document lacks tokens."""
-    last, hashes = rows // len(NGRAM_FACTORS) - 1, enumerate(ngram_hashes(tokens, starts, 0))
-    return np.stack([np.where(lacks, last, hashed % last) + k * (last + 1) for k, (hashed, lacks) in hashes])
-
-
-def ngram_signs(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Rows of the table of signs, (orders, T) int32; 0 where the document lacks tokens."""
-    return np.stack([(hashed % SIGN_ROWS) * ~lacks for hashed, lacks in ngram_hashes(tokens, starts, 1)])
+    last, found = rows // len(NGRAM_FACTORS) - 1, []
+    for k, (order, factors) in enumerate(NGRAM_FACTORS.items()):
+        hashed = reduce(xor, (f * np.roll(x, back) for back, f in enumerate(factors)))
+        found.append(np.where(before < order - 1, last, hashed % last) + k * (last + 1))
+    return np.stack(found)
 
 
 class Exchange(NamedTuple):
@@ -3168,8 +3097,7 @@ def make_micro_batches(
     slots, (*indices, taken, given) = exchange_rows([np.concatenate(r, 1) for r in rows], world.rank, places)
     own, batches = joined[world.rank], []
     for arrays, part in zip(own, np.split(slots, len(own), 1), strict=True):
-        arrays += [part, ngram_signs(canonical[arrays[0]], arrays[2])]
-        arrays += [sorting_order(a) if learns else a[:0].ravel() for a in (part, arrays[0])]
+        arrays += [part, *(sorting_order(a) if learns else a[:0].ravel() for a in (part, arrays[0]))]
         batches.append(MicroBatch.of([*to_device(arrays, world.device), *classes]))
     return batches, Exchange(*to_device(indices, world.device), taken, given)
 
@@ -3179,8 +3107,8 @@ def make_micro_batch(
 ) -> MicroBatch:
     """A micro-batch for a model that has all `rows` of the n-grams' table; tokens and ends as in join_micro_batches."""
     arrays = inputs, _, starts, _ = next(join_micro_batches([(tokens, ends)], 1))
-    slots, signs = ngram_rows(canonical[inputs], starts, rows), ngram_signs(canonical[inputs], starts)
-    return MicroBatch.of(to_device([*arrays, slots, signs, sorting_order(slots), sorting_order(inputs)], device))
+    slots = ngram_rows(canonical[inputs], starts, rows)
+    return MicroBatch.of(to_device([*arrays, slots, sorting_order(slots), sorting_order(inputs)], device))
 
 
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
@@ -3302,7 +3230,7 @@ def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
         return {}
     paths = [folder / hp.vocabulary for folder in (ROOT, Path(__file__).resolve().parent)]
     path, ids, number = next((path for path in paths if path.exists()), paths[0]), {}, 0
-    remedy = "--vocabulary= takes the file that the data was tokenized with, or nothing, for no prefix loss"
+    remedy = "--vocabulary= takes the file that the data was tokenized with, or nothing, for n-grams of tokens"
     try:
         with open(path, "rb") as file:
             lines = file.read(1 << 24).splitlines()  # 16 MB; GPT-2's has 0.8
@@ -3337,23 +3265,9 @@ def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
     return canonical
 
 
-def prefix_table(hp: Hyperparameters) -> Tensor:
-    """(V,) int32: for each token its prefix, the longest shorter token with which its bytes begin; -1 for none.
-
-    As targets, prefixes teach a token's first letters, which other tokens share. Source: the public speedrun's PR 337.
-    """
-    ids, prefixes = read_vocabulary(hp), [-1] * hp.padded_vocab
-    for token, i in ids.items():
-        prefix = token[:-1]
-        while prefix and prefix not in ids:
-            prefix = prefix[:-1]
-        prefixes[i] = ids.get(prefix, -1)
-    return torch.tensor(prefixes, dtype=torch.int32)
-
-
-def prefixes_in_words(table: Tensor) -> str:
-    """A checksum, by which a run that goes on knows its vocabulary in any folder; "none" without prefixes."""
-    return f"sha256 {hashlib.sha256(table.cpu().numpy().data).hexdigest()[:16]}" if (table >= 0).any() else "none"
+def vocabulary_in_words(hp: Hyperparameters) -> str:
+    """A checksum of what is made of the vocabulary, by which a run that goes on knows it in any folder."""
+    return f"sha256 {hashlib.sha256(canonical_tokens(hp).data).hexdigest()[:16]}"
 
 
 # ======================================================================================================================
@@ -3423,14 +3337,11 @@ class TrainingSchedule:
         return 1.0 if ahead + AVERAGE_EVERY >= self.averaged else min(1.0, 2 * AVERAGE_EVERY / self.averaged)
 
     def target_weights(self, step: int) -> list[float]:
-        """Weights of the next tokens, then of the prefix if the stage has one; linear over the steps of a stage."""
+        """Weights of the next tokens; linear over the steps of a stage."""
         i = self.stage_index(step)
         t = (step - self.starts[i]) / max(self.ends[i] - self.starts[i], 1)
         stage = self.hp.stages[i]
-        pairs = [*zip(stage.target_weights, stage.target_weights_end, strict=True)]
-        if self.hp.vocabulary and any(stage.prefix_weights):
-            pairs.append(stage.prefix_weights)
-        return [a + (b - a) * t for a, b in pairs]
+        return [a + (b - a) * t for a, b in zip(stage.target_weights, stage.target_weights_end, strict=True)]
 
     def windows(self, step: int) -> dict[str, int]:
         """Attention windows in tokens, by the names in LAYERS."""
@@ -3539,8 +3450,7 @@ class Trainer:
 
     def micro_step(self, step: int, batch: MicroBatch, target_weights: Tensor) -> None:
         """Forward and backward of one micro-batch; adds to the gradients."""
-        prefix = len(target_weights) > len(self.schedule.stage(step).target_weights)
-        losses = self.model(batch, self.schedule.windows(step), target_weights, self.fp8_grad_scale, prefix=prefix)
+        losses = self.model(batch, self.schedule.windows(step), target_weights, self.fp8_grad_scale)
         (losses.sum() * self.grad_scale).backward()
 
     def add_gradients(self, step: int, batch: StepBatch) -> None:
@@ -3626,7 +3536,6 @@ class Trainer:
             dist.barrier()  # the slowest to compile must be ready before the clock starts
         between = BetweenSteps(self, log, val_batches, now, watch or Watch())  # starts the clock
         between.at(now.step)
-        self.model.prefixes.copy_(prefix_table(self.hp))
         for step, batch in enumerate(batches, now.step):
             self.enter_step(step)
             self.add_gradients(step, batch)
@@ -4154,7 +4063,7 @@ def check_agreement(hp: Hyperparameters, overrides: dict, world: World, shards: 
     """Rank 0's run_id. Raises UserError, alike on all ranks, that names what they were not started alike with."""
     own = ("log_dir", "vocabulary", *FILES)  # a host's
     facts = {f"--{name}": getattr(hp, name) for name in SETTINGS if name not in own}
-    facts["--vocabulary's table of prefixes"] = prefixes_in_words(prefix_table(hp))
+    facts["--vocabulary's tokens"] = vocabulary_in_words(hp)
     facts["--dtype"], facts["--fp8"] = str(choose_dtype(hp, world)), hp.fp8 if use_fp8(hp, world)[0] else "off"
     facts["--run_id"] = overrides.get("run_id", "drawn")
     tools = [sys.modules[name].__file__ for name in ("checkpoint", "bench") if name in sys.modules]

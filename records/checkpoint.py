@@ -43,13 +43,12 @@ from train_gpt import (
     Watch,
     World,
     check_hyperparameters,
-    prefix_table,
-    prefixes_in_words,
     require,
     shard_in_words,
+    vocabulary_in_words,
 )
 
-CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, progress=dict, prefixes=str, rows=list)
+CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, progress=dict, vocabulary=str, rows=list)
 CHECKPOINT |= dict(model=dict, optimizer=dict)
 CHECKPOINTS_KEPT = 2
 # What may differ when a run goes on: where things are, and what leaves the mathematics alone, up to rounding.
@@ -127,7 +126,7 @@ class Checkpoints:
         settings = {name: getattr(hp, name) for name in SETTINGS}
         content = dict(step=step, hyperparameters=settings, stages=[tuple(stage) for stage in hp.stages])
         content.update(shards=self.shards, progress=vars(progress) if progress else {})
-        content.update(prefixes=prefixes_in_words(trainer.model.prefixes), rows=[checksum for checksum, _ in rows])
+        content.update(vocabulary=vocabulary_in_words(hp), rows=[checksum for checksum, _ in rows])
         content.update(model=dict(trainer.model.state_dict()), optimizer=optimizer)
         errors = [error for _, error in rows if error]
         error = errors[0] if errors else try_to_write(path, content)[1]
@@ -207,8 +206,8 @@ def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperpara
         told = f"--{key}={getattr(hp, key)} contradicts the run's {key}={getattr(saved, key)}: leave it away"
         require(getattr(saved, key) == getattr(hp, key), told)
     hp = replace(saved, run_id=run_id, **{key: getattr(hp, key) for key in {"log_dir", *overrides} & FREE_ON_RESUME})
-    told = f"--vocabulary={hp.vocabulary}: its prefixes are not those that the run began with"
-    require(prefixes_in_words(prefix_table(hp)) == content["prefixes"], f"{told}, of {saved.vocabulary!r}")
+    told = f"--vocabulary={hp.vocabulary}: its tokens are not those that the run began with, of {saved.vocabulary!r}"
+    require(vocabulary_in_words(hp) == content["vocabulary"], told)
     return hp, content, [*lines, f"resumed at step {content['step']} from {path}"]
 
 

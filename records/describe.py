@@ -100,7 +100,7 @@ def forward_flop(run: Run, windows: dict[str, int], classes: int) -> dict[str, i
         flop[f"attention, {name} windows"] = round(2 * widths * C * (windows[name] + 1))
     flop["MLP"] = 2 * len(program.MLP_LAYERS) * p["mlp_bank"][0].numel()
     hidden = len(p["gate_in"]) * C + sum(gates_of(run, network) for network in program.NETWORK_LAYERS)
-    flop["gates"] = 2 * (program.GATE_HIDDEN * hidden + p["smear_gate"].numel() + p["value_gates"].numel())
+    flop["gates"] = 2 * program.GATE_HIDDEN * hidden
     if hp.copy_width:
         flop["copying's projections"] = 2 * (p["copy_qk"].numel() + p["copy_sentinel"].numel())
         flop["copying, scores"] = hp.copy_width * (hp.train_max_seq_len - 1)
@@ -125,7 +125,6 @@ def states_bytes(run: Run, size: int) -> dict[str, int]:
         held = (getattr(slot.algorithm, state) for state in slot.algorithm.states)
         own = whole // size if slot.row.sharded else whole
         states += own * total_bytes(state for state in held if isinstance(state, Tensor))
-    signs = run.train_gpt.SIGN_ROWS * run.hp.model_dim * run.dtype.itemsize
     yarn = run.train_gpt.Yarn(run.hp.head_dim, 1, torch.device("cpu"))  # of one position; of twice the longest's, GPT's
     positions = 2 * max(*run.micro_batches(1), run.hp.val_batch_size // run.train_gpt.MICRO_BATCHES)
     return {
@@ -134,7 +133,7 @@ def states_bytes(run: Run, size: int) -> dict[str, int]:
         "states of the optimizer": states,
         "rows of n-grams, with their states": run.hp.ngram_rows // size * row,
         "those of a step, with their gradients": looked_up * total_bytes((ngrams.p, ngrams.p.grad)),
-        "angles and signs": positions * total_bytes((yarn.cos, yarn.sin, yarn.position)) + signs,
+        "angles": positions * total_bytes((yarn.cos, yarn.sin, yarn.position)),
     }
 
 
@@ -496,7 +495,6 @@ def curves_of(run: Run) -> dict[str, list[Line]]:
         Line(f"token {k + 1} ahead", [w[k] if k < n else None for w, n in zip(weights, counts, strict=True)])
         for k in most
     ]
-    prefixes = [w[n] if n < len(w) else None for w, n in zip(weights, counts, strict=True)]
     return {
         "learning rate, times each parameter's own": [Line("", [*map(schedule.lr, steps)])],
         "momentum of NorMuon": [Line("", [*map(schedule.momentum, steps)])],
@@ -505,7 +503,7 @@ def curves_of(run: Run) -> dict[str, list[Line]]:
             *(Line(kind, [at[kind] for at in windows], window) for kind, window in final.items()),
             Line("documents are cut at", [schedule.size(step)[1] for step in steps]),
         ],
-        "weights of the loss": targets + ([Line("prefix", prefixes)] if any(prefixes) else []),
+        "weights of the loss": targets,
     }
 
 
