@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from checks import check_hyperparameters, prefixes_in_words, shard_in_words
+from guard import Watch
 from torch import Tensor
 
 import train_gpt
@@ -41,7 +42,6 @@ from train_gpt import (
     RowAdam,
     Trainer,
     UserError,
-    Watch,
     World,
     prefix_table,
     require,

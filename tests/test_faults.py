@@ -27,6 +27,7 @@ from types import SimpleNamespace
 import checkpoint
 import checks
 import fault_run
+import guard
 import pytest
 import small_run
 import torch
@@ -710,7 +711,7 @@ def test_the_vocabulary_is_read_on_the_clock_where_a_file_system_that_stalls_cou
     small_run.write_text(tmp_path)
     hp = small_run.small_hyperparameters(tmp_path, val_steps=(0,))
     trainer, log = train_gpt.Trainer(hp, train_gpt.World()), train_gpt.Log(hp, train_gpt.World())
-    watch = train_gpt.Watch()
+    watch = guard.Watch(train_gpt)
     train, val = (train_gpt.find_files(getattr(hp, name)) for name in train_gpt.FILES)
     monkeypatch.setattr(train_gpt, "prefix_table", read)
     with pytest.raises(Read):
@@ -752,11 +753,11 @@ def test_where_rank_0_is_gone_its_reason_goes_into_its_log_but_makes_no_other(tm
         def wait(self, keys, timeout):
             raise RuntimeError("timed out")
 
-    watch, path = train_gpt.Watch(), tmp_path / "run.txt"
+    watch, path = guard.Watch(train_gpt), tmp_path / "run.txt"
     watch.rank, watch.store, watch.log = 1, Store(), train_gpt.SimpleNamespace(path=path)
     if there:
         path.write_text("step:1/10\n")
-    monkeypatch.setattr(train_gpt.os, "_exit", lambda status: None)
+    monkeypatch.setattr(os, "_exit", lambda status: None)
     watch.end(1, "rank 0 is gone")
     assert (path.read_text() if path.exists() else None) == ("step:1/10\nrank 0 is gone\n" if there else None)
 
@@ -812,7 +813,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_a_terminal_that_can_t_take_a_line_drops_it(output):
-    terminal = train_gpt.Terminal(OUTPUTS[output]())
+    terminal = guard.Terminal(OUTPUTS[output]())
     begin = time.monotonic()
     for _ in range(200):
         print("x" * 1000, file=terminal, flush=True)
@@ -821,7 +822,7 @@ def test_a_terminal_that_can_t_take_a_line_drops_it(output):
 
 def test_a_terminal_shows_letters_that_it_lacks_as_escapes_and_goes_on_when_it_is_read_again(tmp_path):
     ours, theirs = os.pipe()
-    terminal = train_gpt.Terminal(os.fdopen(theirs, "w", encoding="ascii"))
+    terminal = guard.Terminal(os.fdopen(theirs, "w", encoding="ascii"))
     print("größe \udcff", file=terminal)
     assert os.read(ours, 1 << 20) == b"gr\\xf6\\xdfe \\udcff\n"
     print("x" * (1 << 17), file=terminal)  # more than fits
