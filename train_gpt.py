@@ -3771,16 +3771,18 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
 class Unguarded:
     """In place of records/guard.py's Watch where this file is a copy without it: nothing is watched."""
 
-    rank = 0
+    rank, stop = 0, ""
+
+    def ignore(self, *_) -> None:
+        """What the Watch would take note of."""
+
+    start = join = follow = at = pause = close = ignore
 
     def fail(self, error: BaseException) -> None:
         """What the user can put right in one line, all else in Python's own way."""
         if isinstance(error, UserError):
             sys.exit(f"train_gpt.py: error: {error}")
         raise error
-
-    def __getattr__(self, name: str) -> Callable:
-        return lambda *_: None  # what the Watch would be told
 
 
 def main(arguments: list[str]) -> None:
