@@ -78,7 +78,7 @@ def plan(arguments):
     hp, overrides = train_gpt.parse_arguments(arguments, has_gpu=world.on_gpu)
     train_gpt.choose_dtype(hp, world)
     own_data = {"train_files", "val_files"} & overrides.keys()
-    tool = train_gpt.import_tool("--resume", "checkpoint") if hp.resume else None
+    tool = train_gpt.import_tool("checkpoint", "--resume") if hp.resume else None
     resumes = hp.resume and (hp.resume != "auto" or tool.checkpoints_of(hp.run_id, Path(hp.log_dir)))
     return processes, "none" if own_data or resumes else Path(hp.train_files).parent.name
 

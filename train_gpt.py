@@ -11,7 +11,7 @@ H100s). What was measured of this file as it is today stands in README.md and re
 
 Contents, in reading order (search for the banner):
     Hyperparameters   the tables a speedrunner edits: numbers, stages, layers, learned scalars and parameters
-    Distributed       who am I among the processes
+    Distributed       who am I among the processes; the types that my device computes in
     Kernels           Triton, each beside its reference in plain PyTorch and one switch point
     Model             Yarn, the compiled regions of a layer, GPT
     Optimizer         Adam, NorMuon, Adam by rows, communication, the order of work
@@ -20,10 +20,8 @@ Contents, in reading order (search for the banner):
     Train             warm-up, the loop, validation, the clock
 What never runs on the clock:
     Log               the run's log file and the terminal
-    Watch             signals, hangs, the failures of other ranks: one message, and no process left
-    World check       everything that can be wrong, found in two seconds
     main              a run from its arguments to its end
-Checkpoints, --bench, --profile, --describe and the sample of text stand in records/.
+The checks, checkpoints, --bench, --profile, --describe and the sample of text stand in records/.
 
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
 """
@@ -39,14 +37,9 @@ import gc
 import hashlib
 import importlib
 import math
-import select
-import shutil
-import signal
 import socket
 import sys
-import threading
 import time
-import traceback
 import unicodedata
 import uuid
 import zlib
@@ -83,7 +76,7 @@ ROOT = Path(os.path.expanduser(os.environ.get("DATA_PATH") or Path(__file__).res
 # Hyperparameters
 # ======================================================================================================================
 # First the tables, one row for each stage, layer, kind of scalar and parameter, then every other number of a run. To
-# add one is to add a row; rows that could not work are refused, in words, by the checks at the end.
+# add one is to add a row; rows that could not work are refused, in words, by records/checks.py.
 
 MICRO_BATCHES = 8  # in every step, dealt out to the ranks: 1, 2, 4 or 8 GPUs compute the same gradient
 
@@ -367,6 +360,18 @@ def require(condition: object, message: str) -> None:
         raise UserError(message)
 
 
+def import_tool(name: str, argument: str = "") -> ModuleType | None:
+    """A module of records/. Where this file is a copy without it: None, or UserError if an argument takes it."""
+    path = Path(__file__).resolve().parent / "records" / f"{name}.py"
+    if not path.is_file():
+        require(not argument, f"{argument} takes {path}, which is not there: run the train_gpt.py of a whole checkout")
+        return None
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # as __main__ it would be loaded a second time
+    return importlib.import_module(name)
+
+
 def parse_arguments(
     arguments: list[str], has_gpu: bool, gpu_memory: float = math.inf
 ) -> tuple[Hyperparameters, dict[str, object]]:
@@ -392,7 +397,8 @@ def parse_arguments(
     hp = replace(hp, run_id=hp.run_id or hp.resume or str(uuid.uuid4()))
     if gpu_memory < 52 and "micro_batch_tokens" not in overrides:
         hp = replace(hp, micro_batch_tokens=min(hp.micro_batch_tokens, 32_768))
-    check_hyperparameters(hp)
+    if checks := import_tool("checks"):
+        checks.check_hyperparameters(sys.modules[__name__], hp)
     return hp, overrides
 
 
@@ -422,129 +428,11 @@ def parse_value(name: str, text: str) -> object:
         raise UserError(f"--{name}={text}: expected {expected}") from None
 
 
-def check_tables(hp: Hyperparameters) -> None:
-    """Raises UserError for rows of the tables above that would fail later, or have no effect."""
-    shares = [stage.share for stage in hp.stages]
-    told = "STAGES ends with the extension, whose share is None, after one or more rows that have one"
-    require(len(shares) > 1 and shares[-1] is None and None not in shares[:-1], told)
-    require(sum(stage.untie for stage in hp.stages) <= 1, "STAGES: head and embedding untie in one row only")
-    for number, stage in enumerate(hp.stages, 1):
-        row, weights = f"STAGES, row {number}", (stage.target_weights, stage.target_weights_end)
-        require(all(isinstance(w, tuple) for w in weights), f"{row}: multi-token weights are tuples, of one as (1.0,)")
-        first, last = map(len, weights)
-        require(stage.share is None or 0 < stage.share < math.inf, f"{row}: share={stage.share} must be positive")
-        told = f"{row}: tokens={stage.tokens} must be a multiple of {MICRO_BATCHES}, the micro-batches of a step"
-        require(stage.tokens > 0 and stage.tokens % MICRO_BATCHES == 0, told)
-        require(min(stage.short_window, stage.long_window) > 0, f"{row}: a window has at least 1 block")
-        require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
-        require(first == last > 0, f"{row}: {first} multi-token weights at the start, {last} at the end: as many, > 0")
-        require(stage.classes in range(0, 2**20, 16), f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16")
-    require(len(FINAL_WINDOWS) == 2 and min(FINAL_WINDOWS) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
-    for name, (count, _, lr) in SCALARS.items():
-        least = len(LAYERS) if name in ("attn_resid", "mlp_resid", "mlp_out", "qkv", "out") else 1
-        told = f"SCALARS, {name}: it takes at least {least}, and a number as learning-rate multiplier"
-        require(count >= least and isinstance(lr, int | float), told)
-    for_attention = ("narrow", "paired", "key_offset", "value_embed", "xsa", "head_gates", "reads", "values")
-    kept, weighed = {"x0", "ngrams"}, set()
-    for i, layer in enumerate(LAYERS):
-        row, attention = f"LAYERS, row {i}", any(getattr(layer, name) for name in for_attention)
-        require(layer.window in ("short", "long", None), f"{row}: window is 'short', 'long' or None")
-        require(layer.window or not attention, f"{row}: {', '.join(for_attention)} are for layers with a window")
-        told = f"{row}: key_offset takes the half of a key that does not turn, which narrow ones lack"
-        require(not (layer.narrow and layer.key_offset), told)
-        for gates in (layer.values, layer.adds):
-            told = f"{row}: values and adds take names with their gates at the start, as dict(x0=0.0)"
-            require(isinstance(gates, dict) and all(isinstance(gate, int | float) for gate in gates.values()), told)
-        gated = layer.xsa or layer.head_gates or layer.values or layer.adds
-        weighed = {*kept} if layer.gates else weighed
-        require(not gated or weighed, f"{row}: its gates take a network: give this row or an earlier one gates=True")
-        for name in (*layer.values, *layer.adds):
-            told = f"{row}: {name!r} is not kept ahead of the network of its gates: keep it earlier, or give gates=True"
-            told += f"; it weighs {', '.join(sorted(weighed))}"
-            require(name in weighed, told)
-        require(layer.reads is None or layer.reads in kept, f"{row}: reads={layer.reads!r} is kept by no earlier row")
-        require(layer.keep not in kept, f"{row}: the name {layer.keep!r} is taken")
-        kept |= {layer.keep} - {None}
-
-
-def check_parameters(parameters: dict[str, Tensor]) -> None:
-    """Raises UserError unless PARAMETERS has one row for each, which works on 1 to 8 ranks; empty ones need none."""
-    rows = [row.name for row in PARAMETERS]
-    model = [name for name, p in parameters.items() if p.numel() or name in rows]
-    odd = [name for name in sorted({*rows, *model}) if rows.count(name) != model.count(name)]
-    told = (f"{name} has {rows.count(name)}" if name in model else f"{name} is none" for name in odd)
-    require(not odd, f"PARAMETERS takes one row for each of the model's parameters: {', '.join(told)}")
-    tied = {row.averaged for row in PARAMETERS if row.name in ("embed", "head")}
-    require(len(tied) < 2, "PARAMETERS: embed and head are averaged both or neither: they may be one matrix")
-    for name, algorithm, sharded, lr, _, betas, averaged in PARAMETERS:
-        row, p = f"PARAMETERS, {name}", as_stack(parameters[name])
-        choices = ["rowwise"] if name == "ngrams" else ["adam", "normuon"]
-        require(algorithm in choices, f"{row}: algorithm is {' or '.join(map(repr, choices))}")
-        require(isinstance(lr, tuple) and lr, f"{row}: lr={lr} is no tuple, as (1.0,)")
-        pair = isinstance(betas, tuple) and len(betas) == 2
-        require(pair or algorithm != "adam", f"{row}: adam takes betas, as (0.9, 0.99)")
-        told = f"{row}: rowwise is sharded and takes one lr and betas of which the first is 0, as (0.0, 0.95)"
-        require((pair and betas[0] == 0 and sharded and len(lr) == 1) or algorithm != "rowwise", told)
-        require(betas is None or algorithm != "normuon", f"{row}: normuon takes no betas")
-        require(not averaged or algorithm != "rowwise", f"{row}: rowwise has no average")
-        told = f"{row}: normuon is for banks of matrices, this has the shape {tuple(p.shape)}"
-        require(p.dim() == 3 or algorithm != "normuon", told)
-        told = f"{row}: sharded, but its first dimension {len(p)} does not divide by {MICRO_BATCHES}, the most ranks"
-        require(not sharded or len(p) % MICRO_BATCHES == 0, told)
-
-
-def check_hyperparameters(hp: Hyperparameters) -> None:
-    """Raises UserError for values that could only fail later."""
-    check_tables(hp)
-    require(0 < hp.micro_batch_tokens <= 2**20, f"--micro_batch_tokens={hp.micro_batch_tokens}: from 1 to 2 ** 20")
-    positive = "num_scheduled_iterations train_max_seq_len val_tokens val_batch_size num_heads window_block adam_eps"
-    for name in (*positive.split(), "grad_scale"):
-        require(getattr(hp, name) > 0, f"--{name}={getattr(hp, name)} must be positive")
-    not_negative = "num_extension_iterations val_loss_every checkpoint_every hang_timeout adam_lr adam_wd muon_lr"
-    not_negative += " muon_wd lr_end muon_momentum_warmup muon_momentum_cooldown mlp_ratio"
-    for name in not_negative.split():
-        require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
-    require(0 <= hp.muon_beta2 < 1, f"--muon_beta2={hp.muon_beta2} must be in [0, 1)")
-    require(hp.hang_timeout <= 1e9, f"--hang_timeout={hp.hang_timeout} must be at most 1e9; 0 is never")
-    require(-(2**63) <= hp.seed < 2**64, f"--seed={hp.seed} must be from -2**63 to 2**64 - 1")
-    require(hp.bench_steps >= 4, f"--bench_steps={hp.bench_steps} must be at least 4: the first two are not timed")
-    require(0 < hp.cooldown_frac <= 1, f"--cooldown_frac={hp.cooldown_frac} must be in (0, 1]")
-    require(0 <= hp.average_frac <= 1, f"--average_frac={hp.average_frac} must be in [0, 1]")
-    require(0 < hp.length <= 100, f"--length={hp.length:g} must be in (0, 100]")
-    require(hp.total_steps < 1_000_000, f"{hp.total_steps} steps: names of checkpoints have room for 999,999")
-    for step in hp.val_steps:
-        require(0 <= step <= hp.total_steps, f"--val_steps: the run ends after step {hp.total_steps}, before {step}")
-    schedule = TrainingSchedule(hp)
-    for number, (start, end) in enumerate(zip(schedule.starts[:-1], schedule.ends, strict=False), 1):
-        told = f"no step of {schedule.scheduled} falls to row {number} of STAGES: raise its share"
-        require(start < end, f"{told}, --num_scheduled_iterations or --length")
-    told = f"--val_tokens must be a multiple of --val_batch_size={hp.val_batch_size}"
-    require(hp.val_tokens % hp.val_batch_size == 0, told)
-    require(hp.val_batch_size % MICRO_BATCHES == 0, f"--val_batch_size must be a multiple of {MICRO_BATCHES}")
-    require(hp.num_heads in range(2, 1025, 2), f"--num_heads={hp.num_heads} must be even, for pairs, at most 1024")
-    require(hp.head_dim in (8, 16, 32, 64, 128), f"--head_dim={hp.head_dim} must be a power of two from 8 to 128")
-    told = f"--copy_width={hp.copy_width} must be a power of two from 16 to 128, or 0 not to copy"
-    require(hp.copy_width in (0, 16, 32, 64, 128), told)
-    told = f"--ngram_rows={hp.ngram_rows} must be a multiple of 16, two halves to shard over ranks, below 2 ** 31"
-    require(0 < hp.ngram_rows < 2**31 and hp.ngram_rows % 16 == 0, told)
-    told = f"--bos={hp.bos} must be a token, below --vocab_size={hp.vocab_size}, and all tokens fit 16 bits"
-    require(0 <= hp.bos < hp.vocab_size <= 65536, told)
-    choices_of = dict(dtype="auto bfloat16 float32", fp8="auto head off", cuda_graphs="auto off", compile="auto on off")
-    for name, choices in choices_of.items():
-        require(getattr(hp, name) in choices.split(), f"--{name}={getattr(hp, name)}: choose one of {choices}")
-    for name in ("run_id", "resume"):
-        value = getattr(hp, name)
-        require(Path(value).name == value, f"--{name}={value} names files: it must not contain a path")
-    check_parameters(GPT(hp, torch.device("meta"), torch.float32).tensors())
-
-
 # ======================================================================================================================
 # Distributed
 # ======================================================================================================================
 # One process a GPU. torchrun starts them and says in the environment which is which; they meet in its key-value store.
 
-INSTALL = "pip install -r requirements.txt"
-NVIDIA_DEVICE = Path("/dev/nvidiactl")  # exists where a process may use a GPU
 UNDER_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher is this process's parent
 
 
@@ -561,21 +449,6 @@ def launcher_address() -> tuple[str, int]:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         require(os.environ.get(name), f"{name} is missing in the environment: start several processes with torchrun")
     return os.environ["MASTER_ADDR"], environment_number("MASTER_PORT", 0, 1, 65535)
-
-
-def check_no_gpu() -> None:
-    """Raises UserError where there is a GPU that PyTorch can't use: a run on the CPU instead is not what was wanted."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1") or not NVIDIA_DEVICE.exists():
-        return
-    why, remedy = "this PyTorch is built without CUDA", INSTALL
-    if torch.version.cuda:
-        remedy = f"install a driver for CUDA {torch.version.cuda} or newer (nvidia-smi shows the present one)"
-        try:
-            torch.cuda.init()
-            why = "no device is found"
-        except Exception as error:  # the driver's own words
-            why = " ".join(str(error).split())[:200]
-    raise UserError(f"PyTorch can't use this host's GPU ({why}): {remedy}; CUDA_VISIBLE_DEVICES= runs on the CPU")
 
 
 def keep_freed_memory() -> None:
@@ -625,7 +498,8 @@ class World(NamedTuple):
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
             os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank]
         if not torch.cuda.is_available():
-            check_no_gpu()
+            if checks := import_tool("checks"):
+                checks.check_no_gpu(sys.modules[__name__])
             return World(rank, local_rank, size)
         torch.cuda.init()
         seen = len(torch.cuda.default_generators)  # by CUDA: one, or all if it had begun before
@@ -654,6 +528,23 @@ class World(NamedTuple):
         """Leaves the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def choose_dtype(hp: Hyperparameters, world: World) -> torch.dtype:
+    """Type of parameters and activations."""
+    name = hp.dtype if hp.dtype != "auto" else "bfloat16" if world.on_gpu else "float32"
+    require(name != "float32" or not world.on_gpu, "--dtype=float32: attention on a GPU takes bfloat16")
+    return getattr(torch, name)
+
+
+def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
+    """Whether training's products, or the head's alone, run in FP8; if not, what they run in and why."""
+    if hp.fp8 == "off":
+        return False, "the parameters' type (--fp8=off)"
+    if not world.on_gpu:
+        return False, "the parameters' type (no GPU)"
+    major, minor = torch.cuda.get_device_capability(world.device)
+    return (major, minor) >= (8, 9), f"bf16 (compute capability {major}.{minor} has no FP8, it takes 8.9)"
 
 
 # ======================================================================================================================
@@ -2810,7 +2701,6 @@ class Optimizer:
 
     def __init__(self, model: GPT, hp: Hyperparameters, world: World, untie_step: int, compile: bool = False):
         compiled, parameters = compiler(compile), model.tensors()
-        check_parameters(parameters)
         cache = model.embed.new_zeros(ngram_slots(hp, world), hp.model_dim)
         model.ngrams = parameters["ngrams"] = cache.requires_grad_()
         # Empty parameters, such as value_embeds where no layer has them, are left out.
@@ -2924,13 +2814,6 @@ def read_header(path: Path) -> int:
     told = f"{path}: the header promises {tokens} tokens, the file holds {(size - HEADER_BYTES) // 2}; {FETCH}"
     require(size == HEADER_BYTES + 2 * tokens, told)
     return tokens
-
-
-def shard_in_words(path: Path) -> str:
-    """Name, length and a checksum, by which a run that goes on knows its shards in any folder."""
-    with open(path, "rb") as file:
-        beginning = hashlib.sha256(file.read(1 << 16)).hexdigest()[:8]
-    return f"{path.name}, {read_header(path)} tokens, its beginning {beginning}"
 
 
 def file_state(path: Path) -> tuple[int, int] | None:
@@ -3265,11 +3148,6 @@ def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
     return canonical
 
 
-def vocabulary_in_words(hp: Hyperparameters) -> str:
-    """A checksum of what is made of the vocabulary, by which a run that goes on knows it in any folder."""
-    return f"sha256 {hashlib.sha256(canonical_tokens(hp).data).hexdigest()[:16]}"
-
-
 # ======================================================================================================================
 # Schedule
 # ======================================================================================================================
@@ -3534,7 +3412,7 @@ class Trainer:
         batches = TrainLoader(train_paths, sizes, self.hp, self.world, now.position)
         if self.world.size > 1:
             dist.barrier()  # the slowest to compile must be ready before the clock starts
-        between = BetweenSteps(self, log, val_batches, now, watch or Watch())  # starts the clock
+        between = BetweenSteps(self, log, val_batches, now, watch or Unguarded())  # starts the clock
         between.at(now.step)
         for step, batch in enumerate(batches, now.step):
             self.enter_step(step)
@@ -3569,7 +3447,7 @@ class Trainer:
 class BetweenSteps:
     """What happens between two steps of a run: lines in the log, validations, checkpoints, the end after a signal."""
 
-    def __init__(self, trainer: Trainer, log: "Log", val_batches: ValidationBatches, now: Progress, watch: "Watch"):
+    def __init__(self, trainer: Trainer, log: "Log", val_batches: ValidationBatches, now: Progress, watch: "Unguarded"):
         self.trainer, self.hp, self.log, self.val_batches, self.watch = trainer, trainer.hp, log, val_batches, watch
         self.now, self.begin, self.clock = now, now.step, Clock(trainer.world.device, now.elapsed)
 
@@ -3661,34 +3539,6 @@ def synchronize(device: torch.device) -> None:
 # and loses nothing; the terminal shows the same lines as far as it can.
 
 
-class Terminal:
-    """Standard output or error as a run needs it: the log is the record, and what a terminal can't take is dropped.
-
-    Its disk may be full, its reader gone or stopped, the terminal closed; letters that it lacks become \\u escapes.
-    """
-
-    PATIENCE = 1.0  # seconds that a reader may take; one that has taken longer is not waited for again
-
-    def __init__(self, stream):
-        self.stream, self.patience = stream or open(os.devnull, "w"), self.PATIENCE  # noqa: SIM115 - for the whole run
-
-    def write(self, text: str) -> int:
-        """Past Python's buffer, which could fail at any later moment, such as the end."""
-        data = text.encode(self.stream.encoding, "backslashreplace")
-        with suppress(OSError, ValueError):
-            while data:
-                ready = select.select([], [self.stream.fileno()], [], self.patience)[1]
-                self.patience = self.PATIENCE if ready else 0.0
-                data = data[os.write(self.stream.fileno(), data[: select.PIPE_BUF]) :] if ready else b""
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing waits."""
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-
 class Log:
     """The log file, and the same lines on the terminal, but that a bar shows the steps there; only rank 0 writes."""
 
@@ -3773,6 +3623,37 @@ def versions() -> str:
     return f"PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}, Triton {triton_version}"
 
 
+def ngram_gib(hp: Hyperparameters, world: World) -> tuple[float, float]:
+    """What n-grams take of each rank, in GiB: the table with the optimizer's two numbers a row, and a step's rows."""
+    wide = hp.model_dim * choose_dtype(hp, world).itemsize
+    return hp.ngram_rows * (wide + 8) / world.size / 2**30, ngram_slots(hp, world) * (wide + 4 * hp.model_dim) / 2**30
+
+
+def summary(hp: Hyperparameters, world: World, files: dict[str, list[Path]]) -> list[str]:
+    """What runs, and on what: the lines that records/runlog.py reads. Raises UserError for a file that is no shard."""
+    schedule, (train, val) = TrainingSchedule(hp), files.values()
+    train_tokens, val_tokens = (sum(map(read_header, paths)) for paths in (train, val))
+    machine, (table, cache), (fp8, why_not) = f"{world.size} x CPU", ngram_gib(hp, world), use_fp8(hp, world)
+    if world.on_gpu:
+        free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(world.device))
+        name = torch.cuda.get_device_properties(world.device).name
+        machine = f"{world.size} x {name}, {free:.0f} of {whole:.0f} GiB free"
+    total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
+    length = f" (--length={hp.length:g}; momentum {schedule.warmup}, {schedule.cooldown})" if hp.length != 1 else ""
+    dtype, products = str(choose_dtype(hp, world)).removeprefix("torch."), "head" if hp.fp8 == "head" else "products"
+    return [
+        f"world: {machine}, {world.grad_accum_steps} micro-batches each a step, joined up to "
+        f"{hp.micro_batch_tokens:,} tokens; parameters in {dtype}, {products} in {'FP8' if fp8 else why_not}",
+        f"software: Python {sys.version.split()[0]}, {versions()}",
+        f"data: {len(train)} train shards, {train_tokens:,} tokens; "
+        f"{hp.val_tokens:,} of {val_tokens:,} validation tokens",
+        f"run: {hp.run_id}, {hp.total_steps} steps{length}, {total:,} tokens "
+        f"({total / train_tokens:.2f} of the train files)",
+        f"n-grams: {hp.ngram_rows:,} rows, which take {table:.2f} GiB of each rank; those of a step {cache:.2f}",
+        f"stages: begin at steps {' '.join(map(str, schedule.starts))}",
+    ]
+
+
 def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> None:
     """The source that runs, the versions, the GPUs and the overrides: what it takes to repeat the run."""
     from subprocess import getoutput
@@ -3794,341 +3675,42 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
 
 
 # ======================================================================================================================
-# Watch
-# ======================================================================================================================
-# While the main thread is in a collective or waits for a GPU, it runs no Python, not even a signal's handler. So a
-# second thread looks after signals and the other ranks, and ends the process itself: one message, and nobody is left.
-
-
-class Watch:
-    """A thread that notices what the main thread can't while it waits for a GPU, a file or another rank.
-
-    Ranks meet in the launcher's key-value store, to which each keeps a connection of its own. There every rank leaves
-    a beat twice a second: its time, its host and where its main thread is. There also stands the run's end,
-    an exit status and one message: the first rank to write it says it, all others follow.
-    """
-
-    TICK, SILENT, PATIENCE = 0.5, 5.0, 8.0  # seconds; a rank is silent when its beat has stood still for so long
-
-    def __init__(self):
-        rank = os.environ.get("RANK", "0")
-        self.rank, self.size, self.host = int(rank) if rank.isdecimal() else 0, 1, socket.gethostname()
-        self.log: Log | None = None
-        self.launcher = os.getppid() if UNDER_TORCHRUN else None
-        self.store = None
-        self.step: int | None = None  # steps done, on the clock
-        self.stop = ""  # the signal that asked for an end at the next checkpoint
-        self.can_stop, self.hang_timeout, self.moved = False, math.inf, math.inf
-        self.doubt: float | None = None  # since when something is known to be wrong, perhaps another rank's fault
-        self.verdict: tuple | None = None  # the end, if no rank turns out to be silent
-        self.beats = {self.rank: (["", self.host, ""], 0.0)}  # by rank: its last beat, and when it came
-        self.ending, self.closed = threading.Lock(), False
-
-    def start(self) -> None:
-        """From now on signals end the process whatever the main thread is waiting for."""
-        self.signals, self.writer = socket.socketpair()
-        self.writer.setblocking(False)
-        signal.set_wakeup_fd(self.writer.fileno())
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
-                signal.signal(number, lambda *_: None)
-        self.thread = threading.Thread(target=self._run, daemon=True, name="watch")
-        self.thread.start()
-
-    def join(self, world: World) -> None:
-        """Meets the other ranks; after World.start."""
-        self.size = world.size
-        if world.size > 1:
-            store = dist.TCPStore(*launcher_address(), is_master=False, timeout=timedelta(seconds=20))
-            self.store = dist.PrefixStore(f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-    def follow(self, hp: Hyperparameters) -> None:
-        """From now on as the hyperparameters say, which are the same on all ranks."""
-        self.can_stop, self.hang_timeout = hp.checkpoint_every > 0, hp.hang_timeout or math.inf
-
-    def at(self, step: int) -> None:
-        """The main thread has come to this step."""
-        self.moved, self.step = time.monotonic(), step
-
-    def pause(self) -> None:
-        """Until the next `at` it may take as long as it likes: validation, a checkpoint."""
-        self.moved = math.inf
-
-    def fail(self, error: BaseException) -> None:
-        """Ends all processes with the error's message. It does not return."""
-        details = "" if isinstance(error, UserError) else traceback.format_exc()
-        end = 1, self._error(self.rank, reason_of(error)), details
-        if self.store and isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            self.verdict, self.doubt = end, time.monotonic()  # perhaps another rank is gone: the thread finds out
-            threading.Event().wait()
-        if self.rank and not self.store:
-            # torchrun ends all processes as soon as one has ended: rank 0, which finds the same, must speak first.
-            # Still alive after that, this rank is the only one to know.
-            time.sleep(10)
-        self.end(*end)
-
-    def end(self, status: int, message: str, details: str = "") -> None:
-        """Ends all processes: the message comes once, and last in the log. It does not return."""
-        self.ending.acquire()  # for good: one thread ends the process
-        message = message.encode(errors="replace").decode()  # a file's name may hold bytes that are no text
-        speaker = self.rank if status == 1 else 0  # where there is no store
-        try:
-            if self.store:
-                try:
-                    word = self.store.compare_set("end", "", f"{status} {self.rank} {message}").decode()
-                    status, speaker, message = word.split(" ", 2)
-                    status, speaker = int(status), int(speaker)
-                except RuntimeError:  # the store is gone
-                    self.store = None
-            message = message if speaker != self.rank else details + message
-            if self.rank == 0 and self.log:
-                self.log.write(message, console=False)
-                self.log.close()
-                if self.store:
-                    self.store.set("logged", "")
-            if speaker == self.rank:
-                print(message, file=sys.stderr, flush=True)
-            if 0 != self.rank == speaker and self.store:
-                try:
-                    self.store.wait(["logged"], timedelta(seconds=3))
-                except RuntimeError:  # rank 0 is gone
-                    if self.log.path.exists():  # on another host it may not
-                        with open(self.log.path, "a", encoding="utf-8") as file:
-                            print(message, file=file)
-            if self.rank == 0 and self.store and status == 1:
-                time.sleep(2 * self.TICK)  # the store may end with this process or its launcher: all shall have read it
-        finally:
-            os._exit(status)  # without waiting for threads that wait for a file system, or a GPU for a rank
-
-    def close(self) -> None:
-        """The run has ended well. The thread must not be inside the store when Python ends."""
-        self.closed = True
-        self.writer.send(b"\0")
-        self.thread.join()
-
-    def _error(self, rank: int, reason: str) -> str:
-        at = "" if self.step is None else f"at step {self.step}"  # others wait in the step in which a rank is gone
-        where = f"rank {rank} on {self.beats[rank][0][1]} {at}".rstrip() if self.size > 1 else at
-        return f"train_gpt.py: error: {where}{': ' if where else ''}{reason}"
-
-    def _place(self) -> str:
-        """Where the main thread is: the innermost function that is not a library's."""
-        frame = sys._current_frames()[threading.main_thread().ident]
-        while frame.f_back and any(f"/{part}/" in frame.f_code.co_filename for part in ("site-packages", "lib")):
-            frame = frame.f_back
-        return f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
-
-    def _run(self) -> None:
-        lost = None  # since when the store is
-        while not self.closed:
-            try:
-                if select.select([self.signals], [], [], self.TICK)[0] and not self.closed:
-                    self._signalled(signal.Signals(self.signals.recv(1)[0]))
-                self._tick(time.monotonic())
-                lost = None
-            except RuntimeError:  # its process is gone, or the run ends at this moment
-                lost = lost or time.monotonic()
-                if time.monotonic() - lost > self.SILENT and not self.closed:
-                    self.end(1, self._error(self.rank, "the launcher or rank 0 is gone"))
-
-    def _signalled(self, number: signal.Signals) -> None:
-        at = f" at step {self.step}" if self.step is not None else ""
-        end = 128 + number, f"train_gpt.py: {number.name}: ended{at}" + (f"; log: {self.log.path}" if self.log else "")
-        self.stop = number.name
-        if number != signal.SIGINT and self.can_stop and self.step is not None:
-            end = None  # at the next checkpoint
-        elif number == signal.SIGINT or self.size == 1:
-            self.end(*end)
-        # Perhaps for another rank's death: torchrun signals those that are left.
-        self.doubt, self.verdict = self.doubt or time.monotonic(), self.verdict or end
-
-    def _tick(self, now: float) -> None:
-        if self.launcher and os.getppid() != self.launcher:
-            self.end(1, self._error(self.rank, "the launcher is gone"))
-        self.beats[self.rank] = [str(now), self.host, self._place()], now
-        if self.store:
-            if self.store.check(["end"]):
-                self.end(1, "")
-            self.store.set(f"beat{self.rank}", "\n".join(self.beats[self.rank][0]))
-            keys = [f"beat{rank}" for rank in range(self.size)]
-            for rank, text in enumerate(self.store.multi_get(keys) if self.store.check(keys) else ()):
-                beat = text.decode().split("\n")
-                if rank not in self.beats or beat != self.beats[rank][0]:
-                    self.beats[rank] = beat, now
-        silent = [rank for rank, (_, when) in self.beats.items() if now - when > self.SILENT]
-        if self.doubt and silent:
-            reason = f"the process is gone or stopped: no sign of life for {self.SILENT:.0f} s"
-            self.end(1, self._error(silent[0], reason))
-        if self.doubt and self.verdict and now - self.doubt > self.PATIENCE:
-            self.end(*self.verdict)
-        if now - self.moved > self.hang_timeout:
-            places = {rank: "silent" if rank in silent else beat[2] for rank, (beat, _) in sorted(self.beats.items())}
-            told = "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
-            # A rank that does not wait for others. On GPUs no step is waited for: what stands is who reads its end.
-            waiting = "reduced gathered fetch full agree_to_stop step_issued synchronize validate check_gradients"
-            last = min(places, key=lambda rank: (rank not in silent, places[rank].split()[0] in waiting.split()))
-            self.end(1, self._error(last, f"no step has ended for {self.hang_timeout:g} s (--hang_timeout), {told}"))
-
-
-def reason_of(error: BaseException) -> str:
-    """An exception in one line, with the remedy where it is known."""
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        remedy = "fewer tokens in STAGES, a smaller --val_batch_size, or end what else uses the device's memory"
-        return f"out of memory: {text[:300]} Remedies: {remedy}"
-    return f"{type(error).__name__}: {text[:500]}"
-
-
-# ======================================================================================================================
-# World check
-# ======================================================================================================================
-# What would fail after minutes of compiling, or on one rank while others wait, is found here first and put in words.
-
-OLDEST_GPU = 8  # compute capability 8.0: bfloat16 in Triton
-KERNEL_SHARED_MEMORY = 213_032  # bytes, of linear_relu2 backward on Hopper; older GPUs' pipelines take less
-
-
-def check_world(hp: Hyperparameters, world: World, files: dict[str, list[Path]] | None = None) -> list[str]:
-    """Everything that can be found wrong in two seconds; returns the lines that sum it up. Raises UserError."""
-    require(torch.__version__ >= "2.11", f"PyTorch {torch.__version__}: 2.11 or newer is needed: {INSTALL}")
-    schedule, (train, val) = TrainingSchedule(hp), (files or files_of(hp)).values()
-    shard_tokens = [read_header(path) for path in train]
-    train_tokens, val_tokens = sum(shard_tokens), sum(map(read_header, val))
-    told = f"{val_tokens} validation tokens, the run needs val_tokens + 1 = {hp.val_tokens + 1}; {FETCH}"
-    require(val_tokens > hp.val_tokens, f"{val[0]} ...: {told}, or lower --val_tokens")
-    for path in (*train, *val):  # a taste; the loader checks every token of what it reads
-        read_tokens(path, hp.vocab_size, limit=1_000_000)
-    read_vocabulary(hp)
-    largest_step, largest_shard = max(stage.tokens for stage in hp.stages), max(shard_tokens)
-    told = f"{largest_shard} train tokens in the largest shard, a step takes {largest_step}; {FETCH}"
-    require(largest_shard >= largest_step + MICRO_BATCHES, f"{train[0]} ...: {told}")  # a step never crosses shards
-    fp8, why_not = use_fp8(hp, world)
-    for number, stage in enumerate(hp.stages, 1):  # cuBLAS takes rows of 16 bytes and multiples, of tokens too
-        told = f"{stage.tokens} tokens a step; products in FP8 take multiples of {16 * MICRO_BATCHES}"
-        fits = stage.tokens % (16 * MICRO_BATCHES) == 0
-        require(fits or not fp8, f"STAGES, row {number}: {told}: change the table, or give --fp8=off")
-    widest = round((448 * (FP8_HEAD_X if hp.fp8 == "head" else FP8_X)) ** 2)  # no number of a normed row is larger
-    told = f"width {hp.model_dim}: FP8 in the layers is made for widths up to {widest}: give --fp8=head, or --fp8=off"
-    require(not fp8 or hp.model_dim <= widest, told)
-    wide, slots = hp.model_dim * choose_dtype(hp, world).itemsize, ngram_slots(hp, world)
-    row = (wide + 8) / world.size / 2**30  # GiB of each rank, with the optimizer's two numbers
-    table, cache = hp.ngram_rows * row, slots * (wide + 4 * hp.model_dim) / 2**30
-    machine, notes = f"{world.size} x CPU", []
-    if world.on_gpu:
-        require(hasattr(triton, "__version__"), f"Triton is missing, the kernels need it: {INSTALL}")
-        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-        require(compiler, "Triton needs a C compiler, there is none: apt install gcc python3-dev")
-        require(world.size == 1 or dist.is_nccl_available(), f"no NCCL, which several GPUs need: {INSTALL}, on Linux")
-        gpu = torch.cuda.get_device_properties(world.device)
-        told = f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}: the kernels take {OLDEST_GPU}.0 or newer"
-        require(gpu.major >= OLDEST_GPU, told)
-        shared = getattr(gpu, "shared_memory_per_block_optin", KERNEL_SHARED_MEMORY)
-        told = f"{gpu.name} has {shared} bytes of shared memory a multiprocessor, the kernels' tiles take up to "
-        told += f"{KERNEL_SHARED_MEMORY}: lower BLOCK_N in linear_relu2_triton and the tiles of attention"
-        require(gpu.major < 9 or shared >= KERNEL_SHARED_MEMORY, told)
-        free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(world.device))
-        machine = f"{world.size} x {gpu.name}, {free:.0f} of {whole:.0f} GiB free"
-        # Measured for the speedrun's model beside its n-grams: 5.8 GiB whatever the batch, 25.8 with 49,152 tokens,
-        # 27.2 with bf16 layers.
-        sizes = {stage.tokens // MICRO_BATCHES for stage in hp.stages}
-        largest = max(size * micro_batches_together(size, hp, world) for size in sizes)
-        needed = cache + 5.8 + 21.4 * largest / 49_152 * hp.model_dim / 768
-        rows = int((free - needed) / row) // 16 * 16
-        told = f"--ngram_rows={hp.ngram_rows}: they take {table:.1f} GiB of each rank, {free:.0f} are free and about "
-        told += f"{needed:.0f} are needed for all else: give --ngram_rows={rows}, or use more GPUs"
-        require(table + cache < free or rows < 16, told)
-        remedy = "lower --micro_batch_tokens or the tokens in STAGES"
-        told = f"note: about {needed + table:.0f} GiB are needed, {free:.0f} are free: {remedy}"
-        notes = [told] if free < needed + table else []
-    total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
-    length = f" (--length={hp.length:g}; momentum {schedule.warmup}, {schedule.cooldown})" if hp.length != 1 else ""
-    dtype, products = str(choose_dtype(hp, world)).removeprefix("torch."), "head" if hp.fp8 == "head" else "products"
-    return [
-        f"world: {machine}, {world.grad_accum_steps} micro-batches each a step, joined up to "
-        f"{hp.micro_batch_tokens:,} tokens; parameters in {dtype}, {products} in {'FP8' if fp8 else why_not}",
-        f"software: Python {sys.version.split()[0]}, {versions()}",
-        f"data: {len(train)} train shards, {train_tokens:,} tokens; "
-        f"{hp.val_tokens:,} of {val_tokens:,} validation tokens",
-        f"run: {hp.run_id}, {hp.total_steps} steps{length}, {total:,} tokens "
-        f"({total / train_tokens:.2f} of the train files)",
-        f"n-grams: {hp.ngram_rows:,} rows, which take {table:.2f} GiB of each rank; those of a step {cache:.2f}",
-        f"stages: begin at steps {' '.join(map(str, schedule.starts))}",
-        *notes,
-    ]
-
-
-def check_agreement(hp: Hyperparameters, overrides: dict, world: World, shards: dict, checkpoint: dict | None) -> str:
-    """Rank 0's run_id. Raises UserError, alike on all ranks, that names what they were not started alike with."""
-    own = ("log_dir", "vocabulary", *FILES)  # a host's
-    facts = {f"--{name}": getattr(hp, name) for name in SETTINGS if name not in own}
-    facts["--vocabulary's tokens"] = vocabulary_in_words(hp)
-    facts["--dtype"], facts["--fp8"] = str(choose_dtype(hp, world)), hp.fp8 if use_fp8(hp, world)[0] else "off"
-    facts["--run_id"] = overrides.get("run_id", "drawn")
-    tools = [sys.modules[name].__file__ for name in ("checkpoint", "bench") if name in sys.modules]
-    for path in map(Path, (__file__, *tools)):
-        facts[path.name] = f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-    facts["software"] = versions()
-    facts["checkpoint"] = checkpoint and f"step {checkpoint['step']}, {checkpoint['progress']['elapsed']:.3f} ms"
-    facts.update({f"{name}, file {i + 1}": shard for name in FILES for i, shard in enumerate(shards[name])})
-    everyone: list = [None] * world.size
-    dist.all_gather_object(everyone, (socket.gethostname(), hp.run_id, facts))
-    (host, run_id, first), told = everyone[0], {}
-    for rank, (there, _, others) in enumerate(everyone):
-        for name in (name for name in first | others if first.get(name) != others.get(name)):
-            differs = f"{first.get(name)} on rank 0 ({host}), {others.get(name)} on rank {rank} ({there})"
-            told.setdefault(name, f"{name} is {differs}")
-    require(not told, f"the processes were not started alike: {'; '.join([*told.values()][:4])}")
-    return run_id
-
-
-def choose_dtype(hp: Hyperparameters, world: World) -> torch.dtype:
-    """Type of parameters and activations."""
-    name = hp.dtype if hp.dtype != "auto" else "bfloat16" if world.on_gpu else "float32"
-    require(name != "float32" or not world.on_gpu, "--dtype=float32: attention on a GPU takes bfloat16")
-    return getattr(torch, name)
-
-
-def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
-    """Whether training's products, or the head's alone, run in FP8; if not, what they run in and why."""
-    if hp.fp8 == "off":
-        return False, "the parameters' type (--fp8=off)"
-    if not world.on_gpu:
-        return False, "the parameters' type (no GPU)"
-    major, minor = torch.cuda.get_device_capability(world.device)
-    return (major, minor) >= (8, 9), f"bf16 (compute capability {major}.{minor} has no FP8, it takes 8.9)"
-
-
-# ======================================================================================================================
 # main
 # ======================================================================================================================
-# Check, log, meet the other ranks, warm up, run. Whatever is raised on the way ends in Watch.fail, as one line.
+# Check, log, meet the other ranks, warm up, run. Whatever is raised on the way ends in one line, by records/guard.py.
 
 
-def import_tool(argument: str, name: str) -> ModuleType:
-    """The module of records/ that an argument takes. Raises UserError where this file is a copy without it."""
-    path = Path(__file__).resolve().parent / "records" / f"{name}.py"
-    require(path.is_file(), f"{argument} takes {path}, which is not there: run the train_gpt.py of a whole checkout")
-    sys.path.insert(0, str(path.parent))
-    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # as __main__ it would be loaded a second time
-    return importlib.import_module(name)
+class Unguarded:
+    """In place of records/guard.py's Watch where this file is a copy without it: nothing is watched."""
+
+    rank, stop = 0, ""
+
+    def ignore(self, *_) -> None:
+        """What the Watch would take note of."""
+
+    start = join = follow = at = pause = close = ignore
+
+    def fail(self, error: BaseException) -> None:
+        """What the user can put right in one line, all else in Python's own way."""
+        if isinstance(error, UserError):
+            sys.exit(f"train_gpt.py: error: {error}")
+        raise error
 
 
 def main(arguments: list[str]) -> None:
     """A whole run; or, for --bench and --profile, a look at its steps, and for --describe at what would run."""
-    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
-    if {"-h", "--help"} & {*arguments}:
-        print(help_text())
-        return
-    begin = time.perf_counter()
-    watch = Watch()
+    begin, program, guard = time.perf_counter(), sys.modules[__name__], import_tool("guard")
+    watch = guard.Watch(program) if guard else Unguarded()
     watch.start()
     try:
+        if {"-h", "--help"} & {*arguments}:
+            print(help_text())
+            watch.close()
+            return
         if {"--describe", "--describe=true", "--describe=1"} & {argument.lower() for argument in arguments}:
             hp, _ = parse_arguments(arguments, has_gpu=True)  # the speedrun's unless told: it is looked at elsewhere
             if watch.rank == 0:
-                print(import_tool("--describe", "describe").text(sys.modules[__name__], hp))
+                print(import_tool("describe", "--describe").text(program, hp))
             watch.close()
             return
         world = World.from_environment()
@@ -4138,25 +3720,31 @@ def main(arguments: list[str]) -> None:
             keep_freed_memory()
         hp, overrides = parse_arguments(arguments, world.on_gpu, world.gpu_memory)
         wanted = next((name for name in ("resume", "checkpoint_every", "save_checkpoint") if getattr(hp, name)), None)
-        tool = import_tool(f"--{wanted}", "checkpoint") if wanted else None
+        tool = import_tool("checkpoint", f"--{wanted}") if wanted else None
         hp, checkpoint, resumed = tool.resume(hp, overrides) if hp.resume else (hp, None, [])
-        bench = import_tool("--bench" if hp.bench else "--profile", "bench") if hp.bench or hp.profile else None
+        bench = import_tool("bench", "--bench" if hp.bench else "--profile") if hp.bench or hp.profile else None
         files = tool.files_of_checkpoint(hp, checkpoint) if checkpoint else files_of(hp)
-        summary = check_world(hp, world, files) + resumed
-        shards = {name: [shard_in_words(path) for path in paths] for name, paths in files.items()}
+        notes = ["note: a copy without records/: nothing was checked, and nothing looks after hangs"]
+        if checks := import_tool("checks"):
+            notes = checks.check_world(program, hp, world, files)
+        told = [*summary(hp, world, files), *notes, *resumed]
         if world.rank == 0:
-            print(*summary, sep="\n", flush=True)
+            print(*told, sep="\n", flush=True)
         log = watch.log = Log(hp, world)
         log_header(log, hp, overrides)
-        log.write("\n".join(summary), console=False)
+        log.write("\n".join(told), console=False)
         world.start()
         watch.join(world)
         if world.size > 1:
-            # One that was drawn has been each rank's own until here.
-            hp = replace(hp, run_id=check_agreement(hp, overrides, world, shards, checkpoint))
+            of_rank_0 = [hp.run_id, bool(checks)]  # a run_id that was drawn has been each rank's own until here
+            dist.broadcast_object_list(of_rank_0, src=0)
+            hp = replace(hp, run_id=of_rank_0[0])
             log.path = log.path.with_name(f"{hp.run_id}.txt")
+            require(bool(checks) == of_rank_0[1], "records/checks.py is beside the train_gpt.py of some ranks only")
+            if checks:
+                checks.check_agreement(program, hp, overrides, world, files, checkpoint)
         watch.follow(hp)
-        checkpoints = tool and tool.Checkpoints(hp, world, shards)
+        checkpoints = tool and tool.Checkpoints(hp, world, files)
         train_paths, val_paths = files.values()
         with world.thread("validation") as thread:  # two seconds of NumPy, beside those in which the model is made
             val_batches = thread.submit(validation_batches, val_paths, hp, world)
@@ -4164,7 +3752,7 @@ def main(arguments: list[str]) -> None:
         trainer.warm_up(train_paths, val_batches.result())
         log.write(f"warm-up: {time.perf_counter() - begin:.1f} s from the start of main")
         if bench:
-            bench.Bench(sys.modules[__name__], trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)
+            bench.Bench(program, trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)
         else:
             progress = tool.restore(trainer, checkpoint) if checkpoint else None
             val_losses = trainer.run(log, train_paths, val_batches.result(), progress, watch)
@@ -4184,7 +3772,7 @@ def main(arguments: list[str]) -> None:
                 # The run has ended well, though this file be a copy without records/ or the vocabulary gone by now.
                 with suppress(UserError, ImportError):
                     if world.rank == 0:
-                        log.write(import_tool("the sample", "sample").log_line(trainer))
+                        log.write(import_tool("sample", "the sample").log_line(trainer))
         watch.close()
         world.stop()
         log.close()

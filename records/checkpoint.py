@@ -23,6 +23,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from checks import check_hyperparameters, shard_in_words, vocabulary_in_words
+from guard import Watch
 from torch import Tensor
 
 import train_gpt
@@ -40,12 +42,8 @@ from train_gpt import (
     RowAdam,
     Trainer,
     UserError,
-    Watch,
     World,
-    check_hyperparameters,
     require,
-    shard_in_words,
-    vocabulary_in_words,
 )
 
 CHECKPOINT = dict(step=int, hyperparameters=dict, stages=list, shards=dict, progress=dict, vocabulary=str, rows=list)
@@ -72,11 +70,12 @@ def piece_paths(path: Path) -> list[Path]:
 class Checkpoints:
     """Those that a run writes, and its end at one of them when a signal asks for it; every rank has one.
 
-    shards: by hyperparameter, the run's files in words.
+    files: by hyperparameter, the run's.
     """
 
-    def __init__(self, hp: Hyperparameters, world: World, shards: dict[str, list[str]]):
-        self.shards, self.asked = shards, None
+    def __init__(self, hp: Hyperparameters, world: World, files: dict[str, list[Path]]):
+        self.shards = {name: [shard_in_words(train_gpt, path) for path in paths] for name, paths in files.items()}
+        self.asked = None
         # Whether to stop is agreed upon between CPUs, beside NCCL, and only where a stop leaves a checkpoint.
         self.side = dist.new_group(backend="gloo") if world.size > 1 and hp.checkpoint_every else None
 
@@ -126,7 +125,7 @@ class Checkpoints:
         settings = {name: getattr(hp, name) for name in SETTINGS}
         content = dict(step=step, hyperparameters=settings, stages=[tuple(stage) for stage in hp.stages])
         content.update(shards=self.shards, progress=vars(progress) if progress else {})
-        content.update(vocabulary=vocabulary_in_words(hp), rows=[checksum for checksum, _ in rows])
+        content.update(vocabulary=vocabulary_in_words(train_gpt, hp), rows=[checksum for checksum, _ in rows])
         content.update(model=dict(trainer.model.state_dict()), optimizer=optimizer)
         errors = [error for _, error in rows if error]
         error = errors[0] if errors else try_to_write(path, content)[1]
@@ -207,7 +206,7 @@ def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperpara
         require(getattr(saved, key) == getattr(hp, key), told)
     hp = replace(saved, run_id=run_id, **{key: getattr(hp, key) for key in {"log_dir", *overrides} & FREE_ON_RESUME})
     told = f"--vocabulary={hp.vocabulary}: its tokens are not those that the run began with, of {saved.vocabulary!r}"
-    require(vocabulary_in_words(hp) == content["vocabulary"], told)
+    require(vocabulary_in_words(train_gpt, hp) == content["vocabulary"], told)
     return hp, content, [*lines, f"resumed at step {content['step']} from {path}"]
 
 
@@ -217,7 +216,7 @@ def settings_of(path: Path, content: dict) -> Hyperparameters:
     sound = types_of(saved).items() <= types_of(defaults).items() and {*map(type, saved.get("val_steps", ()))} <= {int}
     require(sound, f"{path}: its hyperparameters are none of this program's")
     hp = Hyperparameters(**{**PRESETS.get(saved.get("preset"), {}), **saved})
-    check_hyperparameters(hp)
+    check_hyperparameters(train_gpt, hp)
     require(list(hp.stages) == content["stages"], f"{path}: the run had other STAGES than the table in train_gpt.py")
     return hp
 
@@ -232,7 +231,7 @@ def files_of_checkpoint(hp: Hyperparameters, checkpoint: dict) -> dict[str, list
     files = train_gpt.files_of(hp)
     for name, shards in checkpoint["shards"].items():
         there = [path for path in files[name] if any(shard.startswith(f"{path.name}, ") for shard in shards)]
-        by_words = {shard_in_words(path): path for path in there}
+        by_words = {shard_in_words(train_gpt, path): path for path in there}
         for shard in shards:
             require(shard in by_words, f"--{name}={getattr(hp, name)}: the run began with another file, {shard}")
         files[name] = [by_words[shard] for shard in shards]

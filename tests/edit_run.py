@@ -13,8 +13,9 @@ from itertools import count
 from pathlib import Path
 from types import ModuleType
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "records"))
 
+import checks
 import numpy as np
 import torch
 
@@ -42,7 +43,7 @@ def two_steps(program, world, folder: Path) -> dict:
 
     small_run = importlib.reload(small_run)  # its sizes are made from the tables
     hp = small_run.small_hyperparameters(folder, vocab_size=BOS + 1, bos=BOS, val_tokens=256)
-    program.check_hyperparameters(hp)
+    checks.check_hyperparameters(program, hp)
     program.canonical_tokens = lambda hp: np.arange(hp.padded_vocab)  # the vocabulary is for other tokens
     trainer = program.Trainer(hp, world)
     trainer.model.prefixes[: BOS // 2] = torch.arange(1, BOS // 2 + 1)  # as if the vocabulary had them

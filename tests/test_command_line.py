@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
+import checks
 import pytest
 import torch
 from shard_files import text_of, write_shard
@@ -39,7 +40,7 @@ EARLY = dict(early=0.1)
 
 def check_layers(monkeypatch, *rows):
     monkeypatch.setattr(train_gpt, "LAYERS", rows)
-    train_gpt.check_tables(Hyperparameters())
+    checks.check_tables(train_gpt, Hyperparameters())
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_a_row_of_layers_that_fails_later_or_has_no_effect_is_refused(monkeypatc
 def test_a_row_of_scalars_that_fails_later_is_refused(monkeypatch, name, row):
     monkeypatch.setitem(train_gpt.SCALARS, name, row)
     with pytest.raises(UserError, match=f"SCALARS, {name}: it takes at least (13|1), and a number as learning-rate"):
-        train_gpt.check_tables(Hyperparameters())
+        checks.check_tables(train_gpt, Hyperparameters())
 
 
 @pytest.mark.parametrize("gated", [dict(xsa=True), dict(head_gates=True), dict(values=EARLY), dict(adds=dict(x0=0.1))])
@@ -121,9 +122,9 @@ def test_head_and_embedding_are_averaged_both_or_neither(monkeypatch, name):
 def test_what_is_sharded_is_shared_by_eight(monkeypatch, first):
     row = train_gpt.Row("p", "adam", sharded=True, lr=(1.0,), wd=0.0, betas=(0.9, 0.99))
     monkeypatch.setattr(train_gpt, "PARAMETERS", (row,))
-    train_gpt.check_parameters({"p": torch.empty(24, 3)})
+    checks.check_parameters(train_gpt, {"p": torch.empty(24, 3)})
     with pytest.raises(UserError, match=f"p: sharded, but its first dimension {first} does not divide by 8"):
-        train_gpt.check_parameters({"p": torch.empty(first, 3)})
+        checks.check_parameters(train_gpt, {"p": torch.empty(first, 3)})
 
 
 @pytest.mark.parametrize("n, least", [(0, 0), (1, 8), (8, 8), (9, 16)])
@@ -151,7 +152,7 @@ LAST = ROW._replace(share=None)
 
 
 def check_stages(*stages, **values):
-    train_gpt.check_hyperparameters(Hyperparameters(stages=stages, **values))
+    checks.check_hyperparameters(train_gpt, Hyperparameters(stages=stages, **values))
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -464,7 +465,7 @@ def machine(monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-        monkeypatch.setattr(train_gpt, "NVIDIA_DEVICE", Path("/nowhere"))
+        monkeypatch.setattr(checks, "NVIDIA_DEVICE", Path("/nowhere"))
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or ",".join(map(str, range(gpus))))
 
         def device_count():
@@ -573,7 +574,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error_not_a_smoke_run(machine, monk
         raise RuntimeError(driver)
 
     machine()
-    monkeypatch.setattr(train_gpt, "NVIDIA_DEVICE", tmp_path)
+    monkeypatch.setattr(checks, "NVIDIA_DEVICE", tmp_path)
     monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -600,8 +601,15 @@ def test_what_a_gpu_run_lacks_is_found_in_the_check_with_the_remedy(
     monkeypatch.setattr(train_gpt, "triton", SimpleNamespace(__version__="3.6.0") if triton else SimpleNamespace())
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
     with pytest.raises(UserError) as error:
-        train_gpt.check_world(hp, World(0, 0, 2, torch.device("cuda", 0)))
+        check_world(hp, World(0, 0, 2, torch.device("cuda", 0)))
     assert words in str(error.value)
+
+
+def check_world(hp, world):
+    """What a run that passes says of itself first."""
+    files = train_gpt.files_of(hp)
+    notes = checks.check_world(train_gpt, hp, world, files)
+    return train_gpt.summary(hp, world, files) + notes
 
 
 def small_check(tmp_path, monkeypatch, capability, tokens=512, free=79):
@@ -623,7 +631,7 @@ def small_check(tmp_path, monkeypatch, capability, tokens=512, free=79):
 def test_without_fp8_a_step_may_have_any_multiple_of_eight_tokens(tmp_path, monkeypatch, fp8, device):
     hp = dataclasses.replace(small_check(tmp_path, monkeypatch, (9, 0), tokens=440), fp8=fp8)
     monkeypatch.setattr(train_gpt, "triton", SimpleNamespace(__version__="3.6.0"))
-    assert train_gpt.check_world(hp, World(device=torch.device(device)))
+    assert check_world(hp, World(device=torch.device(device)))
 
 
 @pytest.mark.parametrize("fp8, width, widest", [("auto", 1280, 1024), ("head", 1280, None), ("off", 1280, None)])
@@ -631,22 +639,22 @@ def test_a_width_beyond_the_range_of_fp8_is_refused_where_fp8_is_used(tmp_path, 
     hp = dataclasses.replace(small_check(tmp_path, monkeypatch, (9, 0)), fp8=fp8, head_dim=128, num_heads=width // 128)
     monkeypatch.setattr(train_gpt, "triton", SimpleNamespace(__version__="3.6.0"))
     gpu = World(device=torch.device("cuda", 0))
-    assert train_gpt.check_world(hp, World())
-    assert train_gpt.check_world(dataclasses.replace(hp, num_heads=8), gpu)
+    assert check_world(hp, World())
+    assert check_world(dataclasses.replace(hp, num_heads=8), gpu)
     if not widest:
-        assert train_gpt.check_world(hp, gpu)
+        assert check_world(hp, gpu)
         return
     with pytest.raises(
         UserError, match=f"width {width}: FP8 .* for widths up to {widest}: give --fp8=head, or --fp8=off"
     ):
-        train_gpt.check_world(hp, gpu)
+        check_world(hp, gpu)
 
 
 def test_the_summary_says_where_stages_begin_and_what_length_came_to(tmp_path, monkeypatch):
     hp = dataclasses.replace(small_check(tmp_path, monkeypatch, (9, 0)), num_scheduled_iterations=41)
-    lines = train_gpt.check_world(hp, World())
+    lines = check_world(hp, World())
     assert "stages: begin at steps 0 20 41" in lines and not any("--length" in line for line in lines)
-    lines = train_gpt.check_world(dataclasses.replace(hp, length=0.5, muon_momentum_warmup=20), World())
+    lines = check_world(dataclasses.replace(hp, length=0.5, muon_momentum_warmup=20), World())
     assert "stages: begin at steps 0 10 20" in lines
     (run,) = [line for line in lines if line.startswith("run: ")]
     assert f"{20 + hp.num_extension_iterations // 2} steps (--length=0.5; momentum 10, " in run
@@ -663,7 +671,7 @@ def test_too_little_gpu_memory_is_noted_with_what_the_run_needs(tmp_path, monkey
     for free, noted in ((needed - 1, True), (needed + 1, False)):
         hp = small_check(tmp_path, monkeypatch, (9, 0), tokens=tokens, free=free)
         hp = dataclasses.replace(hp, head_dim=128, micro_batch_tokens=joined)
-        lines = train_gpt.check_world(hp, World(0, 0, size, device=torch.device("cuda", 0)))
+        lines = check_world(hp, World(0, 0, size, device=torch.device("cuda", 0)))
         remedy = "lower --micro_batch_tokens or the tokens in STAGES"
         assert (f"note: about {needed} GiB are needed, {free} are free: {remedy}" in lines) == noted
 
@@ -684,16 +692,16 @@ def test_a_table_of_ngrams_that_does_not_fit_is_refused_with_one_that_does(
     world = World(0, 0, size, device=torch.device("cuda", 0))
     told = f"n-grams: {rows:,} rows, which take {table} GiB of each rank; those of a step {cache}"
     if most is None:
-        assert told in train_gpt.check_world(hp, world)
+        assert told in check_world(hp, world)
         return
     with pytest.raises(UserError) as error:
-        train_gpt.check_world(hp, world)
+        check_world(hp, world)
     assert f"--ngram_rows={rows}: they take 24.1 GiB of each rank, 24 are free and about 14 are" in str(error.value)
     given = int(re.search(r"give --ngram_rows=(\d+)", str(error.value))[1])
     assert given % 16 == 0
-    fits = train_gpt.check_world(dataclasses.replace(hp, ngram_rows=given), world)
+    fits = check_world(dataclasses.replace(hp, ngram_rows=given), world)
     assert not any("note" in line for line in fits)
-    more = train_gpt.check_world(dataclasses.replace(hp, ngram_rows=given + 800_000), world)  # a GiB
+    more = check_world(dataclasses.replace(hp, ngram_rows=given + 800_000), world)  # a GiB
     assert any("note: about 25 GiB are needed" in line for line in more)
 
 

@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import checks
 import numpy as np
 import pytest
 import tiktoken
@@ -839,7 +840,7 @@ def test_the_command_that_is_printed_fits_what_was_made(tmp_path, monkeypatch, t
     assert hp.val_tokens >= min(result.val_tokens - 1, 10_485_760) / 2 or hp.val_tokens >= val_tokens - 1024
     assert len(glob.glob(options[1].partition("=")[2])) == val_tokens // limit
     monkeypatch.setattr(train_gpt, "ROOT", Path("/"))
-    train_gpt.check_world(hp, train_gpt.World())
+    checks.check_world(train_gpt, hp, train_gpt.World(), train_gpt.files_of(hp))
 
 
 def test_too_little_to_train_on_is_said_instead_of_a_command(tiny, tmp_path, capsys):

@@ -134,7 +134,9 @@ def test_a_learned_scalar_steps_at_its_own_rate(runs):
 )
 def test_what_cannot_work_is_refused_in_words(tmp_path, monkeypatch, pattern, text, words):
     (tmp_path / "train_gpt.py").write_text(edited("", [(pattern, text)]))
+    (tmp_path / "records").symlink_to(Path(train_gpt.__file__).parent / "records")
     monkeypatch.setitem(sys.modules, "train_gpt", train_gpt)  # put back at the end
+    monkeypatch.syspath_prepend(tmp_path / "records")  # taken away at the end
     program = edit_run.load(tmp_path / "train_gpt.py")
     with pytest.raises(program.UserError) as error:
         program.parse_arguments([], has_gpu=False)

@@ -1,10 +1,12 @@
 """What a user sees when the world is not as a run needs it: real processes, one line, at once."""
 
 import os
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -212,6 +214,39 @@ def test_a_copy_without_its_tools_says_so_at_once_if_one_is_asked_for(folder, ar
     assert not (folder / "logs").exists()
     no_validation_files(folder)  # without the argument that is what is wrong
     assert_one_line(run(folder, DATA, [sys.executable, str(copy)]).stderr, ["no data files match"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_copy_alone_runs_unchecked_and_says_so(folder, tmp_path_factory, processes):
+    outputs, copy, told = tmp_path_factory.mktemp("outputs"), folder / "train_gpt.py", "--hang_timeout=2000000000.0"
+    refused = [*DATA, "--hang_timeout=2e9"]
+    assert_one_line(run(folder, refused).stderr, [f"{told} must be at most 1e9"])
+    copy.write_text(TRAIN_GPT.read_text().replace("tokens // 128", "tokens // 2048"))  # of the smoke run's tokens
+    small = "num_heads=2 ngram_rows=64 val_tokens=512 val_batch_size=512 window_block=4 vocabulary= "
+    small += "num_scheduled_iterations=6 num_extension_iterations=1"
+    command = [sys.executable, str(copy)] if processes == 1 else [*torchrun(2, outputs)[:-1], str(copy)]
+    result = run(folder, [*refused, *(f"--{setting}" for setting in small.split())], command)
+    assert result.returncode == 0
+    (log,) = (folder / "logs").glob("*.txt")
+    said = [path.read_text() for path in outputs.rglob("stdout.log")] or [result.stdout]
+    note = "\nnote: a copy without records/: nothing was checked, and nothing looks after hangs\n"
+    assert [text.count(note) for text in (log.read_text(), "".join(said))] == [1, 1]
+    assert f"\nrun: {log.stem}, 7 steps, " in log.read_text() and "\nstep:7/7 val_loss:" in log.read_text()
+
+
+def test_a_rank_whose_copy_stands_alone_does_not_wait_for_one_that_checks(folder):
+    copy = folder / "train_gpt.py"
+    copy.write_text(TRAIN_GPT.read_text())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launched = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    with ThreadPoolExecutor() as pool:
+        programs = [(TRAIN_GPT, dict(RANK="0", LOCAL_RANK="0")), (copy, dict(RANK="1", LOCAL_RANK="1"))]
+        runs = [pool.submit(run, folder, DATA, [sys.executable, str(p)], **launched, **rank) for p, rank in programs]
+    results = [run.result() for run in runs]
+    assert [result.returncode for result in results] == [1, 1]
+    words = ["records/checks.py is beside the train_gpt.py of some ranks only"]
+    assert_one_line(results[1].stderr, words)  # rank 0 finds that it is gone
 
 
 def test_help_is_there_without_docstrings_and_on_a_terminal_that_takes_nothing(folder):

@@ -25,7 +25,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import checkpoint
+import checks
 import fault_run
+import guard
 import pytest
 import small_run
 import torch
@@ -562,20 +564,19 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
 def start_of(hp, data, overrides=(), checkpoint=None):
     """What check_agreement gets to know about one rank, of two."""
     files = {name: sorted(data.glob(f"{name[:-6]}_*.bin")) for name in train_gpt.FILES}
-    shards = {name: [train_gpt.shard_in_words(path) for path in paths] for name, paths in files.items()}
-    return hp, dict(overrides), train_gpt.World(0, 0, 2), shards, checkpoint
+    return train_gpt, hp, dict(overrides), train_gpt.World(0, 0, 2), files, checkpoint
 
 
 @pytest.fixture
 def agree(monkeypatch):
-    """What becomes of the ranks' starts: rank 0's run_id, or an error that all of them raise."""
+    """What becomes of the ranks' starts: None, or an error that all of them raise."""
 
     def agree(*starts):
         told, ends = [], set()
         monkeypatch.setattr(train_gpt.dist, "all_gather_object", lambda everyone, mine: told.append(mine))
         for start in starts:
             with pytest.raises(TypeError):  # nothing is gathered yet
-                train_gpt.check_agreement(*start)
+                checks.check_agreement(*start)
 
         def gather(everyone, mine):
             everyone[:] = told
@@ -583,7 +584,7 @@ def agree(monkeypatch):
         monkeypatch.setattr(train_gpt.dist, "all_gather_object", gather)
         for start in starts:
             try:
-                ends.add(train_gpt.check_agreement(*start))
+                ends.add(checks.check_agreement(*start))
             except train_gpt.UserError as error:
                 ends.add(f"error: {error}")
         (end,) = ends
@@ -592,11 +593,17 @@ def agree(monkeypatch):
     return agree
 
 
-def test_ranks_agree_on_rank_0s_run_id_whatever_their_folders_are(agree, data, tmp_path):
+def test_ranks_may_have_drawn_other_run_ids_and_have_other_folders(agree, data, tmp_path):
     shutil.copytree(data, tmp_path / "copy")
     hp = small_run.small_hyperparameters(data, run_id="drawn by 0", dtype="auto")
     other = small_run.small_hyperparameters(tmp_path / "copy", run_id="drawn by 1", dtype="float32")
-    assert agree(start_of(hp, data), start_of(other, tmp_path / "copy")) == "drawn by 0"
+    assert agree(start_of(hp, data), start_of(other, tmp_path / "copy")) is None
+
+
+def test_a_run_id_that_was_drawn_is_rank_0s_on_both_ranks(data, tmp_path):
+    assert run(tmp_path, data, 2, arguments=["--save_checkpoint=true"])[0] == 0
+    pieces = {path.name.partition("_step")[0] for path in (tmp_path / "logs").glob("*_rows[0-9].pt")}  # of both
+    assert pieces == {log_of(tmp_path).stem}
 
 
 def test_what_differs_between_ranks_is_named_with_both_values_and_hosts(agree, data, monkeypatch):
@@ -627,7 +634,7 @@ def test_another_source_version_or_data_file_on_a_rank_is_named(agree, data, tmp
     monkeypatch.setattr(train_gpt, "versions", iter(["PyTorch 2.13", "PyTorch 2.11"] * 2).__next__)
     assert "software is PyTorch 2.13 on rank 0" in agree(start_of(hp, data), start_of(hp, data))
     monkeypatch.undo()
-    for name in ("train_gpt.py", "checkpoint.py"):
+    for name in ("train_gpt.py", "checks.py", "checkpoint.py"):
         sources = {name: iter([b"a", b"b"] * 2)}
         monkeypatch.setattr(Path, "read_bytes", lambda path, sources=sources: next(sources.get(path.name, repeat(b""))))
         assert f"alike: {name} is sha256 ca97" in agree(start_of(hp, data), start_of(hp, data))
@@ -637,7 +644,7 @@ def test_ranks_may_have_the_vocabulary_at_different_places_but_no_other_one(agre
     same, other = vocabularies(tmp_path)
     hp = small_run.small_hyperparameters(data)
     starts = [start_of(train_gpt.replace(hp, vocabulary=str(path)), data) for path in (same, other, "")]
-    assert agree(start_of(hp, data), starts[0]) == hp.run_id
+    assert agree(start_of(hp, data), starts[0]) is None
     assert "alike: --vocabulary's table of prefixes is sha256 " in agree(start_of(hp, data), starts[1])
     assert f", none on rank 1 ({HOST})" in agree(start_of(hp, data), starts[2])
 
@@ -704,7 +711,7 @@ def test_the_vocabulary_is_read_on_the_clock_where_a_file_system_that_stalls_cou
     small_run.write_text(tmp_path)
     hp = small_run.small_hyperparameters(tmp_path, val_steps=(0,))
     trainer, log = train_gpt.Trainer(hp, train_gpt.World()), train_gpt.Log(hp, train_gpt.World())
-    watch = train_gpt.Watch()
+    watch = guard.Watch(train_gpt)
     train, val = (train_gpt.find_files(getattr(hp, name)) for name in train_gpt.FILES)
     monkeypatch.setattr(train_gpt, "prefix_table", read)
     with pytest.raises(Read):
@@ -746,11 +753,11 @@ def test_where_rank_0_is_gone_its_reason_goes_into_its_log_but_makes_no_other(tm
         def wait(self, keys, timeout):
             raise RuntimeError("timed out")
 
-    watch, path = train_gpt.Watch(), tmp_path / "run.txt"
+    watch, path = guard.Watch(train_gpt), tmp_path / "run.txt"
     watch.rank, watch.store, watch.log = 1, Store(), train_gpt.SimpleNamespace(path=path)
     if there:
         path.write_text("step:1/10\n")
-    monkeypatch.setattr(train_gpt.os, "_exit", lambda status: None)
+    monkeypatch.setattr(os, "_exit", lambda status: None)
     watch.end(1, "rank 0 is gone")
     assert (path.read_text() if path.exists() else None) == ("step:1/10\nrank 0 is gone\n" if there else None)
 
@@ -806,7 +813,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_a_terminal_that_can_t_take_a_line_drops_it(output):
-    terminal = train_gpt.Terminal(OUTPUTS[output]())
+    terminal = guard.Terminal(OUTPUTS[output]())
     begin = time.monotonic()
     for _ in range(200):
         print("x" * 1000, file=terminal, flush=True)
@@ -815,7 +822,7 @@ def test_a_terminal_that_can_t_take_a_line_drops_it(output):
 
 def test_a_terminal_shows_letters_that_it_lacks_as_escapes_and_goes_on_when_it_is_read_again(tmp_path):
     ours, theirs = os.pipe()
-    terminal = train_gpt.Terminal(os.fdopen(theirs, "w", encoding="ascii"))
+    terminal = guard.Terminal(os.fdopen(theirs, "w", encoding="ascii"))
     print("größe \udcff", file=terminal)
     assert os.read(ours, 1 << 20) == b"gr\\xf6\\xdfe \\udcff\n"
     print("x" * (1 << 17), file=terminal)  # more than fits

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import check_tables
 from conftest import relative_error
 from small_run import tables_of
 
@@ -23,7 +24,6 @@ from train_gpt import (
     MicroBatch,
     UserError,
     Yarn,
-    check_tables,
 )
 
 CPU = torch.device("cpu")
@@ -305,7 +305,7 @@ EDITED_LAYERS = {
 def test_losses_and_gradients_are_those_of_the_plain_formulas(monkeypatch, layers):
     for name, table in tables_of(layers).items():
         monkeypatch.setattr(train_gpt, name, table)
-    check_tables(Hyperparameters())
+    check_tables(train_gpt, Hyperparameters())
     model, tokens = random_model(), random_tokens()
     losses = losses_of(model, tokens[:-1], tokens[1:])
     p = {name: value.detach().clone().requires_grad_() for name, value in parameters_of(model).items()}
@@ -876,6 +876,6 @@ REFUSED = [
 def test_a_row_of_layers_that_cannot_work_is_refused_in_one_line_that_names_it(monkeypatch, layers, row, words):
     monkeypatch.setattr(train_gpt, "LAYERS", tuple(layers))
     with pytest.raises(UserError) as error:
-        check_tables(Hyperparameters())
+        check_tables(train_gpt, Hyperparameters())
     told, _, weighed = str(error.value).partition("; it weighs ")  # what would be right
     assert told == f"LAYERS, row {row}: {words}" and bool(weighed) == (TOO_LATE in words)

@@ -395,8 +395,7 @@ def saved_run(tmp_path, steps=6, **overrides):
     """A run's trainer after `steps`, and its checkpoint; rows have rested since different steps."""
     trainer = trainer_of(tmp_path, ngram_rows=512, run_id="small", checkpoint_every=2, **overrides)
     files = train_gpt.files_of(trainer.hp)
-    shards = {name: [train_gpt.shard_in_words(path) for path in paths] for name, paths in files.items()}
-    trainer.checkpoints = checkpoint.Checkpoints(trainer.hp, World(), shards)
+    trainer.checkpoints = checkpoint.Checkpoints(trainer.hp, World(), files)
     trainer.model.prefixes.copy_(train_gpt.prefix_table(trainer.hp))
     position = [batch.position for _, batch, _ in steps_of(trainer, 0, steps)][-1]
     log = Log(trainer.hp, World())

@@ -48,8 +48,7 @@ def run_of(folder, dtype):
     steps = tuple(range(2, STEPS, 2))
     hp = small_run.small_hyperparameters(folder, run_id=dtype, dtype=dtype, checkpoint_every=2, val_steps=steps)
     files, losses, validate = train_gpt.files_of(hp), {}, BetweenSteps.validate
-    shards = {name: [train_gpt.shard_in_words(path) for path in paths] for name, paths in files.items()}
-    trainer = Trainer(hp, World(), checkpoint.Checkpoints(hp, World(), shards))
+    trainer = Trainer(hp, World(), checkpoint.Checkpoints(hp, World(), files))
     val_batches = train_gpt.validation_batches(files["val_files"], hp, World())
     log = Log(hp, World())
     with pytest.MonkeyPatch.context() as patch:

@@ -1,0 +1,276 @@
+"""
+What can be wrong with a run, found before anything slow or on one rank while others wait, and put in words.
+
+train_gpt.py loads it at its start and hands itself over as the module `train_gpt`, so that what is checked is that
+file's, or its edited copy's. A copy without records/ beside it runs unchecked, and says so.
+
+Hyperparameters and tables are checked with the arguments, data and GPU when the world is known, and last, between the
+ranks, that all were started alike. Each check raises the program's UserError, one line with the remedy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:  # for hints alone
+    from train_gpt import Hyperparameters, World
+
+INSTALL = "pip install -r requirements.txt"
+NVIDIA_DEVICE = Path("/dev/nvidiactl")  # exists where a process may use a GPU
+OLDEST_GPU = 8  # compute capability 8.0: bfloat16 in Triton
+KERNEL_SHARED_MEMORY = 213_032  # bytes, of linear_relu2 backward on Hopper; older GPUs' pipelines take less
+
+# ---------------------------------------------------------------------------- hyperparameters and tables
+
+
+def check_hyperparameters(train_gpt: ModuleType, hp: Hyperparameters) -> None:
+    """Raises UserError for values that could only fail later."""
+    require, micro_batches = train_gpt.require, train_gpt.MICRO_BATCHES
+    check_tables(train_gpt, hp)
+    require(0 < hp.micro_batch_tokens <= 2**20, f"--micro_batch_tokens={hp.micro_batch_tokens}: from 1 to 2 ** 20")
+    positive = "num_scheduled_iterations train_max_seq_len val_tokens val_batch_size num_heads window_block adam_eps"
+    for name in (*positive.split(), "grad_scale"):
+        require(getattr(hp, name) > 0, f"--{name}={getattr(hp, name)} must be positive")
+    not_negative = "num_extension_iterations val_loss_every checkpoint_every hang_timeout adam_lr adam_wd muon_lr"
+    not_negative += " muon_wd lr_end muon_momentum_warmup muon_momentum_cooldown mlp_ratio"
+    for name in not_negative.split():
+        require(getattr(hp, name) >= 0, f"--{name}={getattr(hp, name)} must not be negative")
+    require(0 <= hp.muon_beta2 < 1, f"--muon_beta2={hp.muon_beta2} must be in [0, 1)")
+    require(hp.hang_timeout <= 1e9, f"--hang_timeout={hp.hang_timeout} must be at most 1e9; 0 is never")
+    require(-(2**63) <= hp.seed < 2**64, f"--seed={hp.seed} must be from -2**63 to 2**64 - 1")
+    require(hp.bench_steps >= 4, f"--bench_steps={hp.bench_steps} must be at least 4: the first two are not timed")
+    require(0 < hp.cooldown_frac <= 1, f"--cooldown_frac={hp.cooldown_frac} must be in (0, 1]")
+    require(0 <= hp.average_frac <= 1, f"--average_frac={hp.average_frac} must be in [0, 1]")
+    require(0 < hp.length <= 100, f"--length={hp.length:g} must be in (0, 100]")
+    require(hp.total_steps < 1_000_000, f"{hp.total_steps} steps: names of checkpoints have room for 999,999")
+    for step in hp.val_steps:
+        require(0 <= step <= hp.total_steps, f"--val_steps: the run ends after step {hp.total_steps}, before {step}")
+    schedule = train_gpt.TrainingSchedule(hp)
+    for number, (start, end) in enumerate(zip(schedule.starts[:-1], schedule.ends, strict=False), 1):
+        told = f"no step of {schedule.scheduled} falls to row {number} of STAGES: raise its share"
+        require(start < end, f"{told}, --num_scheduled_iterations or --length")
+    told = f"--val_tokens must be a multiple of --val_batch_size={hp.val_batch_size}"
+    require(hp.val_tokens % hp.val_batch_size == 0, told)
+    require(hp.val_batch_size % micro_batches == 0, f"--val_batch_size must be a multiple of {micro_batches}")
+    require(hp.num_heads in range(2, 1025, 2), f"--num_heads={hp.num_heads} must be even, for pairs, at most 1024")
+    require(hp.head_dim in (8, 16, 32, 64, 128), f"--head_dim={hp.head_dim} must be a power of two from 8 to 128")
+    told = f"--copy_width={hp.copy_width} must be a power of two from 16 to 128, or 0 not to copy"
+    require(hp.copy_width in (0, 16, 32, 64, 128), told)
+    told = f"--ngram_rows={hp.ngram_rows} must be a multiple of 16, two halves to shard over ranks, below 2 ** 31"
+    require(0 < hp.ngram_rows < 2**31 and hp.ngram_rows % 16 == 0, told)
+    told = f"--bos={hp.bos} must be a token, below --vocab_size={hp.vocab_size}, and all tokens fit 16 bits"
+    require(0 <= hp.bos < hp.vocab_size <= 65536, told)
+    choices_of = dict(dtype="auto bfloat16 float32", fp8="auto head off", cuda_graphs="auto off", compile="auto on off")
+    for name, choices in choices_of.items():
+        require(getattr(hp, name) in choices.split(), f"--{name}={getattr(hp, name)}: choose one of {choices}")
+    for name in ("run_id", "resume"):
+        value = getattr(hp, name)
+        require(Path(value).name == value, f"--{name}={value} names files: it must not contain a path")
+    check_parameters(train_gpt, train_gpt.GPT(hp, torch.device("meta"), torch.float32).tensors())
+
+
+def check_tables(train_gpt: ModuleType, hp: Hyperparameters) -> None:
+    """Raises UserError for rows of STAGES, SCALARS and LAYERS that would fail later, or have no effect."""
+    require, micro_batches, layers = train_gpt.require, train_gpt.MICRO_BATCHES, train_gpt.LAYERS
+    shares = [stage.share for stage in hp.stages]
+    told = "STAGES ends with the extension, whose share is None, after one or more rows that have one"
+    require(len(shares) > 1 and shares[-1] is None and None not in shares[:-1], told)
+    require(sum(stage.untie for stage in hp.stages) <= 1, "STAGES: head and embedding untie in one row only")
+    for number, stage in enumerate(hp.stages, 1):
+        row, weights = f"STAGES, row {number}", (stage.target_weights, stage.target_weights_end)
+        require(all(isinstance(w, tuple) for w in weights), f"{row}: multi-token weights are tuples, of one as (1.0,)")
+        first, last = map(len, weights)
+        require(stage.share is None or 0 < stage.share < math.inf, f"{row}: share={stage.share} must be positive")
+        told = f"{row}: tokens={stage.tokens} must be a multiple of {micro_batches}, the micro-batches of a step"
+        require(stage.tokens > 0 and stage.tokens % micro_batches == 0, told)
+        require(min(stage.short_window, stage.long_window) > 0, f"{row}: a window has at least 1 block")
+        require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
+        require(first == last > 0, f"{row}: {first} multi-token weights at the start, {last} at the end: as many, > 0")
+        require(stage.classes in range(0, 2**20, 16), f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16")
+    windows = train_gpt.FINAL_WINDOWS
+    require(len(windows) == 2 and min(windows) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
+    for name, (count, _, lr) in train_gpt.SCALARS.items():
+        least = len(layers) if name in ("attn_resid", "mlp_resid", "mlp_out", "qkv", "out") else 1
+        told = f"SCALARS, {name}: it takes at least {least}, and a number as learning-rate multiplier"
+        require(count >= least and isinstance(lr, int | float), told)
+    for_attention = ("narrow", "paired", "key_offset", "value_embed", "xsa", "head_gates", "reads", "values")
+    kept, weighed = {"x0", "ngrams"}, set()
+    for i, layer in enumerate(layers):
+        row, attention = f"LAYERS, row {i}", any(getattr(layer, name) for name in for_attention)
+        require(layer.window in ("short", "long", None), f"{row}: window is 'short', 'long' or None")
+        require(layer.window or not attention, f"{row}: {', '.join(for_attention)} are for layers with a window")
+        told = f"{row}: key_offset takes the half of a key that does not turn, which narrow ones lack"
+        require(not (layer.narrow and layer.key_offset), told)
+        for gates in (layer.values, layer.adds):
+            told = f"{row}: values and adds take names with their gates at the start, as dict(x0=0.0)"
+            require(isinstance(gates, dict) and all(isinstance(gate, int | float) for gate in gates.values()), told)
+        gated = any((layer.value_embed, layer.xsa, layer.head_gates, layer.values, layer.adds))
+        weighed = {*kept} if layer.gates else weighed
+        require(not gated or weighed, f"{row}: its gates take a network: give this row or an earlier one gates=True")
+        for name in (*layer.values, *layer.adds):
+            told = f"{row}: {name!r} is not kept ahead of the network of its gates: keep it earlier, or give gates=True"
+            told += f"; it weighs {', '.join(sorted(weighed))}"
+            require(name in weighed, told)
+        require(layer.reads is None or layer.reads in kept, f"{row}: reads={layer.reads!r} is kept by no earlier row")
+        require(layer.keep not in kept, f"{row}: the name {layer.keep!r} is taken")
+        kept |= {layer.keep} - {None}
+
+
+def check_parameters(train_gpt: ModuleType, parameters: dict[str, Tensor]) -> None:
+    """Raises UserError unless PARAMETERS has one row for each, which works on 1 to 8 ranks; empty ones need none."""
+    require, table = train_gpt.require, train_gpt.PARAMETERS
+    rows = [row.name for row in table]
+    model = [name for name, p in parameters.items() if p.numel() or name in rows]
+    odd = [name for name in sorted({*rows, *model}) if rows.count(name) != model.count(name)]
+    told = (f"{name} has {rows.count(name)}" if name in model else f"{name} is none" for name in odd)
+    require(not odd, f"PARAMETERS takes one row for each of the model's parameters: {', '.join(told)}")
+    tied = {row.averaged for row in table if row.name in ("embed", "head")}
+    require(len(tied) < 2, "PARAMETERS: embed and head are averaged both or neither: they may be one matrix")
+    for name, algorithm, sharded, lr, _, betas, averaged in table:
+        row, p, ranks = f"PARAMETERS, {name}", train_gpt.as_stack(parameters[name]), train_gpt.MICRO_BATCHES
+        choices = ["rowwise"] if name == "ngrams" else ["adam", "normuon"]
+        require(algorithm in choices, f"{row}: algorithm is {' or '.join(map(repr, choices))}")
+        require(isinstance(lr, tuple) and lr, f"{row}: lr={lr} is no tuple, as (1.0,)")
+        pair = isinstance(betas, tuple) and len(betas) == 2
+        require(pair or algorithm != "adam", f"{row}: adam takes betas, as (0.9, 0.99)")
+        told = f"{row}: rowwise is sharded and takes one lr and betas of which the first is 0, as (0.0, 0.95)"
+        require((pair and betas[0] == 0 and sharded and len(lr) == 1) or algorithm != "rowwise", told)
+        require(betas is None or algorithm != "normuon", f"{row}: normuon takes no betas")
+        require(not averaged or algorithm != "rowwise", f"{row}: rowwise has no average")
+        told = f"{row}: normuon is for banks of matrices, this has the shape {tuple(p.shape)}"
+        require(p.dim() == 3 or algorithm != "normuon", told)
+        told = f"{row}: sharded, but its first dimension {len(p)} does not divide by {ranks}, the most ranks"
+        require(not sharded or len(p) % ranks == 0, told)
+
+
+# ---------------------------------------------------------------------------- GPU and data
+
+
+def check_no_gpu(train_gpt: ModuleType) -> None:
+    """Raises UserError where there is a GPU that PyTorch can't use: a run on the CPU instead is not what was wanted."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1") or not NVIDIA_DEVICE.exists():
+        return
+    why, remedy = "this PyTorch is built without CUDA", INSTALL
+    if torch.version.cuda:
+        remedy = f"install a driver for CUDA {torch.version.cuda} or newer (nvidia-smi shows the present one)"
+        try:
+            torch.cuda.init()
+            why = "no device is found"
+        except Exception as error:  # the driver's own words
+            why = " ".join(str(error).split())[:200]
+    told = f"PyTorch can't use this host's GPU ({why}): {remedy}; CUDA_VISIBLE_DEVICES= runs on the CPU"
+    raise train_gpt.UserError(told)
+
+
+def check_world(train_gpt: ModuleType, hp: Hyperparameters, world: World, files: dict[str, list[Path]]) -> list[str]:
+    """Raises UserError for all that can be found wrong in two seconds; returns notes on what may go wrong."""
+    require, micro_batches = train_gpt.require, train_gpt.MICRO_BATCHES
+    require(torch.__version__ >= "2.11", f"PyTorch {torch.__version__}: 2.11 or newer is needed: {INSTALL}")
+    (train, val), fetch = files.values(), train_gpt.FETCH
+    largest_shard, val_tokens = max(map(train_gpt.read_header, train)), sum(map(train_gpt.read_header, val))
+    told = f"{val_tokens} validation tokens, the run needs val_tokens + 1 = {hp.val_tokens + 1}; {fetch}"
+    require(val_tokens > hp.val_tokens, f"{val[0]} ...: {told}, or lower --val_tokens")
+    for path in (*train, *val):  # a taste; the loader checks every token of what it reads
+        train_gpt.read_tokens(path, hp.vocab_size, limit=1_000_000)
+    train_gpt.read_vocabulary(hp)
+    largest_step = max(stage.tokens for stage in hp.stages)
+    told = f"{largest_shard} train tokens in the largest shard, a step takes {largest_step}; {fetch}"
+    require(largest_shard >= largest_step + micro_batches, f"{train[0]} ...: {told}")  # a step never crosses shards
+    fp8, _ = train_gpt.use_fp8(hp, world)
+    for number, stage in enumerate(hp.stages, 1):  # cuBLAS takes rows of 16 bytes and multiples, of tokens too
+        told = f"{stage.tokens} tokens a step; products in FP8 take multiples of {16 * micro_batches}"
+        fits = stage.tokens % (16 * micro_batches) == 0
+        require(fits or not fp8, f"STAGES, row {number}: {told}: change the table, or give --fp8=off")
+    scale = train_gpt.FP8_HEAD_X if hp.fp8 == "head" else train_gpt.FP8_X
+    widest = round((448 * scale) ** 2)  # no number of a normed row is larger than the root of its width
+    told = f"width {hp.model_dim}: FP8 in the layers is made for widths up to {widest}: give --fp8=head, or --fp8=off"
+    require(not fp8 or hp.model_dim <= widest, told)
+    return check_gpu(train_gpt, hp, world) if world.on_gpu else []
+
+
+def check_gpu(train_gpt: ModuleType, hp: Hyperparameters, world: World) -> list[str]:
+    """Raises UserError for a GPU or software that the kernels can't take; notes a memory that may be too small."""
+    require = train_gpt.require
+    train_gpt.choose_dtype(hp, world)  # is there one?
+    require(hasattr(train_gpt.triton, "__version__"), f"Triton is missing, the kernels need it: {INSTALL}")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    require(compiler, "Triton needs a C compiler, there is none: apt install gcc python3-dev")
+    require(world.size == 1 or dist.is_nccl_available(), f"no NCCL, which several GPUs need: {INSTALL}, on Linux")
+    gpu = torch.cuda.get_device_properties(world.device)
+    told = f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}: the kernels take {OLDEST_GPU}.0 or newer"
+    require(gpu.major >= OLDEST_GPU, told)
+    shared = getattr(gpu, "shared_memory_per_block_optin", KERNEL_SHARED_MEMORY)
+    told = f"{gpu.name} has {shared} bytes of shared memory a multiprocessor, the kernels' tiles take up to "
+    told += f"{KERNEL_SHARED_MEMORY}: lower BLOCK_N in linear_relu2_triton and the tiles of attention"
+    require(gpu.major < 9 or shared >= KERNEL_SHARED_MEMORY, told)
+    # Measured for the speedrun's model beside its n-grams: 5.8 GiB whatever the batch, 25.8 with 49,152 tokens,
+    # 27.2 with bf16 layers.
+    sizes = {stage.tokens // train_gpt.MICRO_BATCHES for stage in hp.stages}
+    largest = max(size * train_gpt.micro_batches_together(size, hp, world) for size in sizes)
+    free, (table, cache) = torch.cuda.mem_get_info(world.device)[0] / 2**30, train_gpt.ngram_gib(hp, world)
+    needed = cache + 5.8 + 21.4 * largest / 49_152 * hp.model_dim / 768
+    rows = int((free - needed) / (table / hp.ngram_rows)) // 16 * 16
+    told = f"--ngram_rows={hp.ngram_rows}: they take {table:.1f} GiB of each rank, {free:.0f} are free and about "
+    told += f"{needed:.0f} are needed for all else: give --ngram_rows={rows}, or use more GPUs"
+    require(table + cache < free or rows < 16, told)
+    told = f"note: about {needed + table:.0f} GiB are needed, {free:.0f} are free: "
+    return [f"{told}lower --micro_batch_tokens or the tokens in STAGES"] * (free < needed + table)
+
+
+# ---------------------------------------------------------------------------- between ranks
+
+
+def check_agreement(
+    train_gpt: ModuleType,
+    hp: Hyperparameters,
+    overrides: dict[str, object],
+    world: World,
+    files: dict[str, list[Path]],
+    checkpoint: dict | None,
+) -> None:
+    """Raises UserError, alike on all ranks, that names what they were not started alike with."""
+    own = ("log_dir", "vocabulary", *train_gpt.FILES)  # a host's
+    facts = {f"--{name}": getattr(hp, name) for name in train_gpt.SETTINGS if name not in own}
+    facts["--vocabulary's tokens"] = vocabulary_in_words(train_gpt, hp)
+    facts["--dtype"] = str(train_gpt.choose_dtype(hp, world))
+    facts["--fp8"] = hp.fp8 if train_gpt.use_fp8(hp, world)[0] else "off"
+    facts["--run_id"] = overrides.get("run_id", "drawn")
+    tools = [sys.modules[name].__file__ for name in ("checkpoint", "bench") if name in sys.modules]
+    for path in map(Path, (train_gpt.__file__, __file__, *tools)):
+        facts[path.name] = f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    facts["software"] = train_gpt.versions()
+    facts["checkpoint"] = checkpoint and f"step {checkpoint['step']}, {checkpoint['progress']['elapsed']:.3f} ms"
+    for name, paths in files.items():
+        facts.update({f"{name}, file {i}": shard_in_words(train_gpt, path) for i, path in enumerate(paths, 1)})
+    everyone: list = [None] * world.size
+    dist.all_gather_object(everyone, (socket.gethostname(), facts))
+    (host, first), told = everyone[0], {}
+    for rank, (there, others) in enumerate(everyone):
+        for name in (name for name in first | others if first.get(name) != others.get(name)):
+            differs = f"{first.get(name)} on rank 0 ({host}), {others.get(name)} on rank {rank} ({there})"
+            told.setdefault(name, f"{name} is {differs}")
+    train_gpt.require(not told, f"the processes were not started alike: {'; '.join([*told.values()][:4])}")
+
+
+def shard_in_words(train_gpt: ModuleType, path: Path) -> str:
+    """Name, length and a checksum, by which ranks and a run that goes on know their shards in any folder."""
+    with open(path, "rb") as file:
+        beginning = hashlib.sha256(file.read(1 << 16)).hexdigest()[:8]
+    return f"{path.name}, {train_gpt.read_header(path)} tokens, its beginning {beginning}"
+
+
+def vocabulary_in_words(train_gpt: ModuleType, hp: Hyperparameters) -> str:
+    """A checksum of what is made of it, by which they know their vocabulary in any folder."""
+    return f"sha256 {hashlib.sha256(train_gpt.canonical_tokens(hp).data).hexdigest()[:16]}"
