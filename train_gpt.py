@@ -455,7 +455,7 @@ def check_tables(hp: Hyperparameters) -> None:
         for gates in (layer.values, layer.adds):
             told = f"{row}: values and adds take names with their gates at the start, as dict(x0=0.0)"
             require(isinstance(gates, dict) and all(isinstance(gate, int | float) for gate in gates.values()), told)
-        gated = layer.xsa or layer.head_gates or layer.values or layer.adds
+        gated = any((layer.value_embed, layer.xsa, layer.head_gates, layer.values, layer.adds))
         weighed = {*kept} if layer.gates else weighed
         require(not gated or weighed, f"{row}: its gates take a network: give this row or an earlier one gates=True")
         for name in (*layer.values, *layer.adds):
