@@ -75,6 +75,7 @@ class Checkpoints:
 
     def __init__(self, hp: Hyperparameters, world: World, files: dict[str, list[Path]]):
         self.shards = {name: [shard_in_words(train_gpt, path) for path in paths] for name, paths in files.items()}
+        self.vocabulary = vocabulary_in_words(train_gpt, hp)  # what the run begins with: its file may go meanwhile
         self.asked = None
         # Whether to stop is agreed upon between CPUs, beside NCCL, and only where a stop leaves a checkpoint.
         self.side = dist.new_group(backend="gloo") if world.size > 1 and hp.checkpoint_every else None
@@ -125,7 +126,7 @@ class Checkpoints:
         settings = {name: getattr(hp, name) for name in SETTINGS}
         content = dict(step=step, hyperparameters=settings, stages=[tuple(stage) for stage in hp.stages])
         content.update(shards=self.shards, progress=vars(progress) if progress else {})
-        content.update(vocabulary=vocabulary_in_words(train_gpt, hp), rows=[checksum for checksum, _ in rows])
+        content.update(vocabulary=self.vocabulary, rows=[checksum for checksum, _ in rows])
         content.update(model=dict(trainer.model.state_dict()), optimizer=optimizer)
         errors = [error for _, error in rows if error]
         error = errors[0] if errors else try_to_write(path, content)[1]

@@ -257,7 +257,7 @@ def first_to_last(values: list[float]) -> str:
 def stages_told(run: Run) -> str:
     """What the schedule has in each stage, at its first and its last step."""
     schedule, hp, steps_of = run.schedule, run.hp, run.spans()
-    head = "stage,steps,first,tokens,a micro-batch,in all,short,long,cut at,classes,lr,momentum,loss weights,prefix"
+    head = "stage,steps,first,tokens,a micro-batch,in all,short,long,cut at,classes,lr,momentum,loss weights"
     rows = [head.split(",")]
     for i, (stage, (start, end)) in enumerate(zip(hp.stages, steps_of, strict=True), 1):
         steps = range(start, end)
@@ -271,10 +271,10 @@ def stages_told(run: Run) -> str:
         row.append(f"{stage.tokens * (end - start):,}")
         if steps:
             cut, weights = schedule.size(start)[1], [*zip(*map(schedule.target_weights, steps), strict=True)]
-            n, windows = len(stage.target_weights), schedule.windows(start)
+            windows = schedule.windows(start)
             row += [f"{windows['short']:,}", f"{windows['long']:,}", f"{cut:,}", f"{run.classes(stage):,}"]
             row += [first_to_last([f(step) for step in steps]) for f in (schedule.lr, schedule.momentum)]
-            row += [", ".join(map(first_to_last, weights[:n])), "".join(map(first_to_last, weights[n:])) or "-"]
+            row.append(", ".join(map(first_to_last, weights)))
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
     validations = {step for step in range(hp.total_steps) if hp.val_loss_every and step % hp.val_loss_every == 0}
     validations |= {*hp.val_steps, hp.total_steps}

@@ -46,7 +46,6 @@ def two_steps(program, world, folder: Path) -> dict:
     checks.check_hyperparameters(program, hp)
     program.canonical_tokens = lambda hp: np.arange(hp.padded_vocab)  # the vocabulary is for other tokens
     trainer = program.Trainer(hp, world)
-    trainer.model.prefixes[: BOS // 2] = torch.arange(1, BOS // 2 + 1)  # as if the vocabulary had them
     val_batches = program.validation_batches(program.find_files(hp.val_files), hp, world)
     windows = trainer.schedule.window_tokens(*program.FINAL_WINDOWS)
     begin, losses = trainer.model.scalars.detach().clone(), [trainer.validate(val_batches, windows)]

@@ -71,7 +71,7 @@ def test_a_row_of_layers_that_fails_later_or_has_no_effect_is_refused(monkeypatc
 
 
 @pytest.mark.parametrize(
-    "name, row", [("mlp_out", (12, 1.0, 5.0)), ("smear", (0, 0.0, 5.0)), ("qkv", (13, 0.5, (5.0,)))]
+    "name, row", [("mlp_out", (12, 1.0, 5.0)), ("copy_gain", (0, 1.0, 5.0)), ("qkv", (13, 0.5, (5.0,)))]
 )
 def test_a_row_of_scalars_that_fails_later_is_refused(monkeypatch, name, row):
     monkeypatch.setitem(train_gpt.SCALARS, name, row)
@@ -79,7 +79,10 @@ def test_a_row_of_scalars_that_fails_later_is_refused(monkeypatch, name, row):
         checks.check_tables(train_gpt, Hyperparameters())
 
 
-@pytest.mark.parametrize("gated", [dict(xsa=True), dict(head_gates=True), dict(values=EARLY), dict(adds=dict(x0=0.1))])
+@pytest.mark.parametrize(
+    "gated",
+    [dict(value_embed=True), dict(xsa=True), dict(head_gates=True), dict(values=EARLY), dict(adds=dict(x0=0.1))],
+)
 def test_gates_take_a_network_in_their_row_or_before(monkeypatch, gated):
     first, row = Layer("short", keep="early"), Layer("short", **gated)
     with pytest.raises(UserError, match="row 1: its gates take a network: give this row or an earlier one gates=True"):
@@ -101,8 +104,8 @@ ADAM, NORMUON = dict(algorithm="adam", betas=(0.9, 0.99), lr=(1.0,)), dict(algor
         ("mlp_bank", {**ADAM, "lr": ()}, "lr=() is no tuple, as (1.0,)"),
         ("mlp_bank", {**NORMUON, "betas": (0.9, 0.99)}, "normuon takes no betas"),
         ("ngrams", dict(averaged=True), "rowwise has no average"),
-        ("smear_gate", NORMUON, "normuon is for banks of matrices, this has the shape (1, 12)"),
-        ("smear_gate", dict(sharded=True), "sharded, but its first dimension 1 does not divide by 8, the most ranks"),
+        ("gate_bias", NORMUON, "normuon is for banks of matrices, this has the shape (4, 40)"),
+        ("gate_bias", dict(sharded=True), "sharded, but its first dimension 4 does not divide by 8, the most ranks"),
     ],
 )
 def test_a_row_of_parameters_that_fails_later_or_has_no_effect_is_refused(monkeypatch, name, change, words):
@@ -183,12 +186,10 @@ def test_there_are_any_number_of_stages_and_the_extension(count, untie):
             )
             for classes in (104, -16)  # no multiple of 16, less than none
         ],
-        ([ROW, LAST._replace(prefix_weights=(0.5,))], "STAGES, row 2: prefix_weights=(0.5,): give two, at the start"),
         (
             [ROW._replace(target_weights=(1.0)), LAST],
             "STAGES, row 1: multi-token weights are tuples, of one as (1.0,)",
         ),
-        ([ROW._replace(prefix_weights=0.5), LAST], "STAGES, row 1: prefix_weights=0.5: give two, at the start"),
         (
             [ROW._replace(share=0.0001), ROW, LAST],
             f"no step of {Hyperparameters.num_scheduled_iterations} falls to row 1 of STAGES",

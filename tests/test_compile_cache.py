@@ -18,7 +18,6 @@ EDITS = {
     "unchanged": [],
     "backward and a constant": [
         ("linear_relu2(grad_out, w_proj, hidden, 2.0)", "linear_relu2(grad_out, w_proj, hidden, 3.0)"),
-        ("grad = grad_out * out * (1 - out)", "grad = grad_out * out * (2 - out)"),
         ("return grad @ head.T, x.T @ grad, None, None", "return grad @ head.T, 5 * (x.T @ grad), None, None"),
         ("MAX_HIDDEN = 448 * FP8_HIDDEN", "MAX_HIDDEN = 1.0"),
     ],
@@ -49,17 +48,17 @@ def compile_all(folder: Path) -> None:
     from torch._dynamo.utils import counters
 
     def loss_and_gradients(program, region, *inputs):
-        def function(x, w_fc, w_proj, gates, head):
-            x = program.MLP.apply(program.norm(x), w_fc, w_proj) + x * program.gate(x, gates)
+        def function(x, w_fc, w_proj, head):
+            x = x + program.MLP.apply(program.norm(x), w_fc, w_proj)
             weights, left = torch.tensor([1.0, 0.5]), torch.arange(len(x))
-            return program.head_losses(x, head, targets, left, weights, None, None, head.size(1), None)
+            return program.head_losses(x, head, targets, left, weights, None, head.size(1), None)
 
         loss = region(function)(*inputs).double().sum()
         return [loss, *torch.autograd.grad(loss, inputs)]
 
     torch.manual_seed(0)
     T, C, F, V = 32, 16, 64, 128
-    shapes = (T, C), (F, C), (F, C), (1, 12), (C, V)
+    shapes = (T, C), (F, C), (F, C), (C, V)
     inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
     targets = torch.randint(V, (T,), dtype=torch.int32)
     seen = []

@@ -779,7 +779,7 @@ def test_encoding_takes_another_vocabulary(tmp_path, capsys):
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[-3:] == [f"--vocabulary={encoding}", "--vocab_size=260", "--bos=259"]
     hp, _ = train_gpt.parse_arguments(command[command.index("./run.sh") + 1 :], has_gpu=False)
-    assert train_gpt.prefix_table(hp)[257] == 256  # the: th
+    assert train_gpt.read_vocabulary(hp)[b"the"] == 257
     verified = run_script("verify.py", tmp_path / "out", "--vocab_size", 260, "--bos", 259)
     assert verified.returncode == 0 and "nothing wrong" in verified.stdout
     assert run_script("verify.py", tmp_path / "out", "--vocab_size", 259, "--bos", 259).returncode == 1

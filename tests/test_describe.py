@@ -90,7 +90,8 @@ def test_a_network_gives_the_gates_of_all_rows_up_to_the_next(programs):
     expected = []
     for layer in train_gpt.LAYERS:
         expected += [0] * layer.gates
-        expected[-1] += 6 * (layer.xsa + layer.head_gates) + len(layer.values) + len(layer.adds)  # a gate a head
+        of_heads = layer.xsa + layer.head_gates + layer.value_embed
+        expected[-1] += 6 * of_heads + len(layer.values) + len(layer.adds)
     assert [int(row[5]) for row in table(text_of(train_gpt), "row; ")[1:] if row[5] != "-"] == expected
 
 
@@ -162,11 +163,11 @@ def test_gradients_and_states_are_as_large_as_the_optimizers(programs, name):
         assert told["those of a step, with their gradients"] == ngrams.p.nbytes + ngrams.p.grad.nbytes
 
 
-def test_angles_and_signs_are_as_large_as_the_models():
+def test_angles_are_as_large_as_the_models():
     run = run_of(train_gpt, *SMALL)
     model = train_gpt.GPT(run.hp, torch.device("cpu"), torch.float32)
-    held = model.yarn.cos, model.yarn.sin, model.yarn.position, model.signs
-    assert describe.states_bytes(run, 1)["angles and signs"] == sum(t.nbytes for t in held)
+    held = model.yarn.cos, model.yarn.sin, model.yarn.position
+    assert describe.states_bytes(run, 1)["angles"] == sum(t.nbytes for t in held)
 
 
 def test_learning_rates_are_those_that_the_first_update_has():
@@ -207,8 +208,7 @@ def test_the_products_are_those_that_a_forward_pass_computes(programs, name, mon
     counted = counter.get_total_flops()
     flop = describe.forward_flop(run, dict(short=16, long=32), run.hp.padded_vocab)
     told = sum(n for part, n in flop.items() if not part.startswith(("attention, ", "copying, ")))
-    by_sums = 2 * (model.smear_gate.numel() + model.value_gates.numel())  # not as products, see Gate
-    assert counted == T * (told - by_sums)
+    assert counted == T * told
     C = run.hp.model_dim
     assert flop["MLP"] == sum(layer.mlp for layer in program.LAYERS) * 4 * C * run.hp.mlp_ratio * C
 

@@ -135,9 +135,7 @@ def plain_gradients(tmp_path_factory):
     trainer = Trainer(hp, World())
     for batch in TrainLoader(find_files(hp.train_files), [trainer.schedule.size(0)], hp, World()):
         for micro_batch in batch.micro_batches:
-            weights = trainer.target_weights[0]
-            prefix = len(weights) > len(trainer.hp.stages[0].target_weights)
-            trainer.model(micro_batch, trainer.schedule.windows(0), weights, prefix=prefix).sum().backward()
+            trainer.model(micro_batch, trainer.schedule.windows(0), trainer.target_weights[0]).sum().backward()
     return {name: p.grad for name, p in trainer.model.named_parameters()}
 
 

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 C = 24  # not a power of two
 
 
-# ---------------------------------------------------------------------------- rows, signs, slots
+# ---------------------------------------------------------------------------- rows, slots
 
 
 def starts_of(ends):
@@ -42,12 +42,10 @@ ENDS = [0, 1, 3, 6, 7, 300, 1000]
 
 @pytest.mark.parametrize("rows", [16, 4096, 2_097_152, 21_000_000, 2**31 - 16])
 @pytest.mark.parametrize("vocabulary", [3, 65536])
-def test_rows_and_signs_are_hashes_in_wrapping_int32_inside_a_document(rows, vocabulary):
+def test_rows_are_hashes_in_wrapping_int32_inside_a_document(rows, vocabulary):
     tokens = np.random.default_rng(0).integers(vocabulary, size=1000).astype(np.uint16)
-    plain_rows, plain_signs = plain_ngrams(tokens.tolist(), rows, ENDS[:-1])
-    found, signs = train_gpt.ngram_rows(tokens, starts_of(ENDS), rows), train_gpt.ngram_signs(tokens, starts_of(ENDS))
-    assert found.dtype == signs.dtype == np.int32
-    assert found.tolist() == [*plain_rows] and signs.tolist() == [*plain_signs]
+    found = train_gpt.ngram_rows(tokens, starts_of(ENDS), rows)
+    assert found.dtype == np.int32 and found.tolist() == [*plain_ngrams(tokens.tolist(), rows, ENDS[:-1])]
 
 
 def test_rows_of_known_ngrams():
@@ -59,16 +57,13 @@ def test_rows_of_known_ngrams():
         [half - 1, bigrams[0] % (half - 1), bigrams[1] % (half - 1)],
         [4095, 4095, half + trigram % (half - 1)],
     ]
-    assert train_gpt.ngram_signs(tokens, np.zeros(3, int))[0].tolist() == [0, 1, (60000 ^ 3) % 8192]
 
 
-def test_what_lacks_tokens_has_the_last_row_of_its_half_and_the_first_signs():
-    tokens, starts = np.arange(3, 1003), starts_of(ENDS)
-    rows, signs = train_gpt.ngram_rows(tokens, starts, 4096), train_gpt.ngram_signs(tokens, starts)
-    before = np.arange(1000) - starts
+def test_what_lacks_tokens_has_the_last_row_of_its_half():
+    starts = starts_of(ENDS)
+    rows, before = train_gpt.ngram_rows(np.arange(3, 1003), starts, 4096), np.arange(1000) - starts
     for k, order in enumerate((2, 3)):
         assert ((rows[k] == 2048 * (k + 1) - 1) == (before < order - 1)).all()
-        assert not signs[k][before < order - 1].any()
 
 
 def step_of(tmp_path, rank, ranks, **overrides):
@@ -107,11 +102,10 @@ def test_slots_stand_for_the_rows_that_ranks_give_each_other(tmp_path, ranks, jo
         cache = [row for owner in range(ranks) for row in given[owner][rank]]
         assert batch.exchange.taken == [len(given[owner][rank]) for owner in range(ranks)]
         assert cache == sorted({*cache})
-        for b, (rows, signs) in zip(batch.micro_batches, plain_rows_of(batch, hp), strict=True):
+        for b, rows in zip(batch.micro_batches, plain_rows_of(batch, hp), strict=True):
             assert np.array(cache)[b.ngrams.slots.numpy()].tolist() == [*rows]
-            assert b.ngrams.signs.tolist() == [*signs]
-            assert b.ngrams.slots.dtype == b.ngrams.signs.dtype == torch.int32
-        assert {*cache} == {row for rows, _ in plain_rows_of(batch, hp) for of_order in rows for row in of_order}
+            assert b.ngrams.slots.dtype == torch.int32
+        assert {*cache} == {row for rows in plain_rows_of(batch, hp) for of_order in rows for row in of_order}
         assert len(cache) <= train_gpt.ngram_slots(hp, World(rank, rank, ranks))
 
 
@@ -396,7 +390,6 @@ def saved_run(tmp_path, steps=6, **overrides):
     trainer = trainer_of(tmp_path, ngram_rows=512, run_id="small", checkpoint_every=2, **overrides)
     files = train_gpt.files_of(trainer.hp)
     trainer.checkpoints = checkpoint.Checkpoints(trainer.hp, World(), files)
-    trainer.model.prefixes.copy_(train_gpt.prefix_table(trainer.hp))
     position = [batch.position for _, batch, _ in steps_of(trainer, 0, steps)][-1]
     log = Log(trainer.hp, World())
     trainer.checkpoints.save(trainer, log, Progress(steps, 1.0, position, [9.0]))
@@ -408,6 +401,18 @@ def restored(path):
     content = checkpoint.read_checkpoint(path)
     content["rows"] = checkpoint.read_pieces(path, content)
     return content
+
+
+def test_a_run_whose_vocabulary_is_lost_still_leaves_checkpoints(tmp_path):
+    vocabulary = shutil.copy(Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken", tmp_path)
+    trainer, path, position = saved_run(tmp_path, vocabulary=str(vocabulary))
+    kept = checkpoint.read_checkpoint(path)["vocabulary"]
+    Path(vocabulary).unlink()
+    path.unlink()
+    log = Log(replace(trainer.hp, resume="small"), World())
+    trainer.checkpoints.save(trainer, log, Progress(6, 1.0, position, [9.0]))
+    log.close()
+    assert checkpoint.read_checkpoint(path)["vocabulary"] == kept
 
 
 def test_a_checkpoint_has_eight_pieces_that_make_the_table_and_its_states(tmp_path):

@@ -27,6 +27,7 @@ from train_gpt import (
 CPU = torch.device("cpu")
 HP = Hyperparameters(
     vocab_size=120,  # padded to 128
+    muon_lr=0.023,  # PlainNorMuon's
     ngram_rows=64,
     num_heads=4,
     head_dim=8,
@@ -729,7 +730,7 @@ def test_reset_forgets_everything(dtype):
             torch.zeros(32, 64),
             r"head.v in the checkpoint is \(32, 64\) in torch.float32, this program's part",
         ),
-        ("value_gates.v", None, r"value_gates.v in the checkpoint is no tensor \(None\)"),
+        ("gate_out.v", None, r"gate_out.v in the checkpoint is no tensor \(None\)"),
         ("other.m", 1, "the checkpoint has states that this program has not: other.m"),
     ],
 )

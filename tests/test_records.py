@@ -1069,7 +1069,7 @@ def listing(folder):
 def test_a_record_folder(seed, tmp_path, capsys):
     records = tmp_path / "records"
     write(records / "2026-01-19_Before", [own_log(a, b) for a, b in zip(OLD_LOSSES, OLD_TIMES, strict=True)])
-    source = SOURCE.replace("muon_lr: float = 0.023", "muon_lr: float = 0.024")
+    source = SOURCE.replace("muon_lr: float = 0.028", "muon_lr: float = 0.024")
     logs = write(tmp_path / "logs", [own_log(a, b, source) for a, b in zip(LOSSES, TIMES, strict=True)])
     status, out = submitted(capsys, "Fused", logs, "--date", "2026-01-30", "--records", records)
     assert status == 0 and "2026-01-30_Fused" in out.out
@@ -1081,7 +1081,7 @@ def test_a_record_folder(seed, tmp_path, capsys):
     readme = (folder / "README.md").read_text()
     for text in ("# Fused", "p = 0.0025", "1.03 s faster", "![Validation loss of the runs](loss.png)", "To be written"):
         assert text in readme
-    assert re.search(r"^-\s+muon_lr: float = 0.023", readme, re.M) and re.search(
+    assert re.search(r"^-\s+muon_lr: float = 0.028", readme, re.M) and re.search(
         r"^\+\s+muon_lr: float = 0.024", readme, re.M
     )
     assert "1 lines added, 1 removed." in readme

@@ -176,28 +176,6 @@ def test_multi_token_weights_move_linearly_inside_a_stage(step, weights):
     assert RUN.target_weights(step) == pytest.approx(weights, rel=1e-9)
 
 
-WITH_PREFIXES = (
-    FIRST._replace(prefix_weights=(0.2, 0.4)),
-    SECOND._replace(prefix_weights=(0.4, 0.0)),
-    THIRD,
-    EXTENSION,
-)
-
-
-@pytest.mark.parametrize("step, weight", [(0, 0.2), (50, 0.25), (199, 0.399), (200, 0.4), (225, 0.3), (299, 0.004)])
-def test_the_prefixs_weight_comes_last_and_moves_linearly_inside_a_stage(step, weight):
-    schedule = schedule_of(*WITH_PREFIXES)
-    assert schedule.target_weights(step) == pytest.approx([*RUN.target_weights(step), weight], rel=1e-9)
-
-
-def test_a_stage_without_prefix_weights_or_a_run_without_a_vocabulary_has_none():
-    schedule, without = schedule_of(*WITH_PREFIXES), schedule_of(*WITH_PREFIXES, vocabulary="")
-    for step in (300, 399, 400, 409):
-        assert schedule.target_weights(step) == RUN.target_weights(step)
-    for step in range(410):
-        assert without.target_weights(step) == RUN.target_weights(step)
-
-
 # ---------------------------------------------------------------------------- averages
 
 

@@ -29,13 +29,11 @@ from train_gpt import (
     Clock,
     Hyperparameters,
     Log,
-    Progress,
     Trainer,
     TrainLoader,
     World,
     Yarn,
     find_files,
-    prefix_table,
     validation_batches,
 )
 
@@ -197,28 +195,6 @@ def test_bfloat16_follows_float32(runs):
     for ours, theirs in zip(narrow.losses, wide.losses, strict=True):
         assert abs(ours - theirs) < BF16_LOSS_TOLERANCE
     assert wide.losses[-1] < wide.losses[0] - 0.3
-
-
-@pytest.mark.parametrize("progress", [None, Progress(step=2, val_losses=[5.0])], ids=["begun", "resumed"])
-def test_prefixes_are_looked_up_on_the_clock(folder, monkeypatch, progress):
-    hp = small_run.small_hyperparameters(folder, run_id=f"prefixes_{progress is None}")
-    trainer, happened = Trainer(hp, World()), []
-
-    def note(name, function):
-        monkeypatch.setattr(train_gpt, name, lambda *args: (happened.append(name), function(*args))[1])
-
-    note("Clock", Clock)
-    note("prefix_table", prefix_table)
-    trainer.update = lambda step: happened.append("step")
-    assert (trainer.model.prefixes == -1).all()
-    trainer.run(
-        Log(hp, World()),
-        find_files(hp.train_files),
-        validation_batches(find_files(hp.val_files), hp, World()),
-        progress,
-    )
-    assert happened[:3] == ["Clock", "prefix_table", "step"] and happened.count("prefix_table") == 1
-    assert torch.equal(trainer.model.prefixes, prefix_table(hp))
 
 
 # ---------------------------------------------------------------------------- micro-batches through a stage's graph
