@@ -561,7 +561,7 @@ PLANTED = {
          "test_faults.py test_sigterm_leaves [1]"),
         ("the vocabulary's file takes part in every checkpoint", "vocabulary=self.vocabulary, rows",
          "vocabulary=vocabulary_in_words(hp), rows", "test_ngram.py test_a_run_whose_vocabulary_is_lost"),
-        ("a run goes on with another vocabulary", 'require(vocabulary_in_words(hp) == content["vocabulary"], told)',
+        ("a run goes on with another vocabulary", 'require(vocabulary_in_words(train_gpt, hp) == content["vocabulary"], told)',
          "require(vocabulary_in_words(hp), told)", "test_faults.py test_a_run_goes_on_with_its_vocabulary"),
         ("a piece that was not written goes unnoticed", "errors = [error for _, error in rows if error]", "errors = []",
          "test_ngram.py test_no_checkpoint_is_left"),
