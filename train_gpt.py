@@ -2026,36 +2026,25 @@ def head_losses(
     return (target_weights[:, None] * losses).sum(0)
 
 
-class Ngrams(NamedTuple):
-    """Of the n-grams that end with each token the rows of GPT.ngrams, (orders, T) int32."""
-
-    slots: Tensor
-    order: Tensor  # sorts the slots, (orders T,)
-
-
 class MicroBatch(NamedTuple):
-    """Documents end to end: inputs, targets (T,), and the classes (P,) of the softmax, None for all; all int32.
+    """Documents end to end; all int32. The orders are for tables' gradients, without which they may be empty."""
 
-    The orders sort inputs and slots, for their tables' gradients; without gradients they may be empty.
-    """
-
-    inputs: Tensor
-    targets: Tensor
+    inputs: Tensor  # (T,)
+    targets: Tensor  # (T,)
     documents: Documents
-    ngrams: Ngrams
-    order: Tensor
-    classes: Tensor | None = None
+    slots: Tensor  # rows of GPT.ngrams, (orders, T), of the n-grams that end with each token
+    slot_order: Tensor  # sorts the slots
+    order: Tensor  # sorts the inputs
+    classes: Tensor | None = None  # of the softmax, (P,); None: all
 
     def tensors(self) -> list[Tensor]:
         """All of them, as capture() takes them."""
-        classes = () if self.classes is None else (self.classes,)
-        return [self.inputs, self.targets, *self.documents, *self.ngrams, self.order, *classes]
+        return [t for t in (*self[:2], *self.documents, *self[3:]) if t is not None]
 
     @staticmethod
     def of(tensors: list[Tensor]) -> "MicroBatch":
         """The inverse of tensors()."""
-        inputs, targets, starts, ends, slots, slot_order, *order_and_classes = tensors
-        return MicroBatch(inputs, targets, Documents(starts, ends), Ngrams(slots, slot_order), *order_and_classes)
+        return MicroBatch(*tensors[:2], Documents(*tensors[2:4]), *tensors[4:])
 
 
 class GPT(nn.Module):
@@ -2211,8 +2200,7 @@ class GPT(nn.Module):
         # value_embeds has one table of V rows after the other: these are 0, V, 2 V, ...
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
         value_rows = iter(batch.inputs + first_rows.int()[:, None])
-        slots, slot_order = batch.ngrams
-        ngrams = Lookup.apply(self.ngrams, slots.flatten(), slot_order).unflatten(0, slots.shape)
+        ngrams = Lookup.apply(self.ngrams, batch.slots.flatten(), batch.slot_order).unflatten(0, batch.slots.shape)
         tokens = Lookup.apply(self.embed, batch.inputs, batch.order)
         x0, ngrams = self.embed_inputs(tokens, ngrams)
         documents = {False: batch.documents, True: batch.documents.paired()}

@@ -257,10 +257,10 @@ def test_micro_batches_have_the_orders_of_inputs_and_slots_unless_they_learn_not
     small_run.write_text(tmp_path)
     hp = small_run.small_hyperparameters(tmp_path)
     (batch,) = next(iter(TrainLoader([tmp_path / "train_1.bin"], [(96, 64, 0)], hp, World(size=8)))).micro_batches
-    for rows, order in ((batch.inputs, batch.order), (batch.ngrams.slots.flatten(), batch.ngrams.order)):
+    for rows, order in ((batch.inputs, batch.order), (batch.slots.flatten(), batch.slot_order)):
         assert order.dtype == torch.int32 and torch.equal(order.long(), rows.argsort(stable=True))
     for (batch,), _ in train_gpt.validation_batches([tmp_path / "val_0.bin"], hp, World()):
-        assert batch.order.numel() == batch.ngrams.order.numel() == 0
+        assert batch.order.numel() == batch.slot_order.numel() == 0
 
 
 # ------------------------------------------------------------------------------------------------ joined micro-batches

@@ -94,8 +94,8 @@ def batch_of(inputs, targets):
     """For a model that has the whole table of n-grams."""
     starts = documents().starts.numpy()
     rows = train_gpt.ngram_rows(inputs.numpy(), starts, HP.ngram_rows)
-    ngrams = train_gpt.Ngrams(*map(torch.from_numpy, (rows, train_gpt.sorting_order(rows))))
-    return MicroBatch(inputs, targets, documents(), ngrams, inputs.argsort())
+    ngrams = map(torch.from_numpy, (rows, train_gpt.sorting_order(rows)))
+    return MicroBatch(inputs, targets, documents(), *ngrams, inputs.argsort())
 
 
 def losses_of(model, inputs, targets, weights=TARGET_WEIGHTS, **options):

@@ -103,8 +103,8 @@ def test_slots_stand_for_the_rows_that_ranks_give_each_other(tmp_path, ranks, jo
         assert batch.exchange.taken == [len(given[owner][rank]) for owner in range(ranks)]
         assert cache == sorted({*cache})
         for b, rows in zip(batch.micro_batches, plain_rows_of(batch, hp), strict=True):
-            assert np.array(cache)[b.ngrams.slots.numpy()].tolist() == [*rows]
-            assert b.ngrams.slots.dtype == torch.int32
+            assert np.array(cache)[b.slots.numpy()].tolist() == [*rows]
+            assert b.slots.dtype == torch.int32
         assert {*cache} == {row for rows in plain_rows_of(batch, hp) for of_order in rows for row in of_order}
         assert len(cache) <= train_gpt.ngram_slots(hp, World(rank, rank, ranks))
 
@@ -344,9 +344,9 @@ def test_lookups_that_collide_add_up_and_the_update_sees_their_sum(tmp_path, mon
     monkeypatch.setattr(train_gpt, "Lookup", SimpleNamespace(apply=lambda table, rows, order: F.embedding(rows, table)))
     again.model.ngrams = table = torch.zeros(16, again.hp.model_dim, requires_grad=True)
     for b in batch.micro_batches:
-        whole = b._replace(ngrams=b.ngrams._replace(slots=exchange.rows[b.ngrams.slots]))
+        whole = b._replace(slots=exchange.rows[b.slots])
         again.micro_step(0, whole, again.target_weights[0])
-    assert rows.tolist() == [*range(16)] and sum(b.ngrams.slots.numel() for b in batch.micro_batches) > 200
+    assert rows.tolist() == [*range(16)] and sum(b.slots.numel() for b in batch.micro_batches) > 200
     assert relative_error(values, table.grad) < 1e-5
 
 
