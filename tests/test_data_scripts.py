@@ -23,7 +23,6 @@ from concurrent.futures import ProcessPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import checks
 import numpy as np
 import pytest
 import tiktoken
@@ -840,7 +839,7 @@ def test_the_command_that_is_printed_fits_what_was_made(tmp_path, monkeypatch, t
     assert hp.val_tokens >= min(result.val_tokens - 1, 10_485_760) / 2 or hp.val_tokens >= val_tokens - 1024
     assert len(glob.glob(options[1].partition("=")[2])) == val_tokens // limit
     monkeypatch.setattr(train_gpt, "ROOT", Path("/"))
-    checks.check_world(train_gpt, hp, train_gpt.World(), train_gpt.files_of(hp))
+    train_gpt.import_tool("checks").check_world(train_gpt, hp, train_gpt.World(), train_gpt.files_of(hp))
 
 
 def test_too_little_to_train_on_is_said_instead_of_a_command(tiny, tmp_path, capsys):
@@ -925,7 +924,7 @@ def test_an_interrupted_run_removes_what_it_has_made(tmp_path, sig):
     os.mkfifo(tmp_path / "slow.jsonl")  # never ends, so that the run is surely in the middle when interrupted
     program = (
         "import runpy, sys; here, *sys.argv[:] = sys.argv[1:]; sys.path.insert(0, here); "
-        "import tiktoken, test_data_scripts; tiktoken.get_encoding = lambda _: test_data_scripts.TINY; "
+        "import conftest, tiktoken, test_data_scripts; tiktoken.get_encoding = lambda _: test_data_scripts.TINY; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [sys.executable, "-c", program, Path(__file__).parent, DATA / "tokenize_text.py", tmp_path / "slow.jsonl"]

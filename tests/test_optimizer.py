@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import checkpoint
 import pytest
 import torch
+from checks import check_parameters
 from conftest import relative_error, rows_in_use
 
 import train_gpt
@@ -259,10 +260,11 @@ def test_each_parameter_follows_the_plain_formulas_through_ten_steps(both_runs, 
 def test_a_parameter_without_a_row_is_refused_and_an_empty_one_needs_none():
     model = random_model()
     model.forgotten = torch.nn.Parameter(torch.zeros(0, 3))
+    check_parameters(train_gpt, model.tensors())
     assert "forgotten" not in optimizer_of(model).slots
     model.forgotten = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(train_gpt.UserError, match="one row for each of the model's parameters: forgotten has 0"):
-        optimizer_of(model)
+        check_parameters(train_gpt, model.tensors())
 
 
 # ---------------------------------------------------------------------------- Adam
