@@ -872,7 +872,7 @@ def test_a_terminal_that_goes_away_ends_a_run_with_its_reason_in_the_log_unless_
 @pytest.mark.parametrize(
     "fault, words",
     [
-        ("poison", ["the gradient of scalars in step 4 is not finite", "more parameters"]),
+        ("poison", [f"the gradient of {train_gpt.PARAMETERS[0].name} in step 4 is not finite", "more parameters"]),
         ("poison_gradient", ["the gradient of ngrams in step 4 is not finite; "]),
     ],
 )
