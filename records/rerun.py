@@ -64,10 +64,14 @@ def place(source: str, folder: Path) -> Path:
     """Writes a source to folder/<digest>/train_gpt.py, whole or not at all, and returns that path.
 
     Beside it GPT-2's vocabulary, which a program looks for there if the data's folder lacks it.
+    Today's program also gets what checks and guards its runs; older ones have that in their source.
     """
-    data, vocabulary = source.encode(errors="replace"), "data/gpt2.tiktoken"
+    data = source.encode(errors="replace")
     home = folder / hashlib.sha256(data).hexdigest()[:12]
-    for path, content in ((home / vocabulary, (ROOT / vocabulary).read_bytes()), (home / "train_gpt.py", data)):
+    today = data == (ROOT / "train_gpt.py").read_bytes()
+    beside = ["data/gpt2.tiktoken", *(["records/checks.py", "records/guard.py"] if today else [])]
+    for name, content in (*((name, (ROOT / name).read_bytes()) for name in beside), ("train_gpt.py", data)):
+        path = home / name
         if not path.is_file() or path.read_bytes() != content:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}")
