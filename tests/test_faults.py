@@ -609,7 +609,7 @@ def test_a_run_id_that_was_drawn_is_rank_0s_on_both_ranks(data, tmp_path):
 
 
 def test_what_differs_between_ranks_is_named_with_both_values_and_hosts(agree, data, monkeypatch):
-    monkeypatch.setattr(train_gpt, "vocabulary_in_words", lambda hp: "")  # it takes no "other"
+    monkeypatch.setattr(checks, "vocabulary_in_words", lambda program, hp: "")  # it takes no "other"
     hp = small_run.small_hyperparameters(data)
     for name in train_gpt.SETTINGS:
         if name in ("preset", "dtype", "fp8", "log_dir", "run_id", "vocabulary", *train_gpt.FILES):
