@@ -75,8 +75,8 @@ ROOT = Path(os.path.expanduser(os.environ.get("DATA_PATH") or Path(__file__).res
 # ======================================================================================================================
 # Hyperparameters
 # ======================================================================================================================
-# First the tables, one row for each stage, layer, kind of scalar and parameter, then every other number of a run. To
-# add one is to add a row; rows that could not work are refused, in words, by records/checks.py.
+# First the tables, with a row for each stage, layer, learned scalar and parameter: to add one, add a row. Then a run's
+# other numbers. records/checks.py refuses, in words, what could not work.
 
 MICRO_BATCHES = 8  # in every step, dealt out to the ranks: 1, 2, 4 or 8 GPUs compute the same gradient
 
@@ -96,10 +96,10 @@ class TrainingStage(NamedTuple):
     untie: bool = False  # head and embedding are one matrix until this stage; if no row says so, to the end
 
 
-# What is easy to learn is learnt from small batches and short windows first. A token costs nearly the same in a small
-# batch as in a large one and teaches more: with half the seed record's batches, at the same number of tokens, a quarter
-# run ended 0.06 lower. Still smaller ones won little: those of today's last stages 0.004, which half a run lost again.
-# But with them joined micro-batches have one length on one GPU, 65,536 tokens, so that the layers are compiled once.
+# Training begins with small batches and short windows. A token costs nearly the same in a small batch and teaches more:
+# with half the seed record's batches, and as many tokens, a quarter run ended 0.06 lower. Today's last stages have
+# batches still smaller. In loss that won 0.004 in a quarter run and nothing in half a run. But now joined micro-batches
+# have one length on one GPU, 65,536 tokens, so that the layers are compiled once.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end
     TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), max_seq_len=896, classes=12_288),
@@ -112,11 +112,9 @@ FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
 
 
 class Layer(NamedTuple):
-    """One row a layer: reading the table is reading the architecture.
-
-    A layer adds to the residual stream, in this order: attention, kept outputs of earlier rows, each times a gate, and
-    its MLP. Two outputs are kept before the first row: "x0", the normed embedding of a token, and "ngrams", the sum of
-    the embeddings of the bigram and the trigram that end with it.
+    """One row a layer, which adds to the residual stream, in this order: attention, kept outputs of earlier rows, each
+    times a gate, and its MLP. Two outputs are kept before the first row: "x0", the normed embedding of a token, and
+    "ngrams", the sum of the embeddings of the bigram and the trigram that end with it.
     """
 
     window: str | None = "short"  # which of the stage's windows attention uses; None: a layer without attention
@@ -130,8 +128,8 @@ class Layer(NamedTuple):
     values: dict[str, float] = {}  # noqa: RUF012 - kept outputs added to the values: name and its gate's initial value
     adds: dict[str, float] = {}  # noqa: RUF012 - ... added to the stream
     mlp: bool = True
-    # At this row a small network computes, from the stream (not normed), the gates of this row and of those up to the
-    # next such row. They can only be for what earlier rows have kept. Source: MUDD, arXiv 2502.12170 (2025).
+    # Here a small network computes, from the stream, the gates of this row and of the rows up to the next network. They
+    # weigh only what rows ahead of this one have kept. Source: MUDD, arXiv 2502.12170 (2025).
     gates: bool = False
     keep: str | None = None  # the name under which the row's output is kept
 
@@ -159,8 +157,8 @@ LAYERS = (
 XSA_GATE, HEAD_GATE, VALUE_GATE = 0.0, 0.25, 1.0  # initial values
 NARROW_SCALE = 1.2  # attention's softmax scale in narrow layers, relative to the others
 GATE_HIDDEN, GATE_SCALE = 64, 0.1  # hidden units of a gate network; what its results are multiplied by
-# By order, the factors of an n-gram's tokens, the last token's first. The XOR of the products is a hash, by which an
-# n-gram has its row in the order's equal part of the table. Source: the public speedrun's PRs 299 and 360, 2026.
+# For bigrams and trigrams: what tokens are multiplied by, the last token first. The XOR of the products is a hash, by
+# which an n-gram has its row in its half of the table. Source: the public speedrun's PRs 299 and 360, 2026.
 NGRAM_FACTORS = {2: (36313, 27191), 3: (17351, 60961, 45259)}
 
 ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
@@ -196,8 +194,7 @@ class Row(NamedTuple):
     lr: tuple[float, ...]  # multiplier; several repeat along the first dimension: in mlp_bank W_fc, W_proj, W_fc, ...
     wd: float  # weight-decay multiplier
     betas: tuple[float, float] | None = None  # adam's; rowwise has no first moment
-    # Ends as its average over the run's last steps, see AVERAGE_EVERY
-    averaged: bool = False
+    averaged: bool = False  # ends as its average over the last steps, see AVERAGE_EVERY
 
 
 SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count))
@@ -219,12 +216,12 @@ PARAMETERS = (
     Row("copy_sentinel", "adam", False, (0.05,), 1.0, (0.9, 0.99)),
     Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
 )
-# Parameters looked up by token, so that few rows of their gradients are not zero: see Lookup and ShardedRows. By name,
-# how many tables lie one after the other in it; a token has the same row in each.
+# Parameters looked up by token, so that most rows of their gradients are zero (see Lookup, ShardedRows), and how many
+# tables, each with a row a token, lie one after the other in them.
 TABLES = {"embed": 1, "value_embeds": len(VALUE_LAYERS)}
-# Over the last steps (`average_frac` of all) a running average is made of some parameters, which they then become. A
-# learning rate that stays high finds more, and leaves noise, which an average takes out. Every fourth step is enough:
-# neighbours are nearly the same. Source: the tail averages of the public speedrun's PRs 349 and 360, 2026.
+# Some parameters end as their average over the last steps, `average_frac` of all. A high learning rate learns more but
+# leaves noise, which an average removes. Every fourth step is enough: neighbours are nearly the same. Source: the tail
+# averages of the public speedrun's PRs 349 and 360, 2026.
 AVERAGE_EVERY = 4
 
 
@@ -290,17 +287,14 @@ class Hyperparameters:
 
     @property
     def model_dim(self) -> int:
-        """C."""
         return self.num_heads * self.head_dim
 
     @property
     def padded_vocab(self) -> int:
-        """V."""
         return round_up(self.vocab_size, 128)
 
     @property
     def total_steps(self) -> int:
-        """Scheduled iterations and extension."""
         return self.steps("num_scheduled_iterations") + self.steps("num_extension_iterations")
 
     def steps(self, name: str) -> int:
@@ -338,7 +332,6 @@ PRESETS = {
     ),
 }
 
-# What can be given on the command line: everything but the table of stages.
 SETTINGS = {field.name: field for field in fields(Hyperparameters) if field.name != "stages"}
 
 
@@ -355,7 +348,6 @@ class UserError(Exception):
 
 
 def require(condition: object, message: str) -> None:
-    """Raises UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -372,18 +364,13 @@ def import_tool(name: str, argument: str = "") -> ModuleType | None:
     return importlib.import_module(name)
 
 
-def parse_arguments(
-    arguments: list[str], has_gpu: bool, gpu_memory: float = math.inf
-) -> tuple[Hyperparameters, dict[str, object]]:
-    """Hyperparameters: as given, else the preset's, else defaults; what was given, by name. Raises UserError.
-
-    gpu_memory: GiB. With micro-batches joined up to 65,536 tokens the speedrun takes 43, up to 32,768 35 (measured).
-    """
+def parse_arguments(arguments: list[str], has_gpu: bool, gpu_memory: float = math.inf) -> tuple[Hyperparameters, dict]:
+    """Hyperparameters: as given, else the preset's, else defaults; what was given, by name. Raises UserError."""
     overrides: dict[str, object] = {}
     for argument in arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
-        if not equals and name in SETTINGS and SETTINGS[name].type is bool:  # --name alone
-            equals, text = "=", "true"
+        if not equals and name in SETTINGS and SETTINGS[name].type is bool:
+            equals, text = "=", "true"  # --bench is --bench=true
         require(argument.startswith("--") and equals, f"argument {argument!r} is not of the form --name=value")
         require(name != "stages", "--stages is a table: edit it at the top of train_gpt.py")
         require(name in SETTINGS, f"unknown hyperparameter --{name}; there are: {', '.join(SETTINGS)}")
@@ -395,6 +382,7 @@ def parse_arguments(
     hp = Hyperparameters(**{**PRESETS[preset], **overrides, "preset": preset})
     require(hp.resume != "auto" or hp.run_id, "--resume=auto: give --run_id= too, the name of the run to go on with")
     hp = replace(hp, run_id=hp.run_id or hp.resume or str(uuid.uuid4()))
+    # In GiB: micro-batches joined up to 65,536 tokens take 43 in the speedrun, up to 32,768 they take 35 (measured).
     if gpu_memory < 52 and "micro_batch_tokens" not in overrides:
         hp = replace(hp, micro_batch_tokens=min(hp.micro_batch_tokens, 32_768))
     if checks := import_tool("checks"):
@@ -439,8 +427,8 @@ UNDER_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the
 def environment_number(name: str, default: int, least: int, most: int) -> int:
     """A number that torchrun sets. Raises UserError for anything else."""
     text = os.environ.get(name, str(default))
-    told = f"expected a whole number from {least} to {most}; torchrun sets it, and a single process needs none"
-    require(text.isdecimal() and least <= int(text) <= most, f"{name}={text!r} in the environment: {told}")
+    expected = f"a whole number from {least} to {most}; torchrun sets it, and a single process needs none"
+    require(text.isdecimal() and least <= int(text) <= most, f"{name}={text!r} in the environment: expected {expected}")
     return int(text)
 
 
@@ -452,7 +440,7 @@ def launcher_address() -> tuple[str, int]:
 
 
 def keep_freed_memory() -> None:
-    """For CPUs: glibc would return the memory of each step's logits and fetch it again, half of a step's time."""
+    """On a CPU: glibc would return each step's memory to the system and fetch it again, half of a step's time."""
     with suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks, too, come from the heap ...
@@ -460,7 +448,7 @@ def keep_freed_memory() -> None:
 
 
 class World(NamedTuple):
-    """This process among the processes of the run, as torchrun describes them in the environment."""
+    """This process among those of the run."""
 
     rank: int = 0
     local_rank: int = 0
@@ -469,7 +457,6 @@ class World(NamedTuple):
 
     @property
     def on_gpu(self) -> bool:
-        """Whether this process computes on a GPU."""
         return self.device.type == "cuda"
 
     @property
@@ -484,15 +471,15 @@ class World(NamedTuple):
 
     @staticmethod
     def from_environment() -> "World":
-        """Raises UserError for a number of processes that does not divide 8, or with more processes than GPUs."""
+        """As torchrun describes it. Raises UserError if processes do not divide 8 or are more than a host's GPUs."""
         size = environment_number("WORLD_SIZE", 1, 1, 1_000_000)
         require(MICRO_BATCHES % size == 0, f"{size} processes do not divide 8 micro-batches: start 1, 2, 4 or 8")
         rank, local_rank = (environment_number(name, 0, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
         local_size = environment_number("LOCAL_WORLD_SIZE", 1, 1, size)
         gpus = torch.cuda.device_count()  # by NVML, so that CUDA has not begun yet
-        # Not from this process's rank alone: every rank must see it, for rank 0 prints the message.
-        told = f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})"
-        require(not gpus or max(local_rank + 1, local_size) <= gpus, told)
+        message = f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})"
+        # local_size, too: every rank must see it, for rank 0 prints the message.
+        require(not gpus or max(local_rank + 1, local_size) <= gpus, message)
         if gpus and local_size > 1:
             # Compiled code names its device. Where each rank sees but one GPU, as number 0, one cache serves all.
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
@@ -525,20 +512,19 @@ class World(NamedTuple):
         return ThreadPoolExecutor(1, name, partial(torch.cuda.set_device, self.device) if self.on_gpu else None)
 
     def stop(self) -> None:
-        """Leaves the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def choose_dtype(hp: Hyperparameters, world: World) -> torch.dtype:
-    """Type of parameters and activations."""
+    """Of parameters and activations."""
     name = hp.dtype if hp.dtype != "auto" else "bfloat16" if world.on_gpu else "float32"
     require(name != "float32" or not world.on_gpu, "--dtype=float32: attention on a GPU takes bfloat16")
     return getattr(torch, name)
 
 
 def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
-    """Whether training's products, or the head's alone, run in FP8; if not, what they run in and why."""
+    """Whether training's products run in FP8, all or the head's alone; and if not, what they run in and why."""
     if hp.fp8 == "off":
         return False, "the parameters' type (--fp8=off)"
     if not world.on_gpu:
