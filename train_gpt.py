@@ -318,7 +318,7 @@ PRESETS = {
         num_extension_iterations=4,
         cooldown_frac=0.6,
         average_frac=0.4,
-        # With so few steps each must lower the logits of most tokens that never come.
+        # 40,960 classes: in so few steps each has to lower the logits of most of the tokens that never come.
         stages=tuple(stage._replace(tokens=stage.tokens // 128, classes=stage.classes and 40_960) for stage in STAGES),
         micro_batch_tokens=1024,
         ngram_rows=4096,
@@ -1801,9 +1801,9 @@ def copy_sums(q, k, targets, documents: Documents, window: int) -> Tensor:
 # ======================================================================================================================
 # Model
 # ======================================================================================================================
-# GPT.output goes through the rows of LAYERS; each adds to the residual stream x (T, C). What an MLP gives is not added
-# at once: it waits as mlp_out for the next function that reads the stream (see join), so that the addition is part of a
-# kernel that runs anyway. Everything between attention, lookups and FP8 products is in a few compiled functions.
+# GPT.output goes through the rows of LAYERS; each adds to the residual stream x (T, C). An MLP's result waits, as
+# mlp_out, for the next function that reads the stream (see join): adding it is then part of a kernel that runs anyway.
+# Everything between attention, lookups and FP8 products is in a few compiled functions.
 
 
 class Yarn:
@@ -1815,7 +1815,7 @@ class Yarn:
     """
 
     def __init__(self, head_dim: int, positions: int, device: torch.device):
-        self.num_frequencies = head_dim // 4
+        self.first_frequencies = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32, device=device)
         self.position = torch.arange(positions, dtype=torch.float32, device=device)
         # One entry a pair; in the stationary half cos 1 and sin 0, an angle of 0.
         self.cos = torch.ones(positions, 1, head_dim // 2, dtype=torch.bfloat16, device=device)
@@ -1824,10 +1824,7 @@ class Yarn:
 
     def reset(self) -> None:
         """Back to the first stage's frequencies and scale."""
-        exponents = torch.linspace(0, 1, self.num_frequencies, dtype=torch.float32, device=self.position.device)
-        self.frequencies = (1 / 1024) ** exponents
-        self.scale = 0.1
-        self._fill_tables()
+        self._set(self.first_frequencies, 0.1)
 
     def grow(self, old_window: int, new_window: int) -> None:
         """Adapts to a long window that grows from `old_window` to `new_window` tokens."""
@@ -1835,35 +1832,33 @@ class Yarn:
         rotations = old_window * self.frequencies / (2 * torch.pi)
         kept = ((rotations - 1) / (32 - 1)).clamp(0, 1)
         ratio = old_window / new_window
-        self.frequencies = self.frequencies * (ratio + kept * (1 - ratio))
-        self.scale *= 0.2 * float(np.log(new_window / old_window)) + 1
-        self._fill_tables()
+        stretched = self.frequencies * (ratio + kept * (1 - ratio))
+        self._set(stretched, self.scale * (0.2 * float(np.log(new_window / old_window)) + 1))
 
-    def _fill_tables(self) -> None:
-        angle = self.position[:, None, None] * self.frequencies  # (positions, 1, frequencies)
-        self.cos[..., : self.num_frequencies] = angle.cos().to(self.cos.dtype)
-        self.sin[..., : self.num_frequencies] = angle.sin().to(self.sin.dtype)
+    def _set(self, frequencies: Tensor, scale: float) -> None:
+        self.frequencies, self.scale = frequencies, scale
+        angle = self.position[:, None, None] * frequencies  # (positions, 1, frequencies)
+        self.cos[..., : len(frequencies)] = angle.cos().to(self.cos.dtype)
+        self.sin[..., : len(frequencies)] = angle.sin().to(self.sin.dtype)
 
 
 def gate_groups(layer: Layer, num_heads: int) -> list[list[float]]:
-    """First values of a layer's gates, as the network gives them: XSA, heads, value embedding, values, stream."""
+    """Initial values of a layer's gates, in the order in which its network gives them."""
     of_heads = (layer.xsa, XSA_GATE), (layer.head_gates, HEAD_GATE), (layer.value_embed, VALUE_GATE)
-    return [*(has * num_heads * [first] for has, first in of_heads), [*layer.values.values()], [*layer.adds.values()]]
+    return [*(has * num_heads * [gate] for has, gate in of_heads), [*layer.values.values()], [*layer.adds.values()]]
 
 
 class LayerWeights(NamedTuple):
-    """A layer's parameters: learned scalars (0-d), and matrices in the layout of the banks; None for none."""
+    """A layer's learned scalars (0-d), and its matrices in the layout of the banks."""
 
-    # layers with an MLP
-    mlp_resid: Tensor | None = None
-    mlp_out: Tensor | None = None
-    mlp: Projection | None = None  # W_fc, W_proj, (2, F, C)
-    # layers with attention
-    attn_resid: Tensor | None = None
-    qkv_lambda: Tensor | None = None
-    out_lambda: Tensor | None = None
+    attn_resid: Tensor
+    mlp_resid: Tensor
+    mlp_out: Tensor
+    qkv_lambda: Tensor
+    out_lambda: Tensor
+    mlp: Projection | None = None  # W_fc, W_proj, (2, F, C); None without an MLP, the others without attention
     qkv: Projection | None = None  # pairs of heads of W_q, then of W_k, (H, 2, D, C); W_v (C, C)
-    out: Tensor | None = None  # (C, C)
+    out: Tensor | None = None  # W_o (C, C)
 
 
 def compiler(enabled: bool) -> Callable:
@@ -1872,26 +1867,26 @@ def compiler(enabled: bool) -> Callable:
         return lambda function: function
     # A function is compiled once for each kind of layer in each stage: more often than Dynamo's limit of 8 allows.
     torch._dynamo.config.recompile_limit = 64
-    # A warm start finds graphs on the disk by their code. That of our autograd functions is in it, both directions; of
-    # operators only the name is, so that the tag adds what register_fake says of their results.
+    # A warm start finds graphs on the disk by their code, that of our autograd functions included, but of our operators
+    # by the names alone: the tag adds what register_fake says of their results.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     fakes = [text.split("\n\n\n")[0] for text in Path(__file__).read_text().split(".register_fake\n")[1:]]
     torch.compiler.config.cache_key_tag = hashlib.sha256("".join(fakes).encode()).hexdigest()
-    # The processes that compile Triton's code take seconds to start; until they are there, kernels wait in line.
+    # The processes that compile Triton's code take seconds to start, and kernels wait for them.
     importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
-    # Compiling makes millions of objects that live on: looking through them as often as Python does takes 5 % of it.
+    # Compiling makes millions of objects that live on; Python's default garbage collection takes 5 % of its time.
     gc.set_threshold(100_000, 20, 100)
     return torch.compile(dynamic=False, fullgraph=True)
 
 
-# The functions down to head_losses are the compiled regions and their helpers. Compiled one by one, they are compiled
-# once for all layers of a kind, a minute and a half in all. Attention stays outside: windows change without compiling.
+# The functions down to head_losses are the compiled regions and their helpers. One compilation serves all layers of a
+# kind; all take a minute and a half. Attention stays outside, so that windows change without compiling.
 
 
 def widened(x):
-    """x in float32; float64 stays. For sums with a matrix product, as part of the kernel that reads them.
+    """x in float32, float64 as it is: added so to a matrix product, in the kernel that reads the sum.
 
-    Of two tensors in bf16 the compiler would have cuBLAS add x to the product, for which it would first copy x.
+    Were both in bf16, the compiler would have cuBLAS add x to the product, and first copy x.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -1907,11 +1902,10 @@ def embed_inputs(x, ngrams):
 
 
 def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias, layers: list[Layer], num_heads: int):
-    """The stream (T, C); of each of `layers` the gates of heads (T, H), and what to add to values and stream (T, C).
+    """The stream (T, C); of each of `layers` three gates of heads (T, H), and what to add to values and stream (T, C).
 
-    None for what a layer lacks. A two-layer network makes the gates from the stream; what is added are sums of the kept
-    outputs (by name), each times a gate. All layers' sums are made here, so that in the backward pass one kernel sums
-    the gradients of what is kept. Source: MUDD, arXiv 2502.12170.
+    None for what a layer lacks. What is added is a sum of kept outputs, each times a gate. All layers' sums are made
+    here, so that in the backward pass one kernel sums the gradients of what is kept.
     """
     x = join(x, mlp_out, before)
     # Without the empty groups: PyTorch 2.11 can't compile a split into nothing.
@@ -1920,9 +1914,7 @@ def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias,
     gates = iter((GATE_SCALE * (F.linear(hidden, w_out[: sum(sizes)]) + bias[: sum(sizes)])).split(sizes, -1))
 
     def weighed(names):
-        if names:
-            return sum(g * kept[name] for name, g in zip(names, next(gates).split(1, -1), strict=True))
-        return None
+        return sum(g * kept[name] for name, g in zip(names, next(gates).split(1, -1), strict=True)) if names else None
 
     def of_heads(layer_has_them):
         return next(gates) if layer_has_them else None
@@ -1940,10 +1932,10 @@ def normed_input(x, fp8: bool):
 
 
 def attention_inputs(x, mlp_out, before, normed, w: LayerWeights, narrow: bool):
-    """The stream (x, mlp_out), and fields of the layer's Projection to q, k, v.
+    """The stream (x, mlp_out), and what the layer's Projection to q, k, v lacks.
 
-    normed: normed_input of the kept output that the layer reads; None: it reads the stream. The fields come as a dict:
-    in PyTorch 2.11 a Projection that a compiled function returns loses some.
+    normed: normed_input of the kept output that the layer reads; None: it reads the stream. Returns a dict: in PyTorch
+    2.11 a Projection that a compiled function returns loses some fields.
     """
     if normed is None:
         x, mlp_out = join(x, mlp_out, before), None
@@ -1952,15 +1944,15 @@ def attention_inputs(x, mlp_out, before, normed, w: LayerWeights, narrow: bool):
     qk, v = w.qkv.weight
     qk = qk[:, :, : qk.size(2) // 2] if narrow else qk
     weight = w.qkv_lambda * torch.cat((qk.flatten(0, 2), v))
-    # In FP8 the lambda goes into the weight's scale, so that the weight is the one that layer_weights has converted.
+    # In FP8 the lambda is part of the scale: the weight is the one that layer_weights has converted.
     scale = None if x_fp8 is None else w.qkv_lambda.detach() * FP8_WEIGHT
     return x, mlp_out, dict(weight=weight, scale=scale, x=normed, x_fp8=x_fp8)
 
 
-def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeights, keep: bool):
+def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeights, complete: bool):
     """The rest of a layer: adds attention's result (N, H, D) and `added` (T, C), None for none, and runs the MLP.
 
-    Returns the stream as x (T, C) and the MLP's waiting result; with `keep`, x is complete and None waits.
+    Returns the stream as x (T, C) and the MLP's waiting result; with `complete`, None waits.
     """
     x, mlp_out = join(x, mlp_out, before), None
     dtype = x.dtype
@@ -1970,14 +1962,13 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
     x = (x if added is None else x + added).to(dtype)
     if w.mlp is not None:
         mlp_out = MLP.apply(norm(x), *w.mlp.weight, w.mlp.fp8, w.mlp.fp8_t, w.mlp.grad_scale)
-    return (join(x, mlp_out, w), None) if keep else (x, mlp_out)
+    return (join(x, mlp_out, w), None) if complete else (x, mlp_out)
 
 
 def target_rows(targets: Tensor, left: Tensor, n: int, classes: Tensor | None, vocab_size: int) -> Tensor:
     """The n next tokens of each position, (n, T), the nearest first; with `classes` (P,), their indices in these.
 
-    The first token behind a position's document is its last target, what comes after is -1, for none; left (T,): how
-    many positions of the document follow.
+    The token behind a document is still a target, those after it are -1; left (T,): positions of the document to come.
     """
     rows = torch.stack([torch.where(left >= k, targets.roll(-k), -1) for k in range(n)])
     if classes is None:
@@ -1989,8 +1980,7 @@ def target_rows(targets: Tensor, left: Tensor, n: int, classes: Tensor | None, v
 
 def copy_inputs(x, qk, sentinel_weight, gain, bias):
     """From the last row's output (T, C): queries and keys (T, D) of copy_sums, score of not copying (T,) in float32."""
-    # No gradient from here into the stream: it does not learn to be searched.
-    x = norm(x).detach()
+    x = norm(x).detach()  # the stream does not learn to be searched
     q, k = norm(F.linear(x, qk).unflatten(-1, (2, -1))).unbind(1)
     return (gain * q.size(-1) ** -0.5 * q).to(x.dtype), k, widened(F.linear(x, sentinel_weight).squeeze(-1)) + bias
 
@@ -2013,7 +2003,7 @@ def head_losses(
 
 
 class MicroBatch(NamedTuple):
-    """Documents end to end; all int32. The orders are for tables' gradients, without which they may be empty."""
+    """Documents end to end; all int32. The orders are for tables' gradients; without gradients they may be empty."""
 
     inputs: Tensor  # (T,)
     targets: Tensor  # (T,)
@@ -2024,7 +2014,7 @@ class MicroBatch(NamedTuple):
     classes: Tensor | None = None  # of the softmax, (P,); None: all
 
     def tensors(self) -> list[Tensor]:
-        """All of them, as capture() takes them."""
+        """For GraphMemory.capture."""
         return [t for t in (*self[:2], *self.documents, *self[3:]) if t is not None]
 
     @staticmethod
@@ -2049,8 +2039,8 @@ class GPT(nn.Module):
         def parameter(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
-        groups = [[group for layer in layers for group in gate_groups(layer, H)] for layers in NETWORK_LAYERS]
-        gates = [[*chain(*of_network)] for of_network in groups]  # first values, by network
+        # Initial values, by network
+        gates = [[g for layer in layers for group in gate_groups(layer, H) for g in group] for layers in NETWORK_LAYERS]
         most_gates = max(map(len, gates), default=0)
         self.scalars = parameter(len(SCALAR_LRS), dtype=torch.float32)
         self.gate_in = parameter(len(gates), GATE_HIDDEN, C)
@@ -2067,8 +2057,7 @@ class GPT(nn.Module):
         self.head = parameter(C, V)
         self.embed = parameter(V, C)  # tied to the head at first, see Optimizer
         self.value_embeds = parameter(len(VALUE_LAYERS) * V, C)
-        # Will have the rows of n-grams that a step or validation chunk looks up, see RowCache. No nn.Parameter: it must
-        # not be copied or saved.
+        # The rows of n-grams that a step looks up, see RowCache. No nn.Parameter: it must not be copied or saved.
         self.ngram_shape, self.ngrams = (hp.ngram_rows, C), None
         if device.type == "meta":  # only the shapes are asked for
             return
@@ -2127,8 +2116,7 @@ class GPT(nn.Module):
 
     def layer_weights(self, scalars: dict[str, list[Tensor]], fp8_grad_scale: float | None) -> list[LayerWeights]:
         """Each layer's weights; fp8_grad_scale as in forward."""
-        mlps_fp8 = qkvs_fp8 = repeat((None, None))
-        grad_scale = None
+        mlps_fp8, qkvs_fp8, grad_scale = repeat((None, None)), repeat((None, None)), None
         if self.fp8_layers and fp8_grad_scale is not None:
             mlps_fp8 = zip(*self.fp8_weights(self.mlp_bank.detach()), strict=True)
             qkvs_fp8 = iter(self.qkv_fp8_weights())
@@ -2139,14 +2127,11 @@ class GPT(nn.Module):
         qkvs = zip(self.pairs_of_heads(), vo[::2], strict=False)
         weights = []
         for i, layer in enumerate(LAYERS):
-            w = LayerWeights()
+            w = LayerWeights(*(scalars[name][i] for name in ("attn_resid", "mlp_resid", "mlp_out", "qkv", "out")))
             if layer.mlp:
-                mlp = Projection(next(mlps), *next(mlps_fp8), grad_scale)
-                w = w._replace(mlp_resid=scalars["mlp_resid"][i], mlp_out=scalars["mlp_out"][i], mlp=mlp)
+                w = w._replace(mlp=Projection(next(mlps), *next(mlps_fp8), grad_scale))
             if layer.window:
-                qkv = Projection(next(qkvs), *next(qkvs_fp8), grad_scale)
-                w = w._replace(attn_resid=scalars["attn_resid"][i], qkv_lambda=scalars["qkv"][i], qkv=qkv)
-                w = w._replace(out_lambda=scalars["out"][i], out=next(outs))
+                w = w._replace(qkv=Projection(next(qkvs), *next(qkvs_fp8), grad_scale), out=next(outs))
             weights.append(w)
         return weights
 
@@ -2156,8 +2141,8 @@ class GPT(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Loss of each position, (T,) float32: sum over k of target_weights[k] times the k-th next token's.
 
-        windows: tokens, by the names in LAYERS. fp8_grad_scale: None for products in bf16, else the factor by which the
-        losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
+        windows: tokens, by the names in LAYERS. fp8_grad_scale: None without FP8, else what the losses are multiplied
+        by before backward. head_chunk: positions whose logits exist at once.
         """
         scalars = self.named_scalars()
         x = self.output(batch, windows, scalars, fp8_grad_scale)
@@ -2168,11 +2153,9 @@ class GPT(nn.Module):
             by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
         args = target_weights, batch.classes, len(self.embed), fp8_grad_scale
-        losses = []
         chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
-        for x_chunk, targets, left, *copying in chunks:
-            losses.append(self.head_losses(x_chunk, head, targets, left, *args, *copying))
-        return losses[0] if len(losses) == 1 else torch.cat(losses)
+        losses = [self.head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
+        return torch.cat(losses) if head_chunk else losses[0]
 
     def copying(self, x: Tensor, scalars: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """copy_inputs of the last row's output x (T, C), with the model's parameters."""
@@ -2187,38 +2170,34 @@ class GPT(nn.Module):
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
         value_rows = iter(batch.inputs + first_rows.int()[:, None])
         ngrams = Lookup.apply(self.ngrams, batch.slots.flatten(), batch.slot_order).unflatten(0, batch.slots.shape)
-        tokens = Lookup.apply(self.embed, batch.inputs, batch.order)
-        x0, ngrams = self.embed_inputs(tokens, ngrams)
+        x0, ngrams = self.embed_inputs(Lookup.apply(self.embed, batch.inputs, batch.order), ngrams)
         documents = {False: batch.documents, True: batch.documents.paired()}
-        kept, normed, gates = {"x0": x0, "ngrams": ngrams}, {}, None
+        kept, normed, gates = {"x0": x0, "ngrams": ngrams}, {}, repeat((None,) * 5)
         networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
         x, mlp_out, before = x0, None, None  # the stream, what join has yet to add to it, the layer that has made that
         for layer, w in zip(LAYERS, weights, strict=True):
             if layer.gates:
                 x, gates = self.gate_network(x, mlp_out, before, kept, *next(networks), self.num_heads)
                 mlp_out, gates = None, iter(gates)
-            xsa, head_gates, value_gate, added_values, added = next(gates) if gates else (None,) * 5
+            xsa, head_gates, value_gate, added_values, added = next(gates)
             y = None
             if layer.window:
                 if layer.reads and layer.reads not in normed:
                     normed[layer.reads] = self.normed_input(kept[layer.reads], w.qkv.fp8 is not None)
-                x, mlp_out, lacking = self.attention_inputs(
-                    x, mlp_out, before, normed.get(layer.reads), w, layer.narrow
-                )
-                projection = w.qkv._replace(**lacking)
+                x, mlp_out, inputs = self.attention_inputs(x, mlp_out, before, normed.get(layer.reads), w, layer.narrow)
+                projection = w.qkv._replace(**inputs)
                 embed_rows = next(value_rows) if layer.value_embed else None
                 q, k, v = split_heads(
                     projection, value_gate, self.value_embeds, embed_rows, batch.order, self.yarn.cos, self.yarn.sin,
                     documents[layer.paired] if layer.key_offset else None, self.num_heads, layer.paired,
                 )  # fmt: skip
                 v = v if added_values is None else v + added_values.view_as(v)
-                factor = NARROW_SCALE if layer.narrow else 1
-                y = attend(q, k, v, documents[layer.paired], windows[layer.window], self.yarn.scale * factor, xsa)
-            keep = layer.keep is not None
-            # Without an MLP nothing is left to wait for: such rows share a graph whether they are kept or not.
-            x, mlp_out = self.layer_outputs(x, mlp_out, before, y, head_gates, added, w, keep and layer.mlp)
+                scale = self.yarn.scale * (NARROW_SCALE if layer.narrow else 1)
+                y = attend(q, k, v, documents[layer.paired], windows[layer.window], scale, xsa)
+            complete = layer.mlp and layer.keep is not None  # without an MLP nothing waits: kept or not, one graph
+            x, mlp_out = self.layer_outputs(x, mlp_out, before, y, head_gates, added, w, complete)
             before = w
-            if keep:
+            if layer.keep:
                 kept[layer.keep] = x
         return self.join(x, mlp_out, before)
 
