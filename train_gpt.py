@@ -424,9 +424,9 @@ def parse_value(name: str, text: str) -> object:
 UNDER_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher is this process's parent
 
 
-def environment_number(name: str, default: int, least: int, most: int) -> int:
-    """A number that torchrun sets. Raises UserError for anything else."""
-    text = os.environ.get(name, str(default))
+def environment_number(name: str, least: int, most: int) -> int:
+    """A number that torchrun sets, `least` where it has not. Raises UserError for anything else."""
+    text = os.environ.get(name, str(least))
     expected = f"a whole number from {least} to {most}; torchrun sets it, and a single process needs none"
     require(text.isdecimal() and least <= int(text) <= most, f"{name}={text!r} in the environment: expected {expected}")
     return int(text)
@@ -436,7 +436,7 @@ def launcher_address() -> tuple[str, int]:
     """Host and port of the key-value store in which processes meet. Raises UserError where there is none."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         require(os.environ.get(name), f"{name} is missing in the environment: start several processes with torchrun")
-    return os.environ["MASTER_ADDR"], environment_number("MASTER_PORT", 0, 1, 65535)
+    return os.environ["MASTER_ADDR"], environment_number("MASTER_PORT", 1, 65535)
 
 
 def keep_freed_memory() -> None:
@@ -472,10 +472,10 @@ class World(NamedTuple):
     @staticmethod
     def from_environment() -> "World":
         """As torchrun describes it. Raises UserError if processes do not divide 8 or are more than a host's GPUs."""
-        size = environment_number("WORLD_SIZE", 1, 1, 1_000_000)
+        size = environment_number("WORLD_SIZE", 1, 1_000_000)
         require(MICRO_BATCHES % size == 0, f"{size} processes do not divide 8 micro-batches: start 1, 2, 4 or 8")
-        rank, local_rank = (environment_number(name, 0, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
-        local_size = environment_number("LOCAL_WORLD_SIZE", 1, 1, size)
+        rank, local_rank = (environment_number(name, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
+        local_size = environment_number("LOCAL_WORLD_SIZE", 1, size)
         gpus = torch.cuda.device_count()  # by NVML, so that CUDA has not begun yet
         message = f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})"
         # local_size, too: every rank must see it, for rank 0 prints the message.
@@ -1802,8 +1802,9 @@ def copy_sums(q, k, targets, documents: Documents, window: int) -> Tensor:
 # Model
 # ======================================================================================================================
 # GPT.output goes through the rows of LAYERS; each adds to the residual stream x (T, C). An MLP's result waits, as
-# mlp_out, for the next function that reads the stream (see join): adding it is then part of a kernel that runs anyway.
-# Everything between attention, lookups and FP8 products is in a few compiled functions.
+# mlp_out, for the next function that reads the stream (see join): adding it is then part of a kernel that runs anyway;
+# `before` are the weights of its layer. Everything between attention, lookups and FP8 products is in a few compiled
+# functions.
 
 
 class Yarn:
@@ -1985,18 +1986,15 @@ def copy_inputs(x, qk, sentinel_weight, gain, bias):
     return (gain * q.size(-1) ** -0.5 * q).to(x.dtype), k, widened(F.linear(x, sentinel_weight).squeeze(-1)) + bias
 
 
-def head_losses(
-    x, head, targets, left, target_weights, classes, vocab_size: int, fp8_grad_scale,
-    sentinel=None, every=None, matching=None,
-):  # fmt: skip
+def head_losses(x, head, targets, left, target_weights, classes, vocab_size: int, fp8_grad_scale, *copying):
     """Loss of each position (T,), float32, weighted over its targets, from the last row's output (T, C).
 
-    head (C, V), or (C, P) with `classes` (P,). sentinel, every, matching (T,): for copying the next token, by the
-    formula above copy_scores.
+    head (C, V), or (C, P) with `classes` (P,). copying: sentinel, every, matching of the formula above copy_scores, (T,).
     """
     targets = target_rows(targets, left, len(target_weights), classes, vocab_size)
     losses = HeadLoss.apply(norm(x), head, targets, fp8_grad_scale)
-    if sentinel is not None:
+    if copying:
+        sentinel, every, matching = copying
         first = torch.logaddexp(sentinel, every) - torch.logaddexp(sentinel - losses[0], matching)
         losses = torch.cat((first[None], losses[1:]))
     return (target_weights[:, None] * losses).sum(0)
@@ -2057,7 +2055,7 @@ class GPT(nn.Module):
         self.head = parameter(C, V)
         self.embed = parameter(V, C)  # tied to the head at first, see Optimizer
         self.value_embeds = parameter(len(VALUE_LAYERS) * V, C)
-        # The rows of n-grams that a step looks up, see RowCache. No nn.Parameter: it must not be copied or saved.
+        # Later the rows of n-grams that a step looks up, see RowCache. No nn.Parameter: neither copied nor saved.
         self.ngram_shape, self.ngrams = (hp.ngram_rows, C), None
         if device.type == "meta":  # only the shapes are asked for
             return
@@ -2073,9 +2071,8 @@ class GPT(nn.Module):
             self.value_embeds.normal_(std=0.01)
             self.head.normal_(std=0.005)
             self.embed.copy_(self.head.T)
-        most_tokens = max(hp.val_batch_size, *(stage.tokens for stage in hp.stages)) // MICRO_BATCHES
-        longest = max(most_tokens, hp.micro_batch_tokens)
-        self.yarn = Yarn(hp.head_dim, 2 * longest, device)  # 2: paired heads are interleaved along time
+        longest = max(hp.val_batch_size, *(stage.tokens for stage in hp.stages)) // MICRO_BATCHES
+        self.yarn = Yarn(hp.head_dim, 2 * max(longest, hp.micro_batch_tokens), device)  # 2: pairs of heads interleaved
         region = compiler(compile)
         self.embed_inputs = region(embed_inputs)
         self.join = region(join)
@@ -3104,8 +3101,8 @@ def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
 # ======================================================================================================================
 # Schedule
 # ======================================================================================================================
-# Everything that depends on the step alone, without state: it is the same on every rank, and for a run that goes on.
-# The stages share the scheduled iterations; the extension follows.
+# What depends on the step alone, hence is the same on every rank and in a run that goes on. The stages share the
+# scheduled iterations; the extension follows.
 
 
 class TrainingSchedule:
@@ -3129,18 +3126,13 @@ class TrainingSchedule:
         return max(i for i, start in enumerate(self.starts) if step >= start)
 
     def stage(self, step: int) -> TrainingStage:
-        """The row of STAGES that `step` belongs to."""
         return self.hp.stages[self.stage_index(step)]
-
-    def tokens(self, step: int) -> int:
-        """Tokens of a micro-batch, before any are joined."""
-        return self.stage(step).tokens // MICRO_BATCHES
 
     def size(self, step: int) -> tuple[int, int, int]:
         """For the loader: tokens of a micro-batch, of a document at most; classes of the softmax, 0 for all."""
         stage = self.stage(step)
         classes = stage.classes if stage.classes < self.hp.padded_vocab else 0
-        return self.tokens(step), min(stage.max_seq_len, self.hp.train_max_seq_len), classes
+        return stage.tokens // MICRO_BATCHES, min(stage.max_seq_len, self.hp.train_max_seq_len), classes
 
     def lr(self, step: int) -> float:
         """Learning-rate factor: the stage's multiplier, which the cooldown moves linearly to lr_end."""
@@ -3155,13 +3147,10 @@ class TrainingSchedule:
         if step < self.warmup:
             return low + (high - low) * step / self.warmup
         into_cooldown = max(0, step - (self.hp.total_steps - self.cooldown))
-        return high - (high - low) * into_cooldown / self.cooldown if into_cooldown else high
+        return high - (high - low) * into_cooldown / max(1, self.cooldown)
 
     def average_weight(self, step: int) -> float:
-        """Weight of the parameters after `step` in their running average; 0: none.
-
-        The first of n begins it with 1, the others have 2 / n each.
-        """
+        """Weight of the parameters after `step` in their running average of n: 1 the first, then 2 / n; 0: none."""
         ahead = self.hp.total_steps - 1 - step
         if ahead % AVERAGE_EVERY or ahead >= self.averaged:
             return 0.0
@@ -3169,9 +3158,8 @@ class TrainingSchedule:
 
     def target_weights(self, step: int) -> list[float]:
         """Weights of the next tokens; linear over the steps of a stage."""
-        i = self.stage_index(step)
+        i, stage = self.stage_index(step), self.stage(step)
         t = (step - self.starts[i]) / max(self.ends[i] - self.starts[i], 1)
-        stage = self.hp.stages[i]
         return [a + (b - a) * t for a, b in zip(stage.target_weights, stage.target_weights_end, strict=True)]
 
     def windows(self, step: int) -> dict[str, int]:

@@ -58,8 +58,8 @@ PLANTED = {
         ("infinity is a number", "if kind is float and not math.isfinite(value):",
          "if kind is float and math.isnan(value):", "test_command_line.py test_a_bad_value_is_refused"),
         # Distributed
-        ("a rank may be the number of ranks", "environment_number(name, 0, 0, size - 1)",
-         "environment_number(name, 0, 0, size)", "test_command_line.py test_ranks_count"),
+        ("a rank may be the number of ranks", "environment_number(name, 0, size - 1)",
+         "environment_number(name, 0, size)", "test_command_line.py test_ranks_count"),
         ("only the rank without a GPU sees that it has none", "max(local_rank + 1, local_size) <= gpus",
          "local_rank + 1 <= gpus", "test_command_line.py test_more_processes_than_gpus"),
         ("takes the GPU of its rank over all hosts", 'visible.split(",")[local_rank]', 'visible.split(",")[rank - 4]',
