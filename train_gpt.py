@@ -185,12 +185,10 @@ class Row(NamedTuple):
     """One row a parameter of the optimizer. Gradients are reduced and parameters updated in the order of the rows."""
 
     name: str
-    # "normuon": banks of matrices, every step, in float32 (bf16 and 16 bits more). "adam": odd steps only, no more bits
-    # than the parameter's. "rowwise": the table of n-grams, every step, of its rows only those that were looked up
+    # "normuon": banks of matrices, kept in bf16 and 16 bits more, as float32 has. "adam": on odd steps only. "rowwise":
+    # the table of n-grams, of which a step updates the rows that it has looked up
     algorithm: str
-    # Reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere. "rowwise": a step's
-    # rows go from and to the ranks that own them
-    sharded: bool
+    sharded: bool  # reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere
     lr: tuple[float, ...]  # multiplier; several repeat along the first dimension: in mlp_bank W_fc, W_proj, W_fc, ...
     wd: float  # weight-decay multiplier
     betas: tuple[float, float] | None = None  # adam's; rowwise has no first moment
@@ -1803,8 +1801,7 @@ def copy_sums(q, k, targets, documents: Documents, window: int) -> Tensor:
 # ======================================================================================================================
 # GPT.output goes through the rows of LAYERS; each adds to the residual stream x (T, C). An MLP's result waits, as
 # mlp_out, for the next function that reads the stream (see join): adding it is then part of a kernel that runs anyway;
-# `before` are the weights of its layer. Everything between attention, lookups and FP8 products is in a few compiled
-# functions.
+# `before` are the weights of its layer. All between attention, lookups and FP8 products is in a few compiled functions.
 
 
 class Yarn:
@@ -1989,7 +1986,7 @@ def copy_inputs(x, qk, sentinel_weight, gain, bias):
 def head_losses(x, head, targets, left, target_weights, classes, vocab_size: int, fp8_grad_scale, *copying):
     """Loss of each position (T,), float32, weighted over its targets, from the last row's output (T, C).
 
-    head (C, V), or (C, P) with `classes` (P,). copying: sentinel, every, matching of the formula above copy_scores, (T,).
+    head (C, V), or (C, P) with `classes` (P,). copying: sentinel, every and matching, (T,) each, see copy_scores.
     """
     targets = target_rows(targets, left, len(target_weights), classes, vocab_size)
     losses = HeadLoss.apply(norm(x), head, targets, fp8_grad_scale)
@@ -2022,12 +2019,7 @@ class MicroBatch(NamedTuple):
 
 
 class GPT(nn.Module):
-    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits.
-
-    Initial values: head normal, std 0.005; embed its transpose; attention banks and W_fc uniform with std 0.5 C^-0.5;
-    value embeddings normal, std 0.01; copy_qk normal, std C^-0.5; the first matrices of gate networks uniform in
-    +-C^-0.5, their biases so that gates start as the tables say; scalars as in the table SCALARS; all else zero.
-    """
+    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits."""
 
     def __init__(self, hp: Hyperparameters, device: torch.device, dtype: torch.dtype, compile: bool = False):
         super().__init__()
@@ -2037,7 +2029,7 @@ class GPT(nn.Module):
         def parameter(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
-        # Initial values, by network
+        # Initial values of the gates, by network
         gates = [[g for layer in layers for group in gate_groups(layer, H) for g in group] for layers in NETWORK_LAYERS]
         most_gates = max(map(len, gates), default=0)
         self.scalars = parameter(len(SCALAR_LRS), dtype=torch.float32)
@@ -2059,9 +2051,9 @@ class GPT(nn.Module):
         self.ngram_shape, self.ngrams = (hp.ngram_rows, C), None
         if device.type == "meta":  # only the shapes are asked for
             return
-        with torch.no_grad():
+        with torch.no_grad():  # initial values; of all else zero
             self.scalars.copy_(torch.tensor([value for count, value, _ in SCALARS.values() for _ in range(count)]))
-            bound = 3**0.5 * 0.5 * C**-0.5
+            bound = 3**0.5 * 0.5 * C**-0.5  # a standard deviation of 0.5 C^-0.5
             for matrices in (self.qk_bank, self.vo_bank, self.mlp_bank[:, 0]):
                 matrices.uniform_(-bound, bound)
             self.gate_in.uniform_(-(C**-0.5), C**-0.5)
