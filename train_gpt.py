@@ -75,8 +75,8 @@ ROOT = Path(os.path.expanduser(os.environ.get("DATA_PATH") or Path(__file__).res
 # ======================================================================================================================
 # Hyperparameters
 # ======================================================================================================================
-# First the tables, one row for each stage, layer, kind of scalar and parameter, then every other number of a run. To
-# add one is to add a row; rows that could not work are refused, in words, by records/checks.py.
+# First the tables, with a row for each stage, layer, learned scalar and parameter: to add one, add a row. Then a run's
+# other numbers. records/checks.py refuses, in words, what could not work.
 
 MICRO_BATCHES = 8  # in every step, dealt out to the ranks: 1, 2, 4 or 8 GPUs compute the same gradient
 
@@ -96,10 +96,10 @@ class TrainingStage(NamedTuple):
     untie: bool = False  # head and embedding are one matrix until this stage; if no row says so, to the end
 
 
-# What is easy to learn is learnt from small batches and short windows first. A token costs nearly the same in a small
-# batch as in a large one and teaches more: with half the seed record's batches, at the same number of tokens, a quarter
-# run ended 0.06 lower. Still smaller ones won little: those of today's last stages 0.004, which half a run lost again.
-# But with them joined micro-batches have one length on one GPU, 65,536 tokens, so that the layers are compiled once.
+# Training begins with small batches and short windows. A token costs nearly the same in a small batch and teaches more:
+# with half the seed record's batches, and as many tokens, a quarter run ended 0.06 lower. Today's last stages have
+# batches still smaller. In loss that won 0.004 in a quarter run and nothing in half a run. But now joined micro-batches
+# have one length on one GPU, 65,536 tokens, so that the layers are compiled once.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end
     TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), max_seq_len=896, classes=12_288),
@@ -112,11 +112,9 @@ FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
 
 
 class Layer(NamedTuple):
-    """One row a layer: reading the table is reading the architecture.
-
-    A layer adds to the residual stream, in this order: attention, kept outputs of earlier rows, each times a gate, and
-    its MLP. Two outputs are kept before the first row: "x0", the normed embedding of a token, and "ngrams", the sum of
-    the embeddings of the bigram and the trigram that end with it.
+    """One row a layer, which adds to the residual stream, in this order: attention, kept outputs of earlier rows, each
+    times a gate, and its MLP. Two outputs are kept before the first row: "x0", the normed embedding of a token, and
+    "ngrams", the sum of the embeddings of the bigram and the trigram that end with it.
     """
 
     window: str | None = "short"  # which of the stage's windows attention uses; None: a layer without attention
@@ -130,8 +128,8 @@ class Layer(NamedTuple):
     values: dict[str, float] = {}  # noqa: RUF012 - kept outputs added to the values: name and its gate's initial value
     adds: dict[str, float] = {}  # noqa: RUF012 - ... added to the stream
     mlp: bool = True
-    # At this row a small network computes, from the stream (not normed), the gates of this row and of those up to the
-    # next such row. They can only be for what earlier rows have kept. Source: MUDD, arXiv 2502.12170 (2025).
+    # Here a small network computes, from the stream, the gates of this row and of the rows up to the next network. They
+    # weigh only what rows ahead of this one have kept. Source: MUDD, arXiv 2502.12170 (2025).
     gates: bool = False
     keep: str | None = None  # the name under which the row's output is kept
 
@@ -159,8 +157,8 @@ LAYERS = (
 XSA_GATE, HEAD_GATE, VALUE_GATE = 0.0, 0.25, 1.0  # initial values
 NARROW_SCALE = 1.2  # attention's softmax scale in narrow layers, relative to the others
 GATE_HIDDEN, GATE_SCALE = 64, 0.1  # hidden units of a gate network; what its results are multiplied by
-# By order, the factors of an n-gram's tokens, the last token's first. The XOR of the products is a hash, by which an
-# n-gram has its row in the order's equal part of the table. Source: the public speedrun's PRs 299 and 360, 2026.
+# For bigrams and trigrams: what tokens are multiplied by, the last token first. The XOR of the products is a hash, by
+# which an n-gram has its row in its half of the table. Source: the public speedrun's PRs 299 and 360, 2026.
 NGRAM_FACTORS = {2: (36313, 27191), 3: (17351, 60961, 45259)}
 
 ATTENTION_LAYERS = [i for i, layer in enumerate(LAYERS) if layer.window]
@@ -187,17 +185,14 @@ class Row(NamedTuple):
     """One row a parameter of the optimizer. Gradients are reduced and parameters updated in the order of the rows."""
 
     name: str
-    # "normuon": banks of matrices, every step, in float32 (bf16 and 16 bits more). "adam": odd steps only, no more bits
-    # than the parameter's. "rowwise": the table of n-grams, every step, of its rows only those that were looked up
+    # "normuon": banks of matrices, kept in bf16 and 16 bits more, as float32 has. "adam": on odd steps only. "rowwise":
+    # the table of n-grams, of which a step updates the rows that it has looked up
     algorithm: str
-    # Reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere. "rowwise": a step's
-    # rows go from and to the ranks that own them
-    sharded: bool
+    sharded: bool  # reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere
     lr: tuple[float, ...]  # multiplier; several repeat along the first dimension: in mlp_bank W_fc, W_proj, W_fc, ...
     wd: float  # weight-decay multiplier
     betas: tuple[float, float] | None = None  # adam's; rowwise has no first moment
-    # Ends as its average over the run's last steps, see AVERAGE_EVERY
-    averaged: bool = False
+    averaged: bool = False  # ends as its average over the last steps, see AVERAGE_EVERY
 
 
 SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count))
@@ -219,12 +214,12 @@ PARAMETERS = (
     Row("copy_sentinel", "adam", False, (0.05,), 1.0, (0.9, 0.99)),
     Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
 )
-# Parameters looked up by token, so that few rows of their gradients are not zero: see Lookup and ShardedRows. By name,
-# how many tables lie one after the other in it; a token has the same row in each.
+# Parameters looked up by token, so that most rows of their gradients are zero (see Lookup, ShardedRows), and how many
+# tables, each with a row a token, lie one after the other in them.
 TABLES = {"embed": 1, "value_embeds": len(VALUE_LAYERS)}
-# Over the last steps (`average_frac` of all) a running average is made of some parameters, which they then become. A
-# learning rate that stays high finds more, and leaves noise, which an average takes out. Every fourth step is enough:
-# neighbours are nearly the same. Source: the tail averages of the public speedrun's PRs 349 and 360, 2026.
+# Some parameters end as their average over the last steps, `average_frac` of all. A high learning rate learns more but
+# leaves noise, which an average removes. Every fourth step is enough: neighbours are nearly the same. Source: the tail
+# averages of the public speedrun's PRs 349 and 360, 2026.
 AVERAGE_EVERY = 4
 
 
@@ -290,17 +285,14 @@ class Hyperparameters:
 
     @property
     def model_dim(self) -> int:
-        """C."""
         return self.num_heads * self.head_dim
 
     @property
     def padded_vocab(self) -> int:
-        """V."""
         return round_up(self.vocab_size, 128)
 
     @property
     def total_steps(self) -> int:
-        """Scheduled iterations and extension."""
         return self.steps("num_scheduled_iterations") + self.steps("num_extension_iterations")
 
     def steps(self, name: str) -> int:
@@ -324,7 +316,7 @@ PRESETS = {
         num_extension_iterations=4,
         cooldown_frac=0.6,
         average_frac=0.4,
-        # With so few steps each must lower the logits of most tokens that never come.
+        # 40,960 classes: in so few steps each has to lower the logits of most of the tokens that never come.
         stages=tuple(stage._replace(tokens=stage.tokens // 128, classes=stage.classes and 40_960) for stage in STAGES),
         micro_batch_tokens=1024,
         ngram_rows=4096,
@@ -338,7 +330,6 @@ PRESETS = {
     ),
 }
 
-# What can be given on the command line: everything but the table of stages.
 SETTINGS = {field.name: field for field in fields(Hyperparameters) if field.name != "stages"}
 
 
@@ -355,7 +346,6 @@ class UserError(Exception):
 
 
 def require(condition: object, message: str) -> None:
-    """Raises UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -372,18 +362,13 @@ def import_tool(name: str, argument: str = "") -> ModuleType | None:
     return importlib.import_module(name)
 
 
-def parse_arguments(
-    arguments: list[str], has_gpu: bool, gpu_memory: float = math.inf
-) -> tuple[Hyperparameters, dict[str, object]]:
-    """Hyperparameters: as given, else the preset's, else defaults; what was given, by name. Raises UserError.
-
-    gpu_memory: GiB. With micro-batches joined up to 65,536 tokens the speedrun takes 43, up to 32,768 35 (measured).
-    """
+def parse_arguments(arguments: list[str], has_gpu: bool, gpu_memory: float = math.inf) -> tuple[Hyperparameters, dict]:
+    """Hyperparameters: as given, else the preset's, else defaults; what was given, by name. Raises UserError."""
     overrides: dict[str, object] = {}
     for argument in arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
-        if not equals and name in SETTINGS and SETTINGS[name].type is bool:  # --name alone
-            equals, text = "=", "true"
+        if not equals and name in SETTINGS and SETTINGS[name].type is bool:
+            equals, text = "=", "true"  # --bench is --bench=true
         require(argument.startswith("--") and equals, f"argument {argument!r} is not of the form --name=value")
         require(name != "stages", "--stages is a table: edit it at the top of train_gpt.py")
         require(name in SETTINGS, f"unknown hyperparameter --{name}; there are: {', '.join(SETTINGS)}")
@@ -395,6 +380,7 @@ def parse_arguments(
     hp = Hyperparameters(**{**PRESETS[preset], **overrides, "preset": preset})
     require(hp.resume != "auto" or hp.run_id, "--resume=auto: give --run_id= too, the name of the run to go on with")
     hp = replace(hp, run_id=hp.run_id or hp.resume or str(uuid.uuid4()))
+    # In GiB: micro-batches joined up to 65,536 tokens take 43 in the speedrun, up to 32,768 they take 35 (measured).
     if gpu_memory < 52 and "micro_batch_tokens" not in overrides:
         hp = replace(hp, micro_batch_tokens=min(hp.micro_batch_tokens, 32_768))
     if checks := import_tool("checks"):
@@ -436,11 +422,11 @@ def parse_value(name: str, text: str) -> object:
 UNDER_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher is this process's parent
 
 
-def environment_number(name: str, default: int, least: int, most: int) -> int:
-    """A number that torchrun sets. Raises UserError for anything else."""
-    text = os.environ.get(name, str(default))
-    told = f"expected a whole number from {least} to {most}; torchrun sets it, and a single process needs none"
-    require(text.isdecimal() and least <= int(text) <= most, f"{name}={text!r} in the environment: {told}")
+def environment_number(name: str, least: int, most: int) -> int:
+    """A number that torchrun sets, `least` where it has not. Raises UserError for anything else."""
+    text = os.environ.get(name, str(least))
+    expected = f"a whole number from {least} to {most}; torchrun sets it, and a single process needs none"
+    require(text.isdecimal() and least <= int(text) <= most, f"{name}={text!r} in the environment: expected {expected}")
     return int(text)
 
 
@@ -448,11 +434,11 @@ def launcher_address() -> tuple[str, int]:
     """Host and port of the key-value store in which processes meet. Raises UserError where there is none."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         require(os.environ.get(name), f"{name} is missing in the environment: start several processes with torchrun")
-    return os.environ["MASTER_ADDR"], environment_number("MASTER_PORT", 0, 1, 65535)
+    return os.environ["MASTER_ADDR"], environment_number("MASTER_PORT", 1, 65535)
 
 
 def keep_freed_memory() -> None:
-    """For CPUs: glibc would return the memory of each step's logits and fetch it again, half of a step's time."""
+    """On a CPU: glibc would return each step's memory to the system and fetch it again, half of a step's time."""
     with suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks, too, come from the heap ...
@@ -460,7 +446,7 @@ def keep_freed_memory() -> None:
 
 
 class World(NamedTuple):
-    """This process among the processes of the run, as torchrun describes them in the environment."""
+    """This process among those of the run."""
 
     rank: int = 0
     local_rank: int = 0
@@ -469,7 +455,6 @@ class World(NamedTuple):
 
     @property
     def on_gpu(self) -> bool:
-        """Whether this process computes on a GPU."""
         return self.device.type == "cuda"
 
     @property
@@ -484,15 +469,15 @@ class World(NamedTuple):
 
     @staticmethod
     def from_environment() -> "World":
-        """Raises UserError for a number of processes that does not divide 8, or with more processes than GPUs."""
-        size = environment_number("WORLD_SIZE", 1, 1, 1_000_000)
+        """As torchrun describes it. Raises UserError if processes do not divide 8 or are more than a host's GPUs."""
+        size = environment_number("WORLD_SIZE", 1, 1_000_000)
         require(MICRO_BATCHES % size == 0, f"{size} processes do not divide 8 micro-batches: start 1, 2, 4 or 8")
-        rank, local_rank = (environment_number(name, 0, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
-        local_size = environment_number("LOCAL_WORLD_SIZE", 1, 1, size)
+        rank, local_rank = (environment_number(name, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
+        local_size = environment_number("LOCAL_WORLD_SIZE", 1, size)
         gpus = torch.cuda.device_count()  # by NVML, so that CUDA has not begun yet
-        # Not from this process's rank alone: every rank must see it, for rank 0 prints the message.
-        told = f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})"
-        require(not gpus or max(local_rank + 1, local_size) <= gpus, told)
+        message = f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})"
+        # local_size, too: every rank must see it, for rank 0 prints the message.
+        require(not gpus or max(local_rank + 1, local_size) <= gpus, message)
         if gpus and local_size > 1:
             # Compiled code names its device. Where each rank sees but one GPU, as number 0, one cache serves all.
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
@@ -525,20 +510,19 @@ class World(NamedTuple):
         return ThreadPoolExecutor(1, name, partial(torch.cuda.set_device, self.device) if self.on_gpu else None)
 
     def stop(self) -> None:
-        """Leaves the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def choose_dtype(hp: Hyperparameters, world: World) -> torch.dtype:
-    """Type of parameters and activations."""
+    """Of parameters and activations."""
     name = hp.dtype if hp.dtype != "auto" else "bfloat16" if world.on_gpu else "float32"
     require(name != "float32" or not world.on_gpu, "--dtype=float32: attention on a GPU takes bfloat16")
     return getattr(torch, name)
 
 
 def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
-    """Whether training's products, or the head's alone, run in FP8; if not, what they run in and why."""
+    """Whether training's products run in FP8, all or the head's alone; and if not, what they run in and why."""
     if hp.fp8 == "off":
         return False, "the parameters' type (--fp8=off)"
     if not world.on_gpu:
@@ -1815,9 +1799,9 @@ def copy_sums(q, k, targets, documents: Documents, window: int) -> Tensor:
 # ======================================================================================================================
 # Model
 # ======================================================================================================================
-# GPT.output goes through the rows of LAYERS; each adds to the residual stream x (T, C). What an MLP gives is not added
-# at once: it waits as mlp_out for the next function that reads the stream (see join), so that the addition is part of a
-# kernel that runs anyway. Everything between attention, lookups and FP8 products is in a few compiled functions.
+# GPT.output goes through the rows of LAYERS; each adds to the residual stream x (T, C). An MLP's result waits, as
+# mlp_out, for the next function that reads the stream (see join): adding it is then part of a kernel that runs anyway;
+# `before` are the weights of its layer. All between attention, lookups and FP8 products is in a few compiled functions.
 
 
 class Yarn:
@@ -1829,7 +1813,7 @@ class Yarn:
     """
 
     def __init__(self, head_dim: int, positions: int, device: torch.device):
-        self.num_frequencies = head_dim // 4
+        self.first_frequencies = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32, device=device)
         self.position = torch.arange(positions, dtype=torch.float32, device=device)
         # One entry a pair; in the stationary half cos 1 and sin 0, an angle of 0.
         self.cos = torch.ones(positions, 1, head_dim // 2, dtype=torch.bfloat16, device=device)
@@ -1838,10 +1822,7 @@ class Yarn:
 
     def reset(self) -> None:
         """Back to the first stage's frequencies and scale."""
-        exponents = torch.linspace(0, 1, self.num_frequencies, dtype=torch.float32, device=self.position.device)
-        self.frequencies = (1 / 1024) ** exponents
-        self.scale = 0.1
-        self._fill_tables()
+        self._set(self.first_frequencies, 0.1)
 
     def grow(self, old_window: int, new_window: int) -> None:
         """Adapts to a long window that grows from `old_window` to `new_window` tokens."""
@@ -1849,35 +1830,33 @@ class Yarn:
         rotations = old_window * self.frequencies / (2 * torch.pi)
         kept = ((rotations - 1) / (32 - 1)).clamp(0, 1)
         ratio = old_window / new_window
-        self.frequencies = self.frequencies * (ratio + kept * (1 - ratio))
-        self.scale *= 0.2 * float(np.log(new_window / old_window)) + 1
-        self._fill_tables()
+        stretched = self.frequencies * (ratio + kept * (1 - ratio))
+        self._set(stretched, self.scale * (0.2 * float(np.log(new_window / old_window)) + 1))
 
-    def _fill_tables(self) -> None:
-        angle = self.position[:, None, None] * self.frequencies  # (positions, 1, frequencies)
-        self.cos[..., : self.num_frequencies] = angle.cos().to(self.cos.dtype)
-        self.sin[..., : self.num_frequencies] = angle.sin().to(self.sin.dtype)
+    def _set(self, frequencies: Tensor, scale: float) -> None:
+        self.frequencies, self.scale = frequencies, scale
+        angle = self.position[:, None, None] * frequencies  # (positions, 1, frequencies)
+        self.cos[..., : len(frequencies)] = angle.cos().to(self.cos.dtype)
+        self.sin[..., : len(frequencies)] = angle.sin().to(self.sin.dtype)
 
 
 def gate_groups(layer: Layer, num_heads: int) -> list[list[float]]:
-    """First values of a layer's gates, as the network gives them: XSA, heads, value embedding, values, stream."""
+    """Initial values of a layer's gates, in the order in which its network gives them."""
     of_heads = (layer.xsa, XSA_GATE), (layer.head_gates, HEAD_GATE), (layer.value_embed, VALUE_GATE)
-    return [*(has * num_heads * [first] for has, first in of_heads), [*layer.values.values()], [*layer.adds.values()]]
+    return [*(has * num_heads * [gate] for has, gate in of_heads), [*layer.values.values()], [*layer.adds.values()]]
 
 
 class LayerWeights(NamedTuple):
-    """A layer's parameters: learned scalars (0-d), and matrices in the layout of the banks; None for none."""
+    """A layer's learned scalars (0-d), and its matrices in the layout of the banks."""
 
-    # layers with an MLP
-    mlp_resid: Tensor | None = None
-    mlp_out: Tensor | None = None
-    mlp: Projection | None = None  # W_fc, W_proj, (2, F, C)
-    # layers with attention
-    attn_resid: Tensor | None = None
-    qkv_lambda: Tensor | None = None
-    out_lambda: Tensor | None = None
+    attn_resid: Tensor
+    mlp_resid: Tensor
+    mlp_out: Tensor
+    qkv_lambda: Tensor
+    out_lambda: Tensor
+    mlp: Projection | None = None  # W_fc, W_proj, (2, F, C); None without an MLP, the others without attention
     qkv: Projection | None = None  # pairs of heads of W_q, then of W_k, (H, 2, D, C); W_v (C, C)
-    out: Tensor | None = None  # (C, C)
+    out: Tensor | None = None  # W_o (C, C)
 
 
 def compiler(enabled: bool) -> Callable:
@@ -1886,26 +1865,26 @@ def compiler(enabled: bool) -> Callable:
         return lambda function: function
     # A function is compiled once for each kind of layer in each stage: more often than Dynamo's limit of 8 allows.
     torch._dynamo.config.recompile_limit = 64
-    # A warm start finds graphs on the disk by their code. That of our autograd functions is in it, both directions; of
-    # operators only the name is, so that the tag adds what register_fake says of their results.
+    # A warm start finds graphs on the disk by their code, that of our autograd functions included, but of our operators
+    # by the names alone: the tag adds what register_fake says of their results.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     fakes = [text.split("\n\n\n")[0] for text in Path(__file__).read_text().split(".register_fake\n")[1:]]
     torch.compiler.config.cache_key_tag = hashlib.sha256("".join(fakes).encode()).hexdigest()
-    # The processes that compile Triton's code take seconds to start; until they are there, kernels wait in line.
+    # The processes that compile Triton's code take seconds to start, and kernels wait for them.
     importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
-    # Compiling makes millions of objects that live on: looking through them as often as Python does takes 5 % of it.
+    # Compiling makes millions of objects that live on; Python's default garbage collection takes 5 % of its time.
     gc.set_threshold(100_000, 20, 100)
     return torch.compile(dynamic=False, fullgraph=True)
 
 
-# The functions down to head_losses are the compiled regions and their helpers. Compiled one by one, they are compiled
-# once for all layers of a kind, a minute and a half in all. Attention stays outside: windows change without compiling.
+# The functions down to head_losses are the compiled regions and their helpers. One compilation serves all layers of a
+# kind; all take a minute and a half. Attention stays outside, so that windows change without compiling.
 
 
 def widened(x):
-    """x in float32; float64 stays. For sums with a matrix product, as part of the kernel that reads them.
+    """x in float32, float64 as it is: added so to a matrix product, in the kernel that reads the sum.
 
-    Of two tensors in bf16 the compiler would have cuBLAS add x to the product, for which it would first copy x.
+    Were both in bf16, the compiler would have cuBLAS add x to the product, and first copy x.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -1921,11 +1900,10 @@ def embed_inputs(x, ngrams):
 
 
 def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias, layers: list[Layer], num_heads: int):
-    """The stream (T, C); of each of `layers` the gates of heads (T, H), and what to add to values and stream (T, C).
+    """The stream (T, C); of each of `layers` three gates of heads (T, H), and what to add to values and stream (T, C).
 
-    None for what a layer lacks. A two-layer network makes the gates from the stream; what is added are sums of the kept
-    outputs (by name), each times a gate. All layers' sums are made here, so that in the backward pass one kernel sums
-    the gradients of what is kept. Source: MUDD, arXiv 2502.12170.
+    None for what a layer lacks. What is added is a sum of kept outputs, each times a gate. All layers' sums are made
+    here, so that in the backward pass one kernel sums the gradients of what is kept.
     """
     x = join(x, mlp_out, before)
     # Without the empty groups: PyTorch 2.11 can't compile a split into nothing.
@@ -1934,9 +1912,7 @@ def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias,
     gates = iter((GATE_SCALE * (F.linear(hidden, w_out[: sum(sizes)]) + bias[: sum(sizes)])).split(sizes, -1))
 
     def weighed(names):
-        if names:
-            return sum(g * kept[name] for name, g in zip(names, next(gates).split(1, -1), strict=True))
-        return None
+        return sum(g * kept[name] for name, g in zip(names, next(gates).split(1, -1), strict=True)) if names else None
 
     def of_heads(layer_has_them):
         return next(gates) if layer_has_them else None
@@ -1954,10 +1930,10 @@ def normed_input(x, fp8: bool):
 
 
 def attention_inputs(x, mlp_out, before, normed, w: LayerWeights, narrow: bool):
-    """The stream (x, mlp_out), and fields of the layer's Projection to q, k, v.
+    """The stream (x, mlp_out), and what the layer's Projection to q, k, v lacks.
 
-    normed: normed_input of the kept output that the layer reads; None: it reads the stream. The fields come as a dict:
-    in PyTorch 2.11 a Projection that a compiled function returns loses some.
+    normed: normed_input of the kept output that the layer reads; None: it reads the stream. Returns a dict: in PyTorch
+    2.11 a Projection that a compiled function returns loses some fields.
     """
     if normed is None:
         x, mlp_out = join(x, mlp_out, before), None
@@ -1966,15 +1942,15 @@ def attention_inputs(x, mlp_out, before, normed, w: LayerWeights, narrow: bool):
     qk, v = w.qkv.weight
     qk = qk[:, :, : qk.size(2) // 2] if narrow else qk
     weight = w.qkv_lambda * torch.cat((qk.flatten(0, 2), v))
-    # In FP8 the lambda goes into the weight's scale, so that the weight is the one that layer_weights has converted.
+    # In FP8 the lambda is part of the scale: the weight is the one that layer_weights has converted.
     scale = None if x_fp8 is None else w.qkv_lambda.detach() * FP8_WEIGHT
     return x, mlp_out, dict(weight=weight, scale=scale, x=normed, x_fp8=x_fp8)
 
 
-def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeights, keep: bool):
+def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeights, complete: bool):
     """The rest of a layer: adds attention's result (N, H, D) and `added` (T, C), None for none, and runs the MLP.
 
-    Returns the stream as x (T, C) and the MLP's waiting result; with `keep`, x is complete and None waits.
+    Returns the stream as x (T, C) and the MLP's waiting result; with `complete`, None waits.
     """
     x, mlp_out = join(x, mlp_out, before), None
     dtype = x.dtype
@@ -1984,14 +1960,13 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
     x = (x if added is None else x + added).to(dtype)
     if w.mlp is not None:
         mlp_out = MLP.apply(norm(x), *w.mlp.weight, w.mlp.fp8, w.mlp.fp8_t, w.mlp.grad_scale)
-    return (join(x, mlp_out, w), None) if keep else (x, mlp_out)
+    return (join(x, mlp_out, w), None) if complete else (x, mlp_out)
 
 
 def target_rows(targets: Tensor, left: Tensor, n: int, classes: Tensor | None, vocab_size: int) -> Tensor:
     """The n next tokens of each position, (n, T), the nearest first; with `classes` (P,), their indices in these.
 
-    The first token behind a position's document is its last target, what comes after is -1, for none; left (T,): how
-    many positions of the document follow.
+    The token behind a document is still a target, those after it are -1; left (T,): positions of the document to come.
     """
     rows = torch.stack([torch.where(left >= k, targets.roll(-k), -1) for k in range(n)])
     if classes is None:
@@ -2003,31 +1978,27 @@ def target_rows(targets: Tensor, left: Tensor, n: int, classes: Tensor | None, v
 
 def copy_inputs(x, qk, sentinel_weight, gain, bias):
     """From the last row's output (T, C): queries and keys (T, D) of copy_sums, score of not copying (T,) in float32."""
-    # No gradient from here into the stream: it does not learn to be searched.
-    x = norm(x).detach()
+    x = norm(x).detach()  # the stream does not learn to be searched
     q, k = norm(F.linear(x, qk).unflatten(-1, (2, -1))).unbind(1)
     return (gain * q.size(-1) ** -0.5 * q).to(x.dtype), k, widened(F.linear(x, sentinel_weight).squeeze(-1)) + bias
 
 
-def head_losses(
-    x, head, targets, left, target_weights, classes, vocab_size: int, fp8_grad_scale,
-    sentinel=None, every=None, matching=None,
-):  # fmt: skip
+def head_losses(x, head, targets, left, target_weights, classes, vocab_size: int, fp8_grad_scale, *copying):
     """Loss of each position (T,), float32, weighted over its targets, from the last row's output (T, C).
 
-    head (C, V), or (C, P) with `classes` (P,). sentinel, every, matching (T,): for copying the next token, by the
-    formula above copy_scores.
+    head (C, V), or (C, P) with `classes` (P,). copying: sentinel, every and matching, (T,) each, see copy_scores.
     """
     targets = target_rows(targets, left, len(target_weights), classes, vocab_size)
     losses = HeadLoss.apply(norm(x), head, targets, fp8_grad_scale)
-    if sentinel is not None:
+    if copying:
+        sentinel, every, matching = copying
         first = torch.logaddexp(sentinel, every) - torch.logaddexp(sentinel - losses[0], matching)
         losses = torch.cat((first[None], losses[1:]))
     return (target_weights[:, None] * losses).sum(0)
 
 
 class MicroBatch(NamedTuple):
-    """Documents end to end; all int32. The orders are for tables' gradients, without which they may be empty."""
+    """Documents end to end; all int32. The orders are for tables' gradients; without gradients they may be empty."""
 
     inputs: Tensor  # (T,)
     targets: Tensor  # (T,)
@@ -2038,7 +2009,7 @@ class MicroBatch(NamedTuple):
     classes: Tensor | None = None  # of the softmax, (P,); None: all
 
     def tensors(self) -> list[Tensor]:
-        """All of them, as capture() takes them."""
+        """For GraphMemory.capture."""
         return [t for t in (*self[:2], *self.documents, *self[3:]) if t is not None]
 
     @staticmethod
@@ -2048,12 +2019,7 @@ class MicroBatch(NamedTuple):
 
 
 class GPT(nn.Module):
-    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits.
-
-    Initial values: head normal, std 0.005; embed its transpose; attention banks and W_fc uniform with std 0.5 C^-0.5;
-    value embeddings normal, std 0.01; copy_qk normal, std C^-0.5; the first matrices of gate networks uniform in
-    +-C^-0.5, their biases so that gates start as the tables say; scalars as in the table SCALARS; all else zero.
-    """
+    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits."""
 
     def __init__(self, hp: Hyperparameters, device: torch.device, dtype: torch.dtype, compile: bool = False):
         super().__init__()
@@ -2063,8 +2029,8 @@ class GPT(nn.Module):
         def parameter(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
-        groups = [[group for layer in layers for group in gate_groups(layer, H)] for layers in NETWORK_LAYERS]
-        gates = [[*chain(*of_network)] for of_network in groups]  # first values, by network
+        # Initial values of the gates, by network
+        gates = [[g for layer in layers for group in gate_groups(layer, H) for g in group] for layers in NETWORK_LAYERS]
         most_gates = max(map(len, gates), default=0)
         self.scalars = parameter(len(SCALAR_LRS), dtype=torch.float32)
         self.gate_in = parameter(len(gates), GATE_HIDDEN, C)
@@ -2081,14 +2047,13 @@ class GPT(nn.Module):
         self.head = parameter(C, V)
         self.embed = parameter(V, C)  # tied to the head at first, see Optimizer
         self.value_embeds = parameter(len(VALUE_LAYERS) * V, C)
-        # Will have the rows of n-grams that a step or validation chunk looks up, see RowCache. No nn.Parameter: it must
-        # not be copied or saved.
+        # Later the rows of n-grams that a step looks up, see RowCache. No nn.Parameter: neither copied nor saved.
         self.ngram_shape, self.ngrams = (hp.ngram_rows, C), None
         if device.type == "meta":  # only the shapes are asked for
             return
-        with torch.no_grad():
+        with torch.no_grad():  # initial values; of all else zero
             self.scalars.copy_(torch.tensor([value for count, value, _ in SCALARS.values() for _ in range(count)]))
-            bound = 3**0.5 * 0.5 * C**-0.5
+            bound = 3**0.5 * 0.5 * C**-0.5  # a standard deviation of 0.5 C^-0.5
             for matrices in (self.qk_bank, self.vo_bank, self.mlp_bank[:, 0]):
                 matrices.uniform_(-bound, bound)
             self.gate_in.uniform_(-(C**-0.5), C**-0.5)
@@ -2098,9 +2063,8 @@ class GPT(nn.Module):
             self.value_embeds.normal_(std=0.01)
             self.head.normal_(std=0.005)
             self.embed.copy_(self.head.T)
-        most_tokens = max(hp.val_batch_size, *(stage.tokens for stage in hp.stages)) // MICRO_BATCHES
-        longest = max(most_tokens, hp.micro_batch_tokens)
-        self.yarn = Yarn(hp.head_dim, 2 * longest, device)  # 2: paired heads are interleaved along time
+        longest = max(hp.val_batch_size, *(stage.tokens for stage in hp.stages)) // MICRO_BATCHES
+        self.yarn = Yarn(hp.head_dim, 2 * max(longest, hp.micro_batch_tokens), device)  # 2: pairs of heads interleaved
         region = compiler(compile)
         self.embed_inputs = region(embed_inputs)
         self.join = region(join)
@@ -2141,8 +2105,7 @@ class GPT(nn.Module):
 
     def layer_weights(self, scalars: dict[str, list[Tensor]], fp8_grad_scale: float | None) -> list[LayerWeights]:
         """Each layer's weights; fp8_grad_scale as in forward."""
-        mlps_fp8 = qkvs_fp8 = repeat((None, None))
-        grad_scale = None
+        mlps_fp8, qkvs_fp8, grad_scale = repeat((None, None)), repeat((None, None)), None
         if self.fp8_layers and fp8_grad_scale is not None:
             mlps_fp8 = zip(*self.fp8_weights(self.mlp_bank.detach()), strict=True)
             qkvs_fp8 = iter(self.qkv_fp8_weights())
@@ -2153,14 +2116,11 @@ class GPT(nn.Module):
         qkvs = zip(self.pairs_of_heads(), vo[::2], strict=False)
         weights = []
         for i, layer in enumerate(LAYERS):
-            w = LayerWeights()
+            w = LayerWeights(*(scalars[name][i] for name in ("attn_resid", "mlp_resid", "mlp_out", "qkv", "out")))
             if layer.mlp:
-                mlp = Projection(next(mlps), *next(mlps_fp8), grad_scale)
-                w = w._replace(mlp_resid=scalars["mlp_resid"][i], mlp_out=scalars["mlp_out"][i], mlp=mlp)
+                w = w._replace(mlp=Projection(next(mlps), *next(mlps_fp8), grad_scale))
             if layer.window:
-                qkv = Projection(next(qkvs), *next(qkvs_fp8), grad_scale)
-                w = w._replace(attn_resid=scalars["attn_resid"][i], qkv_lambda=scalars["qkv"][i], qkv=qkv)
-                w = w._replace(out_lambda=scalars["out"][i], out=next(outs))
+                w = w._replace(qkv=Projection(next(qkvs), *next(qkvs_fp8), grad_scale), out=next(outs))
             weights.append(w)
         return weights
 
@@ -2170,8 +2130,8 @@ class GPT(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Loss of each position, (T,) float32: sum over k of target_weights[k] times the k-th next token's.
 
-        windows: tokens, by the names in LAYERS. fp8_grad_scale: None for products in bf16, else the factor by which the
-        losses are multiplied before backward, for the range of FP8. head_chunk: positions whose logits exist at once.
+        windows: tokens, by the names in LAYERS. fp8_grad_scale: None without FP8, else what the losses are multiplied
+        by before backward. head_chunk: positions whose logits exist at once.
         """
         scalars = self.named_scalars()
         x = self.output(batch, windows, scalars, fp8_grad_scale)
@@ -2182,11 +2142,9 @@ class GPT(nn.Module):
             by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
         args = target_weights, batch.classes, len(self.embed), fp8_grad_scale
-        losses = []
         chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
-        for x_chunk, targets, left, *copying in chunks:
-            losses.append(self.head_losses(x_chunk, head, targets, left, *args, *copying))
-        return losses[0] if len(losses) == 1 else torch.cat(losses)
+        losses = [self.head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
+        return torch.cat(losses) if head_chunk else losses[0]
 
     def copying(self, x: Tensor, scalars: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """copy_inputs of the last row's output x (T, C), with the model's parameters."""
@@ -2201,38 +2159,34 @@ class GPT(nn.Module):
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
         value_rows = iter(batch.inputs + first_rows.int()[:, None])
         ngrams = Lookup.apply(self.ngrams, batch.slots.flatten(), batch.slot_order).unflatten(0, batch.slots.shape)
-        tokens = Lookup.apply(self.embed, batch.inputs, batch.order)
-        x0, ngrams = self.embed_inputs(tokens, ngrams)
+        x0, ngrams = self.embed_inputs(Lookup.apply(self.embed, batch.inputs, batch.order), ngrams)
         documents = {False: batch.documents, True: batch.documents.paired()}
-        kept, normed, gates = {"x0": x0, "ngrams": ngrams}, {}, None
+        kept, normed, gates = {"x0": x0, "ngrams": ngrams}, {}, repeat((None,) * 5)
         networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
         x, mlp_out, before = x0, None, None  # the stream, what join has yet to add to it, the layer that has made that
         for layer, w in zip(LAYERS, weights, strict=True):
             if layer.gates:
                 x, gates = self.gate_network(x, mlp_out, before, kept, *next(networks), self.num_heads)
                 mlp_out, gates = None, iter(gates)
-            xsa, head_gates, value_gate, added_values, added = next(gates) if gates else (None,) * 5
+            xsa, head_gates, value_gate, added_values, added = next(gates)
             y = None
             if layer.window:
                 if layer.reads and layer.reads not in normed:
                     normed[layer.reads] = self.normed_input(kept[layer.reads], w.qkv.fp8 is not None)
-                x, mlp_out, lacking = self.attention_inputs(
-                    x, mlp_out, before, normed.get(layer.reads), w, layer.narrow
-                )
-                projection = w.qkv._replace(**lacking)
+                x, mlp_out, inputs = self.attention_inputs(x, mlp_out, before, normed.get(layer.reads), w, layer.narrow)
+                projection = w.qkv._replace(**inputs)
                 embed_rows = next(value_rows) if layer.value_embed else None
                 q, k, v = split_heads(
                     projection, value_gate, self.value_embeds, embed_rows, batch.order, self.yarn.cos, self.yarn.sin,
                     documents[layer.paired] if layer.key_offset else None, self.num_heads, layer.paired,
                 )  # fmt: skip
                 v = v if added_values is None else v + added_values.view_as(v)
-                factor = NARROW_SCALE if layer.narrow else 1
-                y = attend(q, k, v, documents[layer.paired], windows[layer.window], self.yarn.scale * factor, xsa)
-            keep = layer.keep is not None
-            # Without an MLP nothing is left to wait for: such rows share a graph whether they are kept or not.
-            x, mlp_out = self.layer_outputs(x, mlp_out, before, y, head_gates, added, w, keep and layer.mlp)
+                scale = self.yarn.scale * (NARROW_SCALE if layer.narrow else 1)
+                y = attend(q, k, v, documents[layer.paired], windows[layer.window], scale, xsa)
+            complete = layer.mlp and layer.keep is not None  # without an MLP nothing waits: kept or not, one graph
+            x, mlp_out = self.layer_outputs(x, mlp_out, before, y, head_gates, added, w, complete)
             before = w
-            if keep:
+            if layer.keep:
                 kept[layer.keep] = x
         return self.join(x, mlp_out, before)
 
@@ -3139,8 +3093,8 @@ def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
 # ======================================================================================================================
 # Schedule
 # ======================================================================================================================
-# Everything that depends on the step alone, without state: it is the same on every rank, and for a run that goes on.
-# The stages share the scheduled iterations; the extension follows.
+# What depends on the step alone, hence is the same on every rank and in a run that goes on. The stages share the
+# scheduled iterations; the extension follows.
 
 
 class TrainingSchedule:
@@ -3164,18 +3118,13 @@ class TrainingSchedule:
         return max(i for i, start in enumerate(self.starts) if step >= start)
 
     def stage(self, step: int) -> TrainingStage:
-        """The row of STAGES that `step` belongs to."""
         return self.hp.stages[self.stage_index(step)]
-
-    def tokens(self, step: int) -> int:
-        """Tokens of a micro-batch, before any are joined."""
-        return self.stage(step).tokens // MICRO_BATCHES
 
     def size(self, step: int) -> tuple[int, int, int]:
         """For the loader: tokens of a micro-batch, of a document at most; classes of the softmax, 0 for all."""
         stage = self.stage(step)
         classes = stage.classes if stage.classes < self.hp.padded_vocab else 0
-        return self.tokens(step), min(stage.max_seq_len, self.hp.train_max_seq_len), classes
+        return stage.tokens // MICRO_BATCHES, min(stage.max_seq_len, self.hp.train_max_seq_len), classes
 
     def lr(self, step: int) -> float:
         """Learning-rate factor: the stage's multiplier, which the cooldown moves linearly to lr_end."""
@@ -3190,13 +3139,10 @@ class TrainingSchedule:
         if step < self.warmup:
             return low + (high - low) * step / self.warmup
         into_cooldown = max(0, step - (self.hp.total_steps - self.cooldown))
-        return high - (high - low) * into_cooldown / self.cooldown if into_cooldown else high
+        return high - (high - low) * into_cooldown / max(1, self.cooldown)
 
     def average_weight(self, step: int) -> float:
-        """Weight of the parameters after `step` in their running average; 0: none.
-
-        The first of n begins it with 1, the others have 2 / n each.
-        """
+        """Weight of the parameters after `step` in their running average of n: 1 the first, then 2 / n; 0: none."""
         ahead = self.hp.total_steps - 1 - step
         if ahead % AVERAGE_EVERY or ahead >= self.averaged:
             return 0.0
@@ -3204,9 +3150,8 @@ class TrainingSchedule:
 
     def target_weights(self, step: int) -> list[float]:
         """Weights of the next tokens; linear over the steps of a stage."""
-        i = self.stage_index(step)
+        i, stage = self.stage_index(step), self.stage(step)
         t = (step - self.starts[i]) / max(self.ends[i] - self.starts[i], 1)
-        stage = self.hp.stages[i]
         return [a + (b - a) * t for a, b in zip(stage.target_weights, stage.target_weights_end, strict=True)]
 
     def windows(self, step: int) -> dict[str, int]:

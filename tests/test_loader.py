@@ -187,8 +187,8 @@ def test_a_stage_cuts_documents_at_its_own_length_where_that_of_the_run_is_not_l
     stages = [train_gpt.STAGES[0]._replace(max_seq_len=cut, classes=0) for cut in (30, 1 << 30)]
     for of_run, cuts in ((64, [30, 64]), (20, [20, 20])):
         hp = Hyperparameters(stages=(*stages, train_gpt.STAGES[-1]), train_max_seq_len=of_run)
-        schedule = train_gpt.TrainingSchedule(hp)
-        assert [schedule.size(step) for step in schedule.starts[:2]] == [(schedule.tokens(0), cut, 0) for cut in cuts]
+        schedule, tokens = train_gpt.TrainingSchedule(hp), train_gpt.STAGES[0].tokens // 8
+        assert [schedule.size(step) for step in schedule.starts[:2]] == [(tokens, cut, 0) for cut in cuts]
 
 
 def test_a_step_has_the_classes_of_its_stage_and_where_the_vocabulary_has_no_more_all():

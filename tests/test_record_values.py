@@ -59,7 +59,7 @@ def test_the_batch_grows_once_from_65536_tokens_to_twice_that():
 
 def test_the_joined_micro_batches_of_one_gpu_have_one_length():
     hp = Hyperparameters()
-    sizes = {SPEEDRUN.tokens(step) for step in SPEEDRUN.starts}
+    sizes = {SPEEDRUN.size(step)[0] for step in SPEEDRUN.starts}
     assert {size * train_gpt.micro_batches_together(size, hp, train_gpt.World()) for size in sizes} == {65_536}
 
 
@@ -247,7 +247,7 @@ def test_the_speedruns_hyperparameters():
 def test_the_smoke_run_goes_through_the_same_stages_with_a_128th_of_the_tokens():
     schedule = TrainingSchedule(Hyperparameters(**PRESETS["smoke"]))
     assert schedule.starts == (0, 10, 20, 31, 36) and schedule.hp.total_steps == 40
-    assert [schedule.tokens(step) for step in schedule.starts] == [64, *4 * [128]]
+    assert [schedule.size(step)[0] for step in schedule.starts] == [64, *4 * [128]]
     assert {schedule.size(step)[1] for step in schedule.starts} == {256}
     assert schedule.windows(0) == {"short": 16, "long": 48}
     assert (schedule.hp.model_dim, schedule.hp.val_tokens, schedule.hp.val_batch_size) == (48, 16_384, 8_192)

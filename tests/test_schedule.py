@@ -72,7 +72,7 @@ def test_every_length_of_run_has_a_value_at_every_step(shares, scheduled):
 @pytest.mark.parametrize("step, i", [(0, 0), (199, 0), (200, 1), (299, 1), (300, 2), (399, 2), (400, 3), (409, 3)])
 def test_a_stages_row_says_batch_and_windows(step, i):
     assert RUN.stage_index(step) == i
-    assert RUN.tokens(step) == THREE[i].tokens / 8
+    assert RUN.size(step)[0] == THREE[i].tokens / 8
     assert RUN.windows(step) == {"short": 128 * THREE[i].short_window, "long": 128 * THREE[i].long_window}
 
 
@@ -112,7 +112,7 @@ def test_at_the_same_share_of_the_run_a_run_in_small_is_where_the_whole_is(lengt
     whole, small = schedule_of(*THREE, **values), schedule_of(*THREE, **values, length=length)
     for step in range(0, 408, 4):
         at = int(step * length)
-        for value in ("lr", "momentum", "target_weights", "windows", "tokens"):
+        for value in ("lr", "momentum", "target_weights", "windows", "size"):
             assert getattr(small, value)(at) == pytest.approx(getattr(whole, value)(step), rel=1e-12), (value, step)
 
 
