@@ -285,10 +285,12 @@ class Hyperparameters:
 
     @property
     def model_dim(self) -> int:
+        """C."""
         return self.num_heads * self.head_dim
 
     @property
     def padded_vocab(self) -> int:
+        """V."""
         return round_up(self.vocab_size, 128)
 
     @property
@@ -346,6 +348,7 @@ class UserError(Exception):
 
 
 def require(condition: object, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
