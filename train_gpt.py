@@ -644,12 +644,9 @@ def transposed_kernel(x_ptr, out_ptr, M, N, ROWS: tl.constexpr, COLS: tl.constex
     x_ptr, out_ptr = x_ptr + matrix, out_ptr + matrix
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
     words, inside = 4 * row[:, None].to(tl.int64) * N + col[None, :], (row < M)[:, None] & (col < N)[None, :]
-    a = tl.load(x_ptr + words, mask=inside)
-    b = tl.load(x_ptr + words + N, mask=inside)
-    c = tl.load(x_ptr + words + 2 * N, mask=inside)
-    d = tl.load(x_ptr + words + 3 * N, mask=inside)
+    a, b, c, d = [tl.load(x_ptr + words + i * N, mask=inside) for i in (0, 1, 2, 3)]  # four rows
     out_ptr += 4 * col[:, None].to(tl.int64) * M + row[None, :]
-    for i in tl.static_range(4):  # column i of the four rows
+    for i in tl.static_range(4):  # their column i
         packed = (a >> 8 * i & 255) | (b >> 8 * i & 255) << 8 | (c >> 8 * i & 255) << 16 | d >> 8 * i << 24
         tl.store(out_ptr + i * M, tl.trans(packed), mask=tl.trans(inside))
 
@@ -883,7 +880,7 @@ def cross_entropy_kernel(
 
 @triton.jit
 def cross_entropy_gradient(
-    logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row, offset, first_col,
+    logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row, first_col, offset,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Rows offset, offset + 4, ... of a tile: the gradient without the targets' terms, written and returned."""
@@ -902,16 +899,11 @@ def cross_entropy_gradient(
 
 
 @triton.jit
-def e5m2_bits(x, shift: tl.constexpr):
-    """The bits of x in e5m2, in an int32 from bit `shift` on."""
-    return x.to(tl.float8e5).to(tl.uint8, bitcast=True).to(tl.int32) << shift
-
-
-@triton.jit
 def pack_e5m2(a, b, c, d, INTERPRETED: tl.constexpr):
     """Four numbers in e5m2 as the bytes of an int32; in PTX, as Triton 3.6 compiles the plain form to wrong bytes."""
     if INTERPRETED:
-        return e5m2_bits(a, 0) | e5m2_bits(b, 8) | e5m2_bits(c, 16) | e5m2_bits(d, 24)
+        a, b, c, d = [x.to(tl.float8e5).to(tl.uint8, bitcast=True).to(tl.int32) for x in (a, b, c, d)]
+        return a | b << 8 | c << 16 | d << 24
     return tl.inline_asm_elementwise(
         "{.reg .b16 ab, cd; cvt.rn.satfinite.e5m2x2.f32 ab, $2, $1; cvt.rn.satfinite.e5m2x2.f32 cd, $4, $3;"
         " mov.b32 $0, {ab, cd};}", "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
@@ -928,11 +920,8 @@ def cross_entropy_backward_kernel(
     Bytes are slow to transpose: those of four rows are packed into words, for which T is a multiple of 4.
     """
     first_row, first_col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
-    args = (logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row)
-    a = cross_entropy_gradient(*args, 0, first_col, ROWS, COLS)
-    b = cross_entropy_gradient(*args, 1, first_col, ROWS, COLS)
-    c = cross_entropy_gradient(*args, 2, first_col, ROWS, COLS)
-    d = cross_entropy_gradient(*args, 3, first_col, ROWS, COLS)
+    args = (logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row, first_col)
+    a, b, c, d = [cross_entropy_gradient(*args, offset, ROWS, COLS) for offset in (0, 1, 2, 3)]
     if TRANSPOSED:
         words = pack_e5m2(a, b, c, d, INTERPRETED)
         corner = first_col.to(tl.int64) * (T // 4) + first_row // 4
@@ -1760,10 +1749,7 @@ def copy_backward_kernel(
     for col in range(begin, end, BLOCK):
         other, cols = other_desc.load([col, 0]), col + tl.arange(0, BLOCK)
         same = tl.load(targets_ptr + cols, mask=cols < N, other=-2)[None, :] == target
-        if OF_QUERIES:
-            t, s = rows[:, None], cols[None, :]
-        else:
-            t, s = cols[None, :], rows[:, None]
+        t, s = (rows[:, None], cols[None, :]) if OF_QUERIES else (cols[None, :], rows[:, None])
         first = tl.maximum(tl.load(starts_ptr + t, mask=t < N, other=0), t - window)
         every = tl.load(sums_ptr + t, mask=t < N, other=0.0)
         matching = tl.load(sums_ptr + N + t, mask=t < N, other=0.0)
