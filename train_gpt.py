@@ -1499,7 +1499,7 @@ def own_values(own_desc, xsa_ptr, row, head, N, H, D: tl.constexpr, BLOCK_Q: tl.
 
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_kernel(
-    q_desc, k_desc, v_desc, own_desc, starts_ptr, xsa_ptr, y_desc, lse_ptr, share_ptr, N, H, window, scale,
+    q_desc, own_desc, y_desc, k_desc, v_desc, starts_ptr, xsa_ptr, lse_ptr, share_ptr, N, H, window, scale,
     XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of one head: y, the logsumexp of scores, in base 2, and, for XSA, share = y.v / v.v."""
@@ -1543,7 +1543,7 @@ def attention_kernel(
 
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_backward_q_kernel(
-    grad_y_desc, y_desc, q_desc, k_desc, v_desc, own_desc, lse_ptr, starts_ptr, xsa_ptr, share_ptr, grad_q_desc,
+    q_desc, own_desc, y_desc, grad_y_desc, grad_q_desc, k_desc, v_desc, starts_ptr, xsa_ptr, lse_ptr, share_ptr,
     delta_ptr, before_xsa_ptr, grad_xsa_ptr, factors_ptr, N, H, window, scale,
     XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -1584,8 +1584,8 @@ def attention_backward_q_kernel(
 
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_backward_kv_kernel(
-    grad_y_desc, q_desc, k_desc, v_desc, own_grad_y_desc, own_y_desc, lse_ptr, delta_ptr, factors_ptr, ends_ptr,
-    grad_k_desc, grad_v_desc, N, H, window, scale,
+    q_desc, grad_y_desc, k_desc, v_desc, own_y_desc, own_grad_y_desc, grad_k_desc, grad_v_desc, ends_ptr, lse_ptr,
+    delta_ptr, factors_ptr, N, H, window, scale,
     XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_K keys of one head: the gradients of k and v. Scores are (keys, queries), as both products read them."""
@@ -1636,43 +1636,37 @@ class CausalSelfAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, starts, ends, window, scale, xsa=None):
-        N, H, _ = q.shape
+        (N, H, D_QK), tiles = q.shape, ATTENTION_TILES
         y, lse = v.new_empty(v.shape), q.new_empty(H, N, dtype=torch.float32)
         xsa, share = (None, None) if xsa is None else (xsa.contiguous(), torch.empty_like(lse))
-        tiles = dict(XSA=xsa is not None, D_QK=q.size(2), D=v.size(2), **ATTENTION_TILES)
-        q_desc, own_desc, y_desc = attention_tiles(tiles["BLOCK_Q"], q, v, y)
-        k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
+        ctx.sizes, ctx.options = (N, H, window, scale), dict(XSA=xsa is not None, D_QK=D_QK, D=v.size(2))
+        descs = *attention_tiles(tiles["BLOCK_Q"], q, v, y), *attention_tiles(tiles["BLOCK_K"], k, v)
         attention_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
-            q_desc, k_desc, v_desc, own_desc, starts, xsa, y_desc, lse, share, N, H, window, scale, **tiles
+            *descs, starts, xsa, lse, share, *ctx.sizes, **ctx.options, **tiles
         )
         ctx.save_for_backward(q, k, v, y, lse, starts, ends, xsa, share)
-        ctx.window, ctx.scale = window, scale
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
         q, k, v, y, lse, starts, ends, xsa, share = ctx.saved_tensors
-        grad_y = grad_y.contiguous()
-        N, H, _ = q.shape
-        sizes, widths = (N, H, ctx.window, ctx.scale), dict(D_QK=q.size(2), D=v.size(2))
+        (N, H, _), grad_y, tiles = q.shape, grad_y.contiguous(), ATTENTION_BACKWARD_Q_TILES
         grad_q, grad_k, grad_v = map(torch.empty_like, (q, k, v))
         delta, before_xsa, grad_xsa, factors = torch.empty_like(lse), grad_y, None, None
         if xsa is not None:
             before_xsa, grad_xsa, factors = torch.empty_like(v), torch.empty_like(xsa), lse.new_empty(3, H, N)
-        tiles = dict(XSA=xsa is not None, **widths, **ATTENTION_BACKWARD_Q_TILES)
-        grad_y_desc, y_desc, q_desc, own_desc, out_desc = attention_tiles(tiles["BLOCK_Q"], grad_y, y, q, v, grad_q)
-        k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
+        descs = *attention_tiles(tiles["BLOCK_Q"], q, v, y, grad_y, grad_q), *attention_tiles(tiles["BLOCK_K"], k, v)
+        outs = delta, before_xsa, grad_xsa, factors
         attention_backward_q_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
-            grad_y_desc, y_desc, q_desc, k_desc, v_desc, own_desc, lse, starts, xsa, share, out_desc,
-            delta, before_xsa, grad_xsa, factors, *sizes, **tiles,
-        )  # fmt: skip
-        tiles = dict(XSA=xsa is not None, **widths, **ATTENTION_BACKWARD_KV_TILES)
-        grad_y_desc, q_desc = attention_tiles(tiles["BLOCK_Q"], before_xsa, q)
-        k_desc, v_desc, *descs = attention_tiles(tiles["BLOCK_K"], k, v, before_xsa, y, grad_k, grad_v)
-        attention_backward_kv_kernel[(triton.cdiv(N, tiles["BLOCK_K"]), H)](
-            grad_y_desc, q_desc, k_desc, v_desc, *descs[:2], lse, delta, factors, ends, *descs[2:], *sizes, **tiles
+            *descs, starts, xsa, lse, share, *outs, *ctx.sizes, **ctx.options, **tiles
         )
-        return grad_q, grad_k, grad_v, None, None, None, None, grad_xsa
+        tiles = ATTENTION_BACKWARD_KV_TILES
+        descs = attention_tiles(tiles["BLOCK_Q"], q, before_xsa)
+        descs += attention_tiles(tiles["BLOCK_K"], k, v, y, before_xsa, grad_k, grad_v)
+        attention_backward_kv_kernel[(triton.cdiv(N, tiles["BLOCK_K"]), H)](
+            *descs, ends, lse, delta, factors, *ctx.sizes, **ctx.options, **tiles
+        )
+        return grad_q, grad_k, grad_v, *(None,) * 4, grad_xsa
 
 
 def attend(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor | None = None) -> Tensor:
