@@ -670,9 +670,7 @@ def transposed(x: Tensor) -> Tensor:
     return transposed_triton(x) if x.is_cuda else x.mT.contiguous()
 
 
-@transposed.register_fake
-def _(x):
-    return x.new_empty(x.mT.shape)
+transposed.register_fake(lambda x: x.new_empty(x.mT.shape))
 
 
 def fp8_weights(matrices: Tensor, scale: float = FP8_WEIGHT) -> tuple[Tensor, Tensor]:
@@ -770,9 +768,7 @@ def linear_relu2(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale:
     return (linear_relu2_triton if x.is_cuda else linear_relu2_reference)(x, weight, hidden, scale)
 
 
-@linear_relu2.register_fake
-def _(x, weight, hidden=None, scale=1.0):
-    return x.new_empty(len(x), len(weight))
+linear_relu2.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
 
 
 class MLP(torch.autograd.Function):
@@ -824,9 +820,7 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return torch.where(targets >= 0, lse - picked, 0), lse
 
 
-def cross_entropy_backward_reference(
-    logits: Tensor, lse: Tensor, targets: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
-) -> Tensor:
+def cross_entropy_backward_reference(logits, lse, targets, grad, scale: float, dtype: torch.dtype) -> Tensor:
     """The gradient of sum(grad * losses), grad (n, T), with respect to the logits, over `scale`, as `dtype` (T, V)."""
     cap, shift, temperature = SOFTCAP
     sigmoid = torch.sigmoid((logits.to(lse.dtype) + shift).div_(temperature))
@@ -959,27 +953,23 @@ def cross_entropy_triton(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     """cross_entropy_reference, one pass over contiguous logits."""
     (T, V), n = logits.shape, len(targets)
     losses, lse = (logits.new_empty(shape, dtype=torch.float32) for shape in ((n, T), T))
-    BLOCK = 1024  # with 4 warps the best of 4 on H100
-    cross_entropy_kernel[(T,)](logits, targets, losses, lse, T, V, n, BLOCK=BLOCK, num_warps=4)
+    cross_entropy_kernel[(T,)](logits, targets, losses, lse, T, V, n, BLOCK=1024, num_warps=4)  # best of 4 on H100
     return losses, lse
 
 
-def cross_entropy_backward_triton(
-    logits: Tensor, lse: Tensor, targets: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cross_entropy_backward_reference, one pass over contiguous logits."""
+def cross_entropy_backward_triton(logits, lse, targets, grad, scale: float, dtype: torch.dtype):
+    """cross_entropy_backward in two kernels, one pass over contiguous logits."""
     T, V = logits.shape
     out, out_t = empty_gradients(logits, dtype)
     factor = SOFTCAP[0] / (SOFTCAP[2] * scale)
     sums = torch.where(targets >= 0, grad, 0).sum(0)  # (T,)
-    sizes = dict(T=T, V=V, TRANSPOSED=len(out_t) > 0)
     ROWS, COLS = 128, 64  # with 4 warps among the best two of 11 on H100
+    options = dict(T=T, V=V, TRANSPOSED=len(out_t) > 0, ROWS=ROWS, num_warps=4)
     cross_entropy_backward_kernel[(triton.cdiv(T, ROWS), triton.cdiv(V, COLS))](
-        logits, lse, sums, out, out_t, factor, **sizes, INTERPRETED=not logits.is_cuda, ROWS=ROWS, COLS=COLS,
-        num_warps=4,
-    )  # fmt: skip
-    cross_entropy_targets_kernel[(triton.cdiv(T, 128),)](
-        logits, lse, sums, targets, grad, out, out_t, factor, **sizes, N_TARGETS=len(targets), ROWS=128, num_warps=4
+        logits, lse, sums, out, out_t, factor, **options, INTERPRETED=not logits.is_cuda, COLS=COLS
+    )
+    cross_entropy_targets_kernel[(triton.cdiv(T, ROWS),)](
+        logits, lse, sums, targets, grad, out, out_t, factor, **options, N_TARGETS=len(targets)
     )
     return out, out_t
 
@@ -1009,14 +999,11 @@ def cross_entropy_backward(
     """The logits' gradient over `scale` as `dtype`, see cross_entropy_backward_reference, and in FP8 its transpose."""
     if logits.is_cuda:
         return cross_entropy_backward_triton(logits, lse, targets, grad, scale, dtype)
-    out, out_t = empty_gradients(logits, dtype)
-    out.copy_(cross_entropy_backward_reference(logits, lse, targets, grad, scale, dtype))
-    return out, out.T.contiguous() if len(out_t) else out_t
+    out = cross_entropy_backward_reference(logits, lse, targets, grad, scale, dtype)
+    return out, out.T.contiguous() if dtype.itemsize == 1 else out.new_empty(0)
 
 
-@cross_entropy_backward.register_fake
-def _(logits, lse, targets, grad, scale, dtype):
-    return empty_gradients(logits, dtype)
+cross_entropy_backward.register_fake(lambda logits, lse, targets, grad, scale, dtype: empty_gradients(logits, dtype))
 
 
 # ---------------------------------------------------------------------------- the head, in FP8 and bf16, with its loss
@@ -1033,15 +1020,15 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, head, targets, grad_scale):
+        ctx.grad_scale, ctx.dtype = grad_scale, head.dtype
         if grad_scale is None:
             logits = x @ head
         else:
-            x_fp8 = (x / FP8_HEAD_X).to(torch.float8_e4m3fn)
-            head_fp8, head_fp8_t = fp8_weights(head, FP8_HEAD)
-            logits = fp8_product(x_fp8, head_fp8_t.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
+            x = (x / FP8_HEAD_X).to(torch.float8_e4m3fn)
+            head, head_t = fp8_weights(head, FP8_HEAD)
+            logits = fp8_product(x, head_t.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
         losses, lse = cross_entropy(logits, targets)
-        ctx.save_for_backward(logits, lse, targets, *((x, head) if grad_scale is None else (x_fp8, head_fp8)))
-        ctx.grad_scale, ctx.dtype = grad_scale, head.dtype
+        ctx.save_for_backward(logits, lse, targets, x, head)
         return losses
 
     @staticmethod
@@ -1170,10 +1157,7 @@ def table_gradient(table: Tensor) -> Tensor:
 # FBGEMM's PARTIAL_ROWWISE_ADAM for embedding tables, and no first moment.
 
 
-def update_rows_reference(
-    p: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor, update: int, beta2: float, lr: float, decay: float,
-    eps: float,
-) -> Tensor:  # fmt: skip
+def update_rows_reference(p, v, last, rows, grad, update: int, beta2: float, lr: float, decay: float, eps: float):
     """Adam with beta1 = 0 and one second moment a row, on p[rows] alone, in place; returns mean(grad^2) by row.
 
     p (N, C), v (N,) float32, rows (n,), none twice, grad (n, C) float32. lr includes v's bias correction, decay is
@@ -1212,9 +1196,7 @@ def update_rows_kernel(
     tl.store(mean_square_ptr + i, mean_square)
 
 
-def update_rows_triton(
-    p: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor, update: int, beta2: float, *rates: float
-) -> Tensor:
+def update_rows_triton(p, v, last, rows, grad, update: int, beta2: float, *rates: float) -> Tensor:
     """update_rows_reference in one kernel."""
     n, C = grad.shape
     mean_square = torch.empty_like(v[:n])
@@ -1388,12 +1370,11 @@ class SplitHeads(torch.autograd.Function):
         T, H, D = len(x), num_heads, 2 * cos.size(-1)
         D_QK = (qkv.size(1) // H - D) // 2
         q, k, v = (qkv.new_empty((2 * T, H // 2, d) if paired else (T, H, d)) for d in (D_QK, D_QK, D))
-        gated = (None,) * 3 if value_gate is None else (value_gate.contiguous(), table, rows)
-        inputs = (qkv, *gated, cos, sin)
-        inputs += (None, None) if documents is None else tuple(documents)
+        value_gate = None if value_gate is None else value_gate.contiguous()
+        inputs = qkv, value_gate, table, rows, cos, sin, *(documents or (None, None))
         ctx.save_for_backward(*((x, weight) if fp8 is None else (x_fp8, fp8_t)), scale, order, *inputs)
-        has = dict(KEY_OFFSET=documents is not None, VALUE_EMBED=value_gate is not None)
-        ctx.options = dict(H=H, D_QK=D_QK, D=D, PAIRED=paired, **has, BLOCK_T=16, num_warps=4)
+        options = dict(PAIRED=paired, KEY_OFFSET=documents is not None, VALUE_EMBED=value_gate is not None)
+        ctx.options = dict(H=H, D_QK=D_QK, D=D, **options, BLOCK_T=16, num_warps=4)
         split_heads_kernel[(H * triton.cdiv(T, 16),)](*inputs, q, k, v, T, NORM_EPS, **ctx.options)
         return q, k, v
 
