@@ -615,12 +615,12 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, addend: Tensor | None = Non
 
 
 # ---------------------------------------------------------------------------- products in FP8
-# A scale is what a 1 in FP8 stands for. Activations and weights are in e4m3, which ends at 448, gradients in e5m2,
-# where FP8_GRAD is for a loss that is not multiplied before backward. A normed row of C has no number beyond sqrt(C),
-# so FP8_X does for widths to 1024; weights stayed below 3.1 in a half run. The first layer's hidden units grow with the
+# A number is what FP8 stores times a scale. Activations and weights are in e4m3, which ends at 448, gradients in e5m2;
+# FP8_GRAD is for a loss that is not multiplied before backward. A normed row of C has no number beyond sqrt(C), so that
+# FP8_X does for widths to 1024; weights stayed below 3.1 in a half run. The first layer's hidden units grow with the
 # run's length, in a half run to 13,000; with an end at 3,584 its loss was up to 0.046 higher. A large scale costs
-# little: only what is below 2^-10 of it becomes 0. Numbers beyond the end are clipped (by MAX_HIDDEN in bf16 too, so
-# that both compute the same); PyTorch 2.11's own conversion makes them NaN. Source: FP8, arXiv 2209.05433 (2022).
+# little: only what is below 2^-10 of it becomes 0. Kernels clip what is beyond the end, and MAX_HIDDEN does the same
+# in bf16; PyTorch 2.11's own conversion makes it NaN. Source: FP8, arXiv 2209.05433 (2022).
 FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 64.0, 2.0**-6
 MAX_HIDDEN = 448 * FP8_HIDDEN
 cached_full = cache(torch.full)
@@ -631,7 +631,7 @@ def fp8_product(a: Tensor, b: Tensor, a_scale, b_scale, out_dtype: torch.dtype, 
 
     Scales are numbers or 0-d float32 tensors. fast: sums have the tensor core's own precision, below float32's.
     """
-    full = torch.full if torch.compiler.is_compiling() else cached_full  # uncompiled, a new scale is a kernel's launch
+    full = torch.full if torch.compiler.is_compiling() else cached_full  # cached, as each would be a kernel's launch
     number = dict(dtype=torch.float32, device=a.device)
     scales = (scale if isinstance(scale, Tensor) else full((), scale, **number) for scale in (a_scale, b_scale))
     return torch._scaled_mm(a, b, *scales, out_dtype=out_dtype, use_fast_accum=fast)
@@ -1047,9 +1047,9 @@ class HeadLoss(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------- lookups in the embedding tables
-# Gradients are added to .grad here, row by row. Autograd would fill a table with zeros, scatter into it, and add all of
-# it: 900 MB for a few thousand rows. Atomic additions would end with other bits each time, as the order in which
-# programs come is chance; here positions are sorted by row, and each row is added to by one program at a time.
+# Gradients are added to .grad here, row by row: autograd would fill a table with zeros, scatter into it, and add all of
+# it, 900 MB for a few thousand rows. Positions are sorted, so that one program sums a row: atomic additions come in an
+# order left to chance, and would end with other bits each time.
 
 
 def add_rows_reference(table: Tensor, rows: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
@@ -1106,7 +1106,7 @@ def add_rows_triton(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, ga
 
 def add_rows(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
     """Adds in place; order (T,) sorts `rows`, all else as in add_rows_reference."""
-    if grad.is_cuda and table.dtype == torch.float32:
+    if grad.is_cuda:
         add_rows_triton(table, rows, order, grad, gate)
     else:
         add_rows_reference(table, rows, grad, gate)
@@ -1301,7 +1301,7 @@ def split_heads_kernel(
         out_ptr = q_ptr if i == 0 else k_ptr
         x = tl.load(qkv_ptr + projected + i * H * D_QK, mask=mask, other=0.0).to(tl.float32)
         x = rotate_tile(x * tl.rsqrt(tl.sum(x * x, 1) / D_QK + eps)[:, None], cos, sin).to(out_ptr.dtype.element_ty)
-        if KEY_OFFSET and i == 1:  # the second half goes to the document's next position, the first one's stays, too
+        if KEY_OFFSET and i == 1:  # the second half goes to the next position; that of a document's first stays, too
             stationary, stride = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
             is_first = position == tl.load(starts_ptr + position, mask=inside, other=0)
             has_next = position + 1 < tl.load(ends_ptr + position, mask=inside, other=0)
@@ -1398,9 +1398,8 @@ class SplitHeads(torch.autograd.Function):
         return grad_gate, *(None,) * 8, *Projection(grad_weight, x=grad_x)  # in the order of forward's arguments
 
 
-def split_heads(qkv: Projection, value_gate, table, rows, order, cos, sin, documents, num_heads, paired):
-    """split_heads_reference of a Projection's product."""
-    rest = value_gate, table, rows, order, cos, sin, documents, num_heads, paired
+def split_heads(qkv: Projection, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    """split_heads_reference of a Projection's product; the rest is as there."""
     if qkv.x.is_cuda:
         return SplitHeads.apply(*rest, *qkv)
     return split_heads_reference(F.linear(qkv.x, qkv.weight), *rest)
@@ -1444,9 +1443,9 @@ def attend_reference(q, k, v, documents: Documents, window: int, scale: float, x
 # block of keys one of queries) whatever documents it straddles, and masks only at the ends of that range. N, H and
 # window are not specialized, so that other lengths and windows compile nothing.
 
-# Score of a masked pair; real ones, of normed q and k, stay within head_dim. A row that has met masked keys only has
-# worthless sums, which its first real score multiplies by exp2(MASKED - score) = 0. They must be finite until then:
-# -inf - -inf is NaN, and of much larger numbers rounding errors alone overflow exp2.
+# Score of a masked pair; real ones, of normed q and k, stay within head_dim. Until a row meets its first real score its
+# sums are worthless, and that score multiplies them by exp2(MASKED - score) = 0. They must be finite: -inf - -inf is
+# NaN, and of much larger numbers rounding errors alone overflow exp2.
 MASKED_SCORE = -1e5
 MASKED = tl.constexpr(MASKED_SCORE)
 
@@ -1709,7 +1708,7 @@ def copy_kernel(
 
 @triton.jit(do_not_specialize=["N", "window"])
 def copy_backward_kernel(
-    own_desc, other_desc, starts_ptr, ends_ptr, targets_ptr, sums_ptr, grad_ptr, out_desc, N, window,
+    own_desc, other_desc, out_desc, starts_ptr, ends_ptr, targets_ptr, sums_ptr, grad_ptr, N, window,
     OF_QUERIES: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK queries, sum_s dscore(t, s) k_s, or of BLOCK keys, sum_t dscore(t, s) q_t."""
@@ -1756,14 +1755,13 @@ class CopySums(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, *args = ctx.saved_tensors
-        (N, D), BLOCK, grads = q.shape, COPY_BACKWARD_TILES["BLOCK"], [q.new_empty(q.shape), k.new_empty(k.shape)]
-        q, k, *out = attention_tiles(BLOCK, q, k, *grads)
-        args += [grad.contiguous()]
-        for queries, own, other, out_desc in ((True, q, k, out[0]), (False, k, q, out[1])):
-            copy_backward_kernel[(triton.cdiv(N, BLOCK),)](
-                own, other, *args, out_desc, N, ctx.window, queries, D, **COPY_BACKWARD_TILES
-            )
-        return *grads, None, None, None, None
+        (N, D), BLOCK = q.shape, COPY_BACKWARD_TILES["BLOCK"]
+        grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
+        q_desc, k_desc, grad_q_desc, grad_k_desc = attention_tiles(BLOCK, q, k, grad_q, grad_k)
+        args += grad.contiguous(), N, ctx.window
+        for of_queries, *descs in ((True, q_desc, k_desc, grad_q_desc), (False, k_desc, q_desc, grad_k_desc)):
+            copy_backward_kernel[(triton.cdiv(N, BLOCK),)](*descs, *args, of_queries, D, **COPY_BACKWARD_TILES)
+        return grad_q, grad_k, None, None, None, None
 
 
 def copy_sums(q, k, targets, documents: Documents, window: int) -> Tensor:
