@@ -602,12 +602,12 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, addend: Tensor | None = Non
 
 
 # ---------------------------------------------------------------------------- products in FP8
-# A scale is what a 1 in FP8 stands for. Activations and weights are in e4m3, which ends at 448, gradients in e5m2,
-# where FP8_GRAD is for a loss that is not multiplied before backward. A normed row of C has no number beyond sqrt(C),
-# so FP8_X does for widths to 1024; weights stayed below 3.1 in a half run. The first layer's hidden units grow with the
+# A number is what FP8 stores times a scale. Activations and weights are in e4m3, which ends at 448, gradients in e5m2;
+# FP8_GRAD is for a loss that is not multiplied before backward. A normed row of C has no number beyond sqrt(C), so that
+# FP8_X does for widths to 1024; weights stayed below 3.1 in a half run. The first layer's hidden units grow with the
 # run's length, in a half run to 13,000; with an end at 3,584 its loss was up to 0.046 higher. A large scale costs
-# little: only what is below 2^-10 of it becomes 0. Numbers beyond the end are clipped (by MAX_HIDDEN in bf16 too, so
-# that both compute the same); PyTorch 2.11's own conversion makes them NaN. Source: FP8, arXiv 2209.05433 (2022).
+# little: only what is below 2^-10 of it becomes 0. Kernels clip what is beyond the end, and MAX_HIDDEN does the same
+# in bf16; PyTorch 2.11's own conversion makes it NaN. Source: FP8, arXiv 2209.05433 (2022).
 FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 64.0, 2.0**-6
 MAX_HIDDEN = 448 * FP8_HIDDEN
 cached_full = cache(torch.full)
@@ -618,7 +618,7 @@ def fp8_product(a: Tensor, b: Tensor, a_scale, b_scale, out_dtype: torch.dtype, 
 
     Scales are numbers or 0-d float32 tensors. fast: sums have the tensor core's own precision, below float32's.
     """
-    full = torch.full if torch.compiler.is_compiling() else cached_full  # uncompiled, a new scale is a kernel's launch
+    full = torch.full if torch.compiler.is_compiling() else cached_full  # cached, as each would be a kernel's launch
     number = dict(dtype=torch.float32, device=a.device)
     scales = (scale if isinstance(scale, Tensor) else full((), scale, **number) for scale in (a_scale, b_scale))
     return torch._scaled_mm(a, b, *scales, out_dtype=out_dtype, use_fast_accum=fast)
@@ -631,12 +631,9 @@ def transposed_kernel(x_ptr, out_ptr, M, N, ROWS: tl.constexpr, COLS: tl.constex
     x_ptr, out_ptr = x_ptr + matrix, out_ptr + matrix
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
     words, inside = 4 * row[:, None].to(tl.int64) * N + col[None, :], (row < M)[:, None] & (col < N)[None, :]
-    a = tl.load(x_ptr + words, mask=inside)
-    b = tl.load(x_ptr + words + N, mask=inside)
-    c = tl.load(x_ptr + words + 2 * N, mask=inside)
-    d = tl.load(x_ptr + words + 3 * N, mask=inside)
+    a, b, c, d = [tl.load(x_ptr + words + i * N, mask=inside) for i in (0, 1, 2, 3)]  # four rows
     out_ptr += 4 * col[:, None].to(tl.int64) * M + row[None, :]
-    for i in tl.static_range(4):  # column i of the four rows
+    for i in tl.static_range(4):  # their column i
         packed = (a >> 8 * i & 255) | (b >> 8 * i & 255) << 8 | (c >> 8 * i & 255) << 16 | d >> 8 * i << 24
         tl.store(out_ptr + i * M, tl.trans(packed), mask=tl.trans(inside))
 
@@ -660,9 +657,7 @@ def transposed(x: Tensor) -> Tensor:
     return transposed_triton(x) if x.is_cuda else x.mT.contiguous()
 
 
-@transposed.register_fake
-def _(x):
-    return x.new_empty(x.mT.shape)
+transposed.register_fake(lambda x: x.new_empty(x.mT.shape))
 
 
 def fp8_weights(matrices: Tensor, scale: float = FP8_WEIGHT) -> tuple[Tensor, Tensor]:
@@ -760,9 +755,7 @@ def linear_relu2(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale:
     return (linear_relu2_triton if x.is_cuda else linear_relu2_reference)(x, weight, hidden, scale)
 
 
-@linear_relu2.register_fake
-def _(x, weight, hidden=None, scale=1.0):
-    return x.new_empty(len(x), len(weight))
+linear_relu2.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
 
 
 class MLP(torch.autograd.Function):
@@ -814,9 +807,7 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return torch.where(targets >= 0, lse - picked, 0), lse
 
 
-def cross_entropy_backward_reference(
-    logits: Tensor, lse: Tensor, targets: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
-) -> Tensor:
+def cross_entropy_backward_reference(logits, lse, targets, grad, scale: float, dtype: torch.dtype) -> Tensor:
     """The gradient of sum(grad * losses), grad (n, T), with respect to the logits, over `scale`, as `dtype` (T, V)."""
     cap, shift, temperature = SOFTCAP
     sigmoid = torch.sigmoid((logits.to(lse.dtype) + shift).div_(temperature))
@@ -870,7 +861,7 @@ def cross_entropy_kernel(
 
 @triton.jit
 def cross_entropy_gradient(
-    logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row, offset, first_col,
+    logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row, first_col, offset,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Rows offset, offset + 4, ... of a tile: the gradient without the targets' terms, written and returned."""
@@ -889,16 +880,11 @@ def cross_entropy_gradient(
 
 
 @triton.jit
-def e5m2_bits(x, shift: tl.constexpr):
-    """The bits of x in e5m2, in an int32 from bit `shift` on."""
-    return x.to(tl.float8e5).to(tl.uint8, bitcast=True).to(tl.int32) << shift
-
-
-@triton.jit
 def pack_e5m2(a, b, c, d, INTERPRETED: tl.constexpr):
     """Four numbers in e5m2 as the bytes of an int32; in PTX, as Triton 3.6 compiles the plain form to wrong bytes."""
     if INTERPRETED:
-        return e5m2_bits(a, 0) | e5m2_bits(b, 8) | e5m2_bits(c, 16) | e5m2_bits(d, 24)
+        a, b, c, d = [x.to(tl.float8e5).to(tl.uint8, bitcast=True).to(tl.int32) for x in (a, b, c, d)]
+        return a | b << 8 | c << 16 | d << 24
     return tl.inline_asm_elementwise(
         "{.reg .b16 ab, cd; cvt.rn.satfinite.e5m2x2.f32 ab, $2, $1; cvt.rn.satfinite.e5m2x2.f32 cd, $4, $3;"
         " mov.b32 $0, {ab, cd};}", "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
@@ -915,11 +901,8 @@ def cross_entropy_backward_kernel(
     Bytes are slow to transpose: those of four rows are packed into words, for which T is a multiple of 4.
     """
     first_row, first_col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
-    args = (logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row)
-    a = cross_entropy_gradient(*args, 0, first_col, ROWS, COLS)
-    b = cross_entropy_gradient(*args, 1, first_col, ROWS, COLS)
-    c = cross_entropy_gradient(*args, 2, first_col, ROWS, COLS)
-    d = cross_entropy_gradient(*args, 3, first_col, ROWS, COLS)
+    args = (logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row, first_col)
+    a, b, c, d = [cross_entropy_gradient(*args, offset, ROWS, COLS) for offset in (0, 1, 2, 3)]
     if TRANSPOSED:
         words = pack_e5m2(a, b, c, d, INTERPRETED)
         corner = first_col.to(tl.int64) * (T // 4) + first_row // 4
@@ -957,27 +940,23 @@ def cross_entropy_triton(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     """cross_entropy_reference, one pass over contiguous logits."""
     (T, V), n = logits.shape, len(targets)
     losses, lse = (logits.new_empty(shape, dtype=torch.float32) for shape in ((n, T), T))
-    BLOCK = 1024  # with 4 warps the best of 4 on H100
-    cross_entropy_kernel[(T,)](logits, targets, losses, lse, T, V, n, BLOCK=BLOCK, num_warps=4)
+    cross_entropy_kernel[(T,)](logits, targets, losses, lse, T, V, n, BLOCK=1024, num_warps=4)  # best of 4 on H100
     return losses, lse
 
 
-def cross_entropy_backward_triton(
-    logits: Tensor, lse: Tensor, targets: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cross_entropy_backward_reference, one pass over contiguous logits."""
+def cross_entropy_backward_triton(logits, lse, targets, grad, scale: float, dtype: torch.dtype):
+    """cross_entropy_backward in two kernels, one pass over contiguous logits."""
     T, V = logits.shape
     out, out_t = empty_gradients(logits, dtype)
     factor = SOFTCAP[0] / (SOFTCAP[2] * scale)
     sums = torch.where(targets >= 0, grad, 0).sum(0)  # (T,)
-    sizes = dict(T=T, V=V, TRANSPOSED=len(out_t) > 0)
     ROWS, COLS = 128, 64  # with 4 warps among the best two of 11 on H100
+    options = dict(T=T, V=V, TRANSPOSED=len(out_t) > 0, ROWS=ROWS, num_warps=4)
     cross_entropy_backward_kernel[(triton.cdiv(T, ROWS), triton.cdiv(V, COLS))](
-        logits, lse, sums, out, out_t, factor, **sizes, INTERPRETED=not logits.is_cuda, ROWS=ROWS, COLS=COLS,
-        num_warps=4,
-    )  # fmt: skip
-    cross_entropy_targets_kernel[(triton.cdiv(T, 128),)](
-        logits, lse, sums, targets, grad, out, out_t, factor, **sizes, N_TARGETS=len(targets), ROWS=128, num_warps=4
+        logits, lse, sums, out, out_t, factor, **options, INTERPRETED=not logits.is_cuda, COLS=COLS
+    )
+    cross_entropy_targets_kernel[(triton.cdiv(T, ROWS),)](
+        logits, lse, sums, targets, grad, out, out_t, factor, **options, N_TARGETS=len(targets)
     )
     return out, out_t
 
@@ -1007,14 +986,11 @@ def cross_entropy_backward(
     """The logits' gradient over `scale` as `dtype`, see cross_entropy_backward_reference, and in FP8 its transpose."""
     if logits.is_cuda:
         return cross_entropy_backward_triton(logits, lse, targets, grad, scale, dtype)
-    out, out_t = empty_gradients(logits, dtype)
-    out.copy_(cross_entropy_backward_reference(logits, lse, targets, grad, scale, dtype))
-    return out, out.T.contiguous() if len(out_t) else out_t
+    out = cross_entropy_backward_reference(logits, lse, targets, grad, scale, dtype)
+    return out, out.T.contiguous() if dtype.itemsize == 1 else out.new_empty(0)
 
 
-@cross_entropy_backward.register_fake
-def _(logits, lse, targets, grad, scale, dtype):
-    return empty_gradients(logits, dtype)
+cross_entropy_backward.register_fake(lambda logits, lse, targets, grad, scale, dtype: empty_gradients(logits, dtype))
 
 
 # ---------------------------------------------------------------------------- the head, in FP8 and bf16, with its loss
@@ -1031,15 +1007,15 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, head, targets, grad_scale):
+        ctx.grad_scale, ctx.dtype = grad_scale, head.dtype
         if grad_scale is None:
             logits = x @ head
         else:
-            x_fp8 = (x / FP8_HEAD_X).to(torch.float8_e4m3fn)
-            head_fp8, head_fp8_t = fp8_weights(head, FP8_HEAD)
-            logits = fp8_product(x_fp8, head_fp8_t.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
+            x = (x / FP8_HEAD_X).to(torch.float8_e4m3fn)
+            head, head_t = fp8_weights(head, FP8_HEAD)
+            logits = fp8_product(x, head_t.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
         losses, lse = cross_entropy(logits, targets)
-        ctx.save_for_backward(logits, lse, targets, *((x, head) if grad_scale is None else (x_fp8, head_fp8)))
-        ctx.grad_scale, ctx.dtype = grad_scale, head.dtype
+        ctx.save_for_backward(logits, lse, targets, x, head)
         return losses
 
     @staticmethod
@@ -1058,9 +1034,9 @@ class HeadLoss(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------- lookups in the embedding tables
-# Gradients are added to .grad here, row by row. Autograd would fill a table with zeros, scatter into it, and add all of
-# it: 900 MB for a few thousand rows. Atomic additions would end with other bits each time, as the order in which
-# programs come is chance; here positions are sorted by row, and each row is added to by one program at a time.
+# Gradients are added to .grad here, row by row: autograd would fill a table with zeros, scatter into it, and add all of
+# it, 900 MB for a few thousand rows. Positions are sorted, so that one program sums a row: atomic additions come in an
+# order left to chance, and would end with other bits each time.
 
 
 def add_rows_reference(table: Tensor, rows: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
@@ -1117,7 +1093,7 @@ def add_rows_triton(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, ga
 
 def add_rows(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
     """Adds in place; order (T,) sorts `rows`, all else as in add_rows_reference."""
-    if grad.is_cuda and table.dtype == torch.float32:
+    if grad.is_cuda:
         add_rows_triton(table, rows, order, grad, gate)
     else:
         add_rows_reference(table, rows, grad, gate)
@@ -1168,10 +1144,7 @@ def table_gradient(table: Tensor) -> Tensor:
 # FBGEMM's PARTIAL_ROWWISE_ADAM for embedding tables, and no first moment.
 
 
-def update_rows_reference(
-    p: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor, update: int, beta2: float, lr: float, decay: float,
-    eps: float,
-) -> Tensor:  # fmt: skip
+def update_rows_reference(p, v, last, rows, grad, update: int, beta2: float, lr: float, decay: float, eps: float):
     """Adam with beta1 = 0 and one second moment a row, on p[rows] alone, in place; returns mean(grad^2) by row.
 
     p (N, C), v (N,) float32, rows (n,), none twice, grad (n, C) float32. lr includes v's bias correction, decay is
@@ -1210,9 +1183,7 @@ def update_rows_kernel(
     tl.store(mean_square_ptr + i, mean_square)
 
 
-def update_rows_triton(
-    p: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor, update: int, beta2: float, *rates: float
-) -> Tensor:
+def update_rows_triton(p, v, last, rows, grad, update: int, beta2: float, *rates: float) -> Tensor:
     """update_rows_reference in one kernel."""
     n, C = grad.shape
     mean_square = torch.empty_like(v[:n])
@@ -1317,7 +1288,7 @@ def split_heads_kernel(
         out_ptr = q_ptr if i == 0 else k_ptr
         x = tl.load(qkv_ptr + projected + i * H * D_QK, mask=mask, other=0.0).to(tl.float32)
         x = rotate_tile(x * tl.rsqrt(tl.sum(x * x, 1) / D_QK + eps)[:, None], cos, sin).to(out_ptr.dtype.element_ty)
-        if KEY_OFFSET and i == 1:  # the second half goes to the document's next position, the first one's stays, too
+        if KEY_OFFSET and i == 1:  # the second half goes to the next position; that of a document's first stays, too
             stationary, stride = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
             is_first = position == tl.load(starts_ptr + position, mask=inside, other=0)
             has_next = position + 1 < tl.load(ends_ptr + position, mask=inside, other=0)
@@ -1386,12 +1357,11 @@ class SplitHeads(torch.autograd.Function):
         T, H, D = len(x), num_heads, 2 * cos.size(-1)
         D_QK = (qkv.size(1) // H - D) // 2
         q, k, v = (qkv.new_empty((2 * T, H // 2, d) if paired else (T, H, d)) for d in (D_QK, D_QK, D))
-        gated = (None,) * 3 if value_gate is None else (value_gate.contiguous(), table, rows)
-        inputs = (qkv, *gated, cos, sin)
-        inputs += (None, None) if documents is None else tuple(documents)
+        value_gate = None if value_gate is None else value_gate.contiguous()
+        inputs = qkv, value_gate, table, rows, cos, sin, *(documents or (None, None))
         ctx.save_for_backward(*((x, weight) if fp8 is None else (x_fp8, fp8_t)), scale, order, *inputs)
-        has = dict(KEY_OFFSET=documents is not None, VALUE_EMBED=value_gate is not None)
-        ctx.options = dict(H=H, D_QK=D_QK, D=D, PAIRED=paired, **has, BLOCK_T=16, num_warps=4)
+        options = dict(PAIRED=paired, KEY_OFFSET=documents is not None, VALUE_EMBED=value_gate is not None)
+        ctx.options = dict(H=H, D_QK=D_QK, D=D, **options, BLOCK_T=16, num_warps=4)
         split_heads_kernel[(H * triton.cdiv(T, 16),)](*inputs, q, k, v, T, NORM_EPS, **ctx.options)
         return q, k, v
 
@@ -1415,9 +1385,8 @@ class SplitHeads(torch.autograd.Function):
         return grad_gate, *(None,) * 8, *Projection(grad_weight, x=grad_x)  # in the order of forward's arguments
 
 
-def split_heads(qkv: Projection, value_gate, table, rows, order, cos, sin, documents, num_heads, paired):
-    """split_heads_reference of a Projection's product."""
-    rest = value_gate, table, rows, order, cos, sin, documents, num_heads, paired
+def split_heads(qkv: Projection, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    """split_heads_reference of a Projection's product; the rest is as there."""
     if qkv.x.is_cuda:
         return SplitHeads.apply(*rest, *qkv)
     return split_heads_reference(F.linear(qkv.x, qkv.weight), *rest)
@@ -1461,9 +1430,9 @@ def attend_reference(q, k, v, documents: Documents, window: int, scale: float, x
 # block of keys one of queries) whatever documents it straddles, and masks only at the ends of that range. N, H and
 # window are not specialized, so that other lengths and windows compile nothing.
 
-# Score of a masked pair; real ones, of normed q and k, stay within head_dim. A row that has met masked keys only has
-# worthless sums, which its first real score multiplies by exp2(MASKED - score) = 0. They must be finite until then:
-# -inf - -inf is NaN, and of much larger numbers rounding errors alone overflow exp2.
+# Score of a masked pair; real ones, of normed q and k, stay within head_dim. Until a row meets its first real score its
+# sums are worthless, and that score multiplies them by exp2(MASKED - score) = 0. They must be finite: -inf - -inf is
+# NaN, and of much larger numbers rounding errors alone overflow exp2.
 MASKED_SCORE = -1e5
 MASKED = tl.constexpr(MASKED_SCORE)
 
@@ -1497,7 +1466,7 @@ def own_values(own_desc, xsa_ptr, row, head, N, H, D: tl.constexpr, BLOCK_Q: tl.
 
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_kernel(
-    q_desc, k_desc, v_desc, own_desc, starts_ptr, xsa_ptr, y_desc, lse_ptr, share_ptr, N, H, window, scale,
+    q_desc, own_desc, y_desc, k_desc, v_desc, starts_ptr, xsa_ptr, lse_ptr, share_ptr, N, H, window, scale,
     XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of one head: y, the logsumexp of scores, in base 2, and, for XSA, share = y.v / v.v."""
@@ -1541,7 +1510,7 @@ def attention_kernel(
 
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_backward_q_kernel(
-    grad_y_desc, y_desc, q_desc, k_desc, v_desc, own_desc, lse_ptr, starts_ptr, xsa_ptr, share_ptr, grad_q_desc,
+    q_desc, own_desc, y_desc, grad_y_desc, grad_q_desc, k_desc, v_desc, starts_ptr, xsa_ptr, lse_ptr, share_ptr,
     delta_ptr, before_xsa_ptr, grad_xsa_ptr, factors_ptr, N, H, window, scale,
     XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -1582,8 +1551,8 @@ def attention_backward_q_kernel(
 
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_backward_kv_kernel(
-    grad_y_desc, q_desc, k_desc, v_desc, own_grad_y_desc, own_y_desc, lse_ptr, delta_ptr, factors_ptr, ends_ptr,
-    grad_k_desc, grad_v_desc, N, H, window, scale,
+    q_desc, grad_y_desc, k_desc, v_desc, own_y_desc, own_grad_y_desc, grad_k_desc, grad_v_desc, ends_ptr, lse_ptr,
+    delta_ptr, factors_ptr, N, H, window, scale,
     XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_K keys of one head: the gradients of k and v. Scores are (keys, queries), as both products read them."""
@@ -1634,43 +1603,37 @@ class CausalSelfAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, starts, ends, window, scale, xsa=None):
-        N, H, _ = q.shape
+        (N, H, D_QK), tiles = q.shape, ATTENTION_TILES
         y, lse = v.new_empty(v.shape), q.new_empty(H, N, dtype=torch.float32)
         xsa, share = (None, None) if xsa is None else (xsa.contiguous(), torch.empty_like(lse))
-        tiles = dict(XSA=xsa is not None, D_QK=q.size(2), D=v.size(2), **ATTENTION_TILES)
-        q_desc, own_desc, y_desc = attention_tiles(tiles["BLOCK_Q"], q, v, y)
-        k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
+        ctx.sizes, ctx.options = (N, H, window, scale), dict(XSA=xsa is not None, D_QK=D_QK, D=v.size(2))
+        descs = *attention_tiles(tiles["BLOCK_Q"], q, v, y), *attention_tiles(tiles["BLOCK_K"], k, v)
         attention_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
-            q_desc, k_desc, v_desc, own_desc, starts, xsa, y_desc, lse, share, N, H, window, scale, **tiles
+            *descs, starts, xsa, lse, share, *ctx.sizes, **ctx.options, **tiles
         )
         ctx.save_for_backward(q, k, v, y, lse, starts, ends, xsa, share)
-        ctx.window, ctx.scale = window, scale
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
         q, k, v, y, lse, starts, ends, xsa, share = ctx.saved_tensors
-        grad_y = grad_y.contiguous()
-        N, H, _ = q.shape
-        sizes, widths = (N, H, ctx.window, ctx.scale), dict(D_QK=q.size(2), D=v.size(2))
+        (N, H, _), grad_y, tiles = q.shape, grad_y.contiguous(), ATTENTION_BACKWARD_Q_TILES
         grad_q, grad_k, grad_v = map(torch.empty_like, (q, k, v))
         delta, before_xsa, grad_xsa, factors = torch.empty_like(lse), grad_y, None, None
         if xsa is not None:
             before_xsa, grad_xsa, factors = torch.empty_like(v), torch.empty_like(xsa), lse.new_empty(3, H, N)
-        tiles = dict(XSA=xsa is not None, **widths, **ATTENTION_BACKWARD_Q_TILES)
-        grad_y_desc, y_desc, q_desc, own_desc, out_desc = attention_tiles(tiles["BLOCK_Q"], grad_y, y, q, v, grad_q)
-        k_desc, v_desc = attention_tiles(tiles["BLOCK_K"], k, v)
+        descs = *attention_tiles(tiles["BLOCK_Q"], q, v, y, grad_y, grad_q), *attention_tiles(tiles["BLOCK_K"], k, v)
+        outs = delta, before_xsa, grad_xsa, factors
         attention_backward_q_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
-            grad_y_desc, y_desc, q_desc, k_desc, v_desc, own_desc, lse, starts, xsa, share, out_desc,
-            delta, before_xsa, grad_xsa, factors, *sizes, **tiles,
-        )  # fmt: skip
-        tiles = dict(XSA=xsa is not None, **widths, **ATTENTION_BACKWARD_KV_TILES)
-        grad_y_desc, q_desc = attention_tiles(tiles["BLOCK_Q"], before_xsa, q)
-        k_desc, v_desc, *descs = attention_tiles(tiles["BLOCK_K"], k, v, before_xsa, y, grad_k, grad_v)
-        attention_backward_kv_kernel[(triton.cdiv(N, tiles["BLOCK_K"]), H)](
-            grad_y_desc, q_desc, k_desc, v_desc, *descs[:2], lse, delta, factors, ends, *descs[2:], *sizes, **tiles
+            *descs, starts, xsa, lse, share, *outs, *ctx.sizes, **ctx.options, **tiles
         )
-        return grad_q, grad_k, grad_v, None, None, None, None, grad_xsa
+        tiles = ATTENTION_BACKWARD_KV_TILES
+        descs = attention_tiles(tiles["BLOCK_Q"], q, before_xsa)
+        descs += attention_tiles(tiles["BLOCK_K"], k, v, y, before_xsa, grad_k, grad_v)
+        attention_backward_kv_kernel[(triton.cdiv(N, tiles["BLOCK_K"]), H)](
+            *descs, ends, lse, delta, factors, *ctx.sizes, **ctx.options, **tiles
+        )
+        return grad_q, grad_k, grad_v, *(None,) * 4, grad_xsa
 
 
 def attend(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor | None = None) -> Tensor:
@@ -1732,7 +1695,7 @@ def copy_kernel(
 
 @triton.jit(do_not_specialize=["N", "window"])
 def copy_backward_kernel(
-    own_desc, other_desc, starts_ptr, ends_ptr, targets_ptr, sums_ptr, grad_ptr, out_desc, N, window,
+    own_desc, other_desc, out_desc, starts_ptr, ends_ptr, targets_ptr, sums_ptr, grad_ptr, N, window,
     OF_QUERIES: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK queries, sum_s dscore(t, s) k_s, or of BLOCK keys, sum_t dscore(t, s) q_t."""
@@ -1747,10 +1710,7 @@ def copy_backward_kernel(
     for col in range(begin, end, BLOCK):
         other, cols = other_desc.load([col, 0]), col + tl.arange(0, BLOCK)
         same = tl.load(targets_ptr + cols, mask=cols < N, other=-2)[None, :] == target
-        if OF_QUERIES:
-            t, s = rows[:, None], cols[None, :]
-        else:
-            t, s = cols[None, :], rows[:, None]
+        t, s = (rows[:, None], cols[None, :]) if OF_QUERIES else (cols[None, :], rows[:, None])
         first = tl.maximum(tl.load(starts_ptr + t, mask=t < N, other=0), t - window)
         every = tl.load(sums_ptr + t, mask=t < N, other=0.0)
         matching = tl.load(sums_ptr + N + t, mask=t < N, other=0.0)
@@ -1782,14 +1742,13 @@ class CopySums(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, *args = ctx.saved_tensors
-        (N, D), BLOCK, grads = q.shape, COPY_BACKWARD_TILES["BLOCK"], [q.new_empty(q.shape), k.new_empty(k.shape)]
-        q, k, *out = attention_tiles(BLOCK, q, k, *grads)
-        args += [grad.contiguous()]
-        for queries, own, other, out_desc in ((True, q, k, out[0]), (False, k, q, out[1])):
-            copy_backward_kernel[(triton.cdiv(N, BLOCK),)](
-                own, other, *args, out_desc, N, ctx.window, queries, D, **COPY_BACKWARD_TILES
-            )
-        return *grads, None, None, None, None
+        (N, D), BLOCK = q.shape, COPY_BACKWARD_TILES["BLOCK"]
+        grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
+        q_desc, k_desc, grad_q_desc, grad_k_desc = attention_tiles(BLOCK, q, k, grad_q, grad_k)
+        args += grad.contiguous(), N, ctx.window
+        for of_queries, *descs in ((True, q_desc, k_desc, grad_q_desc), (False, k_desc, q_desc, grad_k_desc)):
+            copy_backward_kernel[(triton.cdiv(N, BLOCK),)](*descs, *args, of_queries, D, **COPY_BACKWARD_TILES)
+        return grad_q, grad_k, None, None, None, None
 
 
 def copy_sums(q, k, targets, documents: Documents, window: int) -> Tensor:
