@@ -657,7 +657,9 @@ def transposed(x: Tensor) -> Tensor:
     return transposed_triton(x) if x.is_cuda else x.mT.contiguous()
 
 
-transposed.register_fake(lambda x: x.new_empty(x.mT.shape))
+@transposed.register_fake
+def _(x):
+    return x.new_empty(x.mT.shape)
 
 
 def fp8_weights(matrices: Tensor, scale: float = FP8_WEIGHT) -> tuple[Tensor, Tensor]:
@@ -755,7 +757,9 @@ def linear_relu2(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale:
     return (linear_relu2_triton if x.is_cuda else linear_relu2_reference)(x, weight, hidden, scale)
 
 
-linear_relu2.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
+@linear_relu2.register_fake
+def _(x, weight, hidden=None, scale=1.0):
+    return x.new_empty(len(x), len(weight))
 
 
 class MLP(torch.autograd.Function):
@@ -990,7 +994,9 @@ def cross_entropy_backward(
     return out, out.T.contiguous() if dtype.itemsize == 1 else out.new_empty(0)
 
 
-cross_entropy_backward.register_fake(lambda logits, lse, targets, grad, scale, dtype: empty_gradients(logits, dtype))
+@cross_entropy_backward.register_fake
+def _(logits, lse, targets, grad, scale, dtype):
+    return empty_gradients(logits, dtype)
 
 
 # ---------------------------------------------------------------------------- the head, in FP8 and bf16, with its loss
