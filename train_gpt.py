@@ -3650,6 +3650,26 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
         return
     source, rule = Path(__file__).read_text(encoding="utf-8"), "=" * 100
     if log.file.tell():  # it has a header
+def log_result(log: Log, trainer: Trainer, val_losses: list[float]) -> None:
+    """The end of a run: memory, losses and, of the smoke preset's model, a text. Every rank must call it."""
+    hp, world = trainer.hp, trainer.world
+    if world.on_gpu:
+        allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+        log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+        if world.size > 1:
+            by_rank: list = [None] * world.size
+            dist.all_gather_object(by_rank, allocated)
+            log.write(f"peak memory allocated by rank: {' '.join(map(str, by_rank))} MiB")
+    learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
+    log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
+    if hp.preset == "smoke":
+        trainer.model.ngrams = trainer.ngrams.communication.full(trainer.ngrams.algorithm.p)
+        # The run has ended well, though this file be a copy without records/ or the vocabulary gone by now.
+        with suppress(UserError, ImportError):
+            if world.rank == 0:
+                log.write(import_tool("sample", "the sample").log_line(trainer))
+
+
         if os.pread(log.file.fileno(), len(source.encode()), 0) != source.encode():
             log.write("note: train_gpt.py is not the one that this log begins with")
         return
@@ -3670,13 +3690,20 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
 
 class Unguarded:
     """In place of records/guard.py's Watch where this file is a copy without it: nothing is watched."""
+def text_instead(arguments: list[str]) -> str:
+    """What --help and --describe print instead of a run; empty for a run."""
+    if {"-h", "--help"} & {*arguments}:
+        return help_text()
+    if not {"--describe", "--describe=true", "--describe=1"} & {argument.lower() for argument in arguments}:
+        return ""
+    hp, _ = parse_arguments(arguments, has_gpu=True)  # the speedrun's unless told: it is looked at elsewhere
+    return import_tool("describe", "--describe").text(sys.modules[__name__], hp)
+
+
 
     rank, stop = 0, ""
 
-    def ignore(self, *_) -> None:
-        """What the Watch would take note of."""
-
-    start = join = follow = at = pause = close = ignore
+    start = join = follow = at = pause = close = lambda *_: None
 
     def fail(self, error: BaseException) -> None:
         """What the user can put right in one line, all else in Python's own way."""
@@ -3685,20 +3712,17 @@ class Unguarded:
         raise error
 
 
+        # What to run, and whether it can: known in a second, before anything waits
+
 def main(arguments: list[str]) -> None:
-    """A whole run; or, for --bench and --profile, a look at its steps, and for --describe at what would run."""
+    """A whole run; or, for --bench and --profile, a look at its steps, and for --help and --describe a text."""
     begin, program, guard = time.perf_counter(), sys.modules[__name__], import_tool("guard")
     watch = guard.Watch(program) if guard else Unguarded()
     watch.start()
     try:
-        if {"-h", "--help"} & {*arguments}:
-            print(help_text())
-            watch.close()
-            return
-        if {"--describe", "--describe=true", "--describe=1"} & {argument.lower() for argument in arguments}:
-            hp, _ = parse_arguments(arguments, has_gpu=True)  # the speedrun's unless told: it is looked at elsewhere
+        if text := text_instead(arguments):
             if watch.rank == 0:
-                print(import_tool("describe", "--describe").text(program, hp))
+                print(text)
             watch.close()
             return
         world = World.from_environment()
@@ -3709,6 +3733,8 @@ def main(arguments: list[str]) -> None:
         hp, overrides = parse_arguments(arguments, world.on_gpu, world.gpu_memory)
         wanted = next((name for name in ("resume", "checkpoint_every", "save_checkpoint") if getattr(hp, name)), None)
         tool = import_tool("checkpoint", f"--{wanted}") if wanted else None
+
+        # The other ranks
         hp, checkpoint, resumed = tool.resume(hp, overrides) if hp.resume else (hp, None, [])
         bench = import_tool("bench", "--bench" if hp.bench else "--profile") if hp.bench or hp.profile else None
         files = tool.files_of_checkpoint(hp, checkpoint) if checkpoint else files_of(hp)
@@ -3720,11 +3746,13 @@ def main(arguments: list[str]) -> None:
             print(*told, sep="\n", flush=True)
         log = watch.log = Log(hp, world)
         log_header(log, hp, overrides)
+
+        # The run
         log.write("\n".join(told), console=False)
         world.start()
         watch.join(world)
         if world.size > 1:
-            of_rank_0 = [hp.run_id, bool(checks)]  # a run_id that was drawn has been each rank's own until here
+            of_rank_0 = [hp.run_id, bool(checks)]  # each rank may have drawn a run_id of its own
             dist.broadcast_object_list(of_rank_0, src=0)
             hp = replace(hp, run_id=of_rank_0[0])
             log.path = log.path.with_name(f"{hp.run_id}.txt")
@@ -3746,21 +3774,7 @@ def main(arguments: list[str]) -> None:
             val_losses = trainer.run(log, train_paths, val_batches.result(), progress, watch)
             if hp.save_checkpoint:
                 checkpoints.save(trainer, log)
-            if world.on_gpu:
-                allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-                log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-                if world.size > 1:
-                    by_rank: list = [None] * world.size
-                    dist.all_gather_object(by_rank, allocated)
-                    log.write(f"peak memory allocated by rank: {' '.join(map(str, by_rank))} MiB")
-            learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
-            log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
-            if hp.preset == "smoke":
-                trainer.model.ngrams = trainer.ngrams.communication.full(trainer.ngrams.algorithm.p)
-                # The run has ended well, though this file be a copy without records/ or the vocabulary gone by now.
-                with suppress(UserError, ImportError):
-                    if world.rank == 0:
-                        log.write(import_tool("sample", "the sample").log_line(trainer))
+            log_result(log, trainer, val_losses)
         watch.close()
         world.stop()
         log.close()

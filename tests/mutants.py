@@ -452,8 +452,8 @@ PLANTED = {
         # main
         ("a copy that stands alone ends in a stack trace", 'sys.exit(f"train_gpt.py: error: {error}")', "raise error",
          "test_errors.py test_a_copy_without_its_tools"),
-        ("every rank tells what would run", "if watch.rank == 0:\n                print(import_tool",
-         "if True:\n                print(import_tool", "test_describe.py test_of_several_processes"),
+        ("every rank tells what would run", "if watch.rank == 0:", "if True:",
+         "test_describe.py test_of_several_processes"),
         ("where there is no GPU the smoke run is told of", "parse_arguments(arguments, has_gpu=True)",
          "parse_arguments(arguments, has_gpu=False)", "test_describe.py test_the_command_needs"),
         ("the log does not say what it ran on", '        log.write("\\n".join(told), console=False)\n', "",
