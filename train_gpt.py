@@ -3528,7 +3528,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class Log:
-    """The log file, and the same lines on the terminal, but that a bar shows the steps there; only rank 0 writes."""
+    """The log file, and the same lines on the terminal, where a bar may stand for those of steps; rank 0's alone."""
 
     def __init__(self, hp: Hyperparameters, world: World):
         self.path = Path(hp.log_dir) / f"{hp.run_id}.txt"
@@ -3559,10 +3559,10 @@ class Log:
             pass
 
     def write(self, text: str, console: bool = True) -> None:
-        """One or more lines, at once on the disk's way; what a full disk does not take is kept for later."""
+        """Writes one or more lines at once, without a buffer; what a full disk does not take is kept for later."""
         if self.file is None:
             return
-        told = len(self.unwritten) > 1  # that the disk is full
+        told = len(self.unwritten) > 1  # has said that it can't write
         self.unwritten += text.encode(errors="replace") + b"\n"
         try:
             if os.fstat(self.file.fileno()).st_nlink == 0:  # removed: what it held is still there to be copied
@@ -3574,9 +3574,9 @@ class Log:
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:
-            message = f"{self.path}: cannot write the log ({error.strerror}); training goes on, the lines are kept"
             if not told:
-                print(message, file=sys.stderr, flush=True)
+                message = f"cannot write the log ({error.strerror}); training goes on, the lines are kept"
+                print(f"{self.path}: {message}", file=sys.stderr, flush=True)
         if console:
             self.show(text)
 
@@ -3588,7 +3588,7 @@ class Log:
             print(text, flush=True)
 
     def step(self, step: int, text: str) -> None:
-        """A training step's line: in the file, and on the terminal as a line or the bar's progress."""
+        """A training step's line; on the terminal it may be the bar's progress."""
         self.write(text, console=self.bar is None)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
