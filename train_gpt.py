@@ -3242,10 +3242,10 @@ class Progress:
 
 
 class GraphMemory:
-    """What CUDA graphs, and validations between their replays, take their memory from: one pool, for none overlap.
+    """The memory that CUDA graphs share with each other and with validations: no two of them run at the same time.
 
-    A pool gives what is free again only to the stream that had it, hence one stream for all. `id` is all that
-    torch.cuda.use_mem_pool reads of a MemPool, which could not be destroyed before the graphs are.
+    All use one stream, as freed memory goes back to the stream that had it. This class stands in for a
+    torch.cuda.MemPool, of which use_mem_pool reads only `id`: a MemPool could not be freed before its graphs.
     """
 
     def __init__(self):
@@ -3253,7 +3253,7 @@ class GraphMemory:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """For kernels that are launched one by one, without gradients: those are computed in another thread."""
+        """For kernels that are launched one by one; without gradients, as autograd's thread would not use the pool."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self):
             yield
@@ -3262,8 +3262,8 @@ class GraphMemory:
     def capture(self, run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor) -> Callable:
         """Forward and backward of a micro-batch as a CUDA graph; the function that runs it on others of its shape.
 
-        Launching its 600 kernels one by one takes longer than they run (measured in stage 1 on H100: 55 ms against 31).
-        Windows and softmax scale are part of the capture, hence a graph for each stage.
+        Launching its 600 kernels one by one takes longer than they run (in stage 1 on H100: 55 ms against 31). Windows
+        and softmax scale are part of the capture, hence a graph for each stage.
         """
         graph = torch.cuda.CUDAGraph()
         inputs = [t.clone() for t in (target_weights, *batch.tensors())]
@@ -3282,13 +3282,13 @@ class GraphMemory:
 class Trainer:
     """Model, optimizer and schedule of a run; the warm-up and the run itself go through the same steps.
 
-    checkpoints: those of records/checkpoint.py, for a run that writes any.
+    checkpoints: the Checkpoints of records/checkpoint.py, for a run that writes any.
     """
 
     def __init__(self, hp: Hyperparameters, world: World, checkpoints: object = None):
         self.hp, self.world, self.schedule, self.checkpoints = hp, world, TrainingSchedule(hp), checkpoints
         compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
-        if hp.deterministic:  # Inductor then times no kernels, and index_put_ is slower
+        if hp.deterministic:  # Inductor then chooses no kernel by its time, and index_put_ is slower
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False
@@ -3351,7 +3351,7 @@ class Trainer:
         """Compiles all that the run will use, by a step of each stage and a validation, and puts everything back."""
         saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         schedule = self.schedule
-        steps = [start for start, end in zip(schedule.starts, schedule.ends, strict=True) if start < end]
+        steps = sorted({*schedule.starts} - {self.hp.total_steps})  # a stage may be without steps
         loader = TrainLoader(train_paths, [schedule.size(step) for step in steps], self.hp, self.world)
         batches = [*zip(steps, loader, strict=True)]
         for step, batch in batches:
@@ -3365,7 +3365,7 @@ class Trainer:
         for step in (0, 1, untie, untie + 2):  # without and with Adam, tied; the one that unties; untied
             self.optimizer.step(step, schedule.lr(0), schedule.momentum(0))
         self.validate(val_batches[:1], schedule.windows(0))
-        # The largest first, in whose memory the others find room
+        # The largest first: the others find room in its memory.
         batches.sort(key=lambda pair: len(pair[1].micro_batches[0].inputs), reverse=True)
         for step, batch in batches if self.graph_memory else ():
             self.reset()
@@ -3379,7 +3379,7 @@ class Trainer:
         self.reset()
 
     def shapes(self, step: int, batch: StepBatch) -> list[MicroBatch]:
-        """What the warm-up runs of a stage: on a GPU one of each shape, with all classes and with its own; else all."""
+        """What the warm-up runs: on a CPU all; on a GPU one of each shape, with all classes and with the stage's."""
         all_classes, count = batch.micro_batches[0]._replace(classes=None), self.schedule.size(step)[2]
         classes = torch.arange(count, dtype=torch.int32, device=self.world.device)
         some = [all_classes._replace(classes=classes)] if count else []
@@ -3418,8 +3418,8 @@ class Trainer:
             if not bad:
                 continue
             path = log.path.with_name(f"{self.hp.run_id}_nonfinite_rank{self.world.rank}.pt")
-            algorithms = {name: slot.algorithm for name, slot in self.optimizer.slots.items()}
-            states = {f"{name}.{key}": getattr(a, key) for name, a in algorithms.items() for key in a.states}
+            slots = self.optimizer.slots.items()
+            states = {f"{n}.{key}": getattr(s.algorithm, key) for n, s in slots for key in s.algorithm.states}
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)  # on another host than rank 0's it may be missing
                 torch.save(dict(step=step + 1, bad=bad, model=dict(self.model.state_dict()), states=states), path)
