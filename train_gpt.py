@@ -2812,9 +2812,9 @@ def file_state(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def read_tokens(path: Path, vocab_size: int, limit: int | None = None) -> np.ndarray:
+def read_tokens(path: Path, vocab_size: int, limit: int = sys.maxsize) -> np.ndarray:
     """Token ids of a shard (its first `limit`), uint16. Raises UserError for a bad header or an id out of range."""
-    count = read_header(path) if limit is None else min(limit, read_header(path))
+    count = min(limit, read_header(path))
     try:
         tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
     except OSError as error:  # gone since its header was read
@@ -2828,39 +2828,33 @@ def read_tokens(path: Path, vocab_size: int, limit: int | None = None) -> np.nda
 
 
 class Shard:
-    """A shard in memory and its documents, dealt out front to back in micro-batches."""
+    """A shard in memory, its documents dealt out front to back in micro-batches."""
 
     def __init__(self, path: Path, hp: Hyperparameters):
         self.tokens, self.next_document = read_tokens(path, hp.vocab_size), 0
         self.starts = np.flatnonzero(self.tokens == hp.bos)
         self.lengths = np.diff(self.starts, append=len(self.tokens))
-        self.cut, self.ends = 0, self.starts  # cumulative ends of documents cut at `cut` tokens; 0: not computed yet
 
-    def deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[int, int]] | None:
-        """Documents (first, last + 1) of each of the next 8 micro-batches; None when the shard can't fill them all.
+    def deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[np.ndarray, np.ndarray]] | None:
+        """The next 8 micro-batches: num_tokens + 1 tokens, and where their documents end, from 0 to num_tokens.
 
-        A micro-batch takes num_tokens + 1 tokens. Its last document is cut where it is full, and the next micro-batch
-        begins with the next document.
+        A micro-batch's last document is cut where it is full, and the next one begins with the next document. None
+        when the shard can't fill them all.
         """
-        if self.cut != max_seq_len:
-            self.cut, self.ends = max_seq_len, np.cumsum(np.minimum(self.lengths, max_seq_len))
-        spans, first = [], self.next_document
+        lengths = np.minimum(self.lengths, max_seq_len)
+        ends, dealt, first = np.cumsum(lengths), [], self.next_document
         for _ in range(MICRO_BATCHES):
-            before = self.ends[first - 1] if first else 0
-            last = int(np.searchsorted(self.ends, before + num_tokens + 1))
-            if last >= len(self.ends):
+            before = ends[first - 1] if first else 0
+            last = int(np.searchsorted(ends, before + num_tokens + 1))
+            if last >= len(ends):
                 return None
-            spans.append((first, last + 1))
+            own = slice(first, last + 1)
+            pieces = [self.tokens[i : i + n] for i, n in zip(self.starts[own], lengths[own], strict=True)]
+            edges = np.append(0, np.minimum(ends[own] - before, num_tokens))
+            dealt.append((np.concatenate(pieces)[: num_tokens + 1], edges))
             first = last + 1
         self.next_document = first
-        return spans
-
-    def assemble(self, span: tuple[int, int], num_tokens: int, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """The num_tokens + 1 tokens of a span, and where its documents end, from 0 to num_tokens."""
-        starts, lengths = self.starts[slice(*span)], np.minimum(self.lengths[slice(*span)], max_seq_len)
-        pieces = [self.tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
-        ends = np.minimum(np.cumsum(lengths), num_tokens)
-        return np.concatenate(pieces)[: num_tokens + 1], np.concatenate(([0], ends))
+        return dealt
 
 
 def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndarray | None:
@@ -2900,10 +2894,9 @@ def join_micro_batches(dealt: list[tuple[np.ndarray, np.ndarray]], together: int
 
 
 def ngram_rows(tokens: np.ndarray, starts: np.ndarray, rows: int) -> np.ndarray:
-    """Rows of the table, (orders, T) int32, of the n-grams that end with each token (T,).
+    """Rows of the table, (orders, T) int32, of the n-grams that end with each token (T,); products overflow as int32.
 
-    Of the equal part of an order, the last row is for those that the document lacks tokens for. Products wrap around as
-    int32 does.
+    Each order has an equal part of the table. Its last row is for tokens with too few before them in their document.
     """
     x, before = tokens.astype(np.int32), np.arange(len(tokens)) - starts
     last, found = rows // len(NGRAM_FACTORS) - 1, []
@@ -2923,7 +2916,7 @@ class Exchange(NamedTuple):
 
 
 def unique(rows: np.ndarray) -> np.ndarray:
-    """np.unique for int32 that are not negative, seven times as fast as NumPy 2.3's, which hashes."""
+    """np.unique for int32 from 0 on, by sorting: seven times as fast as NumPy 2.3's, which hashes."""
     rows = np.sort(rows, axis=None)
     return rows[np.flatnonzero(np.diff(rows, prepend=-1))]
 
@@ -2934,7 +2927,7 @@ def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray) -> t
     places: scratch memory, one int32 for each row of the table.
     """
 
-    def found_in(rows, different):  # indices: different[found_in(rows, different)] == rows, without a binary search
+    def found_in(rows, different):  # index of each row among the different ones; a binary search would be slower
         places[different] = np.arange(len(different), dtype=places.dtype)
         return places[rows]
 
@@ -2961,7 +2954,7 @@ def make_micro_batches(
     """This rank's share of the micro-batches dealt to all ranks, joined, on its device, and their exchange.
 
     canonical: of canonical_tokens; places: of exchange_rows; classes: of softmax_classes, an empty list for all;
-    learns: whether gradients will be taken.
+    learns: whether gradients will be taken, for which rows and tokens are sorted.
     """
     joined = [[*join_micro_batches(dealt[rank :: world.size], together)] for rank in range(world.size)]
     rows = [[ngram_rows(canonical[inputs], starts, len(places)) for inputs, _, starts, _ in b] for b in joined]
@@ -3015,7 +3008,6 @@ class TrainLoader:
         self.places = np.empty(hp.ngram_rows, np.int32)  # see exchange_rows
         self.stream = torch.cuda.Stream(world.device) if world.on_gpu else None
         self.assembler = world.thread("micro-batches")
-        self.canonical = self.assembler.submit(canonical_tokens, hp)  # before the first step: in a run, on the clock
         self.ahead = self.assembler.submit(self._prepare, sizes[0])
 
     def _load(self, number: int) -> Shard:
@@ -3025,16 +3017,17 @@ class TrainLoader:
         return Shard(path, self.hp)
 
     def _wait(self) -> StepBatch:
-        try:  # for less than the watch's timeout, whose message could not name the file
-            return self.ahead.result(0.8 * self.hp.hang_timeout or None)
+        seconds = 0.8 * self.hp.hang_timeout  # before the watch ends the run: it could not name the file
+        try:
+            return self.ahead.result(seconds or None)
         except TimeoutError:
-            told = f"not read within {0.8 * self.hp.hang_timeout:g} s (--hang_timeout): does the file system stall?"
+            told = f"not read within {seconds:g} s (--hang_timeout): does the file system stall?"
             raise UserError(f"{self.reading}: {told}") from None
 
-    def _deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[int, int]]:
+    def _deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
         for _ in range(len(self.paths) + 1):
-            if spans := self.shard.deal(num_tokens, max_seq_len):
-                return spans
+            if dealt := self.shard.deal(num_tokens, max_seq_len):
+                return dealt
             self.shard = self.next_shard.result()
             self.files_begun += 1
             self.next_shard = self.reader.submit(self._load, self.files_begun)
@@ -3045,14 +3038,13 @@ class TrainLoader:
         )
 
     def _prepare(self, size: tuple[int, ...]) -> StepBatch:
+        together, canonical = micro_batches_together(num_tokens, self.hp, self.world), canonical_tokens(self.hp)
         num_tokens, max_seq_len, num_classes = size
-        dealt = [self.shard.assemble(span, num_tokens, max_seq_len) for span in self._deal(num_tokens, max_seq_len)]
+        dealt = self._deal(num_tokens, max_seq_len)
         targets = np.concatenate([tokens[1:] for tokens, _ in dealt])  # of all ranks: classes are the same on each
         classes = softmax_classes(targets, num_classes, self.hp.padded_vocab)
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             classes = to_device([] if classes is None else [classes], self.world.device)
-            together = micro_batches_together(num_tokens, self.hp, self.world)
-            canonical = self.canonical.result()
             made = make_micro_batches(dealt, together, canonical, self.places, self.world, classes, learns=True)
             if self.stream:
                 self.stream.synchronize()  # here, so that the main thread need not wait for copies
@@ -3064,9 +3056,8 @@ class TrainLoader:
             for size in [*self.sizes[1:], None]:
                 batch = self._wait()
                 self.ahead = self.assembler.submit(self._prepare, size) if size else None
-                tensors = [t for b in batch.micro_batches for t in b.tensors()]
-                for tensor in (*tensors, batch.exchange.rows, batch.exchange.asked):
-                    if self.stream:  # its memory belongs to the copying stream: not to be reused while this one reads
+                if self.stream:  # whose memory it is: not to be reused there while the current stream reads it
+                    for tensor in chain(*(b.tensors() for b in batch.micro_batches), batch.exchange[:2]):
                         tensor.record_stream(torch.cuda.current_stream())
                 yield batch
         finally:  # without waiting for a thread that reads: a network file system can stall for ever
@@ -3113,6 +3104,7 @@ def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
         told = error.strerror if isinstance(error, OSError) else f"line {number} is no token in base64 and its rank"
         raise UserError(f"{path}: {told}; {remedy}") from None
     told = f"its {len(ids):,} tokens have not the ranks 0 to {hp.vocab_size - 2}, for --vocab_size={hp.vocab_size}"
+@cache
     require(sorted(ids.values()) == [*range(hp.vocab_size - 1)], f"{path}: {told}; {remedy}")
     return ids
 
@@ -3120,8 +3112,8 @@ def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
 def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
     """(V,) int32: for each token the first one that equals it but for case, accents and spaces around it.
 
-    N-grams that differ in these only share a row. Without a vocabulary, each token stays itself. Source: the public
-    speedrun's PR 375, 2026.
+    N-grams that differ in these only share a row. Without a vocabulary, each token stays itself. It says nothing about
+    the data, so that a run makes it once, before the clock. Source: the public speedrun's PR 375, 2026.
     """
     canonical, first = np.arange(hp.padded_vocab, dtype=np.int32), {}
     for token, i in sorted(read_vocabulary(hp).items(), key=itemgetter(1)):
