@@ -2332,16 +2332,14 @@ def normuon_update(p, low_bits, u, second_moment, beta2: float, lr_eff, decay):
     u = u * (scale * (old_norm / new_norm.clamp_min(1e-10)))
     master = p.to(u.dtype) if low_bits is None else join_bits(p, low_bits)
     master = master - lr_eff * (u + torch.where(u * master >= 0, decay * master, 0))
-    if low_bits is None:
-        p.copy_(master)
-    else:
-        high, low = split_bits(master)
-        p.copy_(high)
+    if low_bits is not None:
+        master, low = split_bits(master)
         low_bits.copy_(low)
+    p.copy_(master)
 
 
 def cpu_scalar(value: float) -> Tensor:
-    """A number that changes from step to step: given as a tensor, no compiled function is compiled again for it."""
+    """A number that changes from step to step, as a tensor: for each new Python number torch.compile compiles anew."""
     return torch.tensor(value, dtype=torch.float32)
 
 
@@ -2447,7 +2445,7 @@ class RowAdam(Algorithm):
         decay = lr * lr * self.hp.adam_wd * self.row.wd
         rates = self.updates, beta2, corrected, decay, self.hp.adam_eps
         mean_squares = update_rows(self.p, self.v, self.last, *grad, *rates)
-        return F.pad(mean_squares, (0, 1))  # a zero more, so that there is always one number
+        return F.pad(mean_squares, (0, 1))  # a zero more: a step may move none of this rank's rows
 
 
 ALGORITHMS = {"adam": Adam, "normuon": NorMuon, "rowwise": RowAdam}
@@ -2491,7 +2489,7 @@ class Alone:
         grad.zero_()
 
     def forget_lookups(self) -> None:
-        """To be called once the gradient has been set to zero."""
+        """After the whole gradient was set to zero by other means than clear."""
 
 
 # PyTorch 2.13 renamed these two; 2.11 has the old names only.
@@ -2566,7 +2564,7 @@ class ShardedRows(Sharded):
     def reduced(self) -> Tensor:
         grad = super().reduced()
         for rows, values in zip(self.received_rows.split(self.sizes), self.received.split(self.sizes), strict=True):
-            grad.index_add_(0, rows, values.to(grad.dtype))  # rank by rank, none of whose rows comes twice
+            grad.index_add_(0, rows, values.to(grad.dtype))  # a rank sends no row twice: the order of sums is fixed
         self.received = None
         return grad
 
@@ -2613,8 +2611,8 @@ class RowCache(Alone):
         self.forget_lookups()
 
     def forget_lookups(self) -> None:
-        none = torch.empty(0, dtype=torch.int32, device=self.p.device)
-        self.exchange = Exchange(none, none, *([0] * self.world.size for _ in range(2)))
+        none, zeros = torch.empty(0, dtype=torch.int32, device=self.p.device), [0] * self.world.size
+        self.exchange = Exchange(none, none, zeros, zeros)
 
 
 class ShardedRowCache(RowCache):
@@ -2640,7 +2638,7 @@ class ShardedRowCache(RowCache):
         rows, asked, taken, given = self.exchange
         total = self.grad.new_zeros(len(rows), self.grad.shape[1])
         parts = [*self.received.split(given)]
-        parts[self.world.rank] = self.grad.split(taken)[self.world.rank]  # this rank's own, not rounded by the journey
+        parts[self.world.rank] = self.grad.split(taken)[self.world.rank]  # own ones were never rounded
         for places, values in zip(asked.split(given), parts, strict=True):
             total.index_add_(0, places, values.to(total.dtype))
         self.received = self.grad = None
@@ -2683,8 +2681,6 @@ class Optimizer:
     Head and embedding are tied, though stored twice, up to the Adam step at `untie_step`: the embedding's gradient is
     added to the head's, and after each update the embedding becomes the head's transpose. From then on they learn
     apart, the embedding from a copy of the head's state. With `untie_step` beyond the run's end they stay tied.
-
-    In the last steps average() follows step(): see AVERAGE_EVERY.
     """
 
     def __init__(self, model: GPT, hp: Hyperparameters, world: World, untie_step: int, compile: bool = False):
@@ -2716,14 +2712,14 @@ class Optimizer:
             embed.communication.forget_lookups()
         for slot in due.values():
             slot.communication.reduce(slot.p.grad.view(slot.shape))
-        gradients = {}
-        for name, slot in due.items():
-            gradients[name] = slot.algorithm.update(slot.communication.reduced(), lr_factor, momentum)
+        gradients = []
+        for slot in due.values():
+            gradients.append(slot.algorithm.update(slot.communication.reduced(), lr_factor, momentum))
             slot.communication.gather()
         # NaN or infinite where a gradient is. Nothing waits for the copy: check_gradients reads it a step later, when
         # the clock has waited for this step anyway.
-        largest = torch.stack([torch.linalg.vector_norm(g, math.inf).float() for g in gradients.values()])
-        self.largest.append((step, [*gradients], largest.to("cpu", non_blocking=True)))
+        largest = torch.stack([torch.linalg.vector_norm(g, math.inf).float() for g in gradients])
+        self.largest.append((step, [*due], largest.to("cpu", non_blocking=True)))
         for slot in due.values():
             slot.communication.gathered()
             slot.communication.clear(slot.p.grad.view(slot.shape))
@@ -2734,7 +2730,7 @@ class Optimizer:
 
     @torch.no_grad()
     def average(self, weight: float, settle: bool) -> None:
-        """Gives the present parameters this weight in their averages, which with `settle` they become."""
+        """Gives parameters this weight in their averages (see AVERAGE_EVERY), which with `settle` they become."""
         for slot in (slot for slot in self.slots.values() if slot.algorithm.average is not None):
             slice, average = slot.communication.slice, slot.algorithm.average
             average.mul_(1 - weight).add_(slice, alpha=weight)
@@ -3038,11 +3034,11 @@ class TrainLoader:
         )
 
     def _prepare(self, size: tuple[int, ...]) -> StepBatch:
-        together, canonical = micro_batches_together(num_tokens, self.hp, self.world), canonical_tokens(self.hp)
         num_tokens, max_seq_len, num_classes = size
         dealt = self._deal(num_tokens, max_seq_len)
         targets = np.concatenate([tokens[1:] for tokens, _ in dealt])  # of all ranks: classes are the same on each
         classes = softmax_classes(targets, num_classes, self.hp.padded_vocab)
+        together, canonical = micro_batches_together(num_tokens, self.hp, self.world), canonical_tokens(self.hp)
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             classes = to_device([] if classes is None else [classes], self.world.device)
             made = make_micro_batches(dealt, together, canonical, self.places, self.world, classes, learns=True)
@@ -3104,11 +3100,11 @@ def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
         told = error.strerror if isinstance(error, OSError) else f"line {number} is no token in base64 and its rank"
         raise UserError(f"{path}: {told}; {remedy}") from None
     told = f"its {len(ids):,} tokens have not the ranks 0 to {hp.vocab_size - 2}, for --vocab_size={hp.vocab_size}"
-@cache
     require(sorted(ids.values()) == [*range(hp.vocab_size - 1)], f"{path}: {told}; {remedy}")
     return ids
 
 
+@cache
 def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
     """(V,) int32: for each token the first one that equals it but for case, accents and spaces around it.
 
@@ -3642,6 +3638,18 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
         return
     source, rule = Path(__file__).read_text(encoding="utf-8"), "=" * 100
     if log.file.tell():  # it has a header
+        if os.pread(log.file.fileno(), len(source.encode()), 0) != source.encode():
+            log.write("note: train_gpt.py is not the one that this log begins with")
+        return
+    header = [source, rule, f"Running Python {sys.version}", f"Running {versions()}"]
+    if torch.cuda.is_available():
+        header.append(getoutput("timeout 30 nvidia-smi", encoding="utf-8", errors="replace"))
+    overridden = " ".join(f"--{k}={v}" for k, v in overrides.items()) or "none"
+    header.append(f"preset: {hp.preset}; overrides: {overridden}")
+    log.write("\n".join([*header, rule]), console=False)  # at once: a log has all of it or nothing
+    log.show(header[-1])
+
+
 def log_result(log: Log, trainer: Trainer, val_losses: list[float]) -> None:
     """The end of a run: memory, losses and, of the smoke preset's model, a text. Every rank must call it."""
     hp, world = trainer.hp, trainer.world
@@ -3662,18 +3670,6 @@ def log_result(log: Log, trainer: Trainer, val_losses: list[float]) -> None:
                 log.write(import_tool("sample", "the sample").log_line(trainer))
 
 
-        if os.pread(log.file.fileno(), len(source.encode()), 0) != source.encode():
-            log.write("note: train_gpt.py is not the one that this log begins with")
-        return
-    header = [source, rule, f"Running Python {sys.version}", f"Running {versions()}"]
-    if torch.cuda.is_available():
-        header.append(getoutput("timeout 30 nvidia-smi", encoding="utf-8", errors="replace"))
-    overridden = " ".join(f"--{k}={v}" for k, v in overrides.items()) or "none"
-    header.append(f"preset: {hp.preset}; overrides: {overridden}")
-    log.write("\n".join([*header, rule]), console=False)  # at once: a log has all of it or nothing
-    log.show(header[-1])
-
-
 # ======================================================================================================================
 # main
 # ======================================================================================================================
@@ -3682,16 +3678,6 @@ def log_result(log: Log, trainer: Trainer, val_losses: list[float]) -> None:
 
 class Unguarded:
     """In place of records/guard.py's Watch where this file is a copy without it: nothing is watched."""
-def text_instead(arguments: list[str]) -> str:
-    """What --help and --describe print instead of a run; empty for a run."""
-    if {"-h", "--help"} & {*arguments}:
-        return help_text()
-    if not {"--describe", "--describe=true", "--describe=1"} & {argument.lower() for argument in arguments}:
-        return ""
-    hp, _ = parse_arguments(arguments, has_gpu=True)  # the speedrun's unless told: it is looked at elsewhere
-    return import_tool("describe", "--describe").text(sys.modules[__name__], hp)
-
-
 
     rank, stop = 0, ""
 
@@ -3704,7 +3690,15 @@ def text_instead(arguments: list[str]) -> str:
         raise error
 
 
-        # What to run, and whether it can: known in a second, before anything waits
+def text_instead(arguments: list[str]) -> str:
+    """What --help and --describe print instead of a run; empty for a run."""
+    if {"-h", "--help"} & {*arguments}:
+        return help_text()
+    if not {"--describe", "--describe=true", "--describe=1"} & {argument.lower() for argument in arguments}:
+        return ""
+    hp, _ = parse_arguments(arguments, has_gpu=True)  # the speedrun's unless told: it is looked at elsewhere
+    return import_tool("describe", "--describe").text(sys.modules[__name__], hp)
+
 
 def main(arguments: list[str]) -> None:
     """A whole run; or, for --bench and --profile, a look at its steps, and for --help and --describe a text."""
@@ -3717,6 +3711,8 @@ def main(arguments: list[str]) -> None:
                 print(text)
             watch.close()
             return
+
+        # What to run, and whether it can: known in a second, before anything waits
         world = World.from_environment()
         if world.size > 1:
             launcher_address()  # is there one?
@@ -3725,8 +3721,6 @@ def main(arguments: list[str]) -> None:
         hp, overrides = parse_arguments(arguments, world.on_gpu, world.gpu_memory)
         wanted = next((name for name in ("resume", "checkpoint_every", "save_checkpoint") if getattr(hp, name)), None)
         tool = import_tool("checkpoint", f"--{wanted}") if wanted else None
-
-        # The other ranks
         hp, checkpoint, resumed = tool.resume(hp, overrides) if hp.resume else (hp, None, [])
         bench = import_tool("bench", "--bench" if hp.bench else "--profile") if hp.bench or hp.profile else None
         files = tool.files_of_checkpoint(hp, checkpoint) if checkpoint else files_of(hp)
@@ -3738,9 +3732,9 @@ def main(arguments: list[str]) -> None:
             print(*told, sep="\n", flush=True)
         log = watch.log = Log(hp, world)
         log_header(log, hp, overrides)
-
-        # The run
         log.write("\n".join(told), console=False)
+
+        # The other ranks
         world.start()
         watch.join(world)
         if world.size > 1:
@@ -3752,6 +3746,8 @@ def main(arguments: list[str]) -> None:
             if checks:
                 checks.check_agreement(program, hp, overrides, world, files, checkpoint)
         watch.follow(hp)
+
+        # The run
         checkpoints = tool and tool.Checkpoints(hp, world, files)
         train_paths, val_paths = files.values()
         with world.thread("validation") as thread:  # two seconds of NumPy, beside those in which the model is made
