@@ -2484,12 +2484,9 @@ class Alone:
     def mark_lookups(self, rank: int, rows: np.ndarray) -> None:
         """Rows of a table that a rank looks up: its gradient there may differ from zero."""
 
-    def clear(self, grad: Tensor) -> None:
-        """Sets the gradient to zero after the update."""
+    def clear(self, grad: Tensor, whole: bool = False) -> None:
+        """Sets the gradient to zero, and forgets lookups; `whole`: it was not reduced, any row may differ from zero."""
         grad.zero_()
-
-    def forget_lookups(self) -> None:
-        """After the whole gradient was set to zero by other means than clear."""
 
 
 # PyTorch 2.13 renamed these two; 2.11 has the old names only.
@@ -2568,12 +2565,12 @@ class ShardedRows(Sharded):
         self.received = None
         return grad
 
-    def clear(self, grad: Tensor) -> None:
-        grad[self.own_lookups] = 0
-        self.own(grad).zero_()
-        self.forget_lookups()
-
-    def forget_lookups(self) -> None:
+    def clear(self, grad: Tensor, whole: bool = False) -> None:
+        if whole:
+            grad.zero_()
+        else:
+            grad[self.own_lookups] = 0
+            self.own(grad).zero_()
         self.looked_up[:] = False
 
 
@@ -2592,7 +2589,8 @@ class RowCache(Alone):
     def __init__(self, p: Tensor, world: World, rows: int):
         self.p, self.world = p, world
         self.slice = p.new_zeros(rows // world.size, p.shape[1])
-        self.forget_lookups()
+        none, zeros = torch.empty(0, dtype=torch.int32, device=p.device), [0] * world.size
+        self.exchange = self.nothing = Exchange(none, none, zeros, zeros)
 
     def fetch(self, exchange: "Exchange", out: Tensor | None = None) -> Tensor:
         """Copies of the rows that this rank looks up, in the order of their slots."""
@@ -2606,13 +2604,10 @@ class RowCache(Alone):
     def reduced(self) -> RowGradient:
         return RowGradient(self.exchange.rows, self.grad[: len(self.exchange.rows)])
 
-    def clear(self, grad: Tensor) -> None:
-        grad[: sum(self.exchange.taken)].zero_()
-        self.forget_lookups()
-
-    def forget_lookups(self) -> None:
-        none, zeros = torch.empty(0, dtype=torch.int32, device=self.p.device), [0] * self.world.size
-        self.exchange = Exchange(none, none, zeros, zeros)
+    def clear(self, grad: Tensor, whole: bool = False) -> None:
+        rows = len(grad) if whole else sum(self.exchange.taken)
+        grad[:rows].zero_()
+        self.exchange = self.nothing
 
 
 class ShardedRowCache(RowCache):
@@ -2657,6 +2652,7 @@ class Slot:
         self.row, self.p, self.shape, rowwise = row, p, as_stack(p).shape, row.algorithm == "rowwise"
         # Never replaced: captured CUDA graphs add to it at its address.
         p.grad = table_gradient(p).zero_() if row.name in TABLES or rowwise else torch.zeros_like(p)
+        self.grad = p.grad.view(self.shape)
         if rowwise:
             policy = partial(RowCache if world.size == 1 else ShardedRowCache, rows=hp.ngram_rows)
         elif world.size == 1:
@@ -2707,11 +2703,10 @@ class Optimizer:
         steps_tied, head, embed = adam_is_due and self.tied, self.slots["head"], self.slots["embed"]
         if steps_tied:
             del due["embed"]
-            head.p.grad += embed.p.grad.T
-            embed.p.grad.zero_()
-            embed.communication.forget_lookups()
+            head.grad += embed.grad.T
+            embed.communication.clear(embed.grad, whole=True)
         for slot in due.values():
-            slot.communication.reduce(slot.p.grad.view(slot.shape))
+            slot.communication.reduce(slot.grad)
         gradients = []
         for slot in due.values():
             gradients.append(slot.algorithm.update(slot.communication.reduced(), lr_factor, momentum))
@@ -2722,7 +2717,7 @@ class Optimizer:
         self.largest.append((step, [*due], largest.to("cpu", non_blocking=True)))
         for slot in due.values():
             slot.communication.gathered()
-            slot.communication.clear(slot.p.grad.view(slot.shape))
+            slot.communication.clear(slot.grad)
         if steps_tied:
             embed.p.copy_(head.p.T)
             if step >= self.untie_step:
@@ -2753,8 +2748,7 @@ class Optimizer:
         self.largest.clear()
         for slot in self.slots.values():
             slot.algorithm.reset()
-            slot.communication.forget_lookups()
-            slot.p.grad.zero_()
+            slot.communication.clear(slot.grad, whole=True)
 
 
 # ======================================================================================================================
