@@ -2254,16 +2254,14 @@ def normuon_update(p, low_bits, u, second_moment, beta2: float, lr_eff, decay):
     u = u * (scale * (old_norm / new_norm.clamp_min(1e-10)))
     master = p.to(u.dtype) if low_bits is None else join_bits(p, low_bits)
     master = master - lr_eff * (u + torch.where(u * master >= 0, decay * master, 0))
-    if low_bits is None:
-        p.copy_(master)
-    else:
-        high, low = split_bits(master)
-        p.copy_(high)
+    if low_bits is not None:
+        master, low = split_bits(master)
         low_bits.copy_(low)
+    p.copy_(master)
 
 
 def cpu_scalar(value: float) -> Tensor:
-    """A number that changes from step to step: given as a tensor, no compiled function is compiled again for it."""
+    """A number that changes from step to step, as a tensor: for each new Python number torch.compile compiles anew."""
     return torch.tensor(value, dtype=torch.float32)
 
 
@@ -2369,7 +2367,7 @@ class RowAdam(Algorithm):
         decay = lr * lr * self.hp.adam_wd * self.row.wd
         rates = self.updates, beta2, corrected, decay, self.hp.adam_eps
         mean_squares = update_rows(self.p, self.v, self.last, *grad, *rates)
-        return F.pad(mean_squares, (0, 1))  # a zero more, so that there is always one number
+        return F.pad(mean_squares, (0, 1))  # a zero more: a step may move none of this rank's rows
 
 
 ALGORITHMS = {"adam": Adam, "normuon": NorMuon, "rowwise": RowAdam}
@@ -2408,12 +2406,9 @@ class Alone:
     def mark_lookups(self, rank: int, rows: np.ndarray) -> None:
         """Rows of a table that a rank looks up: its gradient there may differ from zero."""
 
-    def clear(self, grad: Tensor) -> None:
-        """Sets the gradient to zero after the update."""
+    def clear(self, grad: Tensor, whole: bool = False) -> None:
+        """Sets the gradient to zero, and forgets lookups; `whole`: it was not reduced, any row may differ from zero."""
         grad.zero_()
-
-    def forget_lookups(self) -> None:
-        """To be called once the gradient has been set to zero."""
 
 
 # PyTorch 2.13 renamed these two; 2.11 has the old names only.
@@ -2488,16 +2483,16 @@ class ShardedRows(Sharded):
     def reduced(self) -> Tensor:
         grad = super().reduced()
         for rows, values in zip(self.received_rows.split(self.sizes), self.received.split(self.sizes), strict=True):
-            grad.index_add_(0, rows, values.to(grad.dtype))  # rank by rank, none of whose rows comes twice
+            grad.index_add_(0, rows, values.to(grad.dtype))  # a rank sends no row twice: the order of sums is fixed
         self.received = None
         return grad
 
-    def clear(self, grad: Tensor) -> None:
-        grad[self.own_lookups] = 0
-        self.own(grad).zero_()
-        self.forget_lookups()
-
-    def forget_lookups(self) -> None:
+    def clear(self, grad: Tensor, whole: bool = False) -> None:
+        if whole:
+            grad.zero_()
+        else:
+            grad[self.own_lookups] = 0
+            self.own(grad).zero_()
         self.looked_up[:] = False
 
 
@@ -2516,7 +2511,8 @@ class RowCache(Alone):
     def __init__(self, p: Tensor, world: World, rows: int):
         self.p, self.world = p, world
         self.slice = p.new_zeros(rows // world.size, p.shape[1])
-        self.forget_lookups()
+        none, zeros = torch.empty(0, dtype=torch.int32, device=p.device), [0] * world.size
+        self.exchange = self.nothing = Exchange(none, none, zeros, zeros)
 
     def fetch(self, exchange: "Exchange", out: Tensor | None = None) -> Tensor:
         """Copies of the rows that this rank looks up, in the order of their slots."""
@@ -2530,13 +2526,10 @@ class RowCache(Alone):
     def reduced(self) -> RowGradient:
         return RowGradient(self.exchange.rows, self.grad[: len(self.exchange.rows)])
 
-    def clear(self, grad: Tensor) -> None:
-        grad[: sum(self.exchange.taken)].zero_()
-        self.forget_lookups()
-
-    def forget_lookups(self) -> None:
-        none = torch.empty(0, dtype=torch.int32, device=self.p.device)
-        self.exchange = Exchange(none, none, *([0] * self.world.size for _ in range(2)))
+    def clear(self, grad: Tensor, whole: bool = False) -> None:
+        rows = len(grad) if whole else sum(self.exchange.taken)
+        grad[:rows].zero_()
+        self.exchange = self.nothing
 
 
 class ShardedRowCache(RowCache):
@@ -2562,7 +2555,7 @@ class ShardedRowCache(RowCache):
         rows, asked, taken, given = self.exchange
         total = self.grad.new_zeros(len(rows), self.grad.shape[1])
         parts = [*self.received.split(given)]
-        parts[self.world.rank] = self.grad.split(taken)[self.world.rank]  # this rank's own, not rounded by the journey
+        parts[self.world.rank] = self.grad.split(taken)[self.world.rank]  # own ones were never rounded
         for places, values in zip(asked.split(given), parts, strict=True):
             total.index_add_(0, places, values.to(total.dtype))
         self.received = self.grad = None
@@ -2581,6 +2574,7 @@ class Slot:
         self.row, self.p, self.shape, rowwise = row, p, as_stack(p).shape, row.algorithm == "rowwise"
         # Never replaced: captured CUDA graphs add to it at its address.
         p.grad = table_gradient(p).zero_() if row.name in TABLES or rowwise else torch.zeros_like(p)
+        self.grad = p.grad.view(self.shape)
         if rowwise:
             policy = partial(RowCache if world.size == 1 else ShardedRowCache, rows=hp.ngram_rows)
         elif world.size == 1:
@@ -2605,8 +2599,6 @@ class Optimizer:
     Head and embedding are tied, though stored twice, up to the Adam step at `untie_step`: the embedding's gradient is
     added to the head's, and after each update the embedding becomes the head's transpose. From then on they learn
     apart, the embedding from a copy of the head's state. With `untie_step` beyond the run's end they stay tied.
-
-    In the last steps average() follows step(): see AVERAGE_EVERY.
     """
 
     def __init__(self, model: GPT, hp: Hyperparameters, world: World, untie_step: int, compile: bool = False):
@@ -2633,22 +2625,21 @@ class Optimizer:
         steps_tied, head, embed = adam_is_due and self.tied, self.slots["head"], self.slots["embed"]
         if steps_tied:
             del due["embed"]
-            head.p.grad += embed.p.grad.T
-            embed.p.grad.zero_()
-            embed.communication.forget_lookups()
+            head.grad += embed.grad.T
+            embed.communication.clear(embed.grad, whole=True)
         for slot in due.values():
-            slot.communication.reduce(slot.p.grad.view(slot.shape))
-        gradients = {}
-        for name, slot in due.items():
-            gradients[name] = slot.algorithm.update(slot.communication.reduced(), lr_factor, momentum)
+            slot.communication.reduce(slot.grad)
+        gradients = []
+        for slot in due.values():
+            gradients.append(slot.algorithm.update(slot.communication.reduced(), lr_factor, momentum))
             slot.communication.gather()
         # NaN or infinite where a gradient is. Nothing waits for the copy: check_gradients reads it a step later, when
         # the clock has waited for this step anyway.
-        largest = torch.stack([torch.linalg.vector_norm(g, math.inf).float() for g in gradients.values()])
-        self.largest.append((step, [*gradients], largest.to("cpu", non_blocking=True)))
+        largest = torch.stack([torch.linalg.vector_norm(g, math.inf).float() for g in gradients])
+        self.largest.append((step, [*due], largest.to("cpu", non_blocking=True)))
         for slot in due.values():
             slot.communication.gathered()
-            slot.communication.clear(slot.p.grad.view(slot.shape))
+            slot.communication.clear(slot.grad)
         if steps_tied:
             embed.p.copy_(head.p.T)
             if step >= self.untie_step:
@@ -2656,7 +2647,7 @@ class Optimizer:
 
     @torch.no_grad()
     def average(self, weight: float, settle: bool) -> None:
-        """Gives the present parameters this weight in their averages, which with `settle` they become."""
+        """Gives parameters this weight in their averages (see AVERAGE_EVERY), which with `settle` they become."""
         for slot in (slot for slot in self.slots.values() if slot.algorithm.average is not None):
             slice, average = slot.communication.slice, slot.algorithm.average
             average.mul_(1 - weight).add_(slice, alpha=weight)
@@ -2679,8 +2670,7 @@ class Optimizer:
         self.largest.clear()
         for slot in self.slots.values():
             slot.algorithm.reset()
-            slot.communication.forget_lookups()
-            slot.p.grad.zero_()
+            slot.communication.clear(slot.grad, whole=True)
 
 
 # ======================================================================================================================
@@ -2734,9 +2724,9 @@ def file_state(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def read_tokens(path: Path, vocab_size: int, limit: int | None = None) -> np.ndarray:
+def read_tokens(path: Path, vocab_size: int, limit: int = sys.maxsize) -> np.ndarray:
     """Token ids of a shard (its first `limit`), uint16. Raises UserError for a bad header or an id out of range."""
-    count = read_header(path) if limit is None else min(limit, read_header(path))
+    count = min(limit, read_header(path))
     try:
         tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
     except OSError as error:  # gone since its header was read
@@ -2750,39 +2740,33 @@ def read_tokens(path: Path, vocab_size: int, limit: int | None = None) -> np.nda
 
 
 class Shard:
-    """A shard in memory and its documents, dealt out front to back in micro-batches."""
+    """A shard in memory, its documents dealt out front to back in micro-batches."""
 
     def __init__(self, path: Path, hp: Hyperparameters):
         self.tokens, self.next_document = read_tokens(path, hp.vocab_size), 0
         self.starts = np.flatnonzero(self.tokens == hp.bos)
         self.lengths = np.diff(self.starts, append=len(self.tokens))
-        self.cut, self.ends = 0, self.starts  # cumulative ends of documents cut at `cut` tokens; 0: not computed yet
 
-    def deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[int, int]] | None:
-        """Documents (first, last + 1) of each of the next 8 micro-batches; None when the shard can't fill them all.
+    def deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[np.ndarray, np.ndarray]] | None:
+        """The next 8 micro-batches: num_tokens + 1 tokens, and where their documents end, from 0 to num_tokens.
 
-        A micro-batch takes num_tokens + 1 tokens. Its last document is cut where it is full, and the next micro-batch
-        begins with the next document.
+        A micro-batch's last document is cut where it is full, and the next one begins with the next document. None
+        when the shard can't fill them all.
         """
-        if self.cut != max_seq_len:
-            self.cut, self.ends = max_seq_len, np.cumsum(np.minimum(self.lengths, max_seq_len))
-        spans, first = [], self.next_document
+        lengths = np.minimum(self.lengths, max_seq_len)
+        ends, dealt, first = np.cumsum(lengths), [], self.next_document
         for _ in range(MICRO_BATCHES):
-            before = self.ends[first - 1] if first else 0
-            last = int(np.searchsorted(self.ends, before + num_tokens + 1))
-            if last >= len(self.ends):
+            before = ends[first - 1] if first else 0
+            last = int(np.searchsorted(ends, before + num_tokens + 1))
+            if last >= len(ends):
                 return None
-            spans.append((first, last + 1))
+            own = slice(first, last + 1)
+            pieces = [self.tokens[i : i + n] for i, n in zip(self.starts[own], lengths[own], strict=True)]
+            edges = np.append(0, np.minimum(ends[own] - before, num_tokens))
+            dealt.append((np.concatenate(pieces)[: num_tokens + 1], edges))
             first = last + 1
         self.next_document = first
-        return spans
-
-    def assemble(self, span: tuple[int, int], num_tokens: int, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """The num_tokens + 1 tokens of a span, and where its documents end, from 0 to num_tokens."""
-        starts, lengths = self.starts[slice(*span)], np.minimum(self.lengths[slice(*span)], max_seq_len)
-        pieces = [self.tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
-        ends = np.minimum(np.cumsum(lengths), num_tokens)
-        return np.concatenate(pieces)[: num_tokens + 1], np.concatenate(([0], ends))
+        return dealt
 
 
 def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndarray | None:
@@ -2822,10 +2806,9 @@ def join_micro_batches(dealt: list[tuple[np.ndarray, np.ndarray]], together: int
 
 
 def ngram_rows(tokens: np.ndarray, starts: np.ndarray, rows: int) -> np.ndarray:
-    """Rows of the table, (orders, T) int32, of the n-grams that end with each token (T,).
+    """Rows of the table, (orders, T) int32, of the n-grams that end with each token (T,); products overflow as int32.
 
-    Of the equal part of an order, the last row is for those that the document lacks tokens for. Products wrap around as
-    int32 does.
+    Each order has an equal part of the table. Its last row is for tokens with too few before them in their document.
     """
     x, before = tokens.astype(np.int32), np.arange(len(tokens)) - starts
     last, found = rows // len(NGRAM_FACTORS) - 1, []
@@ -2845,7 +2828,7 @@ class Exchange(NamedTuple):
 
 
 def unique(rows: np.ndarray) -> np.ndarray:
-    """np.unique for int32 that are not negative, seven times as fast as NumPy 2.3's, which hashes."""
+    """np.unique for int32 from 0 on, by sorting: seven times as fast as NumPy 2.3's, which hashes."""
     rows = np.sort(rows, axis=None)
     return rows[np.flatnonzero(np.diff(rows, prepend=-1))]
 
@@ -2856,7 +2839,7 @@ def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray) -> t
     places: scratch memory, one int32 for each row of the table.
     """
 
-    def found_in(rows, different):  # indices: different[found_in(rows, different)] == rows, without a binary search
+    def found_in(rows, different):  # index of each row among the different ones; a binary search would be slower
         places[different] = np.arange(len(different), dtype=places.dtype)
         return places[rows]
 
@@ -2883,7 +2866,7 @@ def make_micro_batches(
     """This rank's share of the micro-batches dealt to all ranks, joined, on its device, and their exchange.
 
     canonical: of canonical_tokens; places: of exchange_rows; classes: of softmax_classes, an empty list for all;
-    learns: whether gradients will be taken.
+    learns: whether gradients will be taken, for which rows and tokens are sorted.
     """
     joined = [[*join_micro_batches(dealt[rank :: world.size], together)] for rank in range(world.size)]
     rows = [[ngram_rows(canonical[inputs], starts, len(places)) for inputs, _, starts, _ in b] for b in joined]
@@ -2937,7 +2920,6 @@ class TrainLoader:
         self.places = np.empty(hp.ngram_rows, np.int32)  # see exchange_rows
         self.stream = torch.cuda.Stream(world.device) if world.on_gpu else None
         self.assembler = world.thread("micro-batches")
-        self.canonical = self.assembler.submit(canonical_tokens, hp)  # before the first step: in a run, on the clock
         self.ahead = self.assembler.submit(self._prepare, sizes[0])
 
     def _load(self, number: int) -> Shard:
@@ -2947,16 +2929,17 @@ class TrainLoader:
         return Shard(path, self.hp)
 
     def _wait(self) -> StepBatch:
-        try:  # for less than the watch's timeout, whose message could not name the file
-            return self.ahead.result(0.8 * self.hp.hang_timeout or None)
+        seconds = 0.8 * self.hp.hang_timeout  # before the watch ends the run: it could not name the file
+        try:
+            return self.ahead.result(seconds or None)
         except TimeoutError:
-            told = f"not read within {0.8 * self.hp.hang_timeout:g} s (--hang_timeout): does the file system stall?"
+            told = f"not read within {seconds:g} s (--hang_timeout): does the file system stall?"
             raise UserError(f"{self.reading}: {told}") from None
 
-    def _deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[int, int]]:
+    def _deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
         for _ in range(len(self.paths) + 1):
-            if spans := self.shard.deal(num_tokens, max_seq_len):
-                return spans
+            if dealt := self.shard.deal(num_tokens, max_seq_len):
+                return dealt
             self.shard = self.next_shard.result()
             self.files_begun += 1
             self.next_shard = self.reader.submit(self._load, self.files_begun)
@@ -2968,13 +2951,12 @@ class TrainLoader:
 
     def _prepare(self, size: tuple[int, ...]) -> StepBatch:
         num_tokens, max_seq_len, num_classes = size
-        dealt = [self.shard.assemble(span, num_tokens, max_seq_len) for span in self._deal(num_tokens, max_seq_len)]
+        dealt = self._deal(num_tokens, max_seq_len)
         targets = np.concatenate([tokens[1:] for tokens, _ in dealt])  # of all ranks: classes are the same on each
         classes = softmax_classes(targets, num_classes, self.hp.padded_vocab)
+        together, canonical = micro_batches_together(num_tokens, self.hp, self.world), canonical_tokens(self.hp)
         with torch.cuda.stream(self.stream):  # does nothing without a GPU
             classes = to_device([] if classes is None else [classes], self.world.device)
-            together = micro_batches_together(num_tokens, self.hp, self.world)
-            canonical = self.canonical.result()
             made = make_micro_batches(dealt, together, canonical, self.places, self.world, classes, learns=True)
             if self.stream:
                 self.stream.synchronize()  # here, so that the main thread need not wait for copies
@@ -2986,9 +2968,8 @@ class TrainLoader:
             for size in [*self.sizes[1:], None]:
                 batch = self._wait()
                 self.ahead = self.assembler.submit(self._prepare, size) if size else None
-                tensors = [t for b in batch.micro_batches for t in b.tensors()]
-                for tensor in (*tensors, batch.exchange.rows, batch.exchange.asked):
-                    if self.stream:  # its memory belongs to the copying stream: not to be reused while this one reads
+                if self.stream:  # whose memory it is: not to be reused there while the current stream reads it
+                    for tensor in chain(*(b.tensors() for b in batch.micro_batches), batch.exchange[:2]):
                         tensor.record_stream(torch.cuda.current_stream())
                 yield batch
         finally:  # without waiting for a thread that reads: a network file system can stall for ever
@@ -3039,11 +3020,12 @@ def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
     return ids
 
 
+@cache
 def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
     """(V,) int32: for each token the first one that equals it but for case, accents and spaces around it.
 
-    N-grams that differ in these only share a row. Without a vocabulary, each token stays itself. Source: the public
-    speedrun's PR 375, 2026.
+    N-grams that differ in these only share a row. Without a vocabulary, each token stays itself. It says nothing about
+    the data, so that a run makes it once, before the clock. Source: the public speedrun's PR 375, 2026.
     """
     canonical, first = np.arange(hp.padded_vocab, dtype=np.int32), {}
     for token, i in sorted(read_vocabulary(hp).items(), key=itemgetter(1)):
@@ -3155,10 +3137,10 @@ class Progress:
 
 
 class GraphMemory:
-    """What CUDA graphs, and validations between their replays, take their memory from: one pool, for none overlap.
+    """The memory that CUDA graphs share with each other and with validations: no two of them run at the same time.
 
-    A pool gives what is free again only to the stream that had it, hence one stream for all. `id` is all that
-    torch.cuda.use_mem_pool reads of a MemPool, which could not be destroyed before the graphs are.
+    All use one stream, as freed memory goes back to the stream that had it. This class stands in for a
+    torch.cuda.MemPool, of which use_mem_pool reads only `id`: a MemPool could not be freed before its graphs.
     """
 
     def __init__(self):
@@ -3166,7 +3148,7 @@ class GraphMemory:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """For kernels that are launched one by one, without gradients: those are computed in another thread."""
+        """For kernels that are launched one by one; without gradients, as autograd's thread would not use the pool."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self):
             yield
@@ -3175,8 +3157,8 @@ class GraphMemory:
     def capture(self, run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor) -> Callable:
         """Forward and backward of a micro-batch as a CUDA graph; the function that runs it on others of its shape.
 
-        Launching its 600 kernels one by one takes longer than they run (measured in stage 1 on H100: 55 ms against 31).
-        Windows and softmax scale are part of the capture, hence a graph for each stage.
+        Launching its 600 kernels one by one takes longer than they run (in stage 1 on H100: 55 ms against 31). Windows
+        and softmax scale are part of the capture, hence a graph for each stage.
         """
         graph = torch.cuda.CUDAGraph()
         inputs = [t.clone() for t in (target_weights, *batch.tensors())]
@@ -3195,13 +3177,13 @@ class GraphMemory:
 class Trainer:
     """Model, optimizer and schedule of a run; the warm-up and the run itself go through the same steps.
 
-    checkpoints: those of records/checkpoint.py, for a run that writes any.
+    checkpoints: the Checkpoints of records/checkpoint.py, for a run that writes any.
     """
 
     def __init__(self, hp: Hyperparameters, world: World, checkpoints: object = None):
         self.hp, self.world, self.schedule, self.checkpoints = hp, world, TrainingSchedule(hp), checkpoints
         compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
-        if hp.deterministic:  # Inductor then times no kernels, and index_put_ is slower
+        if hp.deterministic:  # Inductor then chooses no kernel by its time, and index_put_ is slower
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False
@@ -3264,7 +3246,7 @@ class Trainer:
         """Compiles all that the run will use, by a step of each stage and a validation, and puts everything back."""
         saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         schedule = self.schedule
-        steps = [start for start, end in zip(schedule.starts, schedule.ends, strict=True) if start < end]
+        steps = sorted({*schedule.starts} - {self.hp.total_steps})  # a stage may be without steps
         loader = TrainLoader(train_paths, [schedule.size(step) for step in steps], self.hp, self.world)
         batches = [*zip(steps, loader, strict=True)]
         for step, batch in batches:
@@ -3278,7 +3260,7 @@ class Trainer:
         for step in (0, 1, untie, untie + 2):  # without and with Adam, tied; the one that unties; untied
             self.optimizer.step(step, schedule.lr(0), schedule.momentum(0))
         self.validate(val_batches[:1], schedule.windows(0))
-        # The largest first, in whose memory the others find room
+        # The largest first: the others find room in its memory.
         batches.sort(key=lambda pair: len(pair[1].micro_batches[0].inputs), reverse=True)
         for step, batch in batches if self.graph_memory else ():
             self.reset()
@@ -3292,7 +3274,7 @@ class Trainer:
         self.reset()
 
     def shapes(self, step: int, batch: StepBatch) -> list[MicroBatch]:
-        """What the warm-up runs of a stage: on a GPU one of each shape, with all classes and with its own; else all."""
+        """What the warm-up runs: on a CPU all; on a GPU one of each shape, with all classes and with the stage's."""
         all_classes, count = batch.micro_batches[0]._replace(classes=None), self.schedule.size(step)[2]
         classes = torch.arange(count, dtype=torch.int32, device=self.world.device)
         some = [all_classes._replace(classes=classes)] if count else []
@@ -3331,8 +3313,8 @@ class Trainer:
             if not bad:
                 continue
             path = log.path.with_name(f"{self.hp.run_id}_nonfinite_rank{self.world.rank}.pt")
-            algorithms = {name: slot.algorithm for name, slot in self.optimizer.slots.items()}
-            states = {f"{name}.{key}": getattr(a, key) for name, a in algorithms.items() for key in a.states}
+            slots = self.optimizer.slots.items()
+            states = {f"{n}.{key}": getattr(s.algorithm, key) for n, s in slots for key in s.algorithm.states}
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)  # on another host than rank 0's it may be missing
                 torch.save(dict(step=step + 1, bad=bad, model=dict(self.model.state_dict()), states=states), path)
@@ -3441,7 +3423,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class Log:
-    """The log file, and the same lines on the terminal, but that a bar shows the steps there; only rank 0 writes."""
+    """The log file, and the same lines on the terminal, where a bar may stand for those of steps; rank 0's alone."""
 
     def __init__(self, hp: Hyperparameters, world: World):
         self.path = Path(hp.log_dir) / f"{hp.run_id}.txt"
@@ -3472,10 +3454,10 @@ class Log:
             pass
 
     def write(self, text: str, console: bool = True) -> None:
-        """One or more lines, at once on the disk's way; what a full disk does not take is kept for later."""
+        """Writes one or more lines at once, without a buffer; what a full disk does not take is kept for later."""
         if self.file is None:
             return
-        told = len(self.unwritten) > 1  # that the disk is full
+        told = len(self.unwritten) > 1  # has said that it can't write
         self.unwritten += text.encode(errors="replace") + b"\n"
         try:
             if os.fstat(self.file.fileno()).st_nlink == 0:  # removed: what it held is still there to be copied
@@ -3487,9 +3469,9 @@ class Log:
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:
-            message = f"{self.path}: cannot write the log ({error.strerror}); training goes on, the lines are kept"
             if not told:
-                print(message, file=sys.stderr, flush=True)
+                message = f"cannot write the log ({error.strerror}); training goes on, the lines are kept"
+                print(f"{self.path}: {message}", file=sys.stderr, flush=True)
         if console:
             self.show(text)
 
@@ -3501,7 +3483,7 @@ class Log:
             print(text, flush=True)
 
     def step(self, step: int, text: str) -> None:
-        """A training step's line: in the file, and on the terminal as a line or the bar's progress."""
+        """A training step's line; on the terminal it may be the bar's progress."""
         self.write(text, console=self.bar is None)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
@@ -3575,6 +3557,26 @@ def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> N
     log.show(header[-1])
 
 
+def log_result(log: Log, trainer: Trainer, val_losses: list[float]) -> None:
+    """The end of a run: memory, losses and, of the smoke preset's model, a text. Every rank must call it."""
+    hp, world = trainer.hp, trainer.world
+    if world.on_gpu:
+        allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+        log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+        if world.size > 1:
+            by_rank: list = [None] * world.size
+            dist.all_gather_object(by_rank, allocated)
+            log.write(f"peak memory allocated by rank: {' '.join(map(str, by_rank))} MiB")
+    learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
+    log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
+    if hp.preset == "smoke":
+        trainer.model.ngrams = trainer.ngrams.communication.full(trainer.ngrams.algorithm.p)
+        # The run has ended well, though this file be a copy without records/ or the vocabulary gone by now.
+        with suppress(UserError, ImportError):
+            if world.rank == 0:
+                log.write(import_tool("sample", "the sample").log_line(trainer))
+
+
 # ======================================================================================================================
 # main
 # ======================================================================================================================
@@ -3586,10 +3588,7 @@ class Unguarded:
 
     rank, stop = 0, ""
 
-    def ignore(self, *_) -> None:
-        """What the Watch would take note of."""
-
-    start = join = follow = at = pause = close = ignore
+    start = join = follow = at = pause = close = lambda *_: None
 
     def fail(self, error: BaseException) -> None:
         """What the user can put right in one line, all else in Python's own way."""
@@ -3600,22 +3599,29 @@ class Unguarded:
         raise error
 
 
+def text_instead(arguments: list[str]) -> str:
+    """What --help and --describe print instead of a run; empty for a run."""
+    if {"-h", "--help"} & {*arguments}:
+        return help_text()
+    if not {"--describe", "--describe=true", "--describe=1"} & {argument.lower() for argument in arguments}:
+        return ""
+    hp, _ = parse_arguments(arguments, has_gpu=True)  # the speedrun's unless told: it is looked at elsewhere
+    return import_tool("describe", "--describe").text(sys.modules[__name__], hp)
+
+
 def main(arguments: list[str]) -> None:
-    """A whole run; or, for --bench and --profile, a look at its steps, and for --describe at what would run."""
+    """A whole run; or, for --bench and --profile, a look at its steps, and for --help and --describe a text."""
     begin, program, guard = time.perf_counter(), sys.modules[__name__], import_tool("guard")
     watch = guard.Watch(program) if guard else Unguarded()
     watch.start()
     try:
-        if {"-h", "--help"} & {*arguments}:
-            print(help_text())
-            watch.close()
-            return
-        if {"--describe", "--describe=true", "--describe=1"} & {argument.lower() for argument in arguments}:
-            hp, _ = parse_arguments(arguments, has_gpu=True)  # the speedrun's unless told: it is looked at elsewhere
+        if text := text_instead(arguments):
             if watch.rank == 0:
-                print(import_tool("describe", "--describe").text(program, hp))
+                print(text)
             watch.close()
             return
+
+        # What to run, and whether it can: known in a second, before anything waits
         world = World.from_environment()
         if world.size > 1:
             launcher_address()  # is there one?
@@ -3636,10 +3642,12 @@ def main(arguments: list[str]) -> None:
         log = watch.log = Log(hp, world)
         log_header(log, hp, overrides)
         log.write("\n".join(told), console=False)
+
+        # The other ranks
         world.start()
         watch.join(world)
         if world.size > 1:
-            of_rank_0 = [hp.run_id, bool(checks)]  # a run_id that was drawn has been each rank's own until here
+            of_rank_0 = [hp.run_id, bool(checks)]  # each rank may have drawn a run_id of its own
             dist.broadcast_object_list(of_rank_0, src=0)
             hp = replace(hp, run_id=of_rank_0[0])
             log.path = log.path.with_name(f"{hp.run_id}.txt")
@@ -3647,6 +3655,8 @@ def main(arguments: list[str]) -> None:
             if checks:
                 checks.check_agreement(program, hp, overrides, world, files, checkpoint)
         watch.follow(hp)
+
+        # The run
         checkpoints = tool and tool.Checkpoints(hp, world, files)
         train_paths, val_paths = files.values()
         with world.thread("validation") as thread:  # two seconds of NumPy, beside those in which the model is made
@@ -3661,21 +3671,7 @@ def main(arguments: list[str]) -> None:
             val_losses = trainer.run(log, train_paths, val_batches.result(), progress, watch)
             if hp.save_checkpoint:
                 checkpoints.save(trainer, log)
-            if world.on_gpu:
-                allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-                log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-                if world.size > 1:
-                    by_rank: list = [None] * world.size
-                    dist.all_gather_object(by_rank, allocated)
-                    log.write(f"peak memory allocated by rank: {' '.join(map(str, by_rank))} MiB")
-            learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
-            log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
-            if hp.preset == "smoke":
-                trainer.model.ngrams = trainer.ngrams.communication.full(trainer.ngrams.algorithm.p)
-                # The run has ended well, though this file be a copy without records/ or the vocabulary gone by now.
-                with suppress(UserError, ImportError):
-                    if world.rank == 0:
-                        log.write(import_tool("sample", "the sample").log_line(trainer))
+            log_result(log, trainer, val_losses)
         watch.close()
         world.stop()
         log.close()

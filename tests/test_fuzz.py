@@ -67,9 +67,8 @@ def test_any_bytes_are_a_shard_or_an_error_that_names_the_file(folder, header, b
 def test_any_lengths_of_documents_are_dealt_or_refused(folder, lengths, num_tokens, max_seq_len):
     path = write_shard(folder / "lengths.bin", text_of(lengths))
     shard = train_gpt.Shard(path, train_gpt.Hyperparameters())
-    while spans := shard.deal(num_tokens, max_seq_len):
-        for span in spans:
-            tokens, ends = shard.assemble(span, num_tokens, max_seq_len)
+    while dealt := shard.deal(num_tokens, max_seq_len):
+        for tokens, ends in dealt:
             assert len(tokens) == num_tokens + 1 and ends[0] == 0 and ends[-1] == num_tokens
 
 
