@@ -21,7 +21,7 @@ Contents, in reading order (search for the banner):
 What never runs on the clock:
     Log               the run's log file and the terminal
     main              a run from its arguments to its end
-The checks, checkpoints, --bench, --profile, --describe and the sample of text stand in records/.
+Checks, the guard against hangs, checkpoints, --bench, --profile, --describe and the sample of text stand in records/.
 
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
 """
