@@ -247,8 +247,8 @@ def check_agreement(
     facts["--dtype"] = str(train_gpt.choose_dtype(hp, world))
     facts["--fp8"] = hp.fp8 if train_gpt.use_fp8(hp, world)[0] else "off"
     facts["--run_id"] = overrides.get("run_id", "drawn")
-    tools = [sys.modules[name].__file__ for name in ("checkpoint", "bench") if name in sys.modules]
-    for path in map(Path, (train_gpt.__file__, __file__, *tools)):
+    tools = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in sys.modules]
+    for path in (Path(train_gpt.__file__), *tools):
         facts[path.name] = f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
     facts["software"] = train_gpt.versions()
     facts["checkpoint"] = checkpoint and f"step {checkpoint['step']}, {checkpoint['progress']['elapsed']:.3f} ms"

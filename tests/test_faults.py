@@ -635,7 +635,7 @@ def test_another_source_version_or_data_file_on_a_rank_is_named(agree, data, tmp
     monkeypatch.setattr(train_gpt, "versions", iter(["PyTorch 2.13", "PyTorch 2.11"] * 2).__next__)
     assert "software is PyTorch 2.13 on rank 0" in agree(start_of(hp, data), start_of(hp, data))
     monkeypatch.undo()
-    for name in ("train_gpt.py", "checks.py", "checkpoint.py"):
+    for name in ("train_gpt.py", "checks.py", "guard.py", "checkpoint.py"):
         sources = {name: iter([b"a", b"b"] * 2)}
         monkeypatch.setattr(Path, "read_bytes", lambda path, sources=sources: next(sources.get(path.name, repeat(b""))))
         assert f"alike: {name} is sha256 ca97" in agree(start_of(hp, data), start_of(hp, data))
