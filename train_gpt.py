@@ -295,6 +295,7 @@ class Hyperparameters:
 
     @property
     def total_steps(self) -> int:
+        """Scheduled iterations and extension."""
         return self.steps("num_scheduled_iterations") + self.steps("num_extension_iterations")
 
     def steps(self, name: str) -> int:
@@ -458,6 +459,7 @@ class World(NamedTuple):
 
     @property
     def on_gpu(self) -> bool:
+        """Whether this process computes on a GPU."""
         return self.device.type == "cuda"
 
     @property
@@ -513,6 +515,7 @@ class World(NamedTuple):
         return ThreadPoolExecutor(1, name, partial(torch.cuda.set_device, self.device) if self.on_gpu else None)
 
     def stop(self) -> None:
+        """Leaves the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1987,7 +1990,12 @@ class MicroBatch(NamedTuple):
 
 
 class GPT(nn.Module):
-    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits."""
+    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits.
+
+    Initial values: head normal, std 0.005; embed its transpose; attention banks and W_fc uniform with std 0.5 C^-0.5;
+    value embeddings normal, std 0.01; copy_qk normal, std C^-0.5; the first matrices of gate networks uniform in
+    +-C^-0.5, their biases so that gates start as the tables say; scalars as in the table SCALARS; all else zero.
+    """
 
     def __init__(self, hp: Hyperparameters, device: torch.device, dtype: torch.dtype, compile: bool = False):
         super().__init__()
@@ -2019,9 +2027,9 @@ class GPT(nn.Module):
         self.ngram_shape, self.ngrams = (hp.ngram_rows, C), None
         if device.type == "meta":  # only the shapes are asked for
             return
-        with torch.no_grad():  # initial values; of all else zero
+        with torch.no_grad():
             self.scalars.copy_(torch.tensor([value for count, value, _ in SCALARS.values() for _ in range(count)]))
-            bound = 3**0.5 * 0.5 * C**-0.5  # a standard deviation of 0.5 C^-0.5
+            bound = 3**0.5 * 0.5 * C**-0.5
             for matrices in (self.qk_bank, self.vo_bank, self.mlp_bank[:, 0]):
                 matrices.uniform_(-bound, bound)
             self.gate_in.uniform_(-(C**-0.5), C**-0.5)
@@ -3068,6 +3076,7 @@ class TrainingSchedule:
         return max(i for i, start in enumerate(self.starts) if step >= start)
 
     def stage(self, step: int) -> TrainingStage:
+        """The row of STAGES that `step` belongs to."""
         return self.hp.stages[self.stage_index(step)]
 
     def size(self, step: int) -> tuple[int, int, int]:
@@ -3599,14 +3608,14 @@ class Unguarded:
         raise error
 
 
-def text_instead(arguments: list[str]) -> str:
-    """What --help and --describe print instead of a run; empty for a run."""
+def text_instead(arguments: list[str]) -> Callable[[], str] | None:
+    """What makes the text that --help and --describe print instead of a run; None for a run."""
     if {"-h", "--help"} & {*arguments}:
-        return help_text()
+        return help_text
     if not {"--describe", "--describe=true", "--describe=1"} & {argument.lower() for argument in arguments}:
-        return ""
+        return None
     hp, _ = parse_arguments(arguments, has_gpu=True)  # the speedrun's unless told: it is looked at elsewhere
-    return import_tool("describe", "--describe").text(sys.modules[__name__], hp)
+    return lambda: import_tool("describe", "--describe").text(sys.modules[__name__], hp)
 
 
 def main(arguments: list[str]) -> None:
@@ -3617,7 +3626,7 @@ def main(arguments: list[str]) -> None:
     try:
         if text := text_instead(arguments):
             if watch.rank == 0:
-                print(text)
+                print(text())
             watch.close()
             return
 
