@@ -2499,7 +2499,7 @@ class ShardedRows(Sharded):
         if whole:
             grad.zero_()
         else:
-            grad[self.own_lookups] = 0
+            grad.index_fill_(0, self.own_lookups, 0)  # setting an index copies the 0 to the GPU, and waits for it
             self.own(grad).zero_()
         self.looked_up[:] = False
 
@@ -3396,7 +3396,7 @@ class Clock:
     def step_issued(self) -> None:
         """Waits for the step before: the CPU launches one step ahead, no more, so that the log has the GPU's times."""
         if self.device.type == "cuda":
-            before, self.issued = self.issued, torch.cuda.Event()
+            before, self.issued = self.issued, torch.cuda.Event(enable_timing=True)  # for --bench
             self.issued.record()
             if before:
                 before.synchronize()

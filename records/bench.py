@@ -6,9 +6,9 @@ What a step of each stage takes, and which kernels take it: what train_gpt.py do
 
 It is started through train_gpt.py only, which hands itself over as the module `train_gpt`.
 
-Times come from steps that are each waited for, kernels from PyTorch's profiler in a second pass, as it slows steps
-down. Rates are set against what one large product reaches on the same machine, not against a data sheet. What the
-columns mean stands in README.md, "Is it faster?".
+Times come from steps launched as in the run, kernels from PyTorch's profiler in a second pass, as it slows steps down.
+Rates are set against what one large product reaches on the same machine, not against a data sheet. What the columns
+mean stands in README.md, "Is it faster?".
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -151,16 +152,18 @@ class Bench:
             yield stage, i, step, batch
 
     def time_stages(self) -> dict[int, list[tuple[int, float]]]:
-        """Per stage (step, milliseconds), the GPU waited for after each step."""
-        times: dict[int, list[tuple[int, float]]] = {}
-        end = time.perf_counter()
+        """Per stage (step, milliseconds); as in the run, a step is launched while the GPU is at the one before."""
+        clock, on_gpu, ends, times = self.train_gpt.Clock(self.world.device), self.world.on_gpu, [], {}
         for stage, i, step, batch in self.steps(self.hp.bench_steps):
             self.trainer.add_gradients(step, batch)
             self.trainer.update(step)
-            self.train_gpt.synchronize(self.world.device)
-            begin, end = end, time.perf_counter()
+            clock.step_issued()
+            ends.append((stage, i, step, clock.issued if on_gpu else time.perf_counter()))
+        self.train_gpt.synchronize(self.world.device)
+        for (*_, begin), (stage, i, step, end) in pairwise(ends):
             if i >= UNTIMED_STEPS:
-                times.setdefault(stage, []).append((step, 1000 * (end - begin)))
+                ms = begin.elapsed_time(end) if on_gpu else 1000 * (end - begin)
+                times.setdefault(stage, []).append((step, ms))
         return times
 
     def profile_stages(self) -> dict[int, list[Kernel]]:
