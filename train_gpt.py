@@ -541,7 +541,28 @@ def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
 # Kernels
 # ======================================================================================================================
 # Triton kernels, each beside its reference in plain PyTorch, and the function or operator that picks one: the kernel on
-# a GPU, else the reference. What compiled code calls is a custom operator; its register_fake tells the results' shapes.
+# a GPU, else the reference.
+
+
+def switch(kernel: Callable, reference: Callable) -> Callable:
+    """A function that launches the kernel if its first argument is on a GPU, and else calls the reference."""
+    return lambda x, *rest, **named: (kernel if x.is_cuda else reference)(x, *rest, **named)
+
+
+def operator(kernel: Callable, reference: Callable) -> Callable:
+    """Decorator: switch() as a custom operator, which compiled code calls.
+
+    The function that it decorates has the operator's name and types; the compiler calls it for results' shapes.
+    """
+
+    def decorate(shapes: Callable) -> Callable:
+        name, schema = f"speedrun::{shapes.__name__}", torch.library.infer_schema(shapes, mutates_args=())
+        made = torch.library.custom_op(name, switch(kernel, reference), mutates_args=(), schema=schema)
+        made.register_fake(shapes)
+        return made
+
+    return decorate
+
 
 # ---------------------------------------------------------------------------- symmetric products, for Polar Express
 # X X^T is symmetric: tiles above the diagonal are copies of those below. Source: the seed record.
@@ -599,9 +620,7 @@ def symmetric_product_triton(x: Tensor, alpha: float = 1.0, addend: Tensor | Non
     return out
 
 
-def symmetric_product(x: Tensor, alpha: float = 1.0, addend: Tensor | None = None, beta: float = 0.0) -> Tensor:
-    """alpha X X^T + beta S; see symmetric_product_reference."""
-    return (symmetric_product_triton if x.is_cuda else symmetric_product_reference)(x, alpha, addend, beta)
+symmetric_product = switch(symmetric_product_triton, symmetric_product_reference)
 
 
 # ---------------------------------------------------------------------------- products in FP8
@@ -651,17 +670,12 @@ def transposed_triton(x: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("speedrun::transposed", mutates_args=())
+@operator(transposed_triton, lambda x: x.mT.contiguous())
 def transposed(x: Tensor) -> Tensor:
     """x^T, contiguous, for matrices x (..., M, N) of an 8-bit type.
 
     torch.compile's own takes byte by byte, and with PyTorch 2.13 and Triton 3.7 it gets some bytes wrong.
     """
-    return transposed_triton(x) if x.is_cuda else x.mT.contiguous()
-
-
-@transposed.register_fake
-def _(x):
     return x.new_empty(x.mT.shape)
 
 
@@ -754,14 +768,9 @@ def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None,
     return out
 
 
-@torch.library.custom_op("speedrun::linear_relu2", mutates_args=())
+@operator(linear_relu2_triton, linear_relu2_reference)
 def linear_relu2(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """relu(scale x W^T)^2, or the gradient's product with `hidden`; see linear_relu2_reference."""
-    return (linear_relu2_triton if x.is_cuda else linear_relu2_reference)(x, weight, hidden, scale)
-
-
-@linear_relu2.register_fake
-def _(x, weight, hidden=None, scale=1.0):
     return x.new_empty(len(x), len(weight))
 
 
@@ -814,14 +823,18 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return torch.where(targets >= 0, lse - picked, 0), lse
 
 
-def cross_entropy_backward_reference(logits, lse, targets, grad, scale: float, dtype: torch.dtype) -> Tensor:
-    """The gradient of sum(grad * losses), grad (n, T), with respect to the logits, over `scale`, as `dtype` (T, V)."""
+def cross_entropy_backward_reference(logits, lse, targets, grad, scale: float, dtype: torch.dtype):
+    """The gradient of sum(grad * losses), grad (n, T), with respect to the logits, over `scale`, as `dtype` (T, V).
+
+    And its transpose, for an 8-bit type only; see empty_gradients.
+    """
     cap, shift, temperature = SOFTCAP
     sigmoid = torch.sigmoid((logits.to(lse.dtype) + shift).div_(temperature))
     grad = torch.where(targets >= 0, grad.to(lse.dtype), 0) * cap / (temperature * scale)
     grad_z = (sigmoid * cap).sub_(lse[:, None]).exp_().mul_(grad.sum(0)[:, None])
     grad_z.scatter_add_(1, targets.T.clamp(min=0).long(), -grad.T)
-    return torch.ops.aten.sigmoid_backward(grad_z, sigmoid).to(dtype)
+    out = torch.ops.aten.sigmoid_backward(grad_z, sigmoid).to(dtype)
+    return out, out.T.contiguous() if dtype.itemsize == 1 else out.new_empty(0)
 
 
 CAP, SHIFT, TEMPERATURE = map(tl.constexpr, SOFTCAP)
@@ -952,7 +965,7 @@ def cross_entropy_triton(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 
 def cross_entropy_backward_triton(logits, lse, targets, grad, scale: float, dtype: torch.dtype):
-    """cross_entropy_backward in two kernels, one pass over contiguous logits."""
+    """cross_entropy_backward_reference in two kernels, one pass over contiguous logits."""
     T, V = logits.shape
     out, out_t = empty_gradients(logits, dtype)
     factor = SOFTCAP[0] / (SOFTCAP[2] * scale)
@@ -974,31 +987,18 @@ def empty_gradients(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return logits.new_empty((T, V), dtype=dtype), logits.new_empty((V, T) if dtype.itemsize == 1 else 0, dtype=dtype)
 
 
-@torch.library.custom_op("speedrun::cross_entropy", mutates_args=())
+@operator(cross_entropy_triton, cross_entropy_reference)
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (n, T) and lse (T,); see cross_entropy_reference."""
-    return (cross_entropy_triton if logits.is_cuda else cross_entropy_reference)(logits, targets)
-
-
-@cross_entropy.register_fake
-def _(logits, targets):
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return tuple(logits.new_empty(shape, dtype=dtype) for shape in (targets.shape, len(logits)))
 
 
-@torch.library.custom_op("speedrun::cross_entropy_backward", mutates_args=())
+@operator(cross_entropy_backward_triton, cross_entropy_backward_reference)
 def cross_entropy_backward(
     logits: Tensor, lse: Tensor, targets: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The logits' gradient over `scale` as `dtype`, see cross_entropy_backward_reference, and in FP8 its transpose."""
-    if logits.is_cuda:
-        return cross_entropy_backward_triton(logits, lse, targets, grad, scale, dtype)
-    out = cross_entropy_backward_reference(logits, lse, targets, grad, scale, dtype)
-    return out, out.T.contiguous() if dtype.itemsize == 1 else out.new_empty(0)
-
-
-@cross_entropy_backward.register_fake
-def _(logits, lse, targets, grad, scale, dtype):
+    """The logits' gradient and its transpose; see cross_entropy_backward_reference."""
     return empty_gradients(logits, dtype)
 
 
@@ -1048,8 +1048,11 @@ class HeadLoss(torch.autograd.Function):
 # order left to chance, and would end with other bits each time.
 
 
-def add_rows_reference(table: Tensor, rows: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
-    """table[rows[t]] += grad[t], times gate[t, h] for the h-th of H parts; (rows, C), (T,), (T, C), None or (T, H)."""
+def add_rows_reference(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
+    """In place: table[rows[t]] += grad[t], times gate[t, h] for the h-th of H parts, unless gate is None.
+
+    table (rows, C), rows (T,), grad (T, C), gate (T, H). order (T,) sorts `rows`; only the kernel needs it.
+    """
     if gate is not None:
         grad = (gate.unsqueeze(-1) * grad.unflatten(1, (gate.size(1), -1))).flatten(1)
     table.index_add_(0, rows, grad.to(table.dtype))
@@ -1091,7 +1094,7 @@ def add_rows_kernel(
 
 
 def add_rows_triton(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
-    """add_rows_reference in one kernel, for a float32 table; order (T,) sorts `rows`."""
+    """add_rows_reference in one kernel, for a float32 table."""
     (T, C), CHUNK = grad.shape, 64
     width = min(C, 128) if gate is None else C // gate.size(1)
     block = max(16, triton.next_power_of_2(width))  # 16: the least a tensor core multiplies
@@ -1100,12 +1103,7 @@ def add_rows_triton(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, ga
     )
 
 
-def add_rows(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
-    """Adds in place; order (T,) sorts `rows`, all else as in add_rows_reference."""
-    if grad.is_cuda:
-        add_rows_triton(table, rows, order, grad, gate)
-    else:
-        add_rows_reference(table, rows, grad, gate)
+add_rows = switch(add_rows_triton, add_rows_reference)
 
 
 class Lookup(torch.autograd.Function):
@@ -1203,9 +1201,7 @@ def update_rows_triton(p, v, last, rows, grad, update: int, beta2: float, *rates
     return mean_square
 
 
-def update_rows(p: Tensor, *rest) -> Tensor:
-    """Adam by rows, in place; arguments and result as update_rows_reference's."""
-    return (update_rows_triton if p.is_cuda else update_rows_reference)(p, *rest)
+update_rows = switch(update_rows_triton, update_rows_reference)
 
 
 # ---------------------------------------------------------------------------- queries, keys and values
@@ -1448,21 +1444,27 @@ MASKED = tl.constexpr(MASKED_SCORE)
 
 @triton.jit
 def key_range(starts_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Queries row .. row + BLOCK_Q - 1 see keys of [begin, end), and all of them all keys of [full_begin, full_end)."""
-    last = min(row + BLOCK_Q, N) - 1
+    """BLOCK_Q queries, the first key that each sees, and begin, full_begin, full_end, end of the keys that they see.
+
+    That is, they see keys of [begin, end), and all of them all keys of [full_begin, full_end).
+    """
+    rows, last = row + tl.arange(0, BLOCK_Q), min(row + BLOCK_Q, N) - 1
     begin = max(tl.load(starts_ptr + row), row - window) // BLOCK_K * BLOCK_K
     full_begin = tl.cdiv(max(tl.load(starts_ptr + last), last - window), BLOCK_K) * BLOCK_K
     full_end = (row + 1) // BLOCK_K * BLOCK_K
-    return begin, full_begin, full_end, last + 1
+    first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
+    return rows, first, begin, full_begin, full_end, last + 1
 
 
 @triton.jit
 def query_range(ends_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Keys row .. row + BLOCK_K - 1 are seen by queries of [begin, end), and all by all of [full_begin, full_end)."""
-    last = min(row + BLOCK_K, N) - 1
+    """BLOCK_K keys, the last query that sees each, and, likewise, the ranges of queries that see them."""
+    rows, last = row + tl.arange(0, BLOCK_K), min(row + BLOCK_K, N) - 1
     full_begin = tl.cdiv(last, BLOCK_Q) * BLOCK_Q
     full_end = min(tl.load(ends_ptr + row), row + window + 1) // BLOCK_Q * BLOCK_Q
-    return row // BLOCK_Q * BLOCK_Q, full_begin, full_end, min(tl.load(ends_ptr + last), last + window + 1)
+    begin, end = row // BLOCK_Q * BLOCK_Q, min(tl.load(ends_ptr + last), last + window + 1)
+    last_query = tl.minimum(tl.load(ends_ptr + rows, mask=rows < N, other=0) - 1, rows + window)
+    return rows, last_query, begin, full_begin, full_end, end
 
 
 @triton.jit
@@ -1480,9 +1482,7 @@ def attention_kernel(
 ):  # fmt: skip
     """BLOCK_Q queries of one head: y, the logsumexp of scores, in base 2, and, for XSA, share = y.v / v.v."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
-    rows = row + tl.arange(0, BLOCK_Q)
-    begin, full_begin, full_end, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
-    first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
+    rows, first, begin, full_begin, full_end, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     q = q_desc.load([row, head * D_QK])
     row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
@@ -1525,9 +1525,7 @@ def attention_backward_q_kernel(
 ):  # fmt: skip
     """BLOCK_Q queries of a head: gradients of q and gates; for the next kernel delta, dy (before_xsa) and factors."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
-    rows = row + tl.arange(0, BLOCK_Q)
-    begin, full_begin, full_end, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
-    first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
+    rows, first, begin, full_begin, full_end, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     by_head = head.to(tl.int64) * N + rows
     q, y, grad_y = q_desc.load([row, head * D_QK]), y_desc.load([row, head * D]), grad_y_desc.load([row, head * D])
     delta = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1)
@@ -1566,9 +1564,7 @@ def attention_backward_kv_kernel(
 ):  # fmt: skip
     """BLOCK_K keys of one head: the gradients of k and v. Scores are (keys, queries), as both products read them."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_K, tl.program_id(1), scale * LOG2_E
-    rows = row + tl.arange(0, BLOCK_K)
-    begin, full_begin, full_end, end = query_range(ends_ptr, row, N, window, BLOCK_Q, BLOCK_K)
-    last = tl.minimum(tl.load(ends_ptr + rows, mask=rows < N, other=0) - 1, rows + window)
+    rows, last, begin, full_begin, full_end, end = query_range(ends_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     lse_ptr += head.to(tl.int64) * N
     delta_ptr += head.to(tl.int64) * N
     k, v = k_desc.load([row, head * D_QK]), v_desc.load([row, head * D])
@@ -1682,9 +1678,7 @@ def copy_kernel(
 ):
     """The sums of BLOCK_Q queries. Where no target matches, the sum of exponentials is taken to be 1e-30."""
     row = tl.program_id(0) * BLOCK_Q
-    rows = row + tl.arange(0, BLOCK_Q)
-    begin, _, _, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
-    first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
+    rows, first, begin, _, _, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     q, target = q_desc.load([row, 0]), tl.load(targets_ptr + rows, mask=rows < N, other=-1)
     row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     row_sum, matching = tl.zeros((BLOCK_Q,), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
@@ -1709,11 +1703,10 @@ def copy_backward_kernel(
 ):  # fmt: skip
     """The gradient of BLOCK queries, sum_s dscore(t, s) k_s, or of BLOCK keys, sum_t dscore(t, s) q_t."""
     row = tl.program_id(0) * BLOCK
-    rows = row + tl.arange(0, BLOCK)
     if OF_QUERIES:
-        begin, _, _, end = key_range(starts_ptr, row, N, window, BLOCK, BLOCK)
+        rows, _, begin, _, _, end = key_range(starts_ptr, row, N, window, BLOCK, BLOCK)
     else:
-        begin, _, _, end = query_range(ends_ptr, row, N, window, BLOCK, BLOCK)
+        rows, _, begin, _, _, end = query_range(ends_ptr, row, N, window, BLOCK, BLOCK)
     own, target = own_desc.load([row, 0]), tl.load(targets_ptr + rows, mask=rows < N, other=-1)[:, None]
     acc = tl.zeros((BLOCK, D), tl.float32)
     for col in range(begin, end, BLOCK):
@@ -1837,10 +1830,10 @@ def compiler(enabled: bool) -> Callable:
     # A function is compiled once for each kind of layer in each stage: more often than Dynamo's limit of 8 allows.
     torch._dynamo.config.recompile_limit = 64
     # A warm start finds graphs on the disk by their code, that of our autograd functions included, but of our operators
-    # by the names alone: the tag adds what register_fake says of their results.
+    # by the names alone: the tag adds what they say of their results.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
-    fakes = [text.split("\n\n\n")[0] for text in Path(__file__).read_text().split(".register_fake\n")[1:]]
-    torch.compiler.config.cache_key_tag = hashlib.sha256("".join(fakes).encode()).hexdigest()
+    shapes = [text.split("\n\n\n")[0] for text in Path(__file__).read_text().split("\n@operator")[1:]]
+    torch.compiler.config.cache_key_tag = hashlib.sha256("".join(shapes).encode()).hexdigest()
     # The processes that compile Triton's code take seconds to start, and kernels wait for them.
     importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
     # Compiling makes millions of objects that live on; Python's default garbage collection takes 5 % of its time.
