@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
+from conftest import records_sample, relative_error
 
 import train_gpt
 from train_gpt import MLP, CausalSelfAttention, Documents, HeadLoss, Projection, SplitHeads, Yarn
@@ -1122,7 +1122,7 @@ def small_models(fp8="auto"):
 def small_batch(device):
     ends = [0, 100, 101, 512]
     tokens = integers(1000, ends[-1] + 1).cpu().numpy()
-    return train_gpt.make_micro_batch(tokens, np.array(ends), np.arange(65536), 512, torch.device(device))
+    return records_sample().make_micro_batch(tokens, np.array(ends), np.arange(65536), 512, torch.device(device))
 
 
 # A position's loss is about 7, so that its relative error says little: losses are compared less their mean. Measured on
