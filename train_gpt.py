@@ -540,8 +540,7 @@ def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
 # ======================================================================================================================
 # Kernels
 # ======================================================================================================================
-# Triton kernels, each beside its reference in plain PyTorch, and the function or operator that picks one: the kernel on
-# a GPU, else the reference.
+# Triton kernels, each beside its reference in plain PyTorch: on a GPU the kernel runs, anywhere else the reference.
 
 
 def switch(kernel: Callable, reference: Callable) -> Callable:
@@ -550,12 +549,13 @@ def switch(kernel: Callable, reference: Callable) -> Callable:
 
 
 def operator(kernel: Callable, reference: Callable) -> Callable:
-    """Decorator: switch() as a custom operator, for compiled code; what it decorates tells types and shapes."""
+    """Decorator: switch() as a custom operator, for compiled code. The function itself makes memory for the results."""
 
-    def decorate(shapes: Callable) -> Callable:
-        name, schema = f"speedrun::{shapes.__name__}", torch.library.infer_schema(shapes, mutates_args=())
-        made = torch.library.custom_op(name, switch(kernel, reference), mutates_args=(), schema=schema)
-        made.register_fake(shapes)
+    def decorate(empty_results: Callable) -> Callable:
+        name, schema = empty_results.__name__, torch.library.infer_schema(empty_results, mutates_args=())
+        made = torch.library.custom_op(f"speedrun::{name}", switch(kernel, reference), mutates_args=(), schema=schema)
+        made.register_fake(empty_results)  # by which the compiler knows types and shapes
+        made.empty_results = empty_results
         return made
 
     return decorate
@@ -953,7 +953,7 @@ def cross_entropy_targets_kernel(
 def cross_entropy_triton(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """cross_entropy_reference, one pass over contiguous logits."""
     (T, V), n = logits.shape, len(targets)
-    losses, lse = (logits.new_empty(shape, dtype=torch.float32) for shape in ((n, T), T))
+    losses, lse = cross_entropy.empty_results(logits, targets)
     cross_entropy_kernel[(T,)](logits, targets, losses, lse, T, V, n, BLOCK=1024, num_warps=4)  # best of 4 on H100
     return losses, lse
 
@@ -961,7 +961,7 @@ def cross_entropy_triton(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 def cross_entropy_backward_triton(logits, lse, targets, grad, scale: float, dtype: torch.dtype):
     """cross_entropy_backward_reference in two kernels, one pass over contiguous logits."""
     T, V = logits.shape
-    out, out_t = empty_gradients(logits, dtype)
+    out, out_t = cross_entropy_backward.empty_results(logits, lse, targets, grad, scale, dtype)
     factor = SOFTCAP[0] / (SOFTCAP[2] * scale)
     sums = torch.where(targets >= 0, grad, 0).sum(0)  # (T,)
     ROWS, COLS = 128, 64  # with 4 warps among the best two of 11 on H100
@@ -975,12 +975,6 @@ def cross_entropy_backward_triton(logits, lse, targets, grad, scale: float, dtyp
     return out, out_t
 
 
-def empty_gradients(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Memory for the logits' gradient (T, V) and its transpose (V, T), which only an 8-bit type has, else (0,)."""
-    T, V = logits.shape
-    return logits.new_empty((T, V), dtype=dtype), logits.new_empty((V, T) if dtype.itemsize == 1 else 0, dtype=dtype)
-
-
 @operator(cross_entropy_triton, cross_entropy_reference)
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (n, T) and lse (T,); see cross_entropy_reference."""
@@ -992,8 +986,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def cross_entropy_backward(
     logits: Tensor, lse: Tensor, targets: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The logits' gradient and its transpose; see cross_entropy_backward_reference."""
-    return empty_gradients(logits, dtype)
+    """The logits' gradient (T, V), see cross_entropy_backward_reference; in 8 bits its transpose (V, T), else (0,)."""
+    T, V = logits.shape
+    return logits.new_empty((T, V), dtype=dtype), logits.new_empty((V, T) if dtype.itemsize == 1 else 0, dtype=dtype)
 
 
 # ---------------------------------------------------------------------------- the head, in FP8 and bf16, with its loss
@@ -1283,7 +1278,7 @@ def split_heads_kernel(
         out_ptr = q_ptr if i == 0 else k_ptr
         x = tl.load(qkv_ptr + projected + i * H * D_QK, mask=mask, other=0.0).to(tl.float32)
         x = rotate_tile(x * tl.rsqrt(tl.sum(x * x, 1) / D_QK + eps)[:, None], cos, sin).to(out_ptr.dtype.element_ty)
-        if starts_ptr is not None and i == 1:  # the second half goes one position on; that of a first stays, too
+        if starts_ptr is not None and i == 1:  # the second half goes one position on; a document's first keeps it, too
             stationary, stride = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
             is_first = position == tl.load(starts_ptr + position, mask=inside, other=0)
             has_next = position + 1 < tl.load(ends_ptr + position, mask=inside, other=0)
@@ -1402,10 +1397,7 @@ class Documents(NamedTuple):
 
 
 def attend_reference(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor | None = None) -> Tensor:
-    """attend() over all pairs with a mask, for CPUs.
-
-    XSA (arXiv 2603.09078, 2026): y (N, H, D) less tanh(xsa), (N, H), times its part along the own values v.
-    """
+    """attend() over all pairs with a mask, for CPUs."""
     position = torch.arange(len(q), device=q.device)
     first = torch.maximum(documents.starts, position - window)
     mask = (position >= first[:, None]) & (position <= position[:, None])
@@ -1413,6 +1405,7 @@ def attend_reference(q, k, v, documents: Documents, window: int, scale: float, x
     y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).squeeze(0).transpose(0, 1)
     if xsa is None:
         return y
+    # XSA (arXiv 2603.09078, 2026): y (N, H, D) less tanh(xsa), (N, H), times its part along the own values v
     share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-8)
     return y - torch.tanh(xsa).unsqueeze(-1) * share * v
 
@@ -1815,10 +1808,10 @@ def compiler(enabled: bool) -> Callable:
     # A function is compiled once for each kind of layer in each stage: more often than Dynamo's limit of 8 allows.
     torch._dynamo.config.recompile_limit = 64
     # A warm start finds graphs on the disk by their code, that of our autograd functions included, but of our operators
-    # by the names alone: the tag adds what they say of their results.
+    # by the names alone: the tag adds the types and shapes of their results.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
-    shapes = [text.split("\n\n\n")[0] for text in Path(__file__).read_text().split("\n@operator")[1:]]
-    torch.compiler.config.cache_key_tag = hashlib.sha256("".join(shapes).encode()).hexdigest()
+    operators = [text.split("\n\n\n")[0] for text in Path(__file__).read_text().split("\n@operator")[1:]]
+    torch.compiler.config.cache_key_tag = hashlib.sha256("".join(operators).encode()).hexdigest()
     # The processes that compile Triton's code take seconds to start, and kernels wait for them.
     importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
     # Compiling makes millions of objects that live on; Python's default garbage collection takes 5 % of its time.
@@ -2025,8 +2018,7 @@ class GPT(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by name; for the n-grams, whose table the optimizer holds, an empty tensor of its shape."""
-        ngrams = torch.empty(self.ngram_shape, dtype=self.embed.dtype, device="meta")
-        return dict(self.named_parameters(), ngrams=ngrams)
+        return dict(self.named_parameters(), ngrams=self.embed.new_empty(self.ngram_shape, device="meta"))
 
     def pairs_of_heads(self) -> tuple[Tensor, ...]:
         """Of each attention layer H / 2 pairs of heads of W_q, then of W_k, (H, 2, D, C); then what pads the bank."""
@@ -2314,9 +2306,6 @@ class RowAdam(Algorithm):
         return F.pad(mean_squares, (0, 1))  # a zero more: a step may move none of this rank's rows
 
 
-ALGORITHMS = {"adam": Adam, "normuon": NorMuon, "rowwise": RowAdam}
-
-
 class Alone:
     """Communication of a parameter when there is one rank: none. Those for several ranks have the same methods."""
 
@@ -2531,7 +2520,8 @@ class Slot:
         self.communication = policy(p.data.view(self.shape), world)
         slice = self.communication.slice
         first = world.rank * len(slice) if row.sharded else 0
-        self.algorithm = ALGORITHMS[row.algorithm](row, hp, slice, compiled, first)
+        algorithm = {"adam": Adam, "normuon": NorMuon, "rowwise": RowAdam}[row.algorithm]
+        self.algorithm = algorithm(row, hp, slice, compiled, first)
 
 
 class Optimizer:
@@ -2779,10 +2769,7 @@ def unique(rows: np.ndarray) -> np.ndarray:
 
 
 def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray) -> tuple[np.ndarray, list]:
-    """Slots of the rows that `rank` looks up, in their shape, and its Exchange's fields, from what each rank looks up.
-
-    places: scratch memory, one int32 for each row of the table.
-    """
+    """Slots of the rows that `rank` looks up, in their shape, and its Exchange's fields; places (rows,): scratch."""
 
     def found_in(rows, different):  # index of each row among the different ones; a binary search would be slower
         places[different] = np.arange(len(different), dtype=places.dtype)

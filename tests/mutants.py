@@ -398,7 +398,7 @@ PLANTED = {
         ("more classes than there are are taken", "stage.classes if stage.classes < self.hp.padded_vocab else 0",
          "stage.classes", "test_loader.py test_a_step_has_the_classes"),
         # Model
-        ("the caches do not hear of what operators return", '"".join(shapes).encode()', 'b""',
+        ("the caches do not hear of what operators return", '"".join(operators).encode()', 'b""',
          "test_compile_cache.py test_a_warm_cache"),
         # Train
         ("the deterministic switch is a setting that Dynamo takes back",
