@@ -540,8 +540,26 @@ def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
 # ======================================================================================================================
 # Kernels
 # ======================================================================================================================
-# Triton kernels, each beside its reference in plain PyTorch, and the function or operator that picks one: the kernel on
-# a GPU, else the reference. What compiled code calls is a custom operator; its register_fake tells the results' shapes.
+# Triton kernels, each beside its reference in plain PyTorch: on a GPU the kernel runs, anywhere else the reference.
+
+
+def switch(kernel: Callable, reference: Callable) -> Callable:
+    """A function that launches the kernel if its first argument is on a GPU, and else calls the reference."""
+    return lambda x, *rest, **named: (kernel if x.is_cuda else reference)(x, *rest, **named)
+
+
+def operator(kernel: Callable, reference: Callable) -> Callable:
+    """Decorator: switch() as a custom operator, for compiled code. The function itself makes memory for the results."""
+
+    def decorate(empty_results: Callable) -> Callable:
+        name, schema = empty_results.__name__, torch.library.infer_schema(empty_results, mutates_args=())
+        made = torch.library.custom_op(f"speedrun::{name}", switch(kernel, reference), mutates_args=(), schema=schema)
+        made.register_fake(empty_results)  # by which the compiler knows types and shapes
+        made.empty_results = empty_results
+        return made
+
+    return decorate
+
 
 # ---------------------------------------------------------------------------- symmetric products, for Polar Express
 # X X^T is symmetric: tiles above the diagonal are copies of those below. Source: the seed record.
@@ -599,9 +617,7 @@ def symmetric_product_triton(x: Tensor, alpha: float = 1.0, addend: Tensor | Non
     return out
 
 
-def symmetric_product(x: Tensor, alpha: float = 1.0, addend: Tensor | None = None, beta: float = 0.0) -> Tensor:
-    """alpha X X^T + beta S; see symmetric_product_reference."""
-    return (symmetric_product_triton if x.is_cuda else symmetric_product_reference)(x, alpha, addend, beta)
+symmetric_product = switch(symmetric_product_triton, symmetric_product_reference)
 
 
 # ---------------------------------------------------------------------------- products in FP8
@@ -651,17 +667,12 @@ def transposed_triton(x: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("speedrun::transposed", mutates_args=())
+@operator(transposed_triton, lambda x: x.mT.contiguous())
 def transposed(x: Tensor) -> Tensor:
     """x^T, contiguous, for matrices x (..., M, N) of an 8-bit type.
 
     torch.compile's own takes byte by byte, and with PyTorch 2.13 and Triton 3.7 it gets some bytes wrong.
     """
-    return transposed_triton(x) if x.is_cuda else x.mT.contiguous()
-
-
-@transposed.register_fake
-def _(x):
     return x.new_empty(x.mT.shape)
 
 
@@ -754,14 +765,9 @@ def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None,
     return out
 
 
-@torch.library.custom_op("speedrun::linear_relu2", mutates_args=())
+@operator(linear_relu2_triton, linear_relu2_reference)
 def linear_relu2(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """relu(scale x W^T)^2, or the gradient's product with `hidden`; see linear_relu2_reference."""
-    return (linear_relu2_triton if x.is_cuda else linear_relu2_reference)(x, weight, hidden, scale)
-
-
-@linear_relu2.register_fake
-def _(x, weight, hidden=None, scale=1.0):
     return x.new_empty(len(x), len(weight))
 
 
@@ -814,14 +820,15 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return torch.where(targets >= 0, lse - picked, 0), lse
 
 
-def cross_entropy_backward_reference(logits, lse, targets, grad, scale: float, dtype: torch.dtype) -> Tensor:
-    """The gradient of sum(grad * losses), grad (n, T), with respect to the logits, over `scale`, as `dtype` (T, V)."""
+def cross_entropy_backward_reference(logits, lse, targets, grad, scale: float, dtype: torch.dtype):
+    """The gradient of sum(grad * losses), grad (n, T), over `scale`, as `dtype` (T, V); in 8 bits transposed, too."""
     cap, shift, temperature = SOFTCAP
     sigmoid = torch.sigmoid((logits.to(lse.dtype) + shift).div_(temperature))
     grad = torch.where(targets >= 0, grad.to(lse.dtype), 0) * cap / (temperature * scale)
     grad_z = (sigmoid * cap).sub_(lse[:, None]).exp_().mul_(grad.sum(0)[:, None])
     grad_z.scatter_add_(1, targets.T.clamp(min=0).long(), -grad.T)
-    return torch.ops.aten.sigmoid_backward(grad_z, sigmoid).to(dtype)
+    out = torch.ops.aten.sigmoid_backward(grad_z, sigmoid).to(dtype)
+    return out, out.T.contiguous() if dtype.itemsize == 1 else out.new_empty(0)
 
 
 CAP, SHIFT, TEMPERATURE = map(tl.constexpr, SOFTCAP)
@@ -946,15 +953,15 @@ def cross_entropy_targets_kernel(
 def cross_entropy_triton(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """cross_entropy_reference, one pass over contiguous logits."""
     (T, V), n = logits.shape, len(targets)
-    losses, lse = (logits.new_empty(shape, dtype=torch.float32) for shape in ((n, T), T))
+    losses, lse = cross_entropy.empty_results(logits, targets)
     cross_entropy_kernel[(T,)](logits, targets, losses, lse, T, V, n, BLOCK=1024, num_warps=4)  # best of 4 on H100
     return losses, lse
 
 
 def cross_entropy_backward_triton(logits, lse, targets, grad, scale: float, dtype: torch.dtype):
-    """cross_entropy_backward in two kernels, one pass over contiguous logits."""
+    """cross_entropy_backward_reference in two kernels, one pass over contiguous logits."""
     T, V = logits.shape
-    out, out_t = empty_gradients(logits, dtype)
+    out, out_t = cross_entropy_backward.empty_results(logits, lse, targets, grad, scale, dtype)
     factor = SOFTCAP[0] / (SOFTCAP[2] * scale)
     sums = torch.where(targets >= 0, grad, 0).sum(0)  # (T,)
     ROWS, COLS = 128, 64  # with 4 warps among the best two of 11 on H100
@@ -968,38 +975,20 @@ def cross_entropy_backward_triton(logits, lse, targets, grad, scale: float, dtyp
     return out, out_t
 
 
-def empty_gradients(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Memory for the logits' gradient (T, V) and its transpose (V, T), which only an 8-bit type has, else (0,)."""
-    T, V = logits.shape
-    return logits.new_empty((T, V), dtype=dtype), logits.new_empty((V, T) if dtype.itemsize == 1 else 0, dtype=dtype)
-
-
-@torch.library.custom_op("speedrun::cross_entropy", mutates_args=())
+@operator(cross_entropy_triton, cross_entropy_reference)
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (n, T) and lse (T,); see cross_entropy_reference."""
-    return (cross_entropy_triton if logits.is_cuda else cross_entropy_reference)(logits, targets)
-
-
-@cross_entropy.register_fake
-def _(logits, targets):
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return tuple(logits.new_empty(shape, dtype=dtype) for shape in (targets.shape, len(logits)))
 
 
-@torch.library.custom_op("speedrun::cross_entropy_backward", mutates_args=())
+@operator(cross_entropy_backward_triton, cross_entropy_backward_reference)
 def cross_entropy_backward(
     logits: Tensor, lse: Tensor, targets: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The logits' gradient over `scale` as `dtype`, see cross_entropy_backward_reference, and in FP8 its transpose."""
-    if logits.is_cuda:
-        return cross_entropy_backward_triton(logits, lse, targets, grad, scale, dtype)
-    out = cross_entropy_backward_reference(logits, lse, targets, grad, scale, dtype)
-    return out, out.T.contiguous() if dtype.itemsize == 1 else out.new_empty(0)
-
-
-@cross_entropy_backward.register_fake
-def _(logits, lse, targets, grad, scale, dtype):
-    return empty_gradients(logits, dtype)
+    """The logits' gradient (T, V), see cross_entropy_backward_reference; in 8 bits its transpose (V, T), else (0,)."""
+    T, V = logits.shape
+    return logits.new_empty((T, V), dtype=dtype), logits.new_empty((V, T) if dtype.itemsize == 1 else 0, dtype=dtype)
 
 
 # ---------------------------------------------------------------------------- the head, in FP8 and bf16, with its loss
@@ -1048,8 +1037,8 @@ class HeadLoss(torch.autograd.Function):
 # order left to chance, and would end with other bits each time.
 
 
-def add_rows_reference(table: Tensor, rows: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
-    """table[rows[t]] += grad[t], times gate[t, h] for the h-th of H parts; (rows, C), (T,), (T, C), None or (T, H)."""
+def add_rows_reference(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
+    """table[rows[t]] += grad[t], times gate[t, h] for its h-th of H parts; (rows, C), (T,), (T,), (T, C), (T, H)."""
     if gate is not None:
         grad = (gate.unsqueeze(-1) * grad.unflatten(1, (gate.size(1), -1))).flatten(1)
     table.index_add_(0, rows, grad.to(table.dtype))
@@ -1065,7 +1054,7 @@ def sorted_rows(rows_ptr, order_ptr, place, T):
 @triton.jit
 def add_rows_kernel(
     grad_ptr, gate_ptr, order_ptr, rows_ptr, table_ptr, T,
-    C: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """WIDTH columns of the rows that begin among CHUNK of the T sorted positions; the last may go on beyond these."""
     start, part, cols = tl.program_id(0) * CHUNK, tl.program_id(1), tl.arange(0, BLOCK)
@@ -1080,7 +1069,7 @@ def add_rows_kernel(
         row = tl.load(rows_ptr + t, mask=inside, other=-1)
         grad = tl.load(grad_ptr + t[:, None] * C + here, mask=inside[:, None] & columns, other=0.0)
         weight = (own[:, None] == row[None, :]).to(grad.dtype)
-        if GATED:
+        if gate_ptr is not None:
             weight *= tl.load(gate_ptr + t * (C // WIDTH) + part, mask=inside, other=0.0)[None, :]
         acc = tl.dot(weight, grad, acc, input_precision="ieee")  # at each place the sum of its row
         start += CHUNK
@@ -1096,16 +1085,11 @@ def add_rows_triton(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, ga
     width = min(C, 128) if gate is None else C // gate.size(1)
     block = max(16, triton.next_power_of_2(width))  # 16: the least a tensor core multiplies
     add_rows_kernel[(triton.cdiv(T, CHUNK), triton.cdiv(C, width))](
-        grad.contiguous(), gate, order, rows, table, T, C, width, gate is not None, CHUNK, block, num_warps=4
+        grad.contiguous(), gate, order, rows, table, T, C, width, CHUNK, block, num_warps=4
     )
 
 
-def add_rows(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, gate: Tensor | None = None) -> None:
-    """Adds in place; order (T,) sorts `rows`, all else as in add_rows_reference."""
-    if grad.is_cuda:
-        add_rows_triton(table, rows, order, grad, gate)
-    else:
-        add_rows_reference(table, rows, grad, gate)
+add_rows = switch(add_rows_triton, add_rows_reference)
 
 
 class Lookup(torch.autograd.Function):
@@ -1203,9 +1187,7 @@ def update_rows_triton(p, v, last, rows, grad, update: int, beta2: float, *rates
     return mean_square
 
 
-def update_rows(p: Tensor, *rest) -> Tensor:
-    """Adam by rows, in place; arguments and result as update_rows_reference's."""
-    return (update_rows_triton if p.is_cuda else update_rows_reference)(p, *rest)
+update_rows = switch(update_rows_triton, update_rows_reference)
 
 
 # ---------------------------------------------------------------------------- queries, keys and values
@@ -1285,8 +1267,7 @@ def head_offsets(
 @triton.jit
 def split_heads_kernel(
     qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, starts_ptr, ends_ptr, q_ptr, k_ptr, v_ptr, T, eps,
-    H: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr,
-    VALUE_EMBED: tl.constexpr, BLOCK_T: tl.constexpr,
+    H: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One head of BLOCK_T tokens."""
     head, t, position, inside, cos, sin, projected, out, v_projected, v_out = head_offsets(
@@ -1297,7 +1278,7 @@ def split_heads_kernel(
         out_ptr = q_ptr if i == 0 else k_ptr
         x = tl.load(qkv_ptr + projected + i * H * D_QK, mask=mask, other=0.0).to(tl.float32)
         x = rotate_tile(x * tl.rsqrt(tl.sum(x * x, 1) / D_QK + eps)[:, None], cos, sin).to(out_ptr.dtype.element_ty)
-        if KEY_OFFSET and i == 1:  # the second half goes to the next position; that of a document's first stays, too
+        if starts_ptr is not None and i == 1:  # the second half goes one position on; a document's first keeps it, too
             stationary, stride = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
             is_first = position == tl.load(starts_ptr + position, mask=inside, other=0)
             has_next = position + 1 < tl.load(ends_ptr + position, mask=inside, other=0)
@@ -1306,7 +1287,7 @@ def split_heads_kernel(
         else:
             tl.store(out_ptr + out, x, mask=mask)
     v = tl.load(qkv_ptr + v_projected, mask=mask, other=0.0)
-    if VALUE_EMBED:
+    if gate_ptr is not None:
         row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
         gate = tl.load(gate_ptr + t * H + head, mask=inside, other=0.0).to(tl.float32)
         offsets = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
@@ -1319,8 +1300,7 @@ def split_heads_kernel(
 def split_heads_backward_kernel(
     qkv_ptr, gate_ptr, table_ptr, rows_ptr, cos_ptr, sin_ptr, starts_ptr, ends_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
     grad_qkv_ptr, grad_gate_ptr, T, eps, factor,
-    H: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, KEY_OFFSET: tl.constexpr,
-    VALUE_EMBED: tl.constexpr, BLOCK_T: tl.constexpr,
+    H: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One head of BLOCK_T tokens: qkv's gradient times `factor`, and value_gate's."""
     head, t, position, inside, cos, sin, projected, out, v_projected, v_out = head_offsets(
@@ -1329,7 +1309,7 @@ def split_heads_backward_kernel(
     mask = inside[:, None]
     for i in tl.static_range(2):
         grad_ptr = grad_q_ptr if i == 0 else grad_k_ptr
-        if KEY_OFFSET and i == 1:  # from where the second half went
+        if starts_ptr is not None and i == 1:  # from where the second half went
             stationary, stride = (tl.arange(0, D_QK) >= D_QK // 2)[None, :], H // 2 if PAIRED else H
             is_first = position == tl.load(starts_ptr + position, mask=inside, other=0)
             has_next = position + 1 < tl.load(ends_ptr + position, mask=inside, other=0)
@@ -1348,7 +1328,7 @@ def split_heads_backward_kernel(
     grad_v = tl.load(grad_v_ptr + v_out, mask=mask, other=0.0).to(tl.float32)
     grad_qkv_v = (grad_v * factor).to(grad_qkv_ptr.dtype.element_ty)
     tl.store(grad_qkv_ptr + v_projected, grad_qkv_v, mask=mask)
-    if VALUE_EMBED:
+    if gate_ptr is not None:
         row = tl.load(rows_ptr + t, mask=inside, other=0).to(tl.int64)
         offsets = (row[:, None] * H + head) * D + tl.arange(0, D)[None, :]
         embed = tl.load(table_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -1369,8 +1349,7 @@ class SplitHeads(torch.autograd.Function):
         value_gate = None if value_gate is None else value_gate.contiguous()
         inputs = qkv, value_gate, table, rows, cos, sin, *(documents or (None, None))
         ctx.save_for_backward(*((x, weight) if fp8 is None else (x_fp8, fp8_t)), scale, order, *inputs)
-        options = dict(PAIRED=paired, KEY_OFFSET=documents is not None, VALUE_EMBED=value_gate is not None)
-        ctx.options = dict(H=H, D_QK=D_QK, D=D, **options, BLOCK_T=16, num_warps=4)
+        ctx.options = dict(H=H, D_QK=D_QK, D=D, PAIRED=paired, BLOCK_T=16, num_warps=4)
         split_heads_kernel[(H * triton.cdiv(T, 16),)](*inputs, q, k, v, T, NORM_EPS, **ctx.options)
         return q, k, v
 
@@ -1417,20 +1396,18 @@ class Documents(NamedTuple):
         return Documents(*((2 * t).repeat_interleave(2) for t in self))
 
 
-def exclude_own_value(y, v, gates):
-    """XSA (arXiv 2603.09078, 2026): y (N, H, D) less tanh(gates), (N, H), times its part along the own values v."""
-    share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-8)
-    return y - torch.tanh(gates).unsqueeze(-1) * share * v
-
-
 def attend_reference(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor | None = None) -> Tensor:
     """attend() over all pairs with a mask, for CPUs."""
     position = torch.arange(len(q), device=q.device)
     first = torch.maximum(documents.starts, position - window)
     mask = (position >= first[:, None]) & (position <= position[:, None])
     heads_first = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).squeeze(0).transpose(0, 1)
-    return out if xsa is None else exclude_own_value(out, v, xsa)
+    y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).squeeze(0).transpose(0, 1)
+    if xsa is None:
+        return y
+    # XSA (arXiv 2603.09078, 2026): y (N, H, D) less tanh(xsa), (N, H), times its part along the own values v
+    share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-8)
+    return y - torch.tanh(xsa).unsqueeze(-1) * share * v
 
 
 # The kernels see v, y as (N, H D) and q, k as (N, H D_QK) matrices and load tiles, some positions of one head, through
@@ -1448,21 +1425,24 @@ MASKED = tl.constexpr(MASKED_SCORE)
 
 @triton.jit
 def key_range(starts_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Queries row .. row + BLOCK_Q - 1 see keys of [begin, end), and all of them all keys of [full_begin, full_end)."""
-    last = min(row + BLOCK_Q, N) - 1
+    """Queries and the first key each sees; they see keys of [begin, end), and all all of [full_begin, full_end)."""
+    rows, last = row + tl.arange(0, BLOCK_Q), min(row + BLOCK_Q, N) - 1
     begin = max(tl.load(starts_ptr + row), row - window) // BLOCK_K * BLOCK_K
     full_begin = tl.cdiv(max(tl.load(starts_ptr + last), last - window), BLOCK_K) * BLOCK_K
     full_end = (row + 1) // BLOCK_K * BLOCK_K
-    return begin, full_begin, full_end, last + 1
+    first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
+    return rows, first, begin, full_begin, full_end, last + 1
 
 
 @triton.jit
 def query_range(ends_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Keys row .. row + BLOCK_K - 1 are seen by queries of [begin, end), and all by all of [full_begin, full_end)."""
-    last = min(row + BLOCK_K, N) - 1
+    """Keys and the last query that sees each; queries of [begin, end) see them, and the full ones all of them."""
+    rows, last = row + tl.arange(0, BLOCK_K), min(row + BLOCK_K, N) - 1
     full_begin = tl.cdiv(last, BLOCK_Q) * BLOCK_Q
     full_end = min(tl.load(ends_ptr + row), row + window + 1) // BLOCK_Q * BLOCK_Q
-    return row // BLOCK_Q * BLOCK_Q, full_begin, full_end, min(tl.load(ends_ptr + last), last + window + 1)
+    begin, end = row // BLOCK_Q * BLOCK_Q, min(tl.load(ends_ptr + last), last + window + 1)
+    last_query = tl.minimum(tl.load(ends_ptr + rows, mask=rows < N, other=0) - 1, rows + window)
+    return rows, last_query, begin, full_begin, full_end, end
 
 
 @triton.jit
@@ -1476,13 +1456,11 @@ def own_values(own_desc, xsa_ptr, row, head, N, H, D: tl.constexpr, BLOCK_Q: tl.
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_kernel(
     q_desc, own_desc, y_desc, k_desc, v_desc, starts_ptr, xsa_ptr, lse_ptr, share_ptr, N, H, window, scale,
-    XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of one head: y, the logsumexp of scores, in base 2, and, for XSA, share = y.v / v.v."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
-    rows = row + tl.arange(0, BLOCK_Q)
-    begin, full_begin, full_end, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
-    first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
+    rows, first, begin, full_begin, full_end, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     q = q_desc.load([row, head * D_QK])
     row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
@@ -1500,7 +1478,7 @@ def attention_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])
         row_max = new_max
     y, by_head = acc / row_sum[:, None], head.to(tl.int64) * N + rows
-    if XSA:
+    if xsa_ptr is not None:
         own, square, t = own_values(own_desc, xsa_ptr, row, head, N, H, D, BLOCK_Q)
         share = tl.sum(y * own, 1) / tl.maximum(square, 1e-8)
         tl.store(share_ptr + by_head, share, mask=rows < N)
@@ -1521,18 +1499,16 @@ def attention_kernel(
 def attention_backward_q_kernel(
     q_desc, own_desc, y_desc, grad_y_desc, grad_q_desc, k_desc, v_desc, starts_ptr, xsa_ptr, lse_ptr, share_ptr,
     delta_ptr, before_xsa_ptr, grad_xsa_ptr, factors_ptr, N, H, window, scale,
-    XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of a head: gradients of q and gates; for the next kernel delta, dy (before_xsa) and factors."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
-    rows = row + tl.arange(0, BLOCK_Q)
-    begin, full_begin, full_end, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
-    first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
+    rows, first, begin, full_begin, full_end, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     by_head = head.to(tl.int64) * N + rows
     q, y, grad_y = q_desc.load([row, head * D_QK]), y_desc.load([row, head * D]), grad_y_desc.load([row, head * D])
     delta = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1)
     tl.store(delta_ptr + by_head, delta, mask=rows < N)
-    if XSA:
+    if xsa_ptr is not None:
         own, square, t = own_values(own_desc, xsa_ptr, row, head, N, H, D, BLOCK_Q)
         share, along = tl.load(share_ptr + by_head, mask=rows < N, other=0.0), tl.sum(grad_y.to(tl.float32) * own, 1)
         r = t * along / tl.maximum(square, 1e-8)
@@ -1562,13 +1538,11 @@ def attention_backward_q_kernel(
 def attention_backward_kv_kernel(
     q_desc, grad_y_desc, k_desc, v_desc, own_y_desc, own_grad_y_desc, grad_k_desc, grad_v_desc, ends_ptr, lse_ptr,
     delta_ptr, factors_ptr, N, H, window, scale,
-    XSA: tl.constexpr, D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_K keys of one head: the gradients of k and v. Scores are (keys, queries), as both products read them."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_K, tl.program_id(1), scale * LOG2_E
-    rows = row + tl.arange(0, BLOCK_K)
-    begin, full_begin, full_end, end = query_range(ends_ptr, row, N, window, BLOCK_Q, BLOCK_K)
-    last = tl.minimum(tl.load(ends_ptr + rows, mask=rows < N, other=0) - 1, rows + window)
+    rows, last, begin, full_begin, full_end, end = query_range(ends_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     lse_ptr += head.to(tl.int64) * N
     delta_ptr += head.to(tl.int64) * N
     k, v = k_desc.load([row, head * D_QK]), v_desc.load([row, head * D])
@@ -1586,7 +1560,7 @@ def attention_backward_kv_kernel(
         grad_p = tl.dot(v, grad_y.T)  # here, so that it and the product above run back to back, with one wait
         grad_k = tl.dot((p * (grad_p - delta[None, :])).to(q.dtype), q, grad_k)
     grad_k_desc.store([row, head * D_QK], (grad_k * scale).to(grad_k_desc.dtype))
-    if XSA:
+    if factors_ptr is not None:  # XSA
         factors_ptr += head.to(tl.int64) * N + rows
         grad_v += tl.load(factors_ptr, mask=rows < N, other=0.0)[:, None] * own_grad_y_desc.load([row, head * D])
         grad_v += tl.load(factors_ptr + H * N, mask=rows < N, other=0.0)[:, None] * own_y_desc.load([row, head * D])
@@ -1615,7 +1589,7 @@ class CausalSelfAttention(torch.autograd.Function):
         (N, H, D_QK), tiles = q.shape, ATTENTION_TILES
         y, lse = v.new_empty(v.shape), q.new_empty(H, N, dtype=torch.float32)
         xsa, share = (None, None) if xsa is None else (xsa.contiguous(), torch.empty_like(lse))
-        ctx.sizes, ctx.options = (N, H, window, scale), dict(XSA=xsa is not None, D_QK=D_QK, D=v.size(2))
+        ctx.sizes, ctx.options = (N, H, window, scale), dict(D_QK=D_QK, D=v.size(2))
         descs = *attention_tiles(tiles["BLOCK_Q"], q, v, y), *attention_tiles(tiles["BLOCK_K"], k, v)
         attention_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
             *descs, starts, xsa, lse, share, *ctx.sizes, **ctx.options, **tiles
@@ -1682,9 +1656,7 @@ def copy_kernel(
 ):
     """The sums of BLOCK_Q queries. Where no target matches, the sum of exponentials is taken to be 1e-30."""
     row = tl.program_id(0) * BLOCK_Q
-    rows = row + tl.arange(0, BLOCK_Q)
-    begin, _, _, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
-    first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
+    rows, first, begin, _, _, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     q, target = q_desc.load([row, 0]), tl.load(targets_ptr + rows, mask=rows < N, other=-1)
     row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     row_sum, matching = tl.zeros((BLOCK_Q,), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
@@ -1709,11 +1681,10 @@ def copy_backward_kernel(
 ):  # fmt: skip
     """The gradient of BLOCK queries, sum_s dscore(t, s) k_s, or of BLOCK keys, sum_t dscore(t, s) q_t."""
     row = tl.program_id(0) * BLOCK
-    rows = row + tl.arange(0, BLOCK)
     if OF_QUERIES:
-        begin, _, _, end = key_range(starts_ptr, row, N, window, BLOCK, BLOCK)
+        rows, _, begin, _, _, end = key_range(starts_ptr, row, N, window, BLOCK, BLOCK)
     else:
-        begin, _, _, end = query_range(ends_ptr, row, N, window, BLOCK, BLOCK)
+        rows, _, begin, _, _, end = query_range(ends_ptr, row, N, window, BLOCK, BLOCK)
     own, target = own_desc.load([row, 0]), tl.load(targets_ptr + rows, mask=rows < N, other=-1)[:, None]
     acc = tl.zeros((BLOCK, D), tl.float32)
     for col in range(begin, end, BLOCK):
@@ -1837,10 +1808,10 @@ def compiler(enabled: bool) -> Callable:
     # A function is compiled once for each kind of layer in each stage: more often than Dynamo's limit of 8 allows.
     torch._dynamo.config.recompile_limit = 64
     # A warm start finds graphs on the disk by their code, that of our autograd functions included, but of our operators
-    # by the names alone: the tag adds what register_fake says of their results.
+    # by the names alone: the tag adds the types and shapes of their results.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
-    fakes = [text.split("\n\n\n")[0] for text in Path(__file__).read_text().split(".register_fake\n")[1:]]
-    torch.compiler.config.cache_key_tag = hashlib.sha256("".join(fakes).encode()).hexdigest()
+    operators = [text.split("\n\n\n")[0] for text in Path(__file__).read_text().split("\n@operator")[1:]]
+    torch.compiler.config.cache_key_tag = hashlib.sha256("".join(operators).encode()).hexdigest()
     # The processes that compile Triton's code take seconds to start, and kernels wait for them.
     importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
     # Compiling makes millions of objects that live on; Python's default garbage collection takes 5 % of its time.
@@ -1990,7 +1961,7 @@ class MicroBatch(NamedTuple):
 
 
 class GPT(nn.Module):
-    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits.
+    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch.
 
     Initial values: head normal, std 0.005; embed its transpose; attention banks and W_fc uniform with std 0.5 C^-0.5;
     value embeddings normal, std 0.01; copy_qk normal, std C^-0.5; the first matrices of gate networks uniform in
@@ -2041,21 +2012,13 @@ class GPT(nn.Module):
             self.embed.copy_(self.head.T)
         longest = max(hp.val_batch_size, *(stage.tokens for stage in hp.stages)) // MICRO_BATCHES
         self.yarn = Yarn(hp.head_dim, 2 * max(longest, hp.micro_batch_tokens), device)  # 2: pairs of heads interleaved
-        region = compiler(compile)
-        self.embed_inputs = region(embed_inputs)
-        self.join = region(join)
-        self.normed_input = region(normed_input)
-        self.gate_network = region(gate_network)
-        self.attention_inputs = region(attention_inputs)
-        self.layer_outputs = region(layer_outputs)
-        self.copy_inputs = region(copy_inputs)
-        self.head_losses = region(head_losses)
-        self.fp8_weights = region(fp8_weights)
+        compiled, regions = compiler(compile), (join, embed_inputs, gate_network, normed_input, attention_inputs)
+        for function in (*regions, layer_outputs, copy_inputs, head_losses, fp8_weights):
+            setattr(self, function.__name__, compiled(function))  # self.join, self.embed_inputs, ...
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by name; for the n-grams, whose table the optimizer holds, an empty tensor of its shape."""
-        ngrams = torch.empty(self.ngram_shape, dtype=self.embed.dtype, device="meta")
-        return dict(self.named_parameters(), ngrams=ngrams)
+        return dict(self.named_parameters(), ngrams=self.embed.new_empty(self.ngram_shape, device="meta"))
 
     def pairs_of_heads(self) -> tuple[Tensor, ...]:
         """Of each attention layer H / 2 pairs of heads of W_q, then of W_k, (H, 2, D, C); then what pads the bank."""
@@ -2114,17 +2077,14 @@ class GPT(nn.Module):
         left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)  # how many of its document follow
         by_position = [x, batch.targets, left]
         if len(self.copy_qk):
-            q, k, sentinel = self.copying(x, scalars)
+            gain, bias = *scalars["copy_gain"], *scalars["copy_sentinel"]
+            q, k, sentinel = self.copy_inputs(x, self.copy_qk, self.copy_sentinel, gain, bias)
             by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
         args = target_weights, batch.classes, len(self.embed), fp8_grad_scale
         chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
         losses = [self.head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
         return torch.cat(losses) if head_chunk else losses[0]
-
-    def copying(self, x: Tensor, scalars: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        """copy_inputs of the last row's output x (T, C), with the model's parameters."""
-        return self.copy_inputs(x, self.copy_qk, self.copy_sentinel, *scalars["copy_gain"], *scalars["copy_sentinel"])
 
     def output(
         self, batch: MicroBatch, windows: dict[str, int], scalars: dict[str, list[Tensor]], fp8_grad_scale: float | None
@@ -2165,25 +2125,6 @@ class GPT(nn.Module):
             if layer.keep:
                 kept[layer.keep] = x
         return self.join(x, mlp_out, before)
-
-    def logits(self, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
-        """Of these positions only, (positions, V) float32, softcapped as in the loss; beyond vocab_size meaningless.
-
-        With copying, log probabilities: a mixture of the model's own and of the tokens that it copies, see copy_scores.
-        """
-        scalars = self.named_scalars()
-        x = self.output(batch, windows, scalars, None)
-        rows = torch.arange(len(x), device=x.device)[positions]
-        z = softcapped(norm(x[rows]) @ self.head)
-        if not len(self.copy_qk):
-            return z
-        q, k, sentinel = self.copying(x, scalars)
-        scores = copy_scores(q, k, batch.documents, self.copy_window, rows.reshape(-1)).view(*rows.shape, -1)
-        sentinel, every = sentinel[rows], scores.logsumexp(-1)
-        total = torch.logaddexp(sentinel, every)[..., None]
-        p = z.softmax(-1) * (sentinel[..., None] - total).exp()
-        copied = (scores - total).exp()
-        return p.scatter_add_(-1, batch.targets.long().expand_as(copied), copied).log()
 
 
 # ======================================================================================================================
@@ -2273,13 +2214,6 @@ def cpu_scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32)
 
 
-def lr_multipliers(row: Row, slice: Tensor, first: int) -> Tensor:
-    """A row's lr for a slice that begins at index `first`: (1, 1, ...), or (n, 1, ...) where several lr take turns."""
-    n = len(slice) if len(row.lr) > 1 else 1
-    lr = [row.lr[(first + i) % len(row.lr)] for i in range(n)]
-    return torch.tensor(lr, device=slice.device).view(n, *[1] * (slice.dim() - 1))
-
-
 class Algorithm:
     """State and step of a parameter's slice, which begins at index `first` of the parameter.
 
@@ -2289,8 +2223,11 @@ class Algorithm:
     states: tuple[str, ...] = ()  # attributes that checkpoints keep: tensors and counts
     row_states: tuple[str, ...] = ()  # those with as many rows as the n-grams' table, in files of their own
 
-    def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor):
+    def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, first: int):
         self.row, self.hp, self.p = row, hp, slice
+        n = len(slice) if len(row.lr) > 1 else 1  # multipliers are (1, 1, ...), or (n, 1, ...) where several take turns
+        lr = [row.lr[(first + i) % len(row.lr)] for i in range(n)]
+        self.multipliers = torch.tensor(lr, device=slice.device).view(n, *[1] * (slice.dim() - 1))
         self.average = torch.zeros_like(slice, dtype=torch.float32) if row.averaged and hp.average_frac else None
 
     def reset(self) -> None:
@@ -2308,10 +2245,9 @@ class Adam(Algorithm):
     states = ("m", "v", "updates", "average")
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
-        super().__init__(row, hp, slice)
-        self.apply, self.multipliers = compiled(adam_update), lr_multipliers(row, slice, first)
+        super().__init__(row, hp, slice, first)
+        self.apply, self.updates = compiled(adam_update), 0
         self.m, self.v = (torch.zeros_like(slice, dtype=torch.float32) for _ in range(2))
-        self.updates = 0
 
     def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
         self.updates += 1
@@ -2329,7 +2265,7 @@ class NorMuon(Algorithm):
     states = ("m", "second_moment", "low_bits", "average")
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
-        super().__init__(row, hp, slice)
+        super().__init__(row, hp, slice, first)
         self.look_ahead, self.apply = compiled(nesterov), compiled(normuon_update)
         N, rows, columns = slice.shape
         self.m = torch.zeros_like(slice, dtype=torch.float32)
@@ -2338,7 +2274,7 @@ class NorMuon(Algorithm):
         self.low_bits = torch.zeros_like(slice, dtype=torch.uint16) if slice.dtype == torch.bfloat16 else None
         # An orthogonal matrix has entries of mean square 1 / max(rows, columns). A tall one takes larger steps, as in
         # Muon: those of the MLPs, both stored (F, C), step by lr times sqrt(F / C).
-        self.multipliers = lr_multipliers(row, slice, first) * max(1, rows / columns) ** 0.5
+        self.multipliers *= max(1, rows / columns) ** 0.5
 
     def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
         lr = self.hp.muon_lr * lr_factor
@@ -2349,13 +2285,6 @@ class NorMuon(Algorithm):
         return grad
 
 
-class RowGradient(NamedTuple):
-    """Gradient of a rank's share of the n-grams' table: the rows (n,) where it is not zero, and its values (n, C)."""
-
-    rows: Tensor
-    values: Tensor
-
-
 class RowAdam(Algorithm):
     """For the n-grams' table, row by row: see update_rows_reference."""
 
@@ -2363,12 +2292,11 @@ class RowAdam(Algorithm):
     row_states = ("p", "v", "last")
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
-        super().__init__(row, hp, slice)
+        super().__init__(row, hp, slice, first)
         self.v = slice.new_zeros(len(slice), dtype=torch.promote_types(slice.dtype, torch.float32))
-        self.last = slice.new_zeros(len(slice), dtype=torch.int32)
-        self.updates = 0
+        self.last, self.updates = slice.new_zeros(len(slice), dtype=torch.int32), 0
 
-    def update(self, grad: RowGradient, lr_factor: float, momentum: float) -> Tensor:
+    def update(self, grad: tuple[Tensor, Tensor], lr_factor: float, momentum: float) -> Tensor:
         self.updates += 1
         beta2, lr = self.row.betas[1], self.hp.adam_lr * lr_factor * self.row.lr[0]
         corrected = lr * (1 - beta2**self.updates) ** 0.5
@@ -2376,9 +2304,6 @@ class RowAdam(Algorithm):
         rates = self.updates, beta2, corrected, decay, self.hp.adam_eps
         mean_squares = update_rows(self.p, self.v, self.last, *grad, *rates)
         return F.pad(mean_squares, (0, 1))  # a zero more: a step may move none of this rank's rows
-
-
-ALGORITHMS = {"adam": Adam, "normuon": NorMuon, "rowwise": RowAdam}
 
 
 class Alone:
@@ -2531,8 +2456,9 @@ class RowCache(Alone):
         self.exchange = exchange
         self.fetch(exchange, self.p[: sum(exchange.taken)])
 
-    def reduced(self) -> RowGradient:
-        return RowGradient(self.exchange.rows, self.grad[: len(self.exchange.rows)])
+    def reduced(self) -> tuple[Tensor, Tensor]:
+        """Of this rank's share: the rows (n,) where the gradient is not zero, and its values (n, C)."""
+        return self.exchange.rows, self.grad[: len(self.exchange.rows)]
 
     def clear(self, grad: Tensor, whole: bool = False) -> None:
         rows = len(grad) if whole else sum(self.exchange.taken)
@@ -2558,7 +2484,7 @@ class ShardedRowCache(RowCache):
         self.received = values.new_empty(sum(given), values.shape[1])
         self.work = dist.all_to_all_single(self.received, values, given, taken, async_op=True)
 
-    def reduced(self) -> RowGradient:
+    def reduced(self) -> tuple[Tensor, Tensor]:
         self.work.wait()
         rows, asked, taken, given = self.exchange
         total = self.grad.new_zeros(len(rows), self.grad.shape[1])
@@ -2567,7 +2493,7 @@ class ShardedRowCache(RowCache):
         for places, values in zip(asked.split(given), parts, strict=True):
             total.index_add_(0, places, values.to(total.dtype))
         self.received = self.grad = None
-        return RowGradient(rows, total)
+        return rows, total
 
 
 def as_stack(p: Tensor) -> Tensor:
@@ -2594,7 +2520,8 @@ class Slot:
         self.communication = policy(p.data.view(self.shape), world)
         slice = self.communication.slice
         first = world.rank * len(slice) if row.sharded else 0
-        self.algorithm = ALGORITHMS[row.algorithm](row, hp, slice, compiled, first)
+        algorithm = {"adam": Adam, "normuon": NorMuon, "rowwise": RowAdam}[row.algorithm]
+        self.algorithm = algorithm(row, hp, slice, compiled, first)
 
 
 class Optimizer:
@@ -2842,10 +2769,7 @@ def unique(rows: np.ndarray) -> np.ndarray:
 
 
 def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray) -> tuple[np.ndarray, list]:
-    """Slots of the rows that `rank` looks up, in their shape, and its Exchange's fields, from what each rank looks up.
-
-    places: scratch memory, one int32 for each row of the table.
-    """
+    """Slots of the rows that `rank` looks up, in their shape, and its Exchange's fields; places (rows,): scratch."""
 
     def found_in(rows, different):  # index of each row among the different ones; a binary search would be slower
         places[different] = np.arange(len(different), dtype=places.dtype)
@@ -2884,15 +2808,6 @@ def make_micro_batches(
         arrays += [part, *(sorting_order(a) if learns else a[:0].ravel() for a in (part, arrays[0]))]
         batches.append(MicroBatch.of([*to_device(arrays, world.device), *classes]))
     return batches, Exchange(*to_device(indices, world.device), taken, given)
-
-
-def make_micro_batch(
-    tokens: np.ndarray, ends: np.ndarray, canonical: np.ndarray, rows: int, device: torch.device
-) -> MicroBatch:
-    """A micro-batch for a model that has all `rows` of the n-grams' table; tokens and ends as in join_micro_batches."""
-    arrays = inputs, _, starts, _ = next(join_micro_batches([(tokens, ends)], 1))
-    slots = ngram_rows(canonical[inputs], starts, rows)
-    return MicroBatch.of(to_device([*arrays, slots, sorting_order(slots), sorting_order(inputs)], device))
 
 
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:

@@ -38,7 +38,7 @@ from tokenize_text import encoding_from, utf8
 from torch import Tensor
 
 import train_gpt
-from train_gpt import GPT, Hyperparameters, Trainer, TrainingSchedule, UserError, World
+from train_gpt import GPT, Hyperparameters, MicroBatch, Trainer, TrainingSchedule, UserError, World
 
 SMALL = 256  # a model of this width or less has so little to do that threads only wait for each other
 
@@ -62,6 +62,37 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Hyp
     return model, schedule.hp, schedule.val_windows(step)
 
 
+def make_micro_batch(
+    tokens: np.ndarray, ends: np.ndarray, canonical: np.ndarray, rows: int, device: torch.device
+) -> MicroBatch:
+    """A micro-batch for a model that has all `rows` of the n-grams' table; tokens and ends as in join_micro_batches."""
+    arrays = inputs, _, starts, _ = next(train_gpt.join_micro_batches([(tokens, ends)], 1))
+    slots = train_gpt.ngram_rows(canonical[inputs], starts, rows)
+    orders = map(train_gpt.sorting_order, (slots, inputs))
+    return MicroBatch.of(train_gpt.to_device([*arrays, slots, *orders], device))
+
+
+def logits_of(model: GPT, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
+    """Of these positions only, (positions, V) float32, softcapped as in the loss; beyond vocab_size meaningless.
+
+    With copying, log probabilities: a mixture of the model's own and of the tokens that it copies, see copy_scores.
+    """
+    scalars = model.named_scalars()
+    x = model.output(batch, windows, scalars, None)
+    rows = torch.arange(len(x), device=x.device)[positions]
+    z = train_gpt.softcapped(train_gpt.norm(x[rows]) @ model.head)
+    if not len(model.copy_qk):
+        return z
+    gain, bias = *scalars["copy_gain"], *scalars["copy_sentinel"]
+    q, k, sentinel = model.copy_inputs(x, model.copy_qk, model.copy_sentinel, gain, bias)
+    scores = train_gpt.copy_scores(q, k, batch.documents, model.copy_window, rows.reshape(-1)).view(*rows.shape, -1)
+    sentinel, every = sentinel[rows], scores.logsumexp(-1)
+    total = torch.logaddexp(sentinel, every)[..., None]
+    p = z.softmax(-1) * (sentinel[..., None] - total).exp()
+    copied = (scores - total).exp()
+    return p.scatter_add_(-1, batch.targets.long().expand_as(copied), copied).log()
+
+
 @torch.no_grad()
 def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, top_k=0, seed=0) -> Iterator[int]:
     """What follows a document's tokens, one by one, with BOS at the end. Temperature 0: the likeliest; top_k 0: all."""
@@ -72,8 +103,9 @@ def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, 
         n, fill = len(seen), -len(seen) % 16 * [hp.bos]  # a document behind it, which it does not see: whole tiles
         ends = np.array([0, n, n + len(fill)])
         tokens_and_next = np.array([*seen, *fill, 0])
-        batch = train_gpt.make_micro_batch(tokens_and_next, ends, canonical, hp.ngram_rows, model.head.device)
-        z, ids = model.logits(batch, windows, n - 1)[: hp.vocab_size].double().cpu().topk(count if temperature else 1)
+        batch = make_micro_batch(tokens_and_next, ends, canonical, hp.ngram_rows, model.head.device)
+        z = logits_of(model, batch, windows, n - 1)[: hp.vocab_size].double()
+        z, ids = z.cpu().topk(count if temperature else 1)
         drawn = torch.multinomial((z - z[0]).div(temperature or 1).softmax(-1), 1, generator=draws)
         yield (tokens := [*tokens, ids[drawn].item()])[-1]
 

@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,15 @@ def pytest_collection_modifyitems(items):
 def pytest_assertrepr_compare(op, left, right):
     """What test_faults's Result, and whatever else has a method for it, knows about why it is not equal."""
     return ["they differ:", *left.differences(right)] if op == "==" and hasattr(left, "differences") else None
+
+
+@cache
+def records_sample():
+    """records/sample.py, under another name: data/sample.py is a module that tests import."""
+    spec = spec_from_file_location("records_sample", ROOT / "records" / "sample.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def rows_in_use():

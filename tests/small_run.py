@@ -100,11 +100,12 @@ def record_gradients(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
     return gradients
 
 
-def spread(gradient: train_gpt.RowGradient, rows: int) -> torch.Tensor:
+def spread(gradient: tuple[torch.Tensor, torch.Tensor], count: int) -> torch.Tensor:
     """As a dense one, with zeros where there is no row."""
-    rows = gradient.values.new_zeros(rows, gradient.values.shape[1])
-    rows[gradient.rows] = gradient.values
-    return rows
+    rows, values = gradient
+    dense = values.new_zeros(count, values.shape[1])
+    dense[rows] = values
+    return dense
 
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import edit_run
 import numpy as np
 import pytest
 import torch
+from conftest import records_sample
 from test_edits import EDITS, edited
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -198,7 +199,8 @@ def test_the_products_are_those_that_a_forward_pass_computes(programs, name, mon
     run = run_of(program, *SMALL)
     model = program.GPT(run.hp, torch.device("cpu"), torch.float32)
     tokens = np.random.randint(300, size=T + 1)
-    batch = program.make_micro_batch(tokens, np.array([0, T]), np.arange(65536), run.hp.ngram_rows, torch.device("cpu"))
+    make_micro_batch, cpu = records_sample().make_micro_batch, torch.device("cpu")
+    batch = make_micro_batch(tokens, np.array([0, T]), np.arange(65536), run.hp.ngram_rows, cpu)
     model.ngrams = torch.zeros(model.ngram_shape)
     monkeypatch.setattr(program, "linear_relu2", program.linear_relu2_reference)  # nobody looks into an operator
     monkeypatch.setattr(program, "attend", lambda q, k, v, *rest: v)  # counted by themselves

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import small_run
 import torch
+from conftest import records_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_files import BOS, text_of, write_shard
@@ -23,7 +24,6 @@ from train_gpt import (
     UserError,
     World,
     canonical_tokens,
-    make_micro_batch,
     read_vocabulary,
     validation_batches,
 )
@@ -456,7 +456,8 @@ def test_a_micro_batch_can_hold_thousands_of_documents_of_one_token(tmp_path):
 
 def micro_batch_of(lengths):
     tokens = np.array([*text_of(lengths), BOS], dtype=np.uint16)
-    return make_micro_batch(tokens, np.array([0, *accumulate(lengths)]), np.arange(65536), 64, torch.device("cpu"))
+    ends, canonical = np.array([0, *accumulate(lengths)]), np.arange(65536)
+    return records_sample().make_micro_batch(tokens, ends, canonical, 64, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("T", [1, 300, 16_384, 49_152, 262_144])

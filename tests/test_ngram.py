@@ -251,7 +251,7 @@ def test_rows_follow_the_plain_optimizer_over_many_updates_between_which_some_re
         chosen = torch.randperm(N - 5, generator=generator)[: (12, 1, 0, 30)[n % 4]].sort().values
         values = torch.randn(len(chosen), C, generator=generator) * 10.0 ** -(n % 5)
         factor = 1 - 0.02 * n
-        gradient = train_gpt.RowGradient(chosen.int().to(device), values.to(device))
+        gradient = chosen.int().to(device), values.to(device)
         with poisoned_memory():
             squares = algorithm.update(gradient, factor, 0.9)
         before = plain.p.copy()
@@ -334,7 +334,7 @@ def test_lookups_that_collide_add_up_and_the_update_sees_their_sum(tmp_path, mon
     def seen_and_kept():
         rows, values = reduced()
         seen.append((rows, values.clone()))  # the cache's own, cleared later
-        return train_gpt.RowGradient(rows, values)
+        return rows, values
 
     monkeypatch.setattr(trainer.ngrams.communication, "reduced", seen_and_kept)
     ((_, batch, _),) = steps_of(trainer, 0, 1)

@@ -1,6 +1,5 @@
 """A trained model, loaded again and asked to write: records/sample.py."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,15 +14,13 @@ import numpy as np
 import pytest
 import small_run
 import torch
+from conftest import records_sample
 
 import train_gpt
 from train_gpt import BetweenSteps, Log, Trainer, UserError, World
 
 ROOT = Path(train_gpt.__file__).resolve().parent
-# Under another name: data/sample.py is a module that other tests import.
-spec = importlib.util.spec_from_file_location("records_sample", ROOT / "records" / "sample.py")
-sample = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sample)
+sample = records_sample()
 load_model, generate = sample.load_model, sample.generate
 
 STEPS = small_run.STEPS
@@ -156,11 +153,11 @@ def test_a_checkpoint_of_another_program_is_refused_by_name(last, tmp_path, chan
 def by_hand(model, hp, windows, tokens, count):
     """The likeliest next token, `count` times, of the logits of the text and nothing else."""
     for _ in range(count):
-        batch = train_gpt.make_micro_batch(
+        batch = sample.make_micro_batch(
             np.array([*tokens, 0]), np.array([0, len(tokens)]), train_gpt.canonical_tokens(hp), hp.ngram_rows, CPU
         )
         with torch.no_grad():
-            logits = model.logits(batch, windows)
+            logits = sample.logits_of(model, batch, windows)
         tokens = [*tokens, logits[-1, : hp.vocab_size].argmax().item()]
     return tokens[-count:]
 
@@ -195,11 +192,11 @@ def test_a_seed_gives_the_same_tokens_again_and_another_one_others(loaded):
 
 def test_tokens_are_drawn_as_often_as_temperature_and_top_k_say(loaded):
     model, hp, windows = loaded
-    batch = train_gpt.make_micro_batch(
+    batch = sample.make_micro_batch(
         np.array([hp.bos, 0]), np.array([0, 1]), train_gpt.canonical_tokens(hp), hp.ngram_rows, CPU
     )
     with torch.no_grad():
-        p, likeliest = model.logits(batch, windows, 0)[: hp.vocab_size].double().topk(3)
+        p, likeliest = sample.logits_of(model, batch, windows, 0)[: hp.vocab_size].double().topk(3)
     p = (p / 0.5).softmax(-1).tolist()
     count = 600
     drawn = [next(generate(*loaded, [hp.bos], temperature=0.5, top_k=3, seed=seed)) for seed in range(count)]
