@@ -389,13 +389,6 @@ def parse_arguments(arguments: list[str], has_gpu: bool, gpu_memory: float = mat
     return hp, overrides
 
 
-def help_text() -> str:
-    """The usage lines and every hyperparameter with its default."""
-    lines = [f"  --{name}={field.default}" for name, field in SETTINGS.items()]
-    usage = (__doc__ or "python train_gpt.py [--name=value ...]").strip()  # python -OO has no docstrings
-    return "\n".join([*usage.splitlines()[:7], "Hyperparameters and their defaults:", *lines])
-
-
 def parse_value(name: str, text: str) -> object:
     """The text of --name=text as the type of the setting."""
     kind = SETTINGS[name].type
@@ -3278,16 +3271,13 @@ class Trainer:
         return now.val_losses
 
     def check_gradients(self, log: "Log", lag: int) -> None:
-        """Raises UserError if a gradient, of all but the last `lag` steps, is not finite; first saves what there is."""
+        """Raises UserError if a gradient, of all but the last `lag` steps, is not finite; first saves the states."""
         while len(self.optimizer.largest) > lag:
             step, names, values = self.optimizer.largest.popleft()
             bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
-            if not bad:
-                continue
-            more = f" (nor those of {len(bad) - 1} more parameters: the forward pass is not)" if bad[1:] else ""
-            told = f"the gradient of {bad[0]} in step {step + 1} is not finite{more}"
-            checks = import_tool("checks")
-            raise UserError(told + (checks.save_nonfinite(self, log.path, step, bad) if checks else ""))
+            if bad:
+                told, checks = f"the gradient of {bad[0]} in step {step + 1} is not finite", import_tool("checks")
+                raise UserError(told + (checks.save_nonfinite(self, log.path, step, bad) if checks else ""))
 
 
 class BetweenSteps:
@@ -3432,25 +3422,15 @@ class Unguarded:
         raise error
 
 
-def text_instead(arguments: list[str]) -> Callable[[], str] | None:
-    """What makes the text that --help and --describe print instead of a run; None for a run."""
-    if {"-h", "--help"} & {*arguments}:
-        return help_text
-    if not {"--describe", "--describe=true", "--describe=1"} & {argument.lower() for argument in arguments}:
-        return None
-    hp, _ = parse_arguments(arguments, has_gpu=True)  # the speedrun's unless told: it is looked at elsewhere
-    return lambda: import_tool("describe", "--describe").text(sys.modules[__name__], hp)
-
-
 def main(arguments: list[str]) -> None:
     """A whole run; or, for --bench and --profile, a look at its steps, and for --help and --describe a text."""
     begin, program, guard = time.perf_counter(), sys.modules[__name__], import_tool("guard")
     watch = guard.Watch(program) if guard else Unguarded()
     watch.start()
     try:
-        if text := text_instead(arguments):
-            if watch.rank == 0:
-                print(text())
+        texts = ("-h", "--help", "--describe", "--describe=true", "--describe=1")
+        if asked := next((argument for argument in arguments if argument.lower() in texts), None):
+            import_tool("describe", asked.partition("=")[0]).show(program, arguments, watch.rank)
             watch.close()
             return
 

@@ -370,7 +370,7 @@ def vocabulary_in_words(train_gpt: ModuleType, hp: Hyperparameters) -> str:
 
 
 def save_nonfinite(trainer: Trainer, log_path: Path, step: int, bad: list[str]) -> str:
-    """Saves what there is when gradients of a step are not finite, beside the log; returns where, or why it can't.
+    """Saves what there is when gradients of a step are not finite, beside the log; returns the end of the message.
 
     bad: the parameters of these gradients. Each rank that finds any saves its own states, a step or two later.
     """
@@ -385,4 +385,5 @@ def save_nonfinite(trainer: Trainer, log_path: Path, step: int, bad: list[str]) 
         with suppress(OSError):
             path.unlink()  # half of it would take the room that the log needs
         path = f"{path} could not be written ({error})"
-    return f"; parameters and this rank's states a step or two later: {path}"
+    more = f" (nor those of {len(bad) - 1} more parameters: the forward pass is not)" if bad[1:] else ""
+    return f"{more}; parameters and this rank's states a step or two later: {path}"

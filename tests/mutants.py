@@ -437,10 +437,6 @@ PLANTED = {
         # main
         ("a copy that stands alone ends in a stack trace", 'sys.exit(f"train_gpt.py: error: {error}")', "raise error",
          "test_errors.py test_a_copy_without_its_tools"),
-        ("every rank tells what would run", "if watch.rank == 0:", "if True:",
-         "test_describe.py test_of_several_processes"),
-        ("where there is no GPU the smoke run is told of", "parse_arguments(arguments, has_gpu=True)",
-         "parse_arguments(arguments, has_gpu=False)", "test_describe.py test_the_command_needs"),
         ("the plain log has no line that ends its header", '"\\n".join([*head, rule])', '"\\n".join(head)',
          "test_errors.py test_a_copy_alone"),
         ("every rank has a run_id of its own", "dist.broadcast_object_list(of_rank_0, src=0)", "pass",
@@ -607,6 +603,9 @@ PLANTED = {
          "for path in (Path(train_gpt.__file__), Path(__file__)):", "test_faults.py test_another_source_version"),
     ],
     "records/describe.py": [
+        ("every rank tells what would run", "if rank == 0:", "if True:", "test_describe.py test_of_several_processes"),
+        ("where there is no GPU the smoke run is told of", "parse_arguments(arguments, has_gpu=True)",
+         "parse_arguments(arguments, has_gpu=False)", "test_describe.py test_the_command_needs"),
         ("a resumed run is told of as if it began", 'train_gpt.require(not hp.resume,', 'train_gpt.require(True,',
          "test_describe.py test_a_bad_argument"),
         ("PyTorch's compiler is imported", "torch.zeros(1, *self.stack",
