@@ -18,10 +18,9 @@ Contents, in reading order (search for the banner):
     Data              shards, micro-batches, rows of n-grams, read-ahead
     Schedule          learning rate, momentum, windows, weights of targets and of averages by step
     Train             warm-up, the loop, validation, the clock
-What never runs on the clock:
-    Log               the run's log file and the terminal
     main              a run from its arguments to its end
-Checks, the guard against hangs, checkpoints, --bench, --profile, --describe and the sample of text stand in records/.
+What never runs on the clock stands in records/: checks, the guard against hangs, the log file, checkpoints, --bench,
+--profile, --describe and the sample of text. A copy of this file without them trains as well, but plainly.
 
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
 """
@@ -32,12 +31,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # CPU threads that spin whi
 
 import base64
 import ctypes
-import fcntl
 import gc
 import hashlib
 import importlib
 import math
-import socket
 import sys
 import time
 import unicodedata
@@ -392,13 +389,6 @@ def parse_arguments(arguments: list[str], has_gpu: bool, gpu_memory: float = mat
     return hp, overrides
 
 
-def help_text() -> str:
-    """The usage lines and every hyperparameter with its default."""
-    lines = [f"  --{name}={field.default}" for name, field in SETTINGS.items()]
-    usage = (__doc__ or "python train_gpt.py [--name=value ...]").strip()  # python -OO has no docstrings
-    return "\n".join([*usage.splitlines()[:7], "Hyperparameters and their defaults:", *lines])
-
-
 def parse_value(name: str, text: str) -> object:
     """The text of --name=text as the type of the setting."""
     kind = SETTINGS[name].type
@@ -409,10 +399,7 @@ def parse_value(name: str, text: str) -> object:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind == tuple[int, ...]:
             return tuple(int(part) for part in text.split(",") if part)
-        value = kind(text)
-        if kind is float and not math.isfinite(value):
-            raise ValueError
-        return value
+        return kind(text)
     except (KeyError, ValueError):
         expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "numbers as 5,10,25")
         raise UserError(f"--{name}={text}: expected {expected}") from None
@@ -422,23 +409,6 @@ def parse_value(name: str, text: str) -> object:
 # Distributed
 # ======================================================================================================================
 # One process a GPU. torchrun starts them and says in the environment which is which; they meet in its key-value store.
-
-UNDER_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher is this process's parent
-
-
-def environment_number(name: str, least: int, most: int) -> int:
-    """A number that torchrun sets, `least` where it has not. Raises UserError for anything else."""
-    text = os.environ.get(name, str(least))
-    expected = f"a whole number from {least} to {most}; torchrun sets it, and a single process needs none"
-    require(text.isdecimal() and least <= int(text) <= most, f"{name}={text!r} in the environment: expected {expected}")
-    return int(text)
-
-
-def launcher_address() -> tuple[str, int]:
-    """Host and port of the key-value store in which processes meet. Raises UserError where there is none."""
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        require(os.environ.get(name), f"{name} is missing in the environment: start several processes with torchrun")
-    return os.environ["MASTER_ADDR"], environment_number("MASTER_PORT", 1, 65535)
 
 
 def keep_freed_memory() -> None:
@@ -453,7 +423,6 @@ class World(NamedTuple):
     """This process among those of the run."""
 
     rank: int = 0
-    local_rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
 
@@ -474,38 +443,30 @@ class World(NamedTuple):
 
     @staticmethod
     def from_environment() -> "World":
-        """As torchrun describes it. Raises UserError if processes do not divide 8 or are more than a host's GPUs."""
-        size = environment_number("WORLD_SIZE", 1, 1_000_000)
+        """As torchrun describes it. Raises UserError if the processes do not divide 8, or for what checks.py finds."""
+        if checks := import_tool("checks"):
+            checks.check_environment(sys.modules[__name__])
+        rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        size, local_size = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         require(MICRO_BATCHES % size == 0, f"{size} processes do not divide 8 micro-batches: start 1, 2, 4 or 8")
-        rank, local_rank = (environment_number(name, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
-        local_size = environment_number("LOCAL_WORLD_SIZE", 1, size)
         gpus = torch.cuda.device_count()  # by NVML, so that CUDA has not begun yet
-        message = f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})"
-        # local_size, too: every rank must see it, for rank 0 prints the message.
-        require(not gpus or max(local_rank + 1, local_size) <= gpus, message)
         if gpus and local_size > 1:
             # Compiled code names its device. Where each rank sees but one GPU, as number 0, one cache serves all.
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
             os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank]
         if not torch.cuda.is_available():
-            if checks := import_tool("checks"):
+            if checks:
                 checks.check_no_gpu(sys.modules[__name__])
-            return World(rank, local_rank, size)
+            return World(rank, size)
         torch.cuda.init()
         seen = len(torch.cuda.default_generators)  # by CUDA: one, or all if it had begun before
-        return World(rank, local_rank, size, torch.device("cuda", min(local_rank, seen - 1)))
+        return World(rank, size, torch.device("cuda", min(local_rank, seen - 1)))
 
     def start(self) -> None:
-        """Joins the other processes (NCCL on GPUs, gloo on CPUs). Raises UserError when the launcher is gone."""
+        """Joins the other processes: NCCL on GPUs, gloo on CPUs."""
         if self.on_gpu:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            if UNDER_TORCHRUN:  # if its store is gone, init_process_group would try for the whole timeout
-                address = launcher_address()
-                try:
-                    socket.create_connection(address, timeout=20).close()
-                except OSError as error:
-                    raise UserError(f"the launcher does not answer at {address[0]}:{address[1]} ({error})") from None
             backend, device = ("nccl", self.device) if self.on_gpu else ("gloo", None)
             # A long timeout, for ranks that compile at different speeds; a rank's death torchrun sees at once.
             dist.init_process_group(backend, device_id=device, timeout=timedelta(minutes=30))
@@ -527,14 +488,9 @@ def choose_dtype(hp: Hyperparameters, world: World) -> torch.dtype:
     return getattr(torch, name)
 
 
-def use_fp8(hp: Hyperparameters, world: World) -> tuple[bool, str]:
-    """Whether training's products run in FP8, all or the head's alone; and if not, what they run in and why."""
-    if hp.fp8 == "off":
-        return False, "the parameters' type (--fp8=off)"
-    if not world.on_gpu:
-        return False, "the parameters' type (no GPU)"
-    major, minor = torch.cuda.get_device_capability(world.device)
-    return (major, minor) >= (8, 9), f"bf16 (compute capability {major}.{minor} has no FP8, it takes 8.9)"
+def use_fp8(hp: Hyperparameters, world: World) -> bool:
+    """Whether training's products run in FP8, all or the head's alone: where they may and the GPU can."""
+    return hp.fp8 != "off" and world.on_gpu and torch.cuda.get_device_capability(world.device) >= (8, 9)
 
 
 # ======================================================================================================================
@@ -3119,7 +3075,7 @@ class Trainer:
         self.optimizer = Optimizer(self.model, hp, world, self.schedule.untie_step, compile)
         self.ngrams = self.optimizer.slots["ngrams"]
         self.grad_scale = hp.grad_scale / MICRO_BATCHES
-        self.fp8_grad_scale = self.grad_scale if use_fp8(hp, world)[0] else None
+        self.fp8_grad_scale = self.grad_scale if use_fp8(hp, world) else None
         weights = map(self.schedule.target_weights, range(hp.total_steps))
         self.target_weights = [torch.tensor(row, device=world.device) for row in weights]  # by step, copied once
         self.stage_index = 0
@@ -3230,25 +3186,13 @@ class Trainer:
         return now.val_losses
 
     def check_gradients(self, log: "Log", lag: int) -> None:
-        """Raises UserError if a gradient, of all but the last `lag` steps, is not finite; first saves what there is."""
+        """Raises UserError if a gradient, of all but the last `lag` steps, is not finite; first saves the states."""
         while len(self.optimizer.largest) > lag:
             step, names, values = self.optimizer.largest.popleft()
             bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
-            if not bad:
-                continue
-            path = log.path.with_name(f"{self.hp.run_id}_nonfinite_rank{self.world.rank}.pt")
-            slots = self.optimizer.slots.items()
-            states = {f"{n}.{key}": getattr(s.algorithm, key) for n, s in slots for key in s.algorithm.states}
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)  # on another host than rank 0's it may be missing
-                torch.save(dict(step=step + 1, bad=bad, model=dict(self.model.state_dict()), states=states), path)
-            except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
-                with suppress(OSError):
-                    path.unlink()  # half of it would take the room that the log needs
-                path = f"{path} could not be written ({error})"
-            more = f" (nor those of {len(bad) - 1} more parameters: the forward pass is not)" if bad[1:] else ""
-            told = f"the gradient of {bad[0]} in step {step + 1} is not finite{more}"
-            raise UserError(f"{told}; parameters and this rank's states a step or two later: {path}")
+            if bad:
+                told, checks = f"the gradient of {bad[0]} in step {step + 1} is not finite", import_tool("checks")
+                raise UserError(told + (checks.save_nonfinite(self, log.path, step, bad) if checks else ""))
 
 
 class BetweenSteps:
@@ -3340,171 +3284,41 @@ def synchronize(device: torch.device) -> None:
 
 
 # ======================================================================================================================
-# Log
-# ======================================================================================================================
-# In the form of the public speedrun's logs: the source that runs, the machine, a line a step. The file is the record
-# and loses nothing; the terminal shows the same lines as far as it can.
-
-
-class Log:
-    """The log file, and the same lines on the terminal, where a bar may stand for those of steps; rank 0's alone."""
-
-    def __init__(self, hp: Hyperparameters, world: World):
-        self.path = Path(hp.log_dir) / f"{hp.run_id}.txt"
-        self.file, self.bar, self.unwritten = None, None, b""
-        if world.rank:
-            return
-        try:
-            self._open("a+b" if hp.resume else "x+b")
-            if self.file.tell() and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
-                self.unwritten = b"\n"  # ends a line that was cut short, perhaps by a disk that still is full
-        except OSError as error:
-            told = f"{self.path}: cannot write the log ({error.strerror})"
-            raise UserError(f"{told}; give another --run_id= or --log_dir=") from None
-        if sys.stderr.isatty() and not (hp.bench or hp.profile):
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=hp.total_steps, unit="step", smoothing=0.05, dynamic_ncols=True)
-
-    def _open(self, mode: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, mode, buffering=0)  # noqa: SIM115 - for the whole run
-        try:  # the kernel takes the lock back however this process ends; on NFS it holds for all hosts
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            told = "another process is writing it: the run is going on already; wait for its end, or end it"
-            raise UserError(f"{self.path}: {told}") from None
-        except OSError:  # a file system without locks
-            pass
-
-    def write(self, text: str, console: bool = True) -> None:
-        """Writes one or more lines at once, without a buffer; what a full disk does not take is kept for later."""
-        if self.file is None:
-            return
-        told = len(self.unwritten) > 1  # has said that it can't write
-        self.unwritten += text.encode(errors="replace") + b"\n"
-        try:
-            if os.fstat(self.file.fileno()).st_nlink == 0:  # removed: what it held is still there to be copied
-                old = self.file
-                self._open("x+b")
-                old.seek(0)
-                self.unwritten = old.read() + self.unwritten
-                old.close()
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-        except OSError as error:
-            if not told:
-                message = f"cannot write the log ({error.strerror}); training goes on, the lines are kept"
-                print(f"{self.path}: {message}", file=sys.stderr, flush=True)
-        if console:
-            self.show(text)
-
-    def show(self, text: str) -> None:
-        """On the terminal alone."""
-        if self.bar is not None:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
-
-    def step(self, step: int, text: str) -> None:
-        """A training step's line; on the terminal it may be the bar's progress."""
-        self.write(text, console=self.bar is None)
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
-
-    def close(self) -> None:
-        """Ends bar and file; what could not be written comes on the terminal."""
-        if self.bar is not None:
-            self.bar.close()
-        if self.file:
-            self.file.close()
-            self.file = None
-            if self.unwritten:
-                told = self.unwritten.decode(errors="replace")
-                print(f"the end of {self.path}, not written:\n{told}", file=sys.stderr, flush=True)
-
-
-def versions() -> str:
-    """Of PyTorch, CUDA and Triton."""
-    triton_version = getattr(triton, "__version__", "none")
-    return f"PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}, Triton {triton_version}"
-
-
-def ngram_gib(hp: Hyperparameters, world: World) -> tuple[float, float]:
-    """What n-grams take of each rank, in GiB: the table with the optimizer's two numbers a row, and a step's rows."""
-    wide = hp.model_dim * choose_dtype(hp, world).itemsize
-    return hp.ngram_rows * (wide + 8) / world.size / 2**30, ngram_slots(hp, world) * (wide + 4 * hp.model_dim) / 2**30
-
-
-def summary(hp: Hyperparameters, world: World, files: dict[str, list[Path]]) -> list[str]:
-    """What runs, and on what: the lines that records/runlog.py reads. Raises UserError for a file that is no shard."""
-    schedule, (train, val) = TrainingSchedule(hp), files.values()
-    train_tokens, val_tokens = (sum(map(read_header, paths)) for paths in (train, val))
-    machine, (table, cache), (fp8, why_not) = f"{world.size} x CPU", ngram_gib(hp, world), use_fp8(hp, world)
-    if world.on_gpu:
-        free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(world.device))
-        name = torch.cuda.get_device_properties(world.device).name
-        machine = f"{world.size} x {name}, {free:.0f} of {whole:.0f} GiB free"
-    total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
-    length = f" (--length={hp.length:g}; momentum {schedule.warmup}, {schedule.cooldown})" if hp.length != 1 else ""
-    dtype, products = str(choose_dtype(hp, world)).removeprefix("torch."), "head" if hp.fp8 == "head" else "products"
-    return [
-        f"world: {machine}, {world.grad_accum_steps} micro-batches each a step, joined up to "
-        f"{hp.micro_batch_tokens:,} tokens; parameters in {dtype}, {products} in {'FP8' if fp8 else why_not}",
-        f"software: Python {sys.version.split()[0]}, {versions()}",
-        f"data: {len(train)} train shards, {train_tokens:,} tokens; "
-        f"{hp.val_tokens:,} of {val_tokens:,} validation tokens",
-        f"run: {hp.run_id}, {hp.total_steps} steps{length}, {total:,} tokens "
-        f"({total / train_tokens:.2f} of the train files)",
-        f"n-grams: {hp.ngram_rows:,} rows, which take {table:.2f} GiB of each rank; those of a step {cache:.2f}",
-        f"stages: begin at steps {' '.join(map(str, schedule.starts))}",
-    ]
-
-
-def log_header(log: Log, hp: Hyperparameters, overrides: dict[str, object]) -> None:
-    """The source that runs, the versions, the GPUs and the overrides: what it takes to repeat the run."""
-    from subprocess import getoutput
-
-    if log.file is None:
-        return
-    source, rule = Path(__file__).read_text(encoding="utf-8"), "=" * 100
-    if log.file.tell():  # it has a header
-        if os.pread(log.file.fileno(), len(source.encode()), 0) != source.encode():
-            log.write("note: train_gpt.py is not the one that this log begins with")
-        return
-    header = [source, rule, f"Running Python {sys.version}", f"Running {versions()}"]
-    if torch.cuda.is_available():
-        header.append(getoutput("timeout 30 nvidia-smi", encoding="utf-8", errors="replace"))
-    overridden = " ".join(f"--{k}={v}" for k, v in overrides.items()) or "none"
-    header.append(f"preset: {hp.preset}; overrides: {overridden}")
-    log.write("\n".join([*header, rule]), console=False)  # at once: a log has all of it or nothing
-    log.show(header[-1])
-
-
-def log_result(log: Log, trainer: Trainer, val_losses: list[float]) -> None:
-    """The end of a run: memory, losses and, of the smoke preset's model, a text. Every rank must call it."""
-    hp, world = trainer.hp, trainer.world
-    if world.on_gpu:
-        allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-        log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-        if world.size > 1:
-            by_rank: list = [None] * world.size
-            dist.all_gather_object(by_rank, allocated)
-            log.write(f"peak memory allocated by rank: {' '.join(map(str, by_rank))} MiB")
-    learned = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((val_losses[0], val_losses[-1])))
-    log.write(f"validation loss {learned} after {hp.total_steps} steps; log: {log.path}")
-    if hp.preset == "smoke":
-        trainer.model.ngrams = trainer.ngrams.communication.full(trainer.ngrams.algorithm.p)
-        # The run has ended well, though this file be a copy without records/ or the vocabulary gone by now.
-        with suppress(UserError, ImportError):
-            if world.rank == 0:
-                log.write(import_tool("sample", "the sample").log_line(trainer))
-
-
-# ======================================================================================================================
 # main
 # ======================================================================================================================
 # Check, log, meet the other ranks, warm up, run. Whatever is raised on the way ends in one line, by records/guard.py.
+# Log and Unguarded are for a copy without records/: as little as a run can do with.
+
+
+class Log:
+    """The run's lines on the terminal and in a file, rank 0's. It stands in for the LogFile of records/logfile.py."""
+
+    def __init__(self, hp: Hyperparameters, world: World):
+        self.hp, self.path, self.file = hp, Path(hp.log_dir) / f"{hp.run_id}.txt", None
+        if world.rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "a" if hp.resume else "x", encoding="utf-8")  # noqa: SIM115
+
+    def begin(self, overrides: dict[str, object], told: list[str]) -> None:
+        """The source that runs and what was given, with which it can be run again; then `told`, lines about the run."""
+        given = " ".join(f"--{name}={value}" for name, value in overrides.items()) or "none"
+        source, rule = Path(__file__).read_text(encoding="utf-8"), "=" * 100
+        head = [source, rule, f"Running PyTorch {torch.__version__}", f"preset: {self.hp.preset}; overrides: {given}"]
+        self.write("\n".join([*head, rule]), console=False)
+        self.write("\n".join(told))
+
+    def write(self, text: str, console: bool = True) -> None:
+        """Writes one or more lines."""
+        if self.file:
+            print(text, file=self.file, flush=True)
+            if console:
+                print(text, flush=True)
+
+    def step(self, step: int, text: str) -> None:
+        """Writes a training step's line."""
+        self.write(text)
+
+    result = close = lambda *_: None
 
 
 class Unguarded:
@@ -3523,32 +3337,22 @@ class Unguarded:
         raise error
 
 
-def text_instead(arguments: list[str]) -> Callable[[], str] | None:
-    """What makes the text that --help and --describe print instead of a run; None for a run."""
-    if {"-h", "--help"} & {*arguments}:
-        return help_text
-    if not {"--describe", "--describe=true", "--describe=1"} & {argument.lower() for argument in arguments}:
-        return None
-    hp, _ = parse_arguments(arguments, has_gpu=True)  # the speedrun's unless told: it is looked at elsewhere
-    return lambda: import_tool("describe", "--describe").text(sys.modules[__name__], hp)
-
-
 def main(arguments: list[str]) -> None:
     """A whole run; or, for --bench and --profile, a look at its steps, and for --help and --describe a text."""
     begin, program, guard = time.perf_counter(), sys.modules[__name__], import_tool("guard")
     watch = guard.Watch(program) if guard else Unguarded()
     watch.start()
     try:
-        if text := text_instead(arguments):
-            if watch.rank == 0:
-                print(text())
+        texts = ("-h", "--help", "--describe", "--describe=true", "--describe=1")
+        if asked := next((argument for argument in arguments if argument.lower() in texts), None):
+            import_tool("describe", asked.partition("=")[0]).show(program, arguments, watch.rank)
             watch.close()
             return
 
         # What to run, and whether it can: known in a second, before anything waits
-        world = World.from_environment()
-        if world.size > 1:
-            launcher_address()  # is there one?
+        checks, logfile, world = import_tool("checks"), import_tool("logfile"), World.from_environment()
+        if checks and world.size > 1:
+            checks.check_launcher(program)
         if not world.on_gpu:
             keep_freed_memory()
         hp, overrides = parse_arguments(arguments, world.on_gpu, world.gpu_memory)
@@ -3557,15 +3361,11 @@ def main(arguments: list[str]) -> None:
         hp, checkpoint, resumed = tool.resume(hp, overrides) if hp.resume else (hp, None, [])
         bench = import_tool("bench", "--bench" if hp.bench else "--profile") if hp.bench or hp.profile else None
         files = tool.files_of_checkpoint(hp, checkpoint) if checkpoint else files_of(hp)
-        notes = ["note: a copy without records/: nothing was checked, and nothing looks after hangs"]
-        if checks := import_tool("checks"):
-            notes = checks.check_world(program, hp, world, files)
-        told = [*summary(hp, world, files), *notes, *resumed]
-        if world.rank == 0:
-            print(*told, sep="\n", flush=True)
-        log = watch.log = Log(hp, world)
-        log_header(log, hp, overrides)
-        log.write("\n".join(told), console=False)
+        told = ["note: a copy without records/: nothing was checked, and nothing looks after hangs"]
+        if checks:
+            told = checks.check_world(program, hp, world, files)
+        log = watch.log = logfile.LogFile(program, hp, world) if logfile else Log(hp, world)
+        log.begin(overrides, [*told, *resumed])
 
         # The other ranks
         world.start()
@@ -3595,7 +3395,7 @@ def main(arguments: list[str]) -> None:
             val_losses = trainer.run(log, train_paths, val_batches.result(), progress, watch)
             if hp.save_checkpoint:
                 checkpoints.save(trainer, log)
-            log_result(log, trainer, val_losses)
+            log.result(trainer, val_losses)
         watch.close()
         world.stop()
         log.close()

@@ -196,7 +196,7 @@ class Bench:
         times = self.time_stages()
         kernels = self.profile_stages() if self.hp.profile or self.world.on_gpu else {}
         if self.hp.bench:
-            fp8, _ = self.train_gpt.use_fp8(self.hp, self.world)
+            fp8 = self.train_gpt.use_fp8(self.hp, self.world)
             dtype = self.train_gpt.choose_dtype(self.hp, self.world)
             ceilings = measure_ceilings(self.train_gpt, self.world.device, dtype, fp8)
             self.write_times(times, kernels, ceilings, fp8, start_seconds)

@@ -16,16 +16,18 @@ import os
 import shutil
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from guard import UNDER_TORCHRUN
 from torch import Tensor
 
 if TYPE_CHECKING:  # for hints alone
-    from train_gpt import Hyperparameters, World
+    from train_gpt import Hyperparameters, Trainer, World
 
 INSTALL = "pip install -r requirements.txt"
 NVIDIA_DEVICE = Path("/dev/nvidiactl")  # exists where a process may use a GPU
@@ -39,6 +41,8 @@ def check_hyperparameters(train_gpt: ModuleType, hp: Hyperparameters) -> None:
     """Raises UserError for values that could only fail later."""
     require, micro_batches = train_gpt.require, train_gpt.MICRO_BATCHES
     check_tables(train_gpt, hp)
+    for name, value in vars(hp).items():
+        require(not isinstance(value, float) or math.isfinite(value), f"--{name}={value}: expected a number")
     require(0 < hp.micro_batch_tokens <= 2**20, f"--micro_batch_tokens={hp.micro_batch_tokens}: from 1 to 2 ** 20")
     positive = "num_scheduled_iterations train_max_seq_len val_tokens val_batch_size num_heads window_block adam_eps"
     for name in (*positive.split(), "grad_scale"):
@@ -155,7 +159,40 @@ def check_parameters(train_gpt: ModuleType, parameters: dict[str, Tensor]) -> No
         require(not sharded or len(p) % ranks == 0, told)
 
 
-# ---------------------------------------------------------------------------- GPU and data
+# ---------------------------------------------------------------------------- environment, GPU and data
+
+
+def check_environment(train_gpt: ModuleType) -> None:
+    """Raises UserError for what torchrun would not say of a process, and for more processes than GPUs on this host."""
+    size = environment_number(train_gpt, "WORLD_SIZE", 1, 1_000_000)
+    local_rank = environment_number(train_gpt, "LOCAL_RANK", 0, size - 1)
+    environment_number(train_gpt, "RANK", 0, size - 1)
+    local_size = environment_number(train_gpt, "LOCAL_WORLD_SIZE", 1, size)
+    gpus = torch.cuda.device_count()
+    told = f"more processes than GPUs on this host: start at most {gpus} (--nproc_per_node={gpus})"
+    # local_size, too: every rank must see it, for rank 0 prints the message.
+    train_gpt.require(not gpus or max(local_rank + 1, local_size) <= gpus, told)
+
+
+def environment_number(train_gpt: ModuleType, name: str, least: int, most: int) -> int:
+    """A number that torchrun sets, `least` where it has not. Raises UserError for anything else."""
+    text = os.environ.get(name, str(least))
+    told = f"{name}={text!r} in the environment: expected a whole number from {least} to {most}; torchrun sets it, and"
+    train_gpt.require(text.isdecimal() and least <= int(text) <= most, f"{told} a single process needs none")
+    return int(text)
+
+
+def check_launcher(train_gpt: ModuleType) -> None:
+    """Raises UserError for a process of several without a key-value store in which they meet."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        told = f"{name} is missing in the environment: start several processes with torchrun"
+        train_gpt.require(os.environ.get(name), told)
+    host, port = os.environ["MASTER_ADDR"], environment_number(train_gpt, "MASTER_PORT", 1, 65535)
+    if UNDER_TORCHRUN:  # if its store is gone, init_process_group would try for the whole timeout
+        try:
+            socket.create_connection((host, port), timeout=20).close()
+        except OSError as error:
+            raise train_gpt.UserError(f"the launcher does not answer at {host}:{port} ({error})") from None
 
 
 def check_no_gpu(train_gpt: ModuleType) -> None:
@@ -175,7 +212,7 @@ def check_no_gpu(train_gpt: ModuleType) -> None:
 
 
 def check_world(train_gpt: ModuleType, hp: Hyperparameters, world: World, files: dict[str, list[Path]]) -> list[str]:
-    """Raises UserError for all that can be found wrong in two seconds; returns notes on what may go wrong."""
+    """Raises UserError for all that can be found wrong in two seconds; returns what runs, and what may go wrong."""
     require, micro_batches = train_gpt.require, train_gpt.MICRO_BATCHES
     require(torch.__version__ >= "2.11", f"PyTorch {torch.__version__}: 2.11 or newer is needed: {INSTALL}")
     (train, val), fetch = files.values(), train_gpt.FETCH
@@ -188,7 +225,7 @@ def check_world(train_gpt: ModuleType, hp: Hyperparameters, world: World, files:
     largest_step = max(stage.tokens for stage in hp.stages)
     told = f"{largest_shard} train tokens in the largest shard, a step takes {largest_step}; {fetch}"
     require(largest_shard >= largest_step + micro_batches, f"{train[0]} ...: {told}")  # a step never crosses shards
-    fp8, _ = train_gpt.use_fp8(hp, world)
+    fp8 = train_gpt.use_fp8(hp, world)
     for number, stage in enumerate(hp.stages, 1):  # cuBLAS takes rows of 16 bytes and multiples, of tokens too
         told = f"{stage.tokens} tokens a step; products in FP8 take multiples of {16 * micro_batches}"
         fits = stage.tokens % (16 * micro_batches) == 0
@@ -197,7 +234,8 @@ def check_world(train_gpt: ModuleType, hp: Hyperparameters, world: World, files:
     widest = round((448 * scale) ** 2)  # no number of a normed row is larger than the root of its width
     told = f"width {hp.model_dim}: FP8 in the layers is made for widths up to {widest}: give --fp8=head, or --fp8=off"
     require(not fp8 or hp.model_dim <= widest, told)
-    return check_gpu(train_gpt, hp, world) if world.on_gpu else []
+    notes = check_gpu(train_gpt, hp, world) if world.on_gpu else []
+    return [*summary(train_gpt, hp, world, files), *notes]
 
 
 def check_gpu(train_gpt: ModuleType, hp: Hyperparameters, world: World) -> list[str]:
@@ -219,7 +257,7 @@ def check_gpu(train_gpt: ModuleType, hp: Hyperparameters, world: World) -> list[
     # 27.2 with bf16 layers.
     sizes = {stage.tokens // train_gpt.MICRO_BATCHES for stage in hp.stages}
     largest = max(size * train_gpt.micro_batches_together(size, hp, world) for size in sizes)
-    free, (table, cache) = torch.cuda.mem_get_info(world.device)[0] / 2**30, train_gpt.ngram_gib(hp, world)
+    free, (table, cache) = torch.cuda.mem_get_info(world.device)[0] / 2**30, ngram_gib(train_gpt, hp, world)
     needed = cache + 5.8 + 21.4 * largest / 49_152 * hp.model_dim / 768
     rows = int((free - needed) / (table / hp.ngram_rows)) // 16 * 16
     told = f"--ngram_rows={hp.ngram_rows}: they take {table:.1f} GiB of each rank, {free:.0f} are free and about "
@@ -227,6 +265,58 @@ def check_gpu(train_gpt: ModuleType, hp: Hyperparameters, world: World) -> list[
     require(table + cache < free or rows < 16, told)
     told = f"note: about {needed + table:.0f} GiB are needed, {free:.0f} are free: "
     return [f"{told}lower --micro_batch_tokens or the tokens in STAGES"] * (free < needed + table)
+
+
+# ---------------------------------------------------------------------------- what runs, in words
+
+
+def summary(train_gpt: ModuleType, hp: Hyperparameters, world: World, files: dict[str, list[Path]]) -> list[str]:
+    """What runs, and on what: the lines that records/runlog.py reads. Raises UserError for a file that is no shard."""
+    schedule, (train, val) = train_gpt.TrainingSchedule(hp), files.values()
+    train_tokens, val_tokens = (sum(map(train_gpt.read_header, paths)) for paths in (train, val))
+    machine, (table, cache) = f"{world.size} x CPU", ngram_gib(train_gpt, hp, world)
+    if world.on_gpu:
+        free, whole = (size / 2**30 for size in torch.cuda.mem_get_info(world.device))
+        name = torch.cuda.get_device_properties(world.device).name
+        machine = f"{world.size} x {name}, {free:.0f} of {whole:.0f} GiB free"
+    total = sum(schedule.stage(step).tokens for step in range(hp.total_steps))
+    length = f" (--length={hp.length:g}; momentum {schedule.warmup}, {schedule.cooldown})" if hp.length != 1 else ""
+    dtype = str(train_gpt.choose_dtype(hp, world)).removeprefix("torch.")
+    return [
+        f"world: {machine}, {world.grad_accum_steps} micro-batches each a step, joined up to "
+        f"{hp.micro_batch_tokens:,} tokens; parameters in {dtype}, {products_in_words(train_gpt, hp, world)}",
+        f"software: Python {sys.version.split()[0]}, {versions(train_gpt)}",
+        f"data: {len(train)} train shards, {train_tokens:,} tokens; "
+        f"{hp.val_tokens:,} of {val_tokens:,} validation tokens",
+        f"run: {hp.run_id}, {hp.total_steps} steps{length}, {total:,} tokens "
+        f"({total / train_tokens:.2f} of the train files)",
+        f"n-grams: {hp.ngram_rows:,} rows, which take {table:.2f} GiB of each rank; those of a step {cache:.2f}",
+        f"stages: begin at steps {' '.join(map(str, schedule.starts))}",
+    ]
+
+
+def products_in_words(train_gpt: ModuleType, hp: Hyperparameters, world: World) -> str:
+    """What training's products run in, and why not in FP8."""
+    products = "head" if hp.fp8 == "head" else "products"
+    if train_gpt.use_fp8(hp, world):
+        return f"{products} in FP8"
+    if hp.fp8 == "off" or not world.on_gpu:
+        return f"{products} in the parameters' type ({'--fp8=off' if hp.fp8 == 'off' else 'no GPU'})"
+    major, minor = torch.cuda.get_device_capability(world.device)
+    return f"{products} in bf16 (compute capability {major}.{minor} has no FP8, it takes 8.9)"
+
+
+def versions(train_gpt: ModuleType) -> str:
+    """Of PyTorch, CUDA and Triton."""
+    triton_version = getattr(train_gpt.triton, "__version__", "none")
+    return f"PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}, Triton {triton_version}"
+
+
+def ngram_gib(train_gpt: ModuleType, hp: Hyperparameters, world: World) -> tuple[float, float]:
+    """What n-grams take of each rank, in GiB: the table with the optimizer's two numbers a row, and a step's rows."""
+    wide = hp.model_dim * train_gpt.choose_dtype(hp, world).itemsize
+    slots = train_gpt.ngram_slots(hp, world)
+    return hp.ngram_rows * (wide + 8) / world.size / 2**30, slots * (wide + 4 * hp.model_dim) / 2**30
 
 
 # ---------------------------------------------------------------------------- between ranks
@@ -245,12 +335,12 @@ def check_agreement(
     facts = {f"--{name}": getattr(hp, name) for name in train_gpt.SETTINGS if name not in own}
     facts["--vocabulary's tokens"] = vocabulary_in_words(train_gpt, hp)
     facts["--dtype"] = str(train_gpt.choose_dtype(hp, world))
-    facts["--fp8"] = hp.fp8 if train_gpt.use_fp8(hp, world)[0] else "off"
+    facts["--fp8"] = hp.fp8 if train_gpt.use_fp8(hp, world) else "off"
     facts["--run_id"] = overrides.get("run_id", "drawn")
     tools = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in sys.modules]
     for path in (Path(train_gpt.__file__), *tools):
         facts[path.name] = f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-    facts["software"] = train_gpt.versions()
+    facts["software"] = versions(train_gpt)
     facts["checkpoint"] = checkpoint and f"step {checkpoint['step']}, {checkpoint['progress']['elapsed']:.3f} ms"
     for name, paths in files.items():
         facts.update({f"{name}, file {i}": shard_in_words(train_gpt, path) for i, path in enumerate(paths, 1)})
@@ -274,3 +364,26 @@ def shard_in_words(train_gpt: ModuleType, path: Path) -> str:
 def vocabulary_in_words(train_gpt: ModuleType, hp: Hyperparameters) -> str:
     """A checksum of what is made of it, by which they know their vocabulary in any folder."""
     return f"sha256 {hashlib.sha256(train_gpt.canonical_tokens(hp).data).hexdigest()[:16]}"
+
+
+# ---------------------------------------------------------------------------- on the way
+
+
+def save_nonfinite(trainer: Trainer, log_path: Path, step: int, bad: list[str]) -> str:
+    """Saves what there is when gradients of a step are not finite, beside the log; returns the end of the message.
+
+    bad: the parameters of these gradients. Each rank that finds any saves its own states, a step or two later.
+    """
+    path = log_path.with_name(f"{trainer.hp.run_id}_nonfinite_rank{trainer.world.rank}.pt")
+    slots = trainer.optimizer.slots.items()
+    states = {f"{name}.{key}": getattr(slot.algorithm, key) for name, slot in slots for key in slot.algorithm.states}
+    content = dict(step=step + 1, bad=bad, model=dict(trainer.model.state_dict()), states=states)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # on another host than rank 0's it may be missing
+        torch.save(content, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
+        with suppress(OSError):
+            path.unlink()  # half of it would take the room that the log needs
+        path = f"{path} could not be written ({error})"
+    more = f" (nor those of {len(bad) - 1} more parameters: the forward pass is not)" if bad[1:] else ""
+    return f"{more}; parameters and this rank's states a step or two later: {path}"

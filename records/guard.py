@@ -29,7 +29,11 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:  # for hints alone
-    from train_gpt import Hyperparameters, Log, World
+    from logfile import LogFile
+
+    from train_gpt import Hyperparameters, World
+
+UNDER_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher is this process's parent
 
 
 class Terminal:
@@ -74,8 +78,8 @@ class Watch:
         self.train_gpt = train_gpt
         rank = os.environ.get("RANK", "0")
         self.rank, self.size, self.host = int(rank) if rank.isdecimal() else 0, 1, socket.gethostname()
-        self.log: Log | None = None
-        self.launcher = os.getppid() if train_gpt.UNDER_TORCHRUN else None
+        self.log: LogFile | None = None
+        self.launcher = os.getppid() if UNDER_TORCHRUN else None
         self.store = None
         self.step: int | None = None  # steps done, on the clock
         self.stop = ""  # the signal that asked for an end at the next checkpoint
@@ -101,7 +105,8 @@ class Watch:
         """Meets the other ranks; after World.start."""
         self.size = world.size
         if world.size > 1:
-            store = dist.TCPStore(*self.train_gpt.launcher_address(), is_master=False, timeout=timedelta(seconds=20))
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=20))
             self.store = dist.PrefixStore(f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
     def follow(self, hp: Hyperparameters) -> None:

@@ -76,7 +76,7 @@ def main(folder: Path, port: str) -> None:
     while len(ranks) < SIZE and (child := os.fork()):
         ranks.append(child)
     alone = len(ranks) == SIZE
-    world = next(iter(programs.values())).World(*(0, 0, 1) if alone else (len(ranks), len(ranks), SIZE))
+    world = next(iter(programs.values())).World(*(0, 1) if alone else (len(ranks), SIZE))
     if not alone:
         os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(SIZE), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         world.start()

@@ -483,17 +483,17 @@ def machine(monkeypatch):
 
 def test_a_process_without_a_launcher_is_alone(machine):
     machine()
-    assert World.from_environment() == World(0, 0, 1, torch.device("cpu"))
+    assert World.from_environment() == World(0, 1, torch.device("cpu"))
 
 
 def test_a_process_is_who_the_launcher_says(machine):
     machine(RANK=5, LOCAL_RANK=1, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4)
-    assert World.from_environment() == World(5, 1, 8, torch.device("cpu"))
+    assert World.from_environment() == World(5, 8, torch.device("cpu"))
 
 
 def test_each_process_of_a_host_takes_its_own_gpu(machine):
     machine(gpus=4, RANK=7, LOCAL_RANK=3, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4)
-    assert World.from_environment() == World(7, 3, 8, torch.device("cuda", 0))
+    assert World.from_environment() == World(7, 8, torch.device("cuda", 0))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
@@ -546,13 +546,13 @@ def test_an_environment_that_no_launcher_makes_is_refused_by_name(machine, monke
     machine(**{**good, name: value})
     with pytest.raises(UserError) as error:
         World.from_environment()
-        train_gpt.launcher_address()
+        checks.check_launcher(train_gpt)
     assert str(error.value).startswith(name) and "\n" not in str(error.value)
     monkeypatch.setenv(name, "0")
     if name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         with pytest.raises(UserError, match=name):
             World.from_environment()
-            train_gpt.launcher_address()
+            checks.check_launcher(train_gpt)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 3])
@@ -602,15 +602,13 @@ def test_what_a_gpu_run_lacks_is_found_in_the_check_with_the_remedy(
     monkeypatch.setattr(train_gpt, "triton", SimpleNamespace(__version__="3.6.0") if triton else SimpleNamespace())
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
     with pytest.raises(UserError) as error:
-        check_world(hp, World(0, 0, 2, torch.device("cuda", 0)))
+        check_world(hp, World(0, 2, torch.device("cuda", 0)))
     assert words in str(error.value)
 
 
 def check_world(hp, world):
     """What a run that passes says of itself first."""
-    files = train_gpt.files_of(hp)
-    notes = checks.check_world(train_gpt, hp, world, files)
-    return train_gpt.summary(hp, world, files) + notes
+    return checks.check_world(train_gpt, hp, world, train_gpt.files_of(hp))
 
 
 def small_check(tmp_path, monkeypatch, capability, tokens=512, free=79):
@@ -672,7 +670,7 @@ def test_too_little_gpu_memory_is_noted_with_what_the_run_needs(tmp_path, monkey
     for free, noted in ((needed - 1, True), (needed + 1, False)):
         hp = small_check(tmp_path, monkeypatch, (9, 0), tokens=tokens, free=free)
         hp = dataclasses.replace(hp, head_dim=128, micro_batch_tokens=joined)
-        lines = check_world(hp, World(0, 0, size, device=torch.device("cuda", 0)))
+        lines = check_world(hp, World(0, size, device=torch.device("cuda", 0)))
         remedy = "lower --micro_batch_tokens or the tokens in STAGES"
         assert (f"note: about {needed} GiB are needed, {free} are free: {remedy}" in lines) == noted
 
@@ -690,7 +688,7 @@ def test_a_table_of_ngrams_that_does_not_fit_is_refused_with_one_that_does(
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     hp = small_check(tmp_path, monkeypatch, (9, 0), tokens=131_072, free=24)
     hp = dataclasses.replace(hp, head_dim=128, micro_batch_tokens=1, ngram_rows=rows)
-    world = World(0, 0, size, device=torch.device("cuda", 0))
+    world = World(0, size, device=torch.device("cuda", 0))
     told = f"n-grams: {rows:,} rows, which take {table} GiB of each rank; those of a step {cache}"
     if most is None:
         assert told in check_world(hp, world)

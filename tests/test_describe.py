@@ -314,10 +314,11 @@ def test_a_bad_argument_is_refused_in_one_line(tmp_path, arguments, words):
     assert result.stderr.startswith(f"train_gpt.py: error: {words}") and result.stderr.count("\n") == 1
 
 
-def test_a_copy_without_its_description_says_so(tmp_path):
+@pytest.mark.parametrize("argument", ["--describe", "--help"])
+def test_a_copy_without_its_description_says_so(tmp_path, argument):
     (tmp_path / "train_gpt.py").write_text(Path(train_gpt.__file__).read_text())
-    result = command(tmp_path, "--describe", root=tmp_path)
-    told = f"train_gpt.py: error: --describe takes {tmp_path}/records/describe.py, which is not there"
+    result = command(tmp_path, argument, root=tmp_path)
+    told = f"train_gpt.py: error: {argument} takes {tmp_path}/records/describe.py, which is not there"
     assert result.returncode == 1 and result.stderr.startswith(told)
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from runlog import read_run
 from shard_files import text_of, write_shard
 
 TRAIN_GPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
@@ -229,9 +230,11 @@ def test_a_copy_alone_runs_unchecked_and_says_so(folder, tmp_path_factory, proce
     assert result.returncode == 0
     (log,) = (folder / "logs").glob("*.txt")
     said = [path.read_text() for path in outputs.rglob("stdout.log")] or [result.stdout]
-    note = "\nnote: a copy without records/: nothing was checked, and nothing looks after hangs\n"
+    note = "note: a copy without records/: nothing was checked, and nothing looks after hangs\n"
     assert [text.count(note) for text in (log.read_text(), "".join(said))] == [1, 1]
-    assert f"\nrun: {log.stem}, 7 steps, " in log.read_text() and "\nstep:7/7 val_loss:" in log.read_text()
+    found = read_run(log)  # plain, but in the form of all logs
+    assert (found.problems, found.preset, found.step, [*found.losses]) == ([], "smoke", 7, [0, 7])
+    assert found.source.startswith(copy.read_text()) and found.overrides["num_heads"] == "2"
 
 
 def test_a_rank_whose_copy_stands_alone_does_not_wait_for_one_that_checks(folder):

@@ -29,6 +29,7 @@ import checkpoint
 import checks
 import fault_run
 import guard
+import logfile
 import pytest
 import small_run
 import torch
@@ -544,7 +545,7 @@ def test_a_second_process_that_goes_on_with_a_run_is_refused_while_the_first_is_
     process.kill()
     finish(process, tmp_path)
     hp = small_run.small_hyperparameters(tmp_path / "logs", run_id="kept", resume="kept")
-    train_gpt.Log(hp, train_gpt.World()).close()  # the lock has gone with the process
+    logfile.LogFile(train_gpt, hp, train_gpt.World()).close()  # the lock has gone with the process
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
@@ -565,7 +566,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
 def start_of(hp, data, overrides=(), checkpoint=None):
     """What check_agreement gets to know about one rank, of two."""
     files = {name: sorted(data.glob(f"{name[:-6]}_*.bin")) for name in train_gpt.FILES}
-    return train_gpt, hp, dict(overrides), train_gpt.World(0, 0, 2), files, checkpoint
+    return train_gpt, hp, dict(overrides), train_gpt.World(0, 2), files, checkpoint
 
 
 @pytest.fixture
@@ -632,10 +633,11 @@ def test_another_source_version_or_data_file_on_a_rank_is_named(agree, data, tmp
     assert "val_files, file 1 is val_0.bin, 600" in agree(start_of(hp, data), start_of(hp, tmp_path / "other"))
     small_run.write_shard(tmp_path / "other" / "train_9.bin", [small_run.BOS])
     assert "train_files, file 5 is None on rank 0" in agree(start_of(hp, data), start_of(hp, tmp_path / "other"))
-    monkeypatch.setattr(train_gpt, "versions", iter(["PyTorch 2.13", "PyTorch 2.11"] * 2).__next__)
+    told = iter(["PyTorch 2.13", "PyTorch 2.11"] * 2)
+    monkeypatch.setattr(checks, "versions", lambda train_gpt: next(told))
     assert "software is PyTorch 2.13 on rank 0" in agree(start_of(hp, data), start_of(hp, data))
     monkeypatch.undo()
-    for name in ("train_gpt.py", "checks.py", "guard.py", "checkpoint.py"):
+    for name in ("train_gpt.py", "checks.py", "guard.py", "logfile.py", "checkpoint.py"):
         sources = {name: iter([b"a", b"b"] * 2)}
         monkeypatch.setattr(Path, "read_bytes", lambda path, sources=sources: next(sources.get(path.name, repeat(b""))))
         assert f"alike: {name} is sha256 ca97" in agree(start_of(hp, data), start_of(hp, data))
@@ -897,6 +899,10 @@ def test_a_state_that_is_not_finite_and_cannot_be_saved_is_told_and_half_of_it_i
     with pytest.raises(train_gpt.UserError, match=words):
         trainer.check_gradients(SimpleNamespace(path=tmp_path / "logs" / "small.txt"), lag=0)
     assert not any((tmp_path / "logs").iterdir())
+    monkeypatch.setattr(train_gpt, "__file__", "/nowhere/train_gpt.py")  # a copy without records/ saves nothing
+    trainer.optimizer.largest.append((3, ["head"], torch.tensor([math.inf])))
+    with pytest.raises(train_gpt.UserError, match="head in step 4 is not finite$"):
+        trainer.check_gradients(None, lag=0)
 
 
 @pytest.mark.parametrize(
@@ -938,7 +944,7 @@ def test_a_full_disk_stops_neither_the_run_nor_leaves_a_bad_checkpoint_or_a_gap_
 
 
 def test_when_the_disk_has_room_again_the_log_has_every_line(data, tmp_path, monkeypatch, capsys):
-    log = train_gpt.Log(small_run.small_hyperparameters(tmp_path), train_gpt.World())
+    log = logfile.LogFile(train_gpt, small_run.small_hyperparameters(tmp_path), train_gpt.World())
     log.write("first")
     full = [True]
     log.file = Full(log.file, full)
@@ -956,7 +962,7 @@ def test_a_line_that_a_full_disk_cut_short_keeps_no_run_from_going_on_while_it_i
     (tmp_path / "small.txt").write_bytes(b"first\nsec")
     full, opened = [True, True], open
     monkeypatch.setattr("builtins.open", lambda *a, **k: Full(opened(*a, **k), full))
-    log = train_gpt.Log(hp, train_gpt.World())
+    log = logfile.LogFile(train_gpt, hp, train_gpt.World())
     monkeypatch.undo()
     log.write("third")
     assert capsys.readouterr().err.count("No space left on device") == 1

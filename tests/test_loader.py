@@ -85,7 +85,7 @@ APART = Hyperparameters(micro_batch_tokens=1)  # a rank's micro-batches are not 
 
 def load(paths, sizes, size=1, rank=0, max_seq_len=64, hp=APART):
     sizes = with_cut(sizes, max_seq_len) if max_seq_len else sizes
-    return TrainLoader(paths, [(*of_step, 0) for of_step in sizes], hp, World(rank, rank, size))
+    return TrainLoader(paths, [(*of_step, 0) for of_step in sizes], hp, World(rank, size))
 
 
 def in_dealing_order(of_ranks):
@@ -236,7 +236,7 @@ def test_all_micro_batches_of_a_step_have_the_classes_of_all_its_targets_on_any_
         for rank in range(size):
             for hp in (Hyperparameters(), APART):
                 sized = [(*of_step, count) for of_step, count in zip(sizes, counts, strict=True)]
-                steps = TrainLoader(paths, sized, hp, World(rank, rank, size))
+                steps = TrainLoader(paths, sized, hp, World(rank, size))
                 for batch, classes in zip(steps, expected, strict=True):
                     for b in batch.micro_batches:
                         assert (b.classes is None) == (classes is None)
@@ -282,7 +282,7 @@ def test_micro_batches_have_the_orders_of_inputs_and_slots_unless_they_learn_not
 )
 def test_as_many_micro_batches_are_joined_as_the_limit_allows_and_divide_a_ranks_number(limit, together):
     hp = Hyperparameters(micro_batch_tokens=limit)
-    found = [train_gpt.micro_batches_together(100, hp, World(0, 0, size)) for size in (1, 2, 4, 8)]
+    found = [train_gpt.micro_batches_together(100, hp, World(0, size)) for size in (1, 2, 4, 8)]
     assert found == together
 
 
@@ -605,7 +605,7 @@ def validation_chunks(paths, hp, world):
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_ranks_cover_every_validation_chunk_exactly_once(validation, size):
     tokens, paths, hp = validation
-    of_ranks = [validation_chunks(paths, hp, World(rank, rank, size)) for rank in range(size)]
+    of_ranks = [validation_chunks(paths, hp, World(rank, size)) for rank in range(size)]
     assert {len(batches) for batches in of_ranks} == {32 // size}
     chunks = sorted((b.inputs.tolist(), b.targets.tolist()) for batches in of_ranks for b in batches)
     assert chunks == sorted((tokens[i : i + 16], tokens[i + 1 : i + 17]) for i in range(0, 512, 16))
@@ -616,7 +616,7 @@ def test_validation_chunks_lie_at_fixed_offsets_in_the_stream_of_all_files(valid
     tokens, paths, hp = validation
     for number, batch in enumerate(validation_chunks(paths, hp, World())):
         assert batch.inputs.tolist() == tokens[16 * number : 16 * number + 16]
-    for number, batch in enumerate(validation_chunks(paths, hp, World(3, 3, 4))):
+    for number, batch in enumerate(validation_chunks(paths, hp, World(3, 4))):
         start = 16 * (4 * number + 3)
         assert batch.inputs.tolist() == tokens[start : start + 16]
 

@@ -71,7 +71,7 @@ def step_of(tmp_path, rank, ranks, **overrides):
     if not (tmp_path / "train_1.bin").exists():
         write_text(tmp_path)
     hp = small_hyperparameters(tmp_path, **overrides)
-    (batch,) = TrainLoader(find_files(hp.train_files), [(24, 64, 0)], hp, World(rank, rank, ranks))
+    (batch,) = TrainLoader(find_files(hp.train_files), [(24, 64, 0)], hp, World(rank, ranks))
     return hp, batch
 
 
@@ -106,7 +106,7 @@ def test_slots_stand_for_the_rows_that_ranks_give_each_other(tmp_path, ranks, jo
             assert np.array(cache)[b.slots.numpy()].tolist() == [*rows]
             assert b.slots.dtype == torch.int32
         assert {*cache} == {row for rows in plain_rows_of(batch, hp) for of_order in rows for row in of_order}
-        assert len(cache) <= train_gpt.ngram_slots(hp, World(rank, rank, ranks))
+        assert len(cache) <= train_gpt.ngram_slots(hp, World(rank, ranks))
 
 
 def test_a_rank_that_nobody_asks_has_nothing_to_give():
@@ -155,7 +155,7 @@ def gradients_of(rank, rows):
 def exchange_once(folder, rank, size, dtype):
     """As one of several processes; what it was given, by name."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    world, found = World(rank, rank, size), {}
+    world, found = World(rank, size), {}
     for name, rows_of in LOOKED_UP.items():
         by_rank = [rows_of(q, size).astype(np.int32) for q in range(size)]
         slots, (rows, asked, taken, given) = train_gpt.exchange_rows(by_rank, rank, np.zeros(ROWS, np.int32))
@@ -452,7 +452,7 @@ def test_each_of_several_ranks_takes_its_pieces(tmp_path, size):
     for rank in range(size):
         algorithm = train_gpt.RowAdam(trainer.ngrams.row, trainer.hp, torch.zeros(share, trainer.hp.model_dim), None, 0)
         fake = SimpleNamespace(
-            model=trainer.model, world=World(rank, rank, size), ngrams=SimpleNamespace(algorithm=algorithm),
+            model=trainer.model, world=World(rank, size), ngrams=SimpleNamespace(algorithm=algorithm),
             optimizer=trainer.optimizer,
         )  # fmt: skip
         checkpoint.restore(fake, content)

@@ -347,7 +347,7 @@ def test_adam_takes_several_learning_rates_along_the_first_dimension_in_whicheve
     start, gradients = torch.randn(16, 5), torch.randn(4, 16, 5)
     p = torch.nn.Parameter(start.clone())
     plain = PlainAdam(start.double(), row)
-    slots = [Slot(row, p, HP, World(rank, rank, size), lambda function: function) for rank in range(size)]
+    slots = [Slot(row, p, HP, World(rank, size), lambda function: function) for rank in range(size)]
     for step, gradient in enumerate(gradients):
         plain.step(gradient.double(), 1.0 + step)
         for slot in slots:  # each moves its slice of the same tensor
@@ -547,7 +547,7 @@ def test_a_matrix_keeps_its_multiplier_whichever_ranks_slice_it_is_in(size):
     # Of eight ranks each has three of the 24 matrices: every other slice begins with one that takes the second value.
     row = Row("bank", "normuon", True, (1.0, 3.0), 1.0)
     p = torch.nn.Parameter(torch.zeros(12, 2, 16, 4))
-    slots = [Slot(row, p, HP, World(rank, rank, size), lambda function: function) for rank in range(size)]
+    slots = [Slot(row, p, HP, World(rank, size), lambda function: function) for rank in range(size)]
     assert all(len(slot.algorithm.p) == 24 // size for slot in slots)
     multipliers = torch.cat([slot.algorithm.multipliers for slot in slots]).flatten()
     assert multipliers.tolist() == [2.0, 6.0] * 12  # the root of rows over columns
@@ -557,7 +557,7 @@ def test_a_matrix_keeps_its_multiplier_whichever_ranks_slice_it_is_in(size):
 def test_a_bank_is_shared_out_by_the_matrix_under_adam_too(size):
     row = Row("bank", "adam", True, (1.0,), 1.0, (0.9, 0.99))  # 12 layers of two matrices
     p = torch.nn.Parameter(torch.randn(12, 2, 16, 4))
-    slices = [Slot(row, p, HP, World(rank, rank, size), lambda function: function).algorithm.p for rank in range(size)]
+    slices = [Slot(row, p, HP, World(rank, size), lambda function: function).algorithm.p for rank in range(size)]
     assert {len(slice) for slice in slices} == {24 // size}
     assert torch.equal(torch.cat(slices), p.flatten(0, 1))
 
@@ -675,7 +675,7 @@ def test_what_is_averaged_ends_as_its_average_and_all_else_as_it_is(dtype):
 def test_each_rank_averages_its_own_share():
     row, start, more = Row("some", "adam", True, (1.0,), 1.0, (0.9, 0.99), averaged=True), *torch.randn(2, 16, 5)
     p = torch.nn.Parameter(start.clone())
-    slots = [Slot(row, p, HP, World(rank, rank, 4), lambda function: function) for rank in range(4)]
+    slots = [Slot(row, p, HP, World(rank, 4), lambda function: function) for rank in range(4)]
     optimizer = SimpleNamespace(slots=dict(enumerate(slots)))
     for slot in slots:
         slot.communication.gather = slot.communication.gathered = lambda: None  # the slices are parts of one tensor
