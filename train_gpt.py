@@ -15,7 +15,7 @@ Contents, in reading order (search for the banner):
     Kernels           Triton, each beside its reference in plain PyTorch and one switch point
     Model             Yarn, the compiled regions of a layer, GPT
     Optimizer         Adam, NorMuon, Adam by rows, communication, the order of work
-    Data              shards, micro-batches, rows of n-grams, read-ahead
+    Data              shards, micro-batches, rows of n-grams, read-ahead, prefixes of tokens
     Schedule          learning rate, momentum, windows, weights of targets and of averages by step
     Train             warm-up, the loop, validation, the clock
 What never runs on the clock:
@@ -797,8 +797,8 @@ class MLP(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------- softcapped multi-token cross-entropy
-# A position has n targets, the next tokens (multi-token prediction, arXiv 2404.19737, 2024). Each direction is one pass
-# over the logits. The cap, in the seed record's form, is after Gemma 2's (arXiv 2408.00118, 2024).
+# A position has n targets, next tokens (multi-token prediction, arXiv 2404.19737, 2024) and a prefix. Each direction is
+# one pass over the logits. The cap, in the seed record's form, is after Gemma 2's (arXiv 2408.00118, 2024).
 SOFTCAP = (23.0, 5.0, 7.5)  # cap, shift, temperature: z = cap * sigmoid((logit + shift) / temperature)
 
 
