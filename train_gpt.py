@@ -15,7 +15,7 @@ Contents, in reading order (search for the banner):
     Kernels           Triton, each beside its reference in plain PyTorch and one switch point
     Model             Yarn, the compiled regions of a layer, GPT
     Optimizer         Adam, NorMuon, Adam by rows, communication, the order of work
-    Data              shards, micro-batches, rows of n-grams, read-ahead
+    Data              shards, micro-batches, rows of n-grams, read-ahead, prefixes of tokens
     Schedule          learning rate, momentum, windows, weights of targets and of averages by step
     Train             warm-up, the loop, validation, the clock
     main              a run from its arguments to its end
@@ -91,6 +91,7 @@ class TrainingStage(NamedTuple):
     max_seq_len: int = 1 << 30  # documents are cut at this length or at train_max_seq_len, whichever is less
     classes: int = 0  # tokens of the vocabulary in a step's softmax, its targets among them (softmax_classes); 0: all
     untie: bool = False  # head and embedding are one matrix until this stage; if no row says so, to the end
+    prefix: tuple[float, float] = (0.0, 0.0)  # weight of the next token's prefix (prefix_table) at the start and end
 
 
 # Training begins with small batches and short windows. A token costs nearly the same in a small batch and teaches more:
@@ -98,9 +99,9 @@ class TrainingStage(NamedTuple):
 # batches still smaller. In loss that won 0.004 in a quarter run and nothing in half a run. But now joined micro-batches
 # have one length on one GPU, 65,536 tokens, so that the layers are compiled once.
 STAGES = (
-    # share, tokens, short and long window, lr, multi-token weights at the start and at the end
-    TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), max_seq_len=896, classes=12_288),
-    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), classes=17_408),
+    # share, tokens, short and long window, lr, multi-token weights at the start and at the end, max_seq_len, classes
+    TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), 896, 12_288, prefix=(0.25, 0.25)),
+    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), classes=17_408, prefix=(0.25, 0.0)),
     TrainingStage(1.125, 131_072, 5, 11, 1.2, (1.0,), (1.0,), classes=17_408, untie=True),
     TrainingStage(0.375, 131_072, 5, 11, 1.2, (1.0,), (1.0,)),  # all classes, to correct those that were left out
     TrainingStage(None, 131_072, 6, 13, 1.2, (1.0,), (1.0,)),  # at the learning rate lr_end, whatever lr is
@@ -243,7 +244,7 @@ class Hyperparameters:
     # model
     vocab_size: int = 50257  # GPT-2's; padded to a multiple of 128
     bos: int = 50256  # every document begins with this token; GPT-2's <|endoftext|>
-    vocabulary: str = "data/gpt2.tiktoken"  # the other tokens' bytes, for n-grams by spelling; "": none
+    vocabulary: str = "data/gpt2.tiktoken"  # the other tokens' bytes, for n-grams by spelling, and prefixes; "": none
     ngram_rows: int = 8_388_608  # half for bigrams, half for trigrams; a half's last: for documents' first tokens
     copy_width: int = 128  # of the queries and keys that find tokens to copy in the document; 0: no copying
     num_heads: int = 6
@@ -758,8 +759,8 @@ class MLP(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------- softcapped multi-token cross-entropy
-# A position has n targets, the next tokens (multi-token prediction, arXiv 2404.19737, 2024). Each direction is one pass
-# over the logits. The cap, in the seed record's form, is after Gemma 2's (arXiv 2408.00118, 2024).
+# A position has n targets, next tokens (multi-token prediction, arXiv 2404.19737, 2024) and a prefix. Each direction is
+# one pass over the logits. The cap, in the seed record's form, is after Gemma 2's (arXiv 2408.00118, 2024).
 SOFTCAP = (23.0, 5.0, 7.5)  # cap, shift, temperature: z = cap * sigmoid((logit + shift) / temperature)
 
 
@@ -1792,9 +1793,13 @@ def join(x, mlp_out, w: LayerWeights | None):
     return x if mlp_out is None else (w.mlp_resid * widened(x) + w.mlp_out * mlp_out).to(x.dtype)
 
 
-def embed_inputs(x, ngrams):
-    """LAYERS' "x0" and "ngrams", (T, C) each, from embeddings of tokens (T, C) and of n-grams (orders, T, C)."""
-    return norm(x), widened(ngrams).sum(0).to(x.dtype)
+def embed_inputs(x, ngrams, inputs, signs):
+    """LAYERS' "x0" and "ngrams", (T, C) each, from embeddings of tokens (T, C) and of n-grams (orders, T, C).
+
+    signs (V, C): an n-gram's row is multiplied by those of its last token, inputs (T,), so that n-grams which share a
+    row learn nearly apart. Source: the public speedrun's PR 299, 2026, whose signs are by a hash of the n-gram.
+    """
+    return norm(x), (widened(ngrams).sum(0) * F.embedding(inputs, signs)).to(x.dtype)
 
 
 def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias, layers: list[Layer], num_heads: int):
@@ -1861,15 +1866,17 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
     return (join(x, mlp_out, w), None) if complete else (x, mlp_out)
 
 
-def target_rows(targets: Tensor, left: Tensor, n: int, classes: Tensor | None, vocab_size: int) -> Tensor:
-    """The n next tokens of each position, (n, T), the nearest first; with `classes` (P,), their indices in these.
+def target_rows(targets: Tensor, left: Tensor, n: int, prefixes: Tensor, classes: Tensor | None) -> Tensor:
+    """Of each position the n - 1 next tokens and the first one's prefix, (n, T); with `classes` (P,), indices in these.
 
     The token behind a document is still a target, those after it are -1; left (T,): positions of the document to come.
+    prefixes (V,): of prefix_table; one that is none of the classes is no target, either.
     """
-    rows = torch.stack([torch.where(left >= k, targets.roll(-k), -1) for k in range(n)])
+    ahead = [torch.where(left >= k, targets.roll(-k), -1) for k in range(n - 1)]
+    rows = torch.stack([*ahead, prefixes[targets]])
     if classes is None:
         return rows
-    places = torch.full((vocab_size + 1,), -1, dtype=rows.dtype, device=rows.device)
+    places = torch.full((len(prefixes) + 1,), -1, dtype=rows.dtype, device=rows.device)
     places[classes] = torch.arange(len(classes), dtype=rows.dtype, device=rows.device)
     return places[rows]  # -1 finds the last place, which stays -1
 
@@ -1881,12 +1888,12 @@ def copy_inputs(x, qk, sentinel_weight, gain, bias):
     return (gain * q.size(-1) ** -0.5 * q).to(x.dtype), k, widened(F.linear(x, sentinel_weight).squeeze(-1)) + bias
 
 
-def head_losses(x, head, targets, left, target_weights, classes, vocab_size: int, fp8_grad_scale, *copying):
+def head_losses(x, head, targets, left, target_weights, prefixes, classes, fp8_grad_scale, *copying):
     """Loss of each position (T,), float32, weighted over its targets, from the last row's output (T, C).
 
     head (C, V), or (C, P) with `classes` (P,). copying: sentinel, every and matching, (T,) each, see copy_scores.
     """
-    targets = target_rows(targets, left, len(target_weights), classes, vocab_size)
+    targets = target_rows(targets, left, len(target_weights), prefixes, classes)
     losses = HeadLoss.apply(norm(x), head, targets, fp8_grad_scale)
     if copying:
         sentinel, every, matching = copying
@@ -1917,7 +1924,7 @@ class MicroBatch(NamedTuple):
 
 
 class GPT(nn.Module):
-    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch.
+    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits.
 
     Initial values: head normal, std 0.005; embed its transpose; attention banks and W_fc uniform with std 0.5 C^-0.5;
     value embeddings normal, std 0.01; copy_qk normal, std C^-0.5; the first matrices of gate networks uniform in
@@ -1954,6 +1961,11 @@ class GPT(nn.Module):
         self.ngram_shape, self.ngrams = (hp.ngram_rows, C), None
         if device.type == "meta":  # only the shapes are asked for
             return
+        none = torch.full((V,), -1, dtype=torch.int32, device=device)
+        self.register_buffer("prefixes", none, persistent=False)  # Trainer.run sets it to prefix_table
+        canonical = torch.from_numpy(canonical_tokens(hp)).long()
+        signs = torch.randint(2, (V, C), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("signs", (2 * signs - 1)[canonical].to(device, dtype), persistent=False)
         with torch.no_grad():
             self.scalars.copy_(torch.tensor([value for count, value, _ in SCALARS.values() for _ in range(count)]))
             bound = 3**0.5 * 0.5 * C**-0.5
@@ -2023,7 +2035,7 @@ class GPT(nn.Module):
         self, batch: MicroBatch, windows: dict[str, int], target_weights: Tensor, fp8_grad_scale: float | None = None,
         head_chunk: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """Loss of each position, (T,) float32: sum over k of target_weights[k] times the k-th next token's.
+        """Loss of each position, (T,) float32, weighted over next tokens, the nearest first, and the first's prefix.
 
         windows: tokens, by the names in LAYERS. fp8_grad_scale: None without FP8, else what the losses are multiplied
         by before backward. head_chunk: positions whose logits exist at once.
@@ -2037,7 +2049,7 @@ class GPT(nn.Module):
             q, k, sentinel = self.copy_inputs(x, self.copy_qk, self.copy_sentinel, gain, bias)
             by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
-        args = target_weights, batch.classes, len(self.embed), fp8_grad_scale
+        args = target_weights, self.prefixes, batch.classes, fp8_grad_scale
         chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
         losses = [self.head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
         return torch.cat(losses) if head_chunk else losses[0]
@@ -2051,7 +2063,8 @@ class GPT(nn.Module):
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
         value_rows = iter(batch.inputs + first_rows.int()[:, None])
         ngrams = Lookup.apply(self.ngrams, batch.slots.flatten(), batch.slot_order).unflatten(0, batch.slots.shape)
-        x0, ngrams = self.embed_inputs(Lookup.apply(self.embed, batch.inputs, batch.order), ngrams)
+        x0 = Lookup.apply(self.embed, batch.inputs, batch.order)
+        x0, ngrams = self.embed_inputs(x0, ngrams, batch.inputs, self.signs)
         documents = {False: batch.documents, True: batch.documents.paired()}
         kept, normed, gates = {"x0": x0, "ngrams": ngrams}, {}, repeat((None,) * 5)
         networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
@@ -2081,6 +2094,26 @@ class GPT(nn.Module):
             if layer.keep:
                 kept[layer.keep] = x
         return self.join(x, mlp_out, before)
+
+    def logits(self, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
+        """Of these positions only, (positions, V) float32, softcapped as in the loss; beyond vocab_size meaningless.
+
+        With copying, log probabilities: a mixture of the model's own and of the tokens that it copies, see copy_scores.
+        """
+        scalars = self.named_scalars()
+        x = self.output(batch, windows, scalars, None)
+        rows = torch.arange(len(x), device=x.device)[positions]
+        z = softcapped(norm(x[rows]) @ self.head)
+        if not len(self.copy_qk):
+            return z
+        gain_and_bias = *scalars["copy_gain"], *scalars["copy_sentinel"]
+        q, k, sentinel = self.copy_inputs(x, self.copy_qk, self.copy_sentinel, *gain_and_bias)
+        scores = copy_scores(q, k, batch.documents, self.copy_window, rows.reshape(-1)).view(*rows.shape, -1)
+        sentinel, every = sentinel[rows], scores.logsumexp(-1)
+        total = torch.logaddexp(sentinel, every)[..., None]
+        p = z.softmax(-1) * (sentinel[..., None] - total).exp()
+        copied = (scores - total).exp()
+        return p.scatter_add_(-1, batch.targets.long().expand_as(copied), copied).log()
 
 
 # ======================================================================================================================
@@ -2874,6 +2907,7 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
     return [make_micro_batches(group, 1, canonical, places, world, [], learns=False) for group in groups]
 
 
+@cache
 def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
     """Ids of tokens by their bytes, from a file in tiktoken's form below DATA_PATH or beside this program.
 
@@ -2917,6 +2951,19 @@ def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
             if words or token.isspace():
                 canonical[i] = first.setdefault(" ".join(words), i)
     return canonical
+
+
+def prefix_table(hp: Hyperparameters) -> Tensor:
+    """(V,) int32: for each token its prefix, the longest shorter token with which its bytes begin; -1 for none.
+
+    As targets, prefixes teach a token's first letters, which other tokens share. Source: the public speedrun's PR 337,
+    2026.
+    """
+    ids, prefixes = read_vocabulary(hp), np.full(hp.padded_vocab, -1, dtype=np.int32)
+    for token, i in ids.items():
+        shorter = (token[:length] for length in range(len(token) - 1, 0, -1))
+        prefixes[i] = next((ids[prefix] for prefix in shorter if prefix in ids), -1)
+    return torch.from_numpy(prefixes)
 
 
 # ======================================================================================================================
@@ -2979,10 +3026,11 @@ class TrainingSchedule:
         return 1.0 if ahead + AVERAGE_EVERY >= self.averaged else min(1.0, 2 * AVERAGE_EVERY / self.averaged)
 
     def target_weights(self, step: int) -> list[float]:
-        """Weights of the next tokens; linear over the steps of a stage."""
+        """Weights of the next tokens, then of the first one's prefix; linear over the steps of a stage."""
         i, stage = self.stage_index(step), self.stage(step)
         t = (step - self.starts[i]) / max(self.ends[i] - self.starts[i], 1)
-        return [a + (b - a) * t for a, b in zip(stage.target_weights, stage.target_weights_end, strict=True)]
+        pairs = [*zip(stage.target_weights, stage.target_weights_end, strict=True), stage.prefix]
+        return [a + (b - a) * t for a, b in pairs]
 
     def windows(self, step: int) -> dict[str, int]:
         """Attention windows in tokens, by the names in LAYERS."""
@@ -3111,12 +3159,12 @@ class Trainer:
     @torch.no_grad()
     def validate(self, batches: ValidationBatches, windows: dict[str, int]) -> float:
         """Mean cross-entropy of all ranks' validation tokens, in nats."""
-        one = torch.ones(1, device=self.world.device)
+        weights = torch.tensor((1.0, 0.0), device=self.world.device)  # of the next token and its prefix
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for (batch,), exchange in batches:
             with self.graph_memory.used() if self.graphs else nullcontext():
                 self.model.ngrams = self.ngrams.communication.fetch(exchange)  # may be more rows than the cache has
-                total += self.model(batch, windows, one, head_chunk=32_768).double().sum()
+                total += self.model(batch, windows, weights, head_chunk=32_768).double().sum()
         self.model.ngrams = self.ngrams.p
         if self.world.size > 1:
             dist.all_reduce(total)
@@ -3176,6 +3224,7 @@ class Trainer:
         if self.world.size > 1:
             dist.barrier()  # the slowest to compile must be ready before the clock starts
         between = BetweenSteps(self, log, val_batches, now, watch or Unguarded())  # starts the clock
+        self.model.prefixes.copy_(prefix_table(self.hp))  # on the clock, as the public speedrun's rules have it
         between.at(now.step)
         for step, batch in enumerate(batches, now.step):
             self.enter_step(step)

@@ -102,6 +102,9 @@ def check_tables(train_gpt: ModuleType, hp: Hyperparameters) -> None:
         require(min(stage.short_window, stage.long_window) > 0, f"{row}: a window has at least 1 block")
         require(stage.max_seq_len > 0, f"{row}: max_seq_len={stage.max_seq_len} must be positive")
         require(first == last > 0, f"{row}: {first} multi-token weights at the start, {last} at the end: as many, > 0")
+        told = f"{row}: prefix={stage.prefix}: a tuple of two weights >= 0, at the start and at the end, as (0.25, 0.0)"
+        pair = stage.prefix if isinstance(stage.prefix, tuple) and len(stage.prefix) == 2 else (None,)
+        require(all(isinstance(weight, int | float) and 0 <= weight < math.inf for weight in pair), told)
         require(stage.classes in range(0, 2**20, 16), f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16")
     windows = train_gpt.FINAL_WINDOWS
     require(len(windows) == 2 and min(windows) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
@@ -362,8 +365,9 @@ def shard_in_words(train_gpt: ModuleType, path: Path) -> str:
 
 
 def vocabulary_in_words(train_gpt: ModuleType, hp: Hyperparameters) -> str:
-    """A checksum of what is made of it, by which they know their vocabulary in any folder."""
-    return f"sha256 {hashlib.sha256(train_gpt.canonical_tokens(hp).data).hexdigest()[:16]}"
+    """A checksum of its tokens and their numbers, by which they know their vocabulary in any folder."""
+    tokens = repr(sorted(train_gpt.read_vocabulary(hp).items())).encode()
+    return f"sha256 {hashlib.sha256(tokens).hexdigest()[:16]}"
 
 
 # ---------------------------------------------------------------------------- on the way

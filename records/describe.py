@@ -128,13 +128,14 @@ def states_bytes(run: Run, size: int) -> dict[str, int]:
         states += own * total_bytes(state for state in held if isinstance(state, Tensor))
     yarn = run.train_gpt.Yarn(run.hp.head_dim, 1, torch.device("cpu"))  # of one position; of twice the longest's, GPT's
     positions = 2 * max(*run.micro_batches(1), run.hp.val_batch_size // run.train_gpt.MICRO_BATCHES)
+    by_token = run.hp.padded_vocab * (run.hp.model_dim * run.dtype.itemsize + torch.int32.itemsize)
     return {
         "parameters": total_bytes(p for name, p in run.parameters.items() if name != "ngrams"),
         "gradients": gradients,
         "states of the optimizer": states,
         "rows of n-grams, with their states": run.hp.ngram_rows // size * row,
         "those of a step, with their gradients": looked_up * total_bytes((ngrams.p, ngrams.p.grad)),
-        "angles": positions * total_bytes((yarn.cos, yarn.sin, yarn.position)),
+        "angles, signs and prefixes": positions * total_bytes((yarn.cos, yarn.sin, yarn.position)) + by_token,
     }
 
 
@@ -276,7 +277,7 @@ def first_to_last(values: list[float]) -> str:
 def stages_told(run: Run) -> str:
     """What the schedule has in each stage, at its first and its last step."""
     schedule, hp, steps_of = run.schedule, run.hp, run.spans()
-    head = "stage,steps,first,tokens,a micro-batch,in all,short,long,cut at,classes,lr,momentum,loss weights"
+    head = "stage,steps,first,tokens,a micro-batch,in all,short,long,cut at,classes,lr,momentum,loss weights,prefix"
     rows = [head.split(",")]
     for i, (stage, (start, end)) in enumerate(zip(hp.stages, steps_of, strict=True), 1):
         steps = range(start, end)
@@ -293,7 +294,8 @@ def stages_told(run: Run) -> str:
             windows = schedule.windows(start)
             row += [f"{windows['short']:,}", f"{windows['long']:,}", f"{cut:,}", f"{run.classes(stage):,}"]
             row += [first_to_last([f(step) for step in steps]) for f in (schedule.lr, schedule.momentum)]
-            row.append(", ".join(map(first_to_last, weights)))
+            *ahead, prefix = map(first_to_last, weights)
+            row += [", ".join(ahead), prefix if any(stage.prefix) else "-"]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
     validations = {step for step in range(hp.total_steps) if hp.val_loss_every and step % hp.val_loss_every == 0}
     validations |= {*hp.val_steps, hp.total_steps}
@@ -514,6 +516,8 @@ def curves_of(run: Run) -> dict[str, list[Line]]:
         Line(f"token {k + 1} ahead", [w[k] if k < n else None for w, n in zip(weights, counts, strict=True)])
         for k in most
     ]
+    prefixes = [w[-1] if any(schedule.stage(s).prefix) else None for s, w in zip(steps, weights, strict=True)]
+    targets += [Line("prefix", prefixes)] if any(prefixes) else []
     return {
         "learning rate, times each parameter's own": [Line("", [*map(schedule.lr, steps)])],
         "momentum of NorMuon": [Line("", [*map(schedule.momentum, steps)])],

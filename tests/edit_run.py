@@ -16,7 +16,6 @@ from types import ModuleType
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "records"))
 
 import checks
-import numpy as np
 import torch
 
 SIZE = 8
@@ -42,10 +41,10 @@ def two_steps(program, world, folder: Path) -> dict:
     import small_run
 
     small_run = importlib.reload(small_run)  # its sizes are made from the tables
-    hp = small_run.small_hyperparameters(folder, vocab_size=BOS + 1, bos=BOS, val_tokens=256)
+    hp = small_run.small_hyperparameters(folder, vocab_size=BOS + 1, bos=BOS, val_tokens=256, vocabulary="")
     checks.check_hyperparameters(program, hp)
-    program.canonical_tokens = lambda hp: np.arange(hp.padded_vocab)  # the vocabulary is for other tokens
     trainer = program.Trainer(hp, world)
+    trainer.model.prefixes[: BOS // 2] = torch.arange(1, BOS // 2 + 1)  # as if there were a vocabulary
     val_batches = program.validation_batches(program.find_files(hp.val_files), hp, world)
     windows = trainer.schedule.window_tokens(*program.FINAL_WINDOWS)
     begin, losses = trainer.model.scalars.detach().clone(), [trainer.validate(val_batches, windows)]

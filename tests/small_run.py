@@ -30,6 +30,7 @@ from train_gpt import (
     World,
     find_files,
     parse_arguments,
+    prefix_table,
     validation_batches,
 )
 
@@ -125,6 +126,7 @@ def digest(parameters: dict[str, torch.Tensor]) -> str:
 def train(hp: Hyperparameters, world: World) -> dict:
     """What a test may ask about a run of all steps."""
     trainer = Trainer(hp, world)
+    trainer.model.prefixes.copy_(prefix_table(hp))
     found = dict(begin=parameters(trainer))
     found["begin_digest"] = digest(found["begin"])
     found["gradients"] = record_gradients(trainer)

@@ -152,6 +152,8 @@ def test_a_sound_row_for_every_bank_under_either_algorithm_is_accepted(monkeypat
 
 ROW = TrainingStage(1, 800, 1, 3, 1.0, (1.0, 0.5), (1.0, 0.0))
 LAST = ROW._replace(share=None)
+NO_PREFIX_WEIGHTS = [0.25, (), (0.25,), (0.25, 0.1, 0.0), [0.25, 0.0]]
+NO_PREFIX_WEIGHTS += [(-0.1, 0.0), (0.0, float("inf")), (float("nan"), 0.0), ("1", 0)]
 
 
 def check_stages(*stages, **values):
@@ -186,6 +188,13 @@ def test_there_are_any_number_of_stages_and_the_extension(count, untie):
             )
             for classes in (104, -16)  # no multiple of 16, less than none
         ],
+        *[
+            (
+                [ROW, LAST._replace(prefix=prefix)],
+                f"STAGES, row 2: prefix={prefix}: a tuple of two weights >= 0, at the start and at the end",
+            )
+            for prefix in NO_PREFIX_WEIGHTS
+        ],
         (
             [ROW._replace(target_weights=(1.0)), LAST],
             "STAGES, row 1: multi-token weights are tuples, of one as (1.0,)",
@@ -205,6 +214,11 @@ def test_a_row_of_stages_that_fails_later_is_refused(stages, words):
 @pytest.mark.parametrize("classes", [0, 16, 50_320])  # all of 50,304, some, more than there are
 def test_a_row_of_stages_may_have_any_multiple_of_16_classes(classes):
     check_stages(ROW, LAST._replace(classes=classes))
+
+
+@pytest.mark.parametrize("prefix", [(0.0, 0.0), (0.25, 0.0), (0, 2)])
+def test_a_row_of_stages_may_have_any_two_weights_of_prefixes(prefix):
+    check_stages(ROW, LAST._replace(prefix=prefix))
 
 
 def test_a_run_that_leaves_a_stage_without_a_step_is_refused():

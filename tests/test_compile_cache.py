@@ -50,8 +50,8 @@ def compile_all(folder: Path) -> None:
     def loss_and_gradients(program, region, *inputs):
         def function(x, w_fc, w_proj, head):
             x = x + program.MLP.apply(program.norm(x), w_fc, w_proj)
-            weights, left = torch.tensor([1.0, 0.5]), torch.arange(len(x))
-            return program.head_losses(x, head, targets, left, weights, None, head.size(1), None)
+            weights, left = torch.tensor([1.0, 0.5, 0.25]), torch.arange(len(x))
+            return program.head_losses(x, head, targets, left, weights, prefixes, None, None)
 
         loss = region(function)(*inputs).double().sum()
         return [loss, *torch.autograd.grad(loss, inputs)]
@@ -60,7 +60,7 @@ def compile_all(folder: Path) -> None:
     T, C, F, V = 32, 16, 64, 128
     shapes = (T, C), (F, C), (F, C), (C, V)
     inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
-    targets = torch.randint(V, (T,), dtype=torch.int32)
+    targets, prefixes = (torch.randint(V, (n,), dtype=torch.int32) for n in (T, V))
     seen = []
     for name in ("unchanged", *EDITS):  # the first twice: the second time from the cache
         spec = spec_from_file_location("program", folder / f"{name}.py")

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_gpt
 
 ROOT = Path(train_gpt.__file__).parent
-SMALL = ["--preset=smoke", "--vocab_size=301", "--bos=300", "--ngram_rows=64"]
+SMALL = ["--preset=smoke", "--vocab_size=301", "--bos=300", "--ngram_rows=64", "--vocabulary="]
 UNTIMED = {"a bank under Adam", "a learned scalar a layer"}  # edits that no picture shows
-EDITS = EDITS | {"a softmax over more classes than there are": [(r"classes=[\d_]+", "classes=50_320")]}
+EDITS = EDITS | {"a softmax over more classes than there are": [(r"(?<=, 896, )[\d_]+", "50_320")]}
 
 
 def run_of(program=train_gpt, *arguments):
@@ -113,6 +114,22 @@ def test_stages_have_the_steps_tokens_and_values_of_the_schedule(programs):
             assert told == pytest.approx((value(start), value(end - 1)), abs=6e-4)
 
 
+def test_a_prefix_has_a_weight_in_its_stages_only():
+    stages = table(text_of(train_gpt), "stages; ")[1 : 1 + len(train_gpt.STAGES)]
+    assert [row[12:] for row in stages] == [
+        ["1, 0.5, 0.25 to 0", "0.25"],
+        ["1, 0.5 to 0.001", "0.25 to 0"],
+        *[["1", "-"]] * 3,
+    ]
+    run = run_of(train_gpt)
+    (*_, line), spans = describe.curves_of(run)["weights of the loss"], run.spans()
+    assert line.name == "prefix" and line.values[: spans[1][0]] == [0.25] * spans[1][0]
+    assert 0 < line.values[spans[1][1] - 1] < 0.001 and {*line.values[spans[2][0] :]} == {None}
+    stages = tuple(stage._replace(prefix=(0.0, 0.0)) for stage in run.hp.stages)
+    lines = describe.curves_of(describe.Run(train_gpt, replace(run.hp, stages=stages)))["weights of the loss"]
+    assert [line.name for line in lines] == [f"token {k} ahead" for k in (1, 2, 3)]
+
+
 @pytest.mark.parametrize(
     "edit, stage, classes",
     [
@@ -164,11 +181,11 @@ def test_gradients_and_states_are_as_large_as_the_optimizers(programs, name):
         assert told["those of a step, with their gradients"] == ngrams.p.nbytes + ngrams.p.grad.nbytes
 
 
-def test_angles_are_as_large_as_the_models():
+def test_angles_signs_and_prefixes_are_as_large_as_the_models():
     run = run_of(train_gpt, *SMALL)
     model = train_gpt.GPT(run.hp, torch.device("cpu"), torch.float32)
-    held = model.yarn.cos, model.yarn.sin, model.yarn.position
-    assert describe.states_bytes(run, 1)["angles"] == sum(t.nbytes for t in held)
+    held = model.yarn.cos, model.yarn.sin, model.yarn.position, *model.buffers()
+    assert describe.states_bytes(run, 1)["angles, signs and prefixes"] == sum(t.nbytes for t in held)
 
 
 def test_learning_rates_are_those_that_the_first_update_has():

@@ -133,6 +133,7 @@ def plain_gradients(tmp_path_factory):
     small_run.write_text(folder)
     hp = small_run.small_hyperparameters(folder, grad_scale=12.0)  # has no part in it
     trainer = Trainer(hp, World())
+    trainer.model.prefixes.copy_(small_run.prefix_table(hp))
     for batch in TrainLoader(find_files(hp.train_files), [trainer.schedule.size(0)], hp, World()):
         for micro_batch in batch.micro_batches:
             trainer.model(micro_batch, trainer.schedule.windows(0), trainer.target_weights[0]).sum().backward()

@@ -399,20 +399,26 @@ def test_other_files_than_the_run_began_with_are_refused_by_name(resume, data, t
 
 
 def vocabularies(folder):
-    """GPT-2's vocabulary at another place, and another one of its size: " the" and a token without letters change."""
+    """GPT-2's vocabulary at another place, and two others of its size.
+
+    In one, " the" and a token without letters change places, in the other two tokens that no other is spelled like.
+    """
     tokens = (Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken").read_bytes()
     (folder / "same.tiktoken").write_bytes(tokens)
     a, b = (base64.b64encode(token) + b" " for token in (b" the", b"!"))
     swapped = tokens.replace(b"\n" + a, b"\n-").replace(b, a, 1).replace(b"\n-", b"\n" + b)
     (folder / "other.tiktoken").write_bytes(swapped)
-    return folder / "same.tiktoken", folder / "other.tiktoken"
+    *lines, a, b = tokens.splitlines()
+    swapped = b.split()[0] + b" " + a.split()[1], a.split()[0] + b" " + b.split()[1]
+    (folder / "last.tiktoken").write_bytes(b"\n".join([*lines, *swapped]))
+    return [folder / f"{name}.tiktoken" for name in ("same", "other", "last")]
 
 
 def test_a_run_goes_on_with_its_vocabulary_wherever_it_lies_and_with_no_other(resume, tmp_path):
-    same, other = vocabularies(tmp_path)
+    same, *others = vocabularies(tmp_path)
     assert resume()[0].vocabulary == "data/gpt2.tiktoken"
     assert resume(f"--vocabulary={same}")[0].vocabulary == str(same)
-    for path in (other, ""):
+    for path in (*others, ""):
         with pytest.raises(train_gpt.UserError, match=f"--vocabulary={path}: its tokens are not those that the run"):
             resume(f"--vocabulary={path}")
 
@@ -644,9 +650,9 @@ def test_another_source_version_or_data_file_on_a_rank_is_named(agree, data, tmp
 
 
 def test_ranks_may_have_the_vocabulary_at_different_places_but_no_other_one(agree, data, tmp_path):
-    same, other = vocabularies(tmp_path)
+    same, *others = vocabularies(tmp_path)
     hp = small_run.small_hyperparameters(data)
-    starts = [start_of(train_gpt.replace(hp, vocabulary=str(path)), data) for path in (same, other, "")]
+    starts = [start_of(train_gpt.replace(hp, vocabulary=str(path)), data) for path in (same, *others, "")]
     assert agree(start_of(hp, data), starts[0]) is None
     for start in starts[1:]:
         assert "alike: --vocabulary's tokens is sha256 " in agree(start_of(hp, data), start)
@@ -703,14 +709,15 @@ def test_a_rank_that_hangs_is_named_with_its_place_and_all_others_end(data, tmp_
     assert_said_once_and_last(tmp_path, said, f"error: rank 1 on {HOST} at step 3: ", reason, words)
 
 
-def test_on_the_clock_a_run_no_longer_needs_the_vocabulary(tmp_path, monkeypatch):
+def test_on_the_clock_a_run_no_longer_needs_the_vocabularys_file(tmp_path):
     small_run.write_text(tmp_path)
-    hp = small_run.small_hyperparameters(tmp_path)
+    vocabulary = shutil.copy(Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken", tmp_path / "own.tiktoken")
+    hp = small_run.small_hyperparameters(tmp_path, vocabulary=str(vocabulary))
     trainer, log = train_gpt.Trainer(hp, train_gpt.World()), train_gpt.Log(hp, train_gpt.World())
     train, val = (train_gpt.find_files(getattr(hp, name)) for name in train_gpt.FILES)
     val_batches = train_gpt.validation_batches(val, hp, trainer.world)
-    monkeypatch.delattr(train_gpt, "read_vocabulary")
-    assert len(trainer.run(log, train, val_batches)) == 1
+    vocabulary.unlink()
+    assert len(trainer.run(log, train, val_batches)) == 1 and trainer.model.prefixes.max() > 0
     log.close()
 
 
@@ -901,7 +908,7 @@ def test_a_state_that_is_not_finite_and_cannot_be_saved_is_told_and_half_of_it_i
     assert not any((tmp_path / "logs").iterdir())
     monkeypatch.setattr(train_gpt, "__file__", "/nowhere/train_gpt.py")  # a copy without records/ saves nothing
     trainer.optimizer.largest.append((3, ["head"], torch.tensor([math.inf])))
-    with pytest.raises(train_gpt.UserError, match="head in step 4 is not finite$"):
+    with pytest.raises(train_gpt.UserError, match=r"head in step 4 is not finite$"):
         trainer.check_gradients(None, lag=0)
 
 
@@ -992,12 +999,15 @@ class Full:
         return getattr(self.file, name)
 
 
-@pytest.mark.parametrize("fault", ["lose_the_vocabulary", "lose_the_tools"])
-def test_a_run_whose_vocabulary_or_records_are_gone_by_its_end_ends_well_without_a_sample(data, tmp_path, fault):
+@pytest.mark.parametrize("fault", ["no_vocabulary", "lose_the_vocabulary", "lose_the_tools"])
+def test_a_run_whose_vocabulary_or_records_are_gone_by_its_end_ends_well(data, tmp_path, fault):
     vocabulary = shutil.copy(Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken", tmp_path / "own.tiktoken")
-    status, said = run(tmp_path, data, fault=(fault, 0, 8), arguments=[f"--vocabulary={vocabulary}"])
+    options = dict(fault=(fault, 0, 8), arguments=[f"--vocabulary={vocabulary}"])
+    options = dict(arguments=["--vocabulary="]) if fault == "no_vocabulary" else options
+    status, said = run(tmp_path, data, **options)
     assert status == 0 and vocabulary.exists() == (fault != "lose_the_vocabulary"), said
-    assert log_of(tmp_path).read_text().splitlines()[-1].startswith("validation loss ")
+    last = log_of(tmp_path).read_text().splitlines()[-1]  # a vocabulary that is lost has been read
+    assert last.startswith("sample: " if fault == "lose_the_vocabulary" else "validation loss ")
 
 
 def test_a_log_folder_that_is_removed_comes_back_with_the_whole_log(data, tmp_path):

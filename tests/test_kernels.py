@@ -610,9 +610,10 @@ def test_compiled_head_loss_equals_eager(grad_scale, copying):
     grad_out = torch.full(targets.shape[1:], 0.25, device=DEVICE)
     tolerance = COMPILED_TOLERANCE if grad_scale is None else COMPILED_FP8_TOLERANCE
     left = torch.arange(len(grad_out), device=DEVICE).flip(0) % 9  # of documents of nine tokens
+    prefixes = integers(1025, 1024, device=DEVICE) - 1
 
     def head_loss(x, head, *sums):
-        args = targets[0], left, weights, None, 1024, grad_scale
+        args = targets[0], left, weights, prefixes, None, grad_scale
         return train_gpt.head_losses(x, head, *args, *sums)
 
     if copying:  # sentinels, every, matching
@@ -895,12 +896,13 @@ def plain_rms_norm(x):
 
 def losses_with_copying(targets, documents, window, V):
     """The program's."""
-    left, weights = documents.ends - 1 - torch.arange(len(targets), device=targets.device), targets.new_ones(1).float()
+    left = documents.ends - 1 - torch.arange(len(targets), device=targets.device)
+    weights, prefixes = torch.tensor([1.0, 0.0], device=targets.device), targets.new_full((V,), -1)
 
     def losses(x, w_qk, w_sentinel, gain, bias, head):
         q, k, sentinel = train_gpt.copy_inputs(x, w_qk, w_sentinel, gain, bias)
         every, matching = train_gpt.copy_sums(q, k, targets, documents, window)
-        args = targets, left, weights, None, V, None
+        args = targets, left, weights, prefixes, None, None
         return train_gpt.head_losses(x, head, *args, sentinel, every, matching)
 
     return losses
@@ -994,8 +996,11 @@ def split_heads_plainly(x, weight, *rest):
 
 
 def wide(inputs):
-    """In float64, but for the tables of the rotation."""
-    return [t.double() if torch.is_tensor(t) and t.is_floating_point() and t.ndim == 2 else t for t in inputs]
+    """In float64, but for the tables of the rotation, and on the CPU: a GPU's kernel of Lookup takes no float64."""
+    x, weight, gate, table, rows, order, cos, sin, documents, *rest = inputs
+    x, weight, gate, table = (None if t is None else t.cpu().double() for t in (x, weight, gate, table))
+    documents = None if documents is None else Documents(*(t.cpu() for t in documents))
+    return [x, weight, gate, table, *(t.cpu() for t in (rows, order, cos, sin)), documents, *rest]
 
 
 SPLIT_HEADS_RESULTS = ("q", "k", "v", "x", "weight", "gate", "table")
@@ -1093,6 +1098,7 @@ def small_models(fp8="auto"):
     """The same model, all of its parameters random and exact in bf16, on the CPU in float32 and on the GPU in bf16."""
     hp = train_gpt.Hyperparameters(
         vocab_size=1000,
+        vocabulary="",
         ngram_rows=512,
         num_heads=2,
         head_dim=64,
@@ -1104,6 +1110,8 @@ def small_models(fp8="auto"):
     on_gpu = train_gpt.GPT(hp, torch.device("cuda"), torch.bfloat16, compile=True)
     table = (0.1 * torch.randn(on_cpu.ngram_shape)).bfloat16()
     on_cpu.ngrams, on_gpu.ngrams = table.float().requires_grad_(), table.cuda().requires_grad_()
+    on_cpu.prefixes.copy_(integers(1025, 1024) - 1)
+    on_gpu.prefixes.copy_(on_cpu.prefixes)
     with torch.no_grad():
         for name, a in on_cpu.named_parameters():
             if name in ("scalars", "gate_bias"):
@@ -1138,7 +1146,7 @@ COMPARED = ("copy_qk", "qk_bank", "vo_bank", "mlp_bank", "head", "embed", "ngram
 
 def losses_and_gradients(model, device, fp8_grad_scale=None, classes=0):
     torch.manual_seed(1)
-    weights, batch = torch.tensor([1.0, 0.5], device=device), small_batch(device)
+    weights, batch = torch.tensor([1.0, 0.5, 0.25], device=device), small_batch(device)
     if classes:
         chosen = train_gpt.softmax_classes(batch.targets.cpu().numpy(), classes, 1024)
         batch = batch._replace(classes=torch.from_numpy(chosen.astype(np.int32)).to(device))

@@ -7,6 +7,7 @@ import threading
 import time
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from train_gpt import (
     UserError,
     World,
     canonical_tokens,
+    prefix_table,
     read_vocabulary,
     validation_batches,
 )
@@ -494,6 +496,7 @@ def test_a_run_says_in_its_log_at_which_step_the_files_start_over(tmp_path, caps
     trained = []
     trainer = object.__new__(train_gpt.Trainer)  # the run's loop alone: no model
     trainer.hp, trainer.world, trainer.schedule, trainer.checkpoints = hp, World(), schedule, None
+    trainer.model = SimpleNamespace(prefixes=torch.empty(hp.padded_vocab, dtype=torch.int32))
     trainer.enter_step = lambda step: None
     trainer.add_gradients, trainer.update = lambda step, batch: trained.append(batch), lambda step: None
     trainer.validate = lambda batches, windows: 1.0
@@ -691,7 +694,7 @@ def test_an_id_outside_the_vocabulary_is_an_error_that_says_where(tmp_path):
         train_gpt.read_tokens(path, VOCAB)
 
 
-# ---------------------------------------------------------------------------- the vocabulary, and its tokens' spellings
+# ---------------------------------------------------------------------------- the vocabulary, spellings and prefixes
 
 
 def vocabulary(path, tokens, **values):
@@ -700,8 +703,43 @@ def vocabulary(path, tokens, **values):
     return Hyperparameters(**{"vocabulary": str(path), "vocab_size": len(tokens) + 1, "bos": len(tokens), **values})
 
 
-def test_without_a_vocabulary_each_token_has_its_own_spelling():
-    assert canonical_tokens(Hyperparameters(vocabulary="")).tolist() == [*range(50304)]
+def prefixes_by_hand(tokens):
+    """Of each token the longest of those that are shorter and that it begins with; -1 for none."""
+    found = []
+    for token in tokens:
+        shorter = [other for other in tokens if len(other) < len(token) and token.startswith(other)]
+        found.append(tokens.index(max(shorter, key=len)) if shorter else -1)
+    return found
+
+
+@given(st.lists(st.binary(min_size=1, max_size=5), min_size=1, unique=True) | st.sets(st.text("ab", min_size=1)))
+@settings(deadline=None)
+def test_a_tokens_prefix_is_the_longest_other_one_with_which_it_begins(tokens):
+    tokens = [token if isinstance(token, bytes) else token.encode() for token in tokens]
+    with tempfile.TemporaryDirectory() as folder:
+        table = prefix_table(vocabulary(Path(folder, "own.tiktoken"), tokens))
+    assert table.dtype == torch.int32 and len(table) % 128 == 0
+    assert table.tolist() == prefixes_by_hand(tokens) + [-1] * (len(table) - len(tokens))
+
+
+def test_prefixes_in_gpt2s_vocabulary_which_comes_with_the_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)  # a DATA_PATH with data only
+    hp = Hyperparameters()
+    ids, table = read_vocabulary(hp), prefix_table(hp)
+    for token, prefix in {b" the": b" th", b" th": b" t", b" t": b" ", b" theater": b" theat", b"\n\n": b"\n"}.items():
+        assert table[ids[token]] == ids[prefix]
+    assert all(table[ids[bytes([byte])]] == -1 for byte in range(256))
+    assert len(table) == 50304 and (table[50256:] == -1).all() and table.max() < 50256  # BOS, and the padding
+    tokens, rng = sorted(ids, key=ids.get), random.Random(0)
+    for i in rng.sample(range(50256), 50):
+        shorter = [token for token in tokens if len(token) < len(tokens[i]) and tokens[i].startswith(token)]
+        assert table[i] == (ids[max(shorter, key=len)] if shorter else -1)
+
+
+def test_without_a_vocabulary_no_token_has_a_prefix_and_each_its_own_spelling():
+    hp = Hyperparameters(vocabulary="")
+    assert (prefix_table(hp) == -1).all() and len(prefix_table(hp)) == 50304
+    assert canonical_tokens(hp).tolist() == [*range(50304)]
 
 
 def test_spellings_differ_in_case_accents_and_space_around_only(tmp_path):

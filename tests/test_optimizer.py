@@ -28,6 +28,7 @@ from train_gpt import (
 CPU = torch.device("cpu")
 HP = Hyperparameters(
     vocab_size=120,  # padded to 128
+    vocabulary="",
     muon_lr=0.023,  # PlainNorMuon's
     ngram_rows=64,
     num_heads=4,

@@ -102,10 +102,10 @@ def test_momentum_rises_over_560_steps_and_falls_back_over_the_last_376():
     assert {step: SPEEDRUN.momentum(step) for step in expected} == pytest.approx(expected, rel=1e-12)
 
 
-def test_three_next_tokens_are_predicted_at_first_and_one_token_at_last():
-    expected = {0: [1, 0.5, 0.25], 368: [1, 0.5, 0.125], 735: [1, 0.5, 0.25 / 736]}
-    expected |= {736: [1, 0.5], 1104: [1, 0.25], 1471: [1, 0.5 / 736]}
-    expected |= {1472: [1], 2300: [1], 2576: [1], 2671: [1]}
+def test_three_next_tokens_and_a_prefix_are_predicted_at_first_and_one_token_at_last():
+    expected = {0: [1, 0.5, 0.25, 0.25], 368: [1, 0.5, 0.125, 0.25], 735: [1, 0.5, 0.25 / 736, 0.25]}
+    expected |= {736: [1, 0.5, 0.25], 1104: [1, 0.25, 0.125], 1471: [1, 0.5 / 736, 0.25 / 736]}
+    expected |= {step: [1, 0] for step in (1472, 2300, 2576, 2671)}
     for step, weights in expected.items():
         assert SPEEDRUN.target_weights(step) == pytest.approx(weights, rel=1e-9)
 

@@ -66,7 +66,7 @@ def test_every_length_of_run_has_a_value_at_every_step(shares, scheduled):
         assert 0.1 <= schedule.lr(step) <= 1.7
         assert 0.85 <= schedule.momentum(step) <= 0.95
         assert schedule.stage(step) is schedule.hp.stages[indices[step]]
-        assert len(schedule.target_weights(step)) == len(schedule.stage(step).target_weights)
+        assert len(schedule.target_weights(step)) == len(schedule.stage(step).target_weights) + 1  # the prefix's
 
 
 @pytest.mark.parametrize("step, i", [(0, 0), (199, 0), (200, 1), (299, 1), (300, 2), (399, 2), (400, 3), (409, 3)])
@@ -173,7 +173,19 @@ def test_momentum_can_do_without_warm_up_and_cool_down():
     ],
 )
 def test_multi_token_weights_move_linearly_inside_a_stage(step, weights):
-    assert RUN.target_weights(step) == pytest.approx(weights, rel=1e-9)
+    assert RUN.target_weights(step) == pytest.approx([*weights, 0], rel=1e-9)
+
+
+WITH_PREFIXES = FIRST._replace(prefix=(0.2, 0.4)), SECOND._replace(prefix=(0.4, 0.0)), THIRD, EXTENSION
+
+
+@pytest.mark.parametrize(
+    "step, weight",
+    [(0, 0.2), (50, 0.25), (199, 0.399), (200, 0.4), (225, 0.3), (299, 0.004), (300, 0), (399, 0), (400, 0), (409, 0)],
+)
+def test_the_prefixs_weight_comes_last_and_moves_linearly_inside_a_stage(step, weight):
+    schedule = schedule_of(*WITH_PREFIXES)
+    assert schedule.target_weights(step) == pytest.approx([*RUN.target_weights(step)[:-1], weight], rel=1e-9)
 
 
 # ---------------------------------------------------------------------------- averages

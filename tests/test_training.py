@@ -29,11 +29,13 @@ from train_gpt import (
     Clock,
     Hyperparameters,
     Log,
+    Progress,
     Trainer,
     TrainLoader,
     World,
     Yarn,
     find_files,
+    prefix_table,
     validation_batches,
 )
 
@@ -195,6 +197,34 @@ def test_bfloat16_follows_float32(runs):
     for ours, theirs in zip(narrow.losses, wide.losses, strict=True):
         assert abs(ours - theirs) < BF16_LOSS_TOLERANCE
     assert wide.losses[-1] < wide.losses[0] - 0.3
+
+
+@pytest.mark.parametrize("progress", [None, Progress(step=2, val_losses=[5.0])], ids=["begun", "resumed"])
+def test_prefixes_are_looked_up_on_the_clock(folder, monkeypatch, progress):
+    hp = small_run.small_hyperparameters(folder, run_id=f"prefixes_{progress is None}")
+    trainer, happened = Trainer(hp, World()), []
+
+    def note(name, function):
+        monkeypatch.setattr(train_gpt, name, lambda *args: (happened.append(name), function(*args))[1])
+
+    note("Clock", Clock)
+    note("prefix_table", prefix_table)
+    trainer.update = lambda step: happened.append("step")
+    assert (trainer.model.prefixes == -1).all()
+    log, files = Log(hp, World()), find_files(hp.train_files)
+    trainer.run(log, files, validation_batches(find_files(hp.val_files), hp, World()), progress)
+    log.close()
+    assert happened[:3] == ["Clock", "prefix_table", "step"] and happened.count("prefix_table") == 1
+    assert torch.equal(trainer.model.prefixes, prefix_table(hp)) and trainer.model.prefixes.max() > 0
+
+
+def test_validation_counts_next_tokens_without_their_prefixes(folder):
+    hp = small_run.small_hyperparameters(folder)
+    trainer, batches = Trainer(hp, World()), validation_batches(find_files(hp.val_files), hp, World())
+    windows = trainer.schedule.windows(0)
+    without = trainer.validate(batches, windows)
+    trainer.model.prefixes.copy_(torch.arange(hp.padded_vocab).flip(0))
+    assert trainer.validate(batches, windows) == without
 
 
 # ---------------------------------------------------------------------------- micro-batches through a stage's graph
