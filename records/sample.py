@@ -44,11 +44,21 @@ SMALL = 256  # a model of this width or less has so little to do that threads on
 
 
 @torch.no_grad()
-def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Hyperparameters, dict[str, int]]:
-    """A checkpoint's model, hyperparameters, and windows, as its run's validation there has them. Raises UserError."""
+def load_model(
+    path: Path, device: torch.device | str = "cpu", vocabulary: Path | None = None
+) -> tuple[GPT, Hyperparameters, dict[str, int]]:
+    """A checkpoint's model, hyperparameters, and windows, as its run's validation there has them. Raises UserError.
+
+    vocabulary: the run's, where it lies at another place by now: its spellings are in the model's signs. Raises Refusal
+    for one that can't be the run's.
+    """
     content, device = read_checkpoint(path), torch.device(device)
     pieces = read_pieces(path, content)
-    schedule, step = TrainingSchedule(settings_of(path, content)), content["step"]
+    hp, step = settings_of(path, content), content["step"]
+    if vocabulary:
+        Vocabulary(hp, vocabulary)
+        hp = replace(hp, vocabulary=str(vocabulary.absolute()))
+    schedule = TrainingSchedule(hp)
     for place in (torch.device("meta"), device):  # first the shapes alone: a stranger's may take any memory
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is drawn is of no use
             model = GPT(schedule.hp, place, train_gpt.choose_dtype(schedule.hp, World(device=device)))
@@ -141,14 +151,12 @@ def printable(text: str) -> str:
 
 def sample(options: argparse.Namespace) -> None:
     """Prints the prompt and, token by token, what follows. Raises Refusal, UserError and DataError."""
-    model, hp, windows = load_model(options.checkpoint, options.device)
-    vocabulary = Vocabulary(hp, options.vocabulary)
+    model, hp, windows = load_model(options.checkpoint, options.device, options.vocabulary)
+    vocabulary = Vocabulary(hp)
     tokens = [hp.bos, *vocabulary.encode(options.prompt)]
     if hp.model_dim <= SMALL:
         torch.set_num_threads(1)
     print(printable(options.prompt), end="", flush=True)
-    if options.vocabulary:
-        hp = replace(hp, vocabulary=str(options.vocabulary))  # also for the spellings, by which n-grams are looked up
     made = generate(model, hp, windows, tokens, options.temperature, options.top_k, options.seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in islice(takewhile(lambda token: token != hp.bos, made), options.tokens):

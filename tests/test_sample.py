@@ -100,7 +100,7 @@ def test_a_loaded_model_has_the_validation_loss_of_its_run_at_that_step(runs, dt
     for (batch,), exchange in run.val_batches:
         model.ngrams = table[exchange.rows]
         with torch.no_grad():
-            losses.append(model(batch, windows, torch.ones(1), head_chunk=32_768).double().sum())
+            losses.append(model(batch, windows, torch.tensor((1.0, 0.0)), head_chunk=32_768).double().sum())
     assert sum(losses).item() / hp.val_tokens == run.losses[step]
 
 
@@ -298,20 +298,26 @@ def test_control_characters_stay_away_from_the_terminal(last, capsys, monkeypatc
     assert shown == "\ufffd[2J\n\t\ufffd\ufffd.\n"
 
 
-def test_another_vocabulary_is_the_checkpoints_or_the_one_that_is_named(last, tmp_path, capsys):
+def test_another_vocabulary_is_the_checkpoints_or_the_one_that_is_named(last, tmp_path, capsys, monkeypatch):
     own = tmp_path / "own.tiktoken"
     lines = (ROOT / "data" / "gpt2.tiktoken").read_text().splitlines()
     swapped = [f"{lines[i ^ 1].split()[0]} {i}" if 300 <= i < 400 else line for i, line in enumerate(lines)]
     own.write_text("\n".join(swapped) + "\n")
     path = changed(last, tmp_path / "own_step000010.pt", hyperparameters=dict(vocabulary=str(own)))
     assert main(capsys, path, "--temperature", 0)[0] == 0
-    hp = load_model(path)[1]
+    model, hp, _ = load_model(path)
+    before = model.signs
     ours, gpt2 = sample.Vocabulary(hp), sample.Vocabulary(hp, ROOT / "data" / "gpt2.tiktoken")
     assert [ours.decode(i) for i in (300, 301, 500)] == [gpt2.decode(i) for i in (301, 300, 500)]
-    own.unlink()
+    own.rename(tmp_path / "moved.tiktoken")
+    monkeypatch.chdir(tmp_path)
+    for made in (train_gpt.read_vocabulary, train_gpt.canonical_tokens):
+        made.cache_clear()  # as in another process
     status, _, said = main(capsys, path)
-    assert status == 1 and "own.tiktoken: cannot be read" in said and "--vocabulary takes" in said
-    assert main(capsys, path, "--vocabulary", ROOT / "data" / "gpt2.tiktoken", "--tokens", 1)[0] == 0
+    assert status == 1 and "own.tiktoken: No such file" in said and "--vocabulary= takes" in said
+    signs = load_model(path, vocabulary=Path("moved.tiktoken"))[0].signs
+    assert torch.equal(signs, before) and not torch.equal(signs, load_model(last)[0].signs)
+    assert main(capsys, path, "--vocabulary", "moved.tiktoken", "--tokens", 1)[0] == 0
 
 
 @pytest.mark.parametrize(
