@@ -901,7 +901,7 @@ def test_a_state_that_is_not_finite_and_cannot_be_saved_is_told_and_half_of_it_i
     assert not any((tmp_path / "logs").iterdir())
     monkeypatch.setattr(train_gpt, "__file__", "/nowhere/train_gpt.py")  # a copy without records/ saves nothing
     trainer.optimizer.largest.append((3, ["head"], torch.tensor([math.inf])))
-    with pytest.raises(train_gpt.UserError, match="head in step 4 is not finite$"):
+    with pytest.raises(train_gpt.UserError, match=r"head in step 4 is not finite$"):
         trainer.check_gradients(None, lag=0)
 
 
