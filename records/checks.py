@@ -4,9 +4,9 @@ What can be wrong with a run, found before anything slow or on one rank while ot
 train_gpt.py loads it at its start and hands itself over as the module `train_gpt`, so that what is checked is that
 file's, or its edited copy's. A copy without records/ beside it runs unchecked, and says so.
 
-First what torchrun says of a process is checked, with the arguments hyperparameters and tables, when the world is known
-data and GPU, and last, between the ranks, that all were started alike. Each check raises the program's UserError, one
-line with the remedy. When all is well it is said what runs, and on what.
+What torchrun says of a process is checked first; hyperparameters and tables with the arguments; data and GPU when the
+world is known; and last, between the ranks, that all were started alike. Each check raises the program's UserError, one
+line with the remedy. Where nothing is wrong, it is told what runs, and on what.
 """
 
 from __future__ import annotations
