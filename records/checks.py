@@ -235,6 +235,8 @@ def check_world(train_gpt: ModuleType, hp: Hyperparameters, world: World, files:
     widest = round((448 * scale) ** 2)  # no number of a normed row is larger than the root of its width
     told = f"width {hp.model_dim}: FP8 in the layers is made for widths up to {widest}: give --fp8=head, or --fp8=off"
     require(not fp8 or hp.model_dim <= widest, told)
+    if world.size > 1:
+        check_launcher(train_gpt)
     notes = check_gpu(train_gpt, hp, world) if world.on_gpu else []
     return [*summary(train_gpt, hp, world, files), *notes]
 
