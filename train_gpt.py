@@ -390,6 +390,13 @@ def parse_arguments(arguments: list[str], has_gpu: bool, gpu_memory: float = mat
     return hp, overrides
 
 
+def help_text() -> str:
+    """The usage lines and every hyperparameter with its default."""
+    lines = [f"  --{name}={field.default}" for name, field in SETTINGS.items()]
+    usage = (__doc__ or "python train_gpt.py [--name=value ...]").strip()  # python -OO has no docstrings
+    return "\n".join([*usage.splitlines()[:7], "Hyperparameters and their defaults:", *lines])
+
+
 def parse_value(name: str, text: str) -> object:
     """The text of --name=text as the type of the setting."""
     kind = SETTINGS[name].type
@@ -3392,16 +3399,18 @@ def main(arguments: list[str]) -> None:
     watch = guard.Watch(program) if guard else Unguarded()
     watch.start()
     try:
-        texts = ("-h", "--help", "--describe", "--describe=true", "--describe=1")
-        if asked := next((argument for argument in arguments if argument.lower() in texts), None):
-            import_tool("describe", asked.partition("=")[0]).show(program, arguments, watch.rank)
+        words = {argument.lower() for argument in arguments}
+        usage, describe = {"-h", "--help"} & words, {"--describe", "--describe=true", "--describe=1"} & words
+        if usage or describe:
+            if not usage:
+                import_tool("describe", "--describe").show(program, arguments, watch.rank)
+            elif watch.rank == 0:
+                print(help_text())
             watch.close()
             return
 
         # What to run, and whether it can: known in a second, before anything waits
         checks, logfile, world = import_tool("checks"), import_tool("logfile"), World.from_environment()
-        if checks and world.size > 1:
-            checks.check_launcher(program)
         if not world.on_gpu:
             keep_freed_memory()
         hp, overrides = parse_arguments(arguments, world.on_gpu, world.gpu_memory)

@@ -4,8 +4,9 @@ What can be wrong with a run, found before anything slow or on one rank while ot
 train_gpt.py loads it at its start and hands itself over as the module `train_gpt`, so that what is checked is that
 file's, or its edited copy's. A copy without records/ beside it runs unchecked, and says so.
 
-Hyperparameters and tables are checked with the arguments, data and GPU when the world is known, and last, between the
-ranks, that all were started alike. Each check raises the program's UserError, one line with the remedy.
+What torchrun says of a process is checked first; hyperparameters and tables with the arguments; data and GPU when the
+world is known; and last, between the ranks, that all were started alike. Each check raises the program's UserError, one
+line with the remedy. Where nothing is wrong, it is told what runs, and on what.
 """
 
 from __future__ import annotations
@@ -237,6 +238,8 @@ def check_world(train_gpt: ModuleType, hp: Hyperparameters, world: World, files:
     widest = round((448 * scale) ** 2)  # no number of a normed row is larger than the root of its width
     told = f"width {hp.model_dim}: FP8 in the layers is made for widths up to {widest}: give --fp8=head, or --fp8=off"
     require(not fp8 or hp.model_dim <= widest, told)
+    if world.size > 1:
+        check_launcher(train_gpt)
     notes = check_gpu(train_gpt, hp, world) if world.on_gpu else []
     return [*summary(train_gpt, hp, world, files), *notes]
 

@@ -1,6 +1,5 @@
 """
-What would run, from the tables at the top of train_gpt.py alone: as text for its --describe, and as two pictures. Also
-the text of --help.
+What would run, from the tables at the top of train_gpt.py alone: as text for its --describe, and as two pictures.
 
     python train_gpt.py --describe --length=0.25      # text, in two seconds; takes every hyperparameter
     python train_gpt.py --describe --preset=smoke     # what runs without a GPU
@@ -181,21 +180,10 @@ def most_kept(run: Run, size: int) -> int:
 
 
 def show(train_gpt: ModuleType, arguments: list[str], rank: int) -> None:
-    """Prints on rank 0 what --help or --describe asks for; every rank looks at the arguments. Raises UserError."""
-    if {"-h", "--help"} & {*arguments}:
-        make = partial(help_text, train_gpt)
-    else:
-        hp, _ = train_gpt.parse_arguments(arguments, has_gpu=True)  # the speedrun's unless told: it runs elsewhere
-        make = partial(text, train_gpt, hp)
+    """Prints on rank 0 what --describe asks for; every rank looks at the arguments. Raises UserError."""
+    hp, _ = train_gpt.parse_arguments(arguments, has_gpu=True)  # the speedrun's unless told: it is looked at elsewhere
     if rank == 0:
-        print(make())
-
-
-def help_text(train_gpt: ModuleType) -> str:
-    """The usage lines and every hyperparameter with its default."""
-    lines = [f"  --{name}={field.default}" for name, field in train_gpt.SETTINGS.items()]
-    usage = (train_gpt.__doc__ or "python train_gpt.py [--name=value ...]").strip()  # python -OO has no docstrings
-    return "\n".join([*usage.splitlines()[:7], "Hyperparameters and their defaults:", *lines])
+        print(text(train_gpt, hp))
 
 
 def text(train_gpt: ModuleType, hp) -> str:

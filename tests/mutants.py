@@ -455,7 +455,7 @@ PLANTED = {
         # main
         ("a copy that stands alone ends in a stack trace", 'sys.exit(f"train_gpt.py: error: {error}")', "raise error",
          "test_errors.py test_a_copy_without_its_tools"),
-        ("the plain log has no line that ends its header", '"\\n".join([*head, rule])', '"\\n".join(head)',
+        ("the plain log is without the source", "head = [source, rule,", "head = [rule,",
          "test_errors.py test_a_copy_alone"),
         ("every rank has a run_id of its own", "dist.broadcast_object_list(of_rank_0, src=0)", "pass",
          "test_faults.py test_a_run_id_that_was_drawn"),

@@ -630,7 +630,8 @@ def small_check(tmp_path, monkeypatch, capability, tokens=512, free=79):
     write_shard(tmp_path / "train_1.bin", text_of([50] * 9000))
     write_shard(tmp_path / "val_0.bin", text_of([50] * 200))
     monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
-    monkeypatch.setenv("CC", "cc")
+    for name, value in dict(CC="cc", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500").items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     gpu = SimpleNamespace(name="Some GPU", major=capability[0], minor=capability[1], total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)

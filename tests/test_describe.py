@@ -313,8 +313,9 @@ def test_the_command_needs_no_data_looks_for_no_gpu_and_leaves_no_file(tmp_path)
     )
 
 
-def test_of_several_processes_one_tells(tmp_path):
-    result = command(tmp_path, "--describe=True", "--preset=smoke", RANK="1", WORLD_SIZE="2")
+@pytest.mark.parametrize("arguments", [["--describe=True", "--preset=smoke"], ["--help"]])
+def test_of_several_processes_one_tells(tmp_path, arguments):
+    result = command(tmp_path, *arguments, RANK="1", WORLD_SIZE="2")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
@@ -331,11 +332,10 @@ def test_a_bad_argument_is_refused_in_one_line(tmp_path, arguments, words):
     assert result.stderr.startswith(f"train_gpt.py: error: {words}") and result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("argument", ["--describe", "--help"])
-def test_a_copy_without_its_description_says_so(tmp_path, argument):
+def test_a_copy_without_its_description_says_so(tmp_path):
     (tmp_path / "train_gpt.py").write_text(Path(train_gpt.__file__).read_text())
-    result = command(tmp_path, argument, root=tmp_path)
-    told = f"train_gpt.py: error: {argument} takes {tmp_path}/records/describe.py, which is not there"
+    result = command(tmp_path, "--describe", root=tmp_path)
+    told = f"train_gpt.py: error: --describe takes {tmp_path}/records/describe.py, which is not there"
     assert result.returncode == 1 and result.stderr.startswith(told)
 
 

@@ -231,6 +231,7 @@ def test_a_copy_alone_runs_unchecked_and_says_so(folder, tmp_path_factory, proce
     (log,) = (folder / "logs").glob("*.txt")
     said = [path.read_text() for path in outputs.rglob("stdout.log")] or [result.stdout]
     note = "note: a copy without records/: nothing was checked, and nothing looks after hangs\n"
+    assert run(folder, ["--help"], [sys.executable, str(copy)]).stdout == run(folder, ["--help"]).stdout
     assert [text.count(note) for text in (log.read_text(), "".join(said))] == [1, 1]
     found = read_run(log)  # plain, but in the form of all logs
     assert (found.problems, found.preset, found.step, [*found.losses]) == ([], "smoke", 7, [0, 7])
