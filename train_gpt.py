@@ -1873,17 +1873,19 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
     return (join(x, mlp_out, w), None) if complete else (x, mlp_out)
 
 
-def target_rows(targets: Tensor, left: Tensor, n: int, prefixes: Tensor, classes: Tensor | None) -> Tensor:
-    """Of each position the n - 1 next tokens and the first one's prefix, (n, T); with `classes` (P,), indices in these.
+def target_rows(
+    targets: Tensor, left: Tensor, n: int, prefixes: Tensor | None, classes: Tensor | None, vocab_size: int
+) -> Tensor:
+    """n targets of each position, (n, T): next tokens, the nearest first, then with `prefixes` (V,) the first's prefix.
 
     The token behind a document is still a target, those after it are -1; left (T,): positions of the document to come.
-    prefixes (V,): of prefix_table; one that is none of the classes is no target, either.
+    With `classes` (P,), indices in these; a prefix that is none of them is no target, either.
     """
-    ahead = [torch.where(left >= k, targets.roll(-k), -1) for k in range(n - 1)]
-    rows = torch.stack([*ahead, prefixes[targets]])
+    ahead = [torch.where(left >= k, targets.roll(-k), -1) for k in range(n - (prefixes is not None))]
+    rows = torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
     if classes is None:
         return rows
-    places = torch.full((len(prefixes) + 1,), -1, dtype=rows.dtype, device=rows.device)
+    places = torch.full((vocab_size + 1,), -1, dtype=rows.dtype, device=rows.device)
     places[classes] = torch.arange(len(classes), dtype=rows.dtype, device=rows.device)
     return places[rows]  # -1 finds the last place, which stays -1
 
@@ -1895,12 +1897,12 @@ def copy_inputs(x, qk, sentinel_weight, gain, bias):
     return (gain * q.size(-1) ** -0.5 * q).to(x.dtype), k, widened(F.linear(x, sentinel_weight).squeeze(-1)) + bias
 
 
-def head_losses(x, head, targets, left, target_weights, prefixes, classes, fp8_grad_scale, *copying):
+def head_losses(x, head, targets, left, target_weights, prefixes, classes, vocab_size: int, fp8_grad_scale, *copying):
     """Loss of each position (T,), float32, weighted over its targets, from the last row's output (T, C).
 
     head (C, V), or (C, P) with `classes` (P,). copying: sentinel, every and matching, (T,) each, see copy_scores.
     """
-    targets = target_rows(targets, left, len(target_weights), prefixes, classes)
+    targets = target_rows(targets, left, len(target_weights), prefixes, classes, vocab_size)
     losses = HeadLoss.apply(norm(x), head, targets, fp8_grad_scale)
     if copying:
         sentinel, every, matching = copying
@@ -2040,9 +2042,9 @@ class GPT(nn.Module):
 
     def forward(
         self, batch: MicroBatch, windows: dict[str, int], target_weights: Tensor, fp8_grad_scale: float | None = None,
-        head_chunk: int | None = None,
+        head_chunk: int | None = None, prefix: bool = True,
     ) -> Tensor:  # fmt: skip
-        """Loss of each position, (T,) float32, weighted over next tokens, the nearest first, and the first's prefix.
+        """Loss of each position, (T,) float32, weighted over next tokens, the nearest first, and the first's `prefix`.
 
         windows: tokens, by the names in LAYERS. fp8_grad_scale: None without FP8, else what the losses are multiplied
         by before backward. head_chunk: positions whose logits exist at once.
@@ -2056,7 +2058,7 @@ class GPT(nn.Module):
             q, k, sentinel = self.copy_inputs(x, self.copy_qk, self.copy_sentinel, gain, bias)
             by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
-        args = target_weights, self.prefixes, batch.classes, fp8_grad_scale
+        args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
         chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
         losses = [self.head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
         return torch.cat(losses) if head_chunk else losses[0]
@@ -3146,7 +3148,9 @@ class Trainer:
 
     def micro_step(self, step: int, batch: MicroBatch, target_weights: Tensor) -> None:
         """Forward and backward of one micro-batch; adds to the gradients."""
-        losses = self.model(batch, self.schedule.windows(step), target_weights, self.fp8_grad_scale)
+        prefix = any(self.schedule.stage(step).prefix)  # with a weight of 0 it would take 1 % of the time for nothing
+        weights = target_weights if prefix else target_weights[:-1]
+        losses = self.model(batch, self.schedule.windows(step), weights, self.fp8_grad_scale, prefix=prefix)
         (losses.sum() * self.grad_scale).backward()
 
     def add_gradients(self, step: int, batch: StepBatch) -> None:
@@ -3166,12 +3170,12 @@ class Trainer:
     @torch.no_grad()
     def validate(self, batches: ValidationBatches, windows: dict[str, int]) -> float:
         """Mean cross-entropy of all ranks' validation tokens, in nats."""
-        weights = torch.tensor((1.0, 0.0), device=self.world.device)  # of the next token and its prefix
+        one = torch.ones(1, device=self.world.device)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for (batch,), exchange in batches:
             with self.graph_memory.used() if self.graphs else nullcontext():
                 self.model.ngrams = self.ngrams.communication.fetch(exchange)  # may be more rows than the cache has
-                total += self.model(batch, windows, weights, head_chunk=32_768).double().sum()
+                total += self.model(batch, windows, one, head_chunk=32_768, prefix=False).double().sum()
         self.model.ngrams = self.ngrams.p
         if self.world.size > 1:
             dist.all_reduce(total)

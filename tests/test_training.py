@@ -227,6 +227,21 @@ def test_validation_counts_next_tokens_without_their_prefixes(folder):
     assert trainer.validate(batches, windows) == without
 
 
+@pytest.mark.parametrize("prefix", [(0.25, 0.0), (0.0, 0.0)])
+def test_a_prefix_is_a_target_in_stages_that_give_it_a_weight(folder, prefix):
+    hp, seen = small_run.small_hyperparameters(folder), set()
+    hp = replace(hp, stages=tuple(stage._replace(prefix=prefix) for stage in hp.stages))
+    trainer = Trainer(hp, World())
+    (batch,) = TrainLoader(find_files(hp.train_files), [trainer.schedule.size(0)], hp, World())
+
+    def note(module, arguments, named):
+        seen.add((len(arguments[2]), named["prefix"]))
+
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.add_gradients(0, batch)
+    assert seen == {(len(hp.stages[0].target_weights) + any(prefix), any(prefix))}
+
+
 # ---------------------------------------------------------------------------- micro-batches through a stage's graph
 
 
