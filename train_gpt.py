@@ -2054,14 +2054,17 @@ class GPT(nn.Module):
         left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)  # how many of its document follow
         by_position = [x, batch.targets, left]
         if len(self.copy_qk):
-            gain, bias = *scalars["copy_gain"], *scalars["copy_sentinel"]
-            q, k, sentinel = self.copy_inputs(x, self.copy_qk, self.copy_sentinel, gain, bias)
+            q, k, sentinel = self.copying(x, scalars)
             by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
         args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
         chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
         losses = [self.head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
         return torch.cat(losses) if head_chunk else losses[0]
+
+    def copying(self, x: Tensor, scalars: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """copy_inputs of the last row's output x (T, C), with the model's parameters."""
+        return self.copy_inputs(x, self.copy_qk, self.copy_sentinel, *scalars["copy_gain"], *scalars["copy_sentinel"])
 
     def output(
         self, batch: MicroBatch, windows: dict[str, int], scalars: dict[str, list[Tensor]], fp8_grad_scale: float | None
@@ -2115,8 +2118,7 @@ class GPT(nn.Module):
         z = softcapped(norm(x[rows]) @ self.head)
         if not len(self.copy_qk):
             return z
-        gain_and_bias = *scalars["copy_gain"], *scalars["copy_sentinel"]
-        q, k, sentinel = self.copy_inputs(x, self.copy_qk, self.copy_sentinel, *gain_and_bias)
+        q, k, sentinel = self.copying(x, scalars)
         scores = copy_scores(q, k, batch.documents, self.copy_window, rows.reshape(-1)).view(*rows.shape, -1)
         sentinel, every = sentinel[rows], scores.logsumexp(-1)
         total = torch.logaddexp(sentinel, every)[..., None]
