@@ -1833,39 +1833,31 @@ def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias,
     ]
 
 
-def normed_input(x, fp8: bool):
-    """The norm of x (T, C), and the norm in FP8, or None."""
+def normed_input(x, mlp_out, before, fp8: bool):
+    """What attention reads: the stream (T, C), its norm, and the norm in FP8, or None."""
+    x = join(x, mlp_out, before)
     normed = norm(x)
-    return normed, (normed.detach() / FP8_X).to(torch.float8_e4m3fn) if fp8 else None
+    return x, normed, (normed.detach() / FP8_X).to(torch.float8_e4m3fn) if fp8 else None
 
 
-def attention_inputs(x, mlp_out, before, normed, w: LayerWeights, narrow: bool):
-    """The stream (x, mlp_out), and what the layer's Projection to q, k, v lacks.
-
-    normed: normed_input of the kept output that the layer reads; None: it reads the stream. Returns a dict: in PyTorch
-    2.11 a Projection that a compiled function returns loses some fields.
-    """
-    if normed is None:
-        x, mlp_out = join(x, mlp_out, before), None
-        normed = normed_input(x, w.qkv.fp8 is not None)
-    normed, x_fp8 = normed
+def qkv_weight(w: LayerWeights, narrow: bool):
+    """A layer's W_q, W_k and W_v as one matrix (H (2 D_QK + D), C), and in FP8 its scale, see Projection."""
     qk, v = w.qkv.weight
     qk = qk[:, :, : qk.size(2) // 2] if narrow else qk
     weight = w.qkv_lambda * torch.cat((qk.flatten(0, 2), v))
     # In FP8 the lambda is part of the scale: the weight is the one that layer_weights has converted.
-    scale = None if x_fp8 is None else w.qkv_lambda.detach() * FP8_WEIGHT
-    return x, mlp_out, dict(weight=weight, scale=scale, x=normed, x_fp8=x_fp8)
+    return weight, None if w.qkv.fp8 is None else w.qkv_lambda.detach() * FP8_WEIGHT
 
 
 def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeights, complete: bool):
-    """The rest of a layer: adds attention's result (N, H, D) and `added` (T, C), None for none, and runs the MLP.
+    """The rest of a layer: adds attention's result (T, H, D) and `added` (T, C), None for none, and runs the MLP.
 
     Returns the stream as x (T, C) and the MLP's waiting result; with `complete`, None waits.
     """
     x, mlp_out = join(x, mlp_out, before), None
     dtype = x.dtype
     if attended is not None:
-        y = attended if head_gates is None else attended * head_gates.reshape(attended.shape[:2]).unsqueeze(-1)
+        y = attended if head_gates is None else attended * head_gates.unsqueeze(-1)
         x = w.attn_resid * widened(x) + F.linear(y.reshape(x.shape), w.out_lambda * w.out)
     x = (x if added is None else x + added).to(dtype)
     if w.mlp is not None:
@@ -1989,7 +1981,7 @@ class GPT(nn.Module):
             self.embed.copy_(self.head.T)
         longest = max(hp.val_batch_size, *(stage.tokens for stage in hp.stages)) // MICRO_BATCHES
         self.yarn = Yarn(hp.head_dim, 2 * max(longest, hp.micro_batch_tokens), device)  # 2: pairs of heads interleaved
-        compiled, regions = compiler(compile), (join, embed_inputs, gate_network, normed_input, attention_inputs)
+        compiled, regions = compiler(compile), (join, embed_inputs, gate_network, normed_input, qkv_weight)
         for function in (*regions, layer_outputs, copy_inputs, head_losses, fp8_weights):
             setattr(self, function.__name__, compiled(function))  # self.join, self.embed_inputs, ...
 
@@ -2088,10 +2080,16 @@ class GPT(nn.Module):
             xsa, head_gates, value_gate, added_values, added = next(gates)
             y = None
             if layer.window:
-                if layer.reads and layer.reads not in normed:
-                    normed[layer.reads] = self.normed_input(kept[layer.reads], w.qkv.fp8 is not None)
-                x, mlp_out, inputs = self.attention_inputs(x, mlp_out, before, normed.get(layer.reads), w, layer.narrow)
-                projection = w.qkv._replace(**inputs)
+                fp8 = w.qkv.fp8 is not None
+                if layer.reads is None:
+                    x, *inputs = self.normed_input(x, mlp_out, before, fp8)
+                    mlp_out = None
+                else:
+                    if layer.reads not in normed:
+                        _, *normed[layer.reads] = self.normed_input(kept[layer.reads], None, None, fp8)
+                    inputs = normed[layer.reads]
+                weight, scale = self.qkv_weight(w, layer.narrow)
+                projection = w.qkv._replace(weight=weight, scale=scale, x=inputs[0], x_fp8=inputs[1])
                 embed_rows = next(value_rows) if layer.value_embed else None
                 q, k, v = split_heads(
                     projection, value_gate, self.value_embeds, embed_rows, batch.order, self.yarn.cos, self.yarn.sin,
@@ -2100,6 +2098,7 @@ class GPT(nn.Module):
                 v = v if added_values is None else v + added_values.view_as(v)
                 scale = self.yarn.scale * (NARROW_SCALE if layer.narrow else 1)
                 y = attend(q, k, v, documents[layer.paired], windows[layer.window], scale, xsa)
+                y = y.reshape(len(x), self.num_heads, -1)  # paired or not, one graph
             complete = layer.mlp and layer.keep is not None  # without an MLP nothing waits: kept or not, one graph
             x, mlp_out = self.layer_outputs(x, mlp_out, before, y, head_gates, added, w, complete)
             before = w

@@ -769,8 +769,9 @@ def test_layers_multiply_by_the_same_in_fp8_and_without(fp8_grad_scale):
     mlps = [w.mlp for w in weights if w.mlp is not None]
     x = torch.randn(T, 32).double()
     layers = zip(LAYERS, weights, strict=True)
-    made = ((w, train_gpt.attention_inputs(x, None, None, None, w, a.narrow)[2]) for a, w in layers if w.qkv)
-    qkvs = [w.qkv._replace(**rest) for w, rest in made]
+    _, normed, x_fp8 = train_gpt.normed_input(x, None, None, fp8_grad_scale is not None)
+    made = ((w, *train_gpt.qkv_weight(w, a.narrow)) for a, w in layers if w.qkv)
+    qkvs = [w.qkv._replace(weight=weight, scale=scale, x=normed, x_fp8=x_fp8) for w, weight, scale in made]
     assert len(mlps) == len(train_gpt.MLP_LAYERS) and len(qkvs) == len(train_gpt.ATTENTION_LAYERS)
     if fp8_grad_scale is None:
         assert {field for weight, *in_fp8 in mlps for field in in_fp8} == {None}
