@@ -249,7 +249,7 @@ class Hyperparameters:
     copy_width: int = 128  # of the queries and keys that find tokens to copy in the document; 0: no copying
     num_heads: int = 6
     head_dim: int = 128
-    mlp_ratio: int = 3  # hidden units of an MLP, times the model's width
+    mlp_ratio: int = 4  # hidden units of an MLP, times the model's width
     window_block: int = 128  # tokens
     dtype: str = "auto"  # "bfloat16" on a GPU, "float32" on a CPU
     fp8: str = "auto"  # training's products in FP8, on compute capability >= 8.9; "head": the head's only; "off": none
