@@ -1608,7 +1608,7 @@ def copy_scores(q, k, documents: Documents, window: int, rows: Tensor) -> Tensor
 
 
 def copy_sums_reference(q, k, targets, documents: Documents, window: int) -> Tensor:
-    """copy_sums() over all pairs with a mask, for CPUs."""
+    """every and matching as above, (2, T) float32, far below 0 where there is no s; q, k (T, D), targets (T,) int32."""
     scores = copy_scores(q, k, documents, window, torch.arange(len(q), device=q.device))
     matching = scores.masked_fill(targets[:, None] != targets, MASKED_SCORE)
     return torch.stack((scores, matching)).logsumexp(-1)
@@ -1672,14 +1672,14 @@ COPY_BACKWARD_TILES = dict(BLOCK=64, num_warps=4, num_stages=2)
 
 
 class CopySums(torch.autograd.Function):
-    """copy_sums() in kernels. Widths are powers of two from 16 to 128."""
+    """copy_sums_reference in kernels. Widths are powers of two from 16 to 128."""
 
     @staticmethod
-    def forward(ctx, q, k, targets, starts, ends, window):
+    def forward(ctx, q, k, targets, documents, window):
         N, BLOCK_Q, sums = len(q), COPY_TILES["BLOCK_Q"], q.new_empty(2, len(q), dtype=torch.float32)
         descs = *attention_tiles(BLOCK_Q, q), *attention_tiles(COPY_TILES["BLOCK_K"], k)
-        copy_kernel[(triton.cdiv(N, BLOCK_Q),)](*descs, starts, targets, sums, N, window, **COPY_TILES)
-        ctx.save_for_backward(q, k, starts, ends, targets, sums)
+        copy_kernel[(triton.cdiv(N, BLOCK_Q),)](*descs, documents.starts, targets, sums, N, window, **COPY_TILES)
+        ctx.save_for_backward(q, k, *documents, targets, sums)
         ctx.window = window
         return sums
 
@@ -1692,14 +1692,10 @@ class CopySums(torch.autograd.Function):
         args += grad.contiguous(), N, ctx.window
         for of_queries, *descs in ((True, q_desc, k_desc, grad_q_desc), (False, k_desc, q_desc, grad_k_desc)):
             copy_backward_kernel[(triton.cdiv(N, BLOCK),)](*descs, *args, of_queries, D, **COPY_BACKWARD_TILES)
-        return grad_q, grad_k, None, None, None, None
+        return grad_q, grad_k, None, None, None
 
 
-def copy_sums(q, k, targets, documents: Documents, window: int) -> Tensor:
-    """every and matching as above, (2, T) float32, far below 0 where there is no s; q, k (T, D), targets (T,) int32."""
-    if q.is_cuda:
-        return CopySums.apply(q, k, targets, *documents, window)
-    return copy_sums_reference(q, k, targets, documents, window)
+copy_sums = switch(CopySums.apply, copy_sums_reference)
 
 
 # ======================================================================================================================
