@@ -444,11 +444,6 @@ class World(NamedTuple):
         """GiB of this process's GPU; infinite on a CPU."""
         return torch.cuda.get_device_properties(self.device).total_memory / 2**30 if self.on_gpu else math.inf
 
-    @property
-    def grad_accum_steps(self) -> int:
-        """Micro-batches of this rank in a step."""
-        return MICRO_BATCHES // self.size
-
     @staticmethod
     def from_environment() -> "World":
         """As torchrun describes it. Raises UserError if the processes do not divide 8, or for what checks.py finds."""
@@ -2699,7 +2694,7 @@ def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndar
 
 def micro_batches_together(num_tokens: int, hp: Hyperparameters, world: World) -> int:
     """How many of a rank's micro-batches of num_tokens are joined into one: a divisor of their number, at least 1."""
-    divisors = (n for n in (8, 4, 2, 1) if world.grad_accum_steps % n == 0)
+    divisors = (n for n in (8, 4, 2, 1) if MICRO_BATCHES // world.size % n == 0)
     return next(n for n in divisors if n == 1 or n * num_tokens <= hp.micro_batch_tokens)
 
 

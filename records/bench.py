@@ -210,7 +210,7 @@ class Bench:
         """The table of stages and the whole run's time."""
         head = "stage steps tokens ms/step min ms/micro-batch min tokens/s TFLOP/s of_ceiling GPU_busy peak_GiB run_s"
         rows, projected = [[name.replace("_", " ") for name in head.split()]], 0.0
-        micro_batches, size = self.world.grad_accum_steps, self.world.size
+        micro_batches, size = self.train_gpt.MICRO_BATCHES // self.world.size, self.world.size
         for stage, stage_times in times.items():
             ms, least = typical_ms(stage_times), min(ms for _, ms in stage_times)
             steps, tokens = self.schedule.ends[stage] - self.schedule.starts[stage], self.hp.stages[stage].tokens

@@ -417,7 +417,7 @@ PLANTED = {
         ("grad_scale is taken as 1", "self.grad_scale = hp.grad_scale / MICRO_BATCHES",
          "self.grad_scale = 1.0 / MICRO_BATCHES", "test_distributed.py test_the_optimizer_sees_an_eighth 1-"),
         ("grad_scale is not shared by the micro-batches", "self.grad_scale = hp.grad_scale / MICRO_BATCHES",
-         "self.grad_scale = hp.grad_scale / world.grad_accum_steps",
+         "self.grad_scale = hp.grad_scale / (MICRO_BATCHES // world.size)",
          "test_distributed.py test_the_optimizer_sees_an_eighth 2-"),
         ("a run that goes on has no prefixes", "self.model.prefixes.copy_(prefix_table(self.hp))",
          "progress or self.model.prefixes.copy_(prefix_table(self.hp))",
