@@ -2926,11 +2926,8 @@ def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
     canonical, first = np.arange(hp.padded_vocab, dtype=np.int32), {}
     for token, i in sorted(read_vocabulary(hp).items(), key=itemgetter(1)):
         with suppress(UnicodeDecodeError):  # a token that is part of a character stays itself
-            text = token.decode()
-            if not text.isascii():
-                letters = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
-                text = "".join(c for c in letters if not unicodedata.combining(c))
-            words = text.lower().split()
+            letters = unicodedata.normalize("NFKD", token.decode())  # accents are characters of their own
+            words = "".join(c for c in letters if not unicodedata.combining(c)).lower().split()
             if words or token.isspace():
                 canonical[i] = first.setdefault(" ".join(words), i)
     return canonical
