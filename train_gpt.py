@@ -3280,6 +3280,7 @@ class Clock:
 
     def __init__(self, device: torch.device, elapsed: float = 0.0):
         self.device, self.elapsed = device, elapsed
+        self.synchronize = torch.get_device_module(device).synchronize  # on a CPU it does nothing
         self.issued: torch.cuda.Event | None = None
         self.start()
 
@@ -3293,12 +3294,12 @@ class Clock:
 
     def start(self) -> None:
         """Waits for the work launched so far, and starts counting."""
-        synchronize(self.device)
+        self.synchronize()
         self.since = time.perf_counter()
 
     def stop(self) -> None:
         """Waits for the work launched so far, and stops counting."""
-        synchronize(self.device)
+        self.synchronize()
         self.elapsed += 1000 * (time.perf_counter() - self.since)
         self.since = None
 
@@ -3306,12 +3307,6 @@ class Clock:
         """The time as in the log, after `step` steps."""
         total = self.elapsed + (1000 * (time.perf_counter() - self.since) if self.since else 0)
         return f"train_time:{total:.0f}ms step_avg:{total / max(step, 1):.2f}ms"
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has done all that was launched; nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ======================================================================================================================
