@@ -1864,9 +1864,7 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
     return (join(x, mlp_out, w), None) if complete else (x, mlp_out)
 
 
-def target_rows(
-    targets: Tensor, left: Tensor, n: int, prefixes: Tensor | None, classes: Tensor | None, vocab_size: int
-) -> Tensor:
+def target_rows(targets, left, n: int, prefixes, classes, vocab_size: int) -> Tensor:
     """n targets of each position, (n, T): next tokens, the nearest first, then with `prefixes` (V,) the first's prefix.
 
     The token behind a document is still a target, those after it are -1; left (T,): positions of the document to come.
