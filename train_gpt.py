@@ -2934,8 +2934,7 @@ def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
 def prefix_table(hp: Hyperparameters) -> Tensor:
     """(V,) int32: for each token its prefix, the longest shorter token with which its bytes begin; -1 for none.
 
-    As targets, prefixes teach a token's first letters, which other tokens share. Source: the public speedrun's PR 337,
-    2026.
+    As targets they teach a token's first letters, which other tokens share. Source: the public speedrun's PR 337, 2026.
     """
     ids, prefixes = read_vocabulary(hp), np.full(hp.padded_vocab, -1, dtype=np.int32)
     for token, i in ids.items():
@@ -2947,8 +2946,7 @@ def prefix_table(hp: Hyperparameters) -> Tensor:
 # ======================================================================================================================
 # Schedule
 # ======================================================================================================================
-# What depends on the step alone, hence is the same on every rank and in a run that goes on. The stages share the
-# scheduled iterations; the extension follows.
+# What depends on the step alone, hence is the same on every rank and in a run that goes on.
 
 
 class TrainingSchedule:
@@ -3081,10 +3079,7 @@ class GraphMemory:
 
 
 class Trainer:
-    """Model, optimizer and schedule of a run; the warm-up and the run itself go through the same steps.
-
-    checkpoints: the Checkpoints of records/checkpoint.py, for a run that writes any.
-    """
+    """Model, optimizer and schedule of a run; checkpoints: records/checkpoint.py's, for a run that writes any."""
 
     def __init__(self, hp: Hyperparameters, world: World, checkpoints: object = None):
         self.hp, self.world, self.schedule, self.checkpoints = hp, world, TrainingSchedule(hp), checkpoints
@@ -3311,11 +3306,10 @@ class Clock:
 # main
 # ======================================================================================================================
 # Check, log, meet the other ranks, warm up, run. Whatever is raised on the way ends in one line, by records/guard.py.
-# Log and Unguarded are for a copy without records/: as little as a run can do with.
 
 
 class Log:
-    """The run's lines on the terminal and in a file, rank 0's. It stands in for the LogFile of records/logfile.py."""
+    """The run's lines on the terminal and in a file, rank 0's, where this file is a copy without records/logfile.py."""
 
     def __init__(self, hp: Hyperparameters, world: World):
         self.hp, self.path, self.file = hp, Path(hp.log_dir) / f"{hp.run_id}.txt", None
