@@ -439,11 +439,6 @@ class World(NamedTuple):
         """Whether this process computes on a GPU."""
         return self.device.type == "cuda"
 
-    @property
-    def gpu_memory(self) -> float:
-        """GiB of this process's GPU; infinite on a CPU."""
-        return torch.cuda.get_device_properties(self.device).total_memory / 2**30 if self.on_gpu else math.inf
-
     @staticmethod
     def from_environment() -> "World":
         """As torchrun describes it. Raises UserError if the processes do not divide 8, or for what checks.py finds."""
@@ -3375,7 +3370,8 @@ def main(arguments: list[str]) -> None:
         checks, logfile, world = import_tool("checks"), import_tool("logfile"), World.from_environment()
         if not world.on_gpu:
             keep_freed_memory()
-        hp, overrides = parse_arguments(arguments, world.on_gpu, world.gpu_memory)
+        memory = torch.cuda.get_device_properties(world.device).total_memory / 2**30 if world.on_gpu else math.inf
+        hp, overrides = parse_arguments(arguments, world.on_gpu, memory)
         wanted = next((name for name in ("resume", "checkpoint_every", "save_checkpoint") if getattr(hp, name)), None)
         tool = import_tool("checkpoint", f"--{wanted}") if wanted else None
         hp, checkpoint, resumed = tool.resume(hp, overrides) if hp.resume else (hp, None, [])
