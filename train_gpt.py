@@ -2885,10 +2885,7 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
 
 @cache
 def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
-    """Ids of tokens by their bytes, from a file in tiktoken's form below DATA_PATH or beside this program.
-
-    Empty if --vocabulary is. Raises UserError for a file that can't be used.
-    """
+    """Ids of tokens by their bytes, from --vocabulary, a file in tiktoken's form; {} without. Raises UserError."""
     if not hp.vocabulary:
         return {}
     paths = [folder / hp.vocabulary for folder in (ROOT, Path(__file__).resolve().parent)]
