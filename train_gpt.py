@@ -3315,7 +3315,8 @@ class Log:
         source, rule = Path(__file__).read_text(encoding="utf-8"), "=" * 100
         head = [source, rule, f"Running PyTorch {torch.__version__}", f"preset: {self.hp.preset}; overrides: {given}"]
         self.write("\n".join([*head, rule]), console=False)
-        self.write("\n".join(told))
+        note = "note: a copy without records/: nothing was checked, and nothing looks after hangs"
+        self.write("\n".join([note, *told]))
 
     def write(self, text: str, console: bool = True) -> None:
         """Writes one or more lines."""
@@ -3374,9 +3375,7 @@ def main(arguments: list[str]) -> None:
         hp, checkpoint, resumed = tool.resume(hp, overrides) if hp.resume else (hp, None, [])
         bench = import_tool("bench", "--bench" if hp.bench else "--profile") if hp.bench or hp.profile else None
         files = tool.files_of_checkpoint(hp, checkpoint) if checkpoint else files_of(hp)
-        told = ["note: a copy without records/: nothing was checked, and nothing looks after hangs"]
-        if checks:
-            told = checks.check_world(program, hp, world, files)
+        told = checks.check_world(program, hp, world, files) if checks else []
         log = watch.log = logfile.LogFile(program, hp, world) if logfile else Log(hp, world)
         log.begin(overrides, [*told, *resumed])
 
