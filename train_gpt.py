@@ -41,7 +41,7 @@ import unicodedata
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -2369,10 +2369,8 @@ class ShardedRows(Sharded):
         by_owner = [np.split(r, np.searchsorted(r, share * np.arange(1, size))) for r in rows]
         by_owner[rank][rank] = by_owner[rank][rank][:0]  # what this rank owns stays
         sent, received = by_owner[rank], [parts[rank] for parts in by_owner]
-        indices = map(torch.from_numpy, (rows[rank], np.concatenate(received) - rank * share, np.concatenate(sent)))
-        if grad.is_cuda:
-            indices = (t.pin_memory().to(grad.device, non_blocking=True) for t in indices)
-        self.own_lookups, self.received_rows, sent_rows = indices
+        indices = rows[rank], np.concatenate(received) - rank * share, np.concatenate(sent)
+        self.own_lookups, self.received_rows, sent_rows = to_device(indices, grad.device, np.int64)
         self.grad, values = self.own(grad), grad[sent_rows].to(self.p.dtype)
         self.received = values.new_empty(len(self.received_rows), grad.shape[1])
         self.sizes = [*map(len, received)]
@@ -2775,9 +2773,9 @@ def make_micro_batches(
     return batches, Exchange(*to_device(indices, world.device), taken, given)
 
 
-def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Copies as int32 tensors, without waiting for a GPU."""
-    tensors = [torch.from_numpy(a.astype(np.int32)) for a in arrays]
+def to_device(arrays: Sequence[np.ndarray], device: torch.device, dtype: type = np.int32) -> list[Tensor]:
+    """Copies as tensors, without waiting for a GPU."""
+    tensors = [torch.from_numpy(a.astype(dtype)) for a in arrays]
     return [t.pin_memory().to(device, non_blocking=True) for t in tensors] if device.type == "cuda" else tensors
 
 
