@@ -473,11 +473,6 @@ class World(NamedTuple):
         """One thread, on this process's GPU; else it would open a CUDA context on GPU 0 for every rank."""
         return ThreadPoolExecutor(1, name, partial(torch.cuda.set_device, self.device) if self.on_gpu else None)
 
-    def stop(self) -> None:
-        """Leaves the other processes."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
 
 def choose_dtype(hp: Hyperparameters, world: World) -> torch.dtype:
     """Of parameters and activations."""
@@ -3407,7 +3402,8 @@ def main(arguments: list[str]) -> None:
                 checkpoints.save(trainer, log)
             log.result(trainer, val_losses)
         watch.close()
-        world.stop()
+        if world.size > 1:
+            dist.destroy_process_group()
         log.close()
     except Exception as error:
         watch.fail(error)
