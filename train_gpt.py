@@ -3250,7 +3250,7 @@ class BetweenSteps:
         self.now.position = batch.position
         self.clock.step_issued()
         self.trainer.check_gradients(self.log, lag=1)  # of the step before: step_issued has waited for it
-        self.log.step(step + 1, f"step:{step + 1}/{self.hp.total_steps} {self.clock.text(step + 1)}")
+        self.log.write(f"step:{step + 1}/{self.hp.total_steps} {self.clock.text(step + 1)}", step=step + 1)
 
 
 class Clock:
@@ -3311,16 +3311,12 @@ class Log:
         note = "note: a copy without records/: nothing was checked, and nothing looks after hangs"
         self.write("\n".join([note, *told]))
 
-    def write(self, text: str, console: bool = True) -> None:
-        """Writes one or more lines."""
+    def write(self, text: str, console: bool = True, step: int = 0) -> None:
+        """Writes one or more lines; step: that which a line is of, for a LogFile's bar."""
         if self.file:
             print(text, file=self.file, flush=True)
             if console:
                 print(text, flush=True)
-
-    def step(self, step: int, text: str) -> None:
-        """Writes a training step's line."""
-        self.write(text)
 
     result = close = lambda *_: None
 

@@ -444,7 +444,7 @@ PLANTED = {
         ("the epoch counts up a file early", "1 + (begun - 1) // files", "1 + begun // files",
          "test_loader.py test_a_run_says_in_its_log"),
         ("steps have no line in the log",
-         '        self.log.step(step + 1, f"step:{step + 1}/{self.hp.total_steps} {self.clock.text(step + 1)}")\n', "",
+         'self.log.write(f"step:{step + 1}/{self.hp.total_steps} {self.clock.text(step + 1)}", step=step + 1)', "pass",
          "test_faults.py test_a_log_says_what"),
         ("a gradient that is infinite is none of its business", "if not math.isfinite(value)]", "if math.isnan(value)]",
          "test_faults.py test_a_number_that_is_not_finite poison_gradient"),
