@@ -41,7 +41,7 @@ import unicodedata
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -439,16 +439,6 @@ class World(NamedTuple):
         """Whether this process computes on a GPU."""
         return self.device.type == "cuda"
 
-    @property
-    def gpu_memory(self) -> float:
-        """GiB of this process's GPU; infinite on a CPU."""
-        return torch.cuda.get_device_properties(self.device).total_memory / 2**30 if self.on_gpu else math.inf
-
-    @property
-    def grad_accum_steps(self) -> int:
-        """Micro-batches of this rank in a step."""
-        return MICRO_BATCHES // self.size
-
     @staticmethod
     def from_environment() -> "World":
         """As torchrun describes it. Raises UserError if the processes do not divide 8, or for what checks.py finds."""
@@ -482,11 +472,6 @@ class World(NamedTuple):
     def thread(self, name: str) -> ThreadPoolExecutor:
         """One thread, on this process's GPU; else it would open a CUDA context on GPU 0 for every rank."""
         return ThreadPoolExecutor(1, name, partial(torch.cuda.set_device, self.device) if self.on_gpu else None)
-
-    def stop(self) -> None:
-        """Leaves the other processes."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def choose_dtype(hp: Hyperparameters, world: World) -> torch.dtype:
@@ -1608,7 +1593,7 @@ def copy_scores(q, k, documents: Documents, window: int, rows: Tensor) -> Tensor
 
 
 def copy_sums_reference(q, k, targets, documents: Documents, window: int) -> Tensor:
-    """copy_sums() over all pairs with a mask, for CPUs."""
+    """every and matching as above, (2, T) float32, far below 0 where there is no s; q, k (T, D), targets (T,) int32."""
     scores = copy_scores(q, k, documents, window, torch.arange(len(q), device=q.device))
     matching = scores.masked_fill(targets[:, None] != targets, MASKED_SCORE)
     return torch.stack((scores, matching)).logsumexp(-1)
@@ -1672,14 +1657,14 @@ COPY_BACKWARD_TILES = dict(BLOCK=64, num_warps=4, num_stages=2)
 
 
 class CopySums(torch.autograd.Function):
-    """copy_sums() in kernels. Widths are powers of two from 16 to 128."""
+    """copy_sums_reference in kernels. Widths are powers of two from 16 to 128."""
 
     @staticmethod
-    def forward(ctx, q, k, targets, starts, ends, window):
+    def forward(ctx, q, k, targets, documents, window):
         N, BLOCK_Q, sums = len(q), COPY_TILES["BLOCK_Q"], q.new_empty(2, len(q), dtype=torch.float32)
         descs = *attention_tiles(BLOCK_Q, q), *attention_tiles(COPY_TILES["BLOCK_K"], k)
-        copy_kernel[(triton.cdiv(N, BLOCK_Q),)](*descs, starts, targets, sums, N, window, **COPY_TILES)
-        ctx.save_for_backward(q, k, starts, ends, targets, sums)
+        copy_kernel[(triton.cdiv(N, BLOCK_Q),)](*descs, documents.starts, targets, sums, N, window, **COPY_TILES)
+        ctx.save_for_backward(q, k, *documents, targets, sums)
         ctx.window = window
         return sums
 
@@ -1692,14 +1677,10 @@ class CopySums(torch.autograd.Function):
         args += grad.contiguous(), N, ctx.window
         for of_queries, *descs in ((True, q_desc, k_desc, grad_q_desc), (False, k_desc, q_desc, grad_k_desc)):
             copy_backward_kernel[(triton.cdiv(N, BLOCK),)](*descs, *args, of_queries, D, **COPY_BACKWARD_TILES)
-        return grad_q, grad_k, None, None, None, None
+        return grad_q, grad_k, None, None, None
 
 
-def copy_sums(q, k, targets, documents: Documents, window: int) -> Tensor:
-    """every and matching as above, (2, T) float32, far below 0 where there is no s; q, k (T, D), targets (T,) int32."""
-    if q.is_cuda:
-        return CopySums.apply(q, k, targets, *documents, window)
-    return copy_sums_reference(q, k, targets, documents, window)
+copy_sums = switch(CopySums.apply, copy_sums_reference)
 
 
 # ======================================================================================================================
@@ -1865,9 +1846,7 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
     return (join(x, mlp_out, w), None) if complete else (x, mlp_out)
 
 
-def target_rows(
-    targets: Tensor, left: Tensor, n: int, prefixes: Tensor | None, classes: Tensor | None, vocab_size: int
-) -> Tensor:
+def target_rows(targets, left, n: int, prefixes, classes, vocab_size: int) -> Tensor:
     """n targets of each position, (n, T): next tokens, the nearest first, then with `prefixes` (V,) the first's prefix.
 
     The token behind a document is still a target, those after it are -1; left (T,): positions of the document to come.
@@ -1925,7 +1904,7 @@ class MicroBatch(NamedTuple):
 
 
 class GPT(nn.Module):
-    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits.
+    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch.
 
     Initial values: head normal, std 0.005; embed its transpose; attention banks and W_fc uniform with std 0.5 C^-0.5;
     value embeddings normal, std 0.01; copy_qk normal, std C^-0.5; the first matrices of gate networks uniform in
@@ -2105,25 +2084,6 @@ class GPT(nn.Module):
             if layer.keep:
                 kept[layer.keep] = x
         return self.join(x, mlp_out, before)
-
-    def logits(self, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
-        """Of these positions only, (positions, V) float32, softcapped as in the loss; beyond vocab_size meaningless.
-
-        With copying, log probabilities: a mixture of the model's own and of the tokens that it copies, see copy_scores.
-        """
-        scalars = self.named_scalars()
-        x = self.output(batch, windows, scalars, None)
-        rows = torch.arange(len(x), device=x.device)[positions]
-        z = softcapped(norm(x[rows]) @ self.head)
-        if not len(self.copy_qk):
-            return z
-        q, k, sentinel = self.copying(x, scalars)
-        scores = copy_scores(q, k, batch.documents, self.copy_window, rows.reshape(-1)).view(*rows.shape, -1)
-        sentinel, every = sentinel[rows], scores.logsumexp(-1)
-        total = torch.logaddexp(sentinel, every)[..., None]
-        p = z.softmax(-1) * (sentinel[..., None] - total).exp()
-        copied = (scores - total).exp()
-        return p.scatter_add_(-1, batch.targets.long().expand_as(copied), copied).log()
 
 
 # ======================================================================================================================
@@ -2403,10 +2363,8 @@ class ShardedRows(Sharded):
         by_owner = [np.split(r, np.searchsorted(r, share * np.arange(1, size))) for r in rows]
         by_owner[rank][rank] = by_owner[rank][rank][:0]  # what this rank owns stays
         sent, received = by_owner[rank], [parts[rank] for parts in by_owner]
-        indices = map(torch.from_numpy, (rows[rank], np.concatenate(received) - rank * share, np.concatenate(sent)))
-        if grad.is_cuda:
-            indices = (t.pin_memory().to(grad.device, non_blocking=True) for t in indices)
-        self.own_lookups, self.received_rows, sent_rows = indices
+        indices = rows[rank], np.concatenate(received) - rank * share, np.concatenate(sent)
+        self.own_lookups, self.received_rows, sent_rows = to_device(indices, grad.device, np.int64)
         self.grad, values = self.own(grad), grad[sent_rows].to(self.p.dtype)
         self.received = values.new_empty(len(self.received_rows), grad.shape[1])
         self.sizes = [*map(len, received)]
@@ -2721,7 +2679,7 @@ def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndar
 
 def micro_batches_together(num_tokens: int, hp: Hyperparameters, world: World) -> int:
     """How many of a rank's micro-batches of num_tokens are joined into one: a divisor of their number, at least 1."""
-    divisors = (n for n in (8, 4, 2, 1) if world.grad_accum_steps % n == 0)
+    divisors = (n for n in (8, 4, 2, 1) if MICRO_BATCHES // world.size % n == 0)
     return next(n for n in divisors if n == 1 or n * num_tokens <= hp.micro_batch_tokens)
 
 
@@ -2809,9 +2767,9 @@ def make_micro_batches(
     return batches, Exchange(*to_device(indices, world.device), taken, given)
 
 
-def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Copies as int32 tensors, without waiting for a GPU."""
-    tensors = [torch.from_numpy(a.astype(np.int32)) for a in arrays]
+def to_device(arrays: Sequence[np.ndarray], device: torch.device, dtype: type = np.int32) -> list[Tensor]:
+    """Copies as tensors, without waiting for a GPU."""
+    tensors = [torch.from_numpy(a.astype(dtype)) for a in arrays]
     return [t.pin_memory().to(device, non_blocking=True) for t in tensors] if device.type == "cuda" else tensors
 
 
@@ -2919,10 +2877,7 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
 
 @cache
 def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
-    """Ids of tokens by their bytes, from a file in tiktoken's form below DATA_PATH or beside this program.
-
-    Empty if --vocabulary is. Raises UserError for a file that can't be used.
-    """
+    """Ids of tokens by their bytes, from --vocabulary, a file in tiktoken's form; {} without. Raises UserError."""
     if not hp.vocabulary:
         return {}
     paths = [folder / hp.vocabulary for folder in (ROOT, Path(__file__).resolve().parent)]
@@ -2953,11 +2908,8 @@ def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
     canonical, first = np.arange(hp.padded_vocab, dtype=np.int32), {}
     for token, i in sorted(read_vocabulary(hp).items(), key=itemgetter(1)):
         with suppress(UnicodeDecodeError):  # a token that is part of a character stays itself
-            text = token.decode()
-            if not text.isascii():
-                letters = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
-                text = "".join(c for c in letters if not unicodedata.combining(c))
-            words = text.lower().split()
+            letters = unicodedata.normalize("NFKD", token.decode())  # accents are characters of their own
+            words = "".join(c for c in letters if not unicodedata.combining(c)).lower().split()
             if words or token.isspace():
                 canonical[i] = first.setdefault(" ".join(words), i)
     return canonical
@@ -2966,8 +2918,7 @@ def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
 def prefix_table(hp: Hyperparameters) -> Tensor:
     """(V,) int32: for each token its prefix, the longest shorter token with which its bytes begin; -1 for none.
 
-    As targets, prefixes teach a token's first letters, which other tokens share. Source: the public speedrun's PR 337,
-    2026.
+    As targets they teach a token's first letters, which other tokens share. Source: the public speedrun's PR 337, 2026.
     """
     ids, prefixes = read_vocabulary(hp), np.full(hp.padded_vocab, -1, dtype=np.int32)
     for token, i in ids.items():
@@ -2979,8 +2930,7 @@ def prefix_table(hp: Hyperparameters) -> Tensor:
 # ======================================================================================================================
 # Schedule
 # ======================================================================================================================
-# What depends on the step alone, hence is the same on every rank and in a run that goes on. The stages share the
-# scheduled iterations; the extension follows.
+# What depends on the step alone, hence is the same on every rank and in a run that goes on.
 
 
 class TrainingSchedule:
@@ -3113,10 +3063,7 @@ class GraphMemory:
 
 
 class Trainer:
-    """Model, optimizer and schedule of a run; the warm-up and the run itself go through the same steps.
-
-    checkpoints: the Checkpoints of records/checkpoint.py, for a run that writes any.
-    """
+    """Model, optimizer and schedule of a run; checkpoints: records/checkpoint.py's, for a run that writes any."""
 
     def __init__(self, hp: Hyperparameters, world: World, checkpoints: object = None):
         self.hp, self.world, self.schedule, self.checkpoints = hp, world, TrainingSchedule(hp), checkpoints
@@ -3302,7 +3249,7 @@ class BetweenSteps:
         self.now.position = batch.position
         self.clock.step_issued()
         self.trainer.check_gradients(self.log, lag=1)  # of the step before: step_issued has waited for it
-        self.log.step(step + 1, f"step:{step + 1}/{self.hp.total_steps} {self.clock.text(step + 1)}")
+        self.log.write(f"step:{step + 1}/{self.hp.total_steps} {self.clock.text(step + 1)}", step=step + 1)
 
 
 class Clock:
@@ -3310,6 +3257,7 @@ class Clock:
 
     def __init__(self, device: torch.device, elapsed: float = 0.0):
         self.device, self.elapsed = device, elapsed
+        self.synchronize = torch.get_device_module(device).synchronize  # on a CPU it does nothing
         self.issued: torch.cuda.Event | None = None
         self.start()
 
@@ -3323,12 +3271,12 @@ class Clock:
 
     def start(self) -> None:
         """Waits for the work launched so far, and starts counting."""
-        synchronize(self.device)
+        self.synchronize()
         self.since = time.perf_counter()
 
     def stop(self) -> None:
         """Waits for the work launched so far, and stops counting."""
-        synchronize(self.device)
+        self.synchronize()
         self.elapsed += 1000 * (time.perf_counter() - self.since)
         self.since = None
 
@@ -3338,21 +3286,14 @@ class Clock:
         return f"train_time:{total:.0f}ms step_avg:{total / max(step, 1):.2f}ms"
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has done all that was launched; nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 # ======================================================================================================================
 # main
 # ======================================================================================================================
 # Check, log, meet the other ranks, warm up, run. Whatever is raised on the way ends in one line, by records/guard.py.
-# Log and Unguarded are for a copy without records/: as little as a run can do with.
 
 
 class Log:
-    """The run's lines on the terminal and in a file, rank 0's. It stands in for the LogFile of records/logfile.py."""
+    """The run's lines on the terminal and in a file, rank 0's, where this file is a copy without records/logfile.py."""
 
     def __init__(self, hp: Hyperparameters, world: World):
         self.hp, self.path, self.file = hp, Path(hp.log_dir) / f"{hp.run_id}.txt", None
@@ -3366,18 +3307,15 @@ class Log:
         source, rule = Path(__file__).read_text(encoding="utf-8"), "=" * 100
         head = [source, rule, f"Running PyTorch {torch.__version__}", f"preset: {self.hp.preset}; overrides: {given}"]
         self.write("\n".join([*head, rule]), console=False)
-        self.write("\n".join(told))
+        note = "note: a copy without records/: nothing was checked, and nothing looks after hangs"
+        self.write("\n".join([note, *told]))
 
-    def write(self, text: str, console: bool = True) -> None:
-        """Writes one or more lines."""
+    def write(self, text: str, console: bool = True, step: int = 0) -> None:
+        """Writes one or more lines; step: that which a line is of, for a LogFile's bar."""
         if self.file:
             print(text, file=self.file, flush=True)
             if console:
                 print(text, flush=True)
-
-    def step(self, step: int, text: str) -> None:
-        """Writes a training step's line."""
-        self.write(text)
 
     result = close = lambda *_: None
 
@@ -3418,15 +3356,14 @@ def main(arguments: list[str]) -> None:
         checks, logfile, world = import_tool("checks"), import_tool("logfile"), World.from_environment()
         if not world.on_gpu:
             keep_freed_memory()
-        hp, overrides = parse_arguments(arguments, world.on_gpu, world.gpu_memory)
+        memory = torch.cuda.get_device_properties(world.device).total_memory / 2**30 if world.on_gpu else math.inf
+        hp, overrides = parse_arguments(arguments, world.on_gpu, memory)
         wanted = next((name for name in ("resume", "checkpoint_every", "save_checkpoint") if getattr(hp, name)), None)
         tool = import_tool("checkpoint", f"--{wanted}") if wanted else None
         hp, checkpoint, resumed = tool.resume(hp, overrides) if hp.resume else (hp, None, [])
         bench = import_tool("bench", "--bench" if hp.bench else "--profile") if hp.bench or hp.profile else None
         files = tool.files_of_checkpoint(hp, checkpoint) if checkpoint else files_of(hp)
-        told = ["note: a copy without records/: nothing was checked, and nothing looks after hangs"]
-        if checks:
-            told = checks.check_world(program, hp, world, files)
+        told = checks.check_world(program, hp, world, files) if checks else []
         log = watch.log = logfile.LogFile(program, hp, world) if logfile else Log(hp, world)
         log.begin(overrides, [*told, *resumed])
 
@@ -3460,7 +3397,8 @@ def main(arguments: list[str]) -> None:
                 checkpoints.save(trainer, log)
             log.result(trainer, val_losses)
         watch.close()
-        world.stop()
+        if world.size > 1:
+            dist.destroy_process_group()
         log.close()
     except Exception as error:
         watch.fail(error)

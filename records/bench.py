@@ -159,7 +159,7 @@ class Bench:
             self.trainer.update(step)
             clock.step_issued()
             ends.append((stage, i, step, clock.issued if on_gpu else time.perf_counter()))
-        self.train_gpt.synchronize(self.world.device)
+        clock.synchronize()
         for (*_, begin), (stage, i, step, end) in pairwise(ends):
             if i >= UNTIMED_STEPS:
                 ms = begin.elapsed_time(end) if on_gpu else 1000 * (end - begin)
@@ -168,17 +168,17 @@ class Bench:
 
     def profile_stages(self) -> dict[int, list[Kernel]]:
         """Per stage the kernels of PROFILED_STEPS on this rank; with --profile rank 0's trace goes to a file."""
-        device, kernels = self.world.device, {}
+        synchronize, kernels = torch.get_device_module(self.world.device).synchronize, {}
         for stage, i, step, batch in self.steps(UNTIMED_STEPS + PROFILED_STEPS):
             if i == UNTIMED_STEPS:
-                self.train_gpt.synchronize(device)
+                synchronize()
                 profiler = torch.profiler.profile(acc_events=True)
                 profiler.start()
             self.trainer.add_gradients(step, batch)
-            self.train_gpt.synchronize(device)  # what runs on the GPU from here on was launched by the optimizer
+            synchronize()  # what runs on the GPU from here on was launched by the optimizer
             with torch.profiler.record_function("optimizer"):
                 self.trainer.update(step)
-                self.train_gpt.synchronize(device)
+                synchronize()
             if i == UNTIMED_STEPS + PROFILED_STEPS - 1:
                 profiler.stop()
                 kernels[stage] = kernels_of(profiler, self.world.on_gpu)
@@ -210,7 +210,7 @@ class Bench:
         """The table of stages and the whole run's time."""
         head = "stage steps tokens ms/step min ms/micro-batch min tokens/s TFLOP/s of_ceiling GPU_busy peak_GiB run_s"
         rows, projected = [[name.replace("_", " ") for name in head.split()]], 0.0
-        micro_batches, size = self.world.grad_accum_steps, self.world.size
+        micro_batches, size = self.train_gpt.MICRO_BATCHES // self.world.size, self.world.size
         for stage, stage_times in times.items():
             ms, least = typical_ms(stage_times), min(ms for _, ms in stage_times)
             steps, tokens = self.schedule.ends[stage] - self.schedule.starts[stage], self.hp.stages[stage].tokens

@@ -289,7 +289,7 @@ def summary(train_gpt: ModuleType, hp: Hyperparameters, world: World, files: dic
     length = f" (--length={hp.length:g}; momentum {schedule.warmup}, {schedule.cooldown})" if hp.length != 1 else ""
     dtype = str(train_gpt.choose_dtype(hp, world)).removeprefix("torch.")
     return [
-        f"world: {machine}, {world.grad_accum_steps} micro-batches each a step, joined up to "
+        f"world: {machine}, {train_gpt.MICRO_BATCHES // world.size} micro-batches each a step, joined up to "
         f"{hp.micro_batch_tokens:,} tokens; parameters in {dtype}, {products_in_words(train_gpt, hp, world)}",
         f"software: Python {sys.version.split()[0]}, {versions(train_gpt)}",
         f"data: {len(train)} train shards, {train_tokens:,} tokens; "

@@ -242,6 +242,6 @@ class Watch:
             places = {rank: "silent" if rank in silent else beat[2] for rank, (beat, _) in sorted(self.beats.items())}
             told = "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
             # A rank that does not wait for others. On GPUs no step is waited for: what stands is who reads its end.
-            waiting = "reduced gathered fetch full agree_to_stop step_issued synchronize validate check_gradients"
+            waiting = "reduced gathered fetch full agree_to_stop step_issued start stop validate check_gradients"
             last = min(places, key=lambda rank: (rank not in silent, places[rank].split()[0] in waiting.split()))
             self.end(1, self._error(last, f"no step has ended for {self.hang_timeout:g} s (--hang_timeout), {told}"))

@@ -75,8 +75,11 @@ class LogFile:
             self.write("note: train_gpt.py is not the one that this log begins with")
         self.write("\n".join(told), console=False)
 
-    def write(self, text: str, console: bool = True) -> None:
-        """Writes one or more lines at once, without a buffer; what a full disk does not take is kept for later."""
+    def write(self, text: str, console: bool = True, step: int = 0) -> None:
+        """Writes one or more lines at once, without a buffer; what a full disk does not take is kept for later.
+
+        step: that which a line is of; on the terminal a bar's progress may stand for it.
+        """
         if self.file is None:
             return
         told = len(self.unwritten) > 1  # has said that it can't write
@@ -94,7 +97,9 @@ class LogFile:
             if not told:
                 message = f"cannot write the log ({error.strerror}); training goes on, the lines are kept"
                 print(f"{self.path}: {message}", file=sys.stderr, flush=True)
-        if console:
+        if step and self.bar is not None:
+            self.bar.update(step - self.bar.n)
+        elif console:
             self.show(text)
 
     def show(self, text: str) -> None:
@@ -103,12 +108,6 @@ class LogFile:
             self.bar.write(text)
         else:
             print(text, flush=True)
-
-    def step(self, step: int, text: str) -> None:
-        """A training step's line; on the terminal it may be the bar's progress."""
-        self.write(text, console=self.bar is None)
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
 
     def result(self, trainer: Trainer, val_losses: list[float]) -> None:
         """The end of a run: memory, losses and, of the smoke preset's model, a text. Every rank must call it."""

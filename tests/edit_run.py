@@ -81,9 +81,9 @@ def main(folder: Path, port: str) -> None:
         world.start()
     found = {name: two_steps(program, world, folder) for name, program in programs.items()}
     torch.save(found, folder / f"{world.size}_{world.rank}.pt")
-    world.stop()
     if alone:
         sys.exit(any([os.waitpid(child, 0)[1] for child in ranks]))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

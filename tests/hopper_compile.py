@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_gpt
-from train_gpt import CausalSelfAttention, CopySums, Projection, SplitHeads
+from train_gpt import CausalSelfAttention, CopySums, Documents, Projection, SplitHeads
 
 T, C, H, V = 96, 768, 6, 512
 bf16 = partial(torch.zeros, dtype=torch.bfloat16)
@@ -79,7 +79,7 @@ def main() -> None:
         q, k, v = (bf16(T, H, 128).requires_grad_() for _ in range(3))
         CausalSelfAttention.apply(q, k, v, index(T), index(T), 384, 0.1, gates).sum().backward()
     q, k = bf16(T, 2, 128).requires_grad_().unbind(1)
-    CopySums.apply(q, k, index(T), index(T), index(T), 384).sum().backward()
+    CopySums.apply(q, k, index(T), Documents(index(T), index(T)), 384).sum().backward()
 
 
 if __name__ == "__main__":

@@ -174,7 +174,8 @@ def main(folder: Path, dtype: str) -> None:
     temporary = folder / f"{world.rank}.part"
     torch.save(found, temporary)
     temporary.rename(folder / f"{world.size}_{world.rank}.pt")
-    world.stop()
+    if world.size > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -849,9 +849,7 @@ def test_copy_kernels_are_the_plain_formulas_and_their_gradients(ends, window, t
     inputs, targets = copy_sums_inputs(ends, tokens, gain, device, dtype)
     documents, grad_out = documents_of(ends, device), torch.randn(2, ends[-1]).to(device)
     with poisoned_memory():
-        outs = with_gradients(
-            lambda q, k: train_gpt.CopySums.apply(q, k, targets, *documents, window), inputs, grad_out
-        )
+        outs = with_gradients(lambda q, k: train_gpt.CopySums.apply(q, k, targets, documents, window), inputs, grad_out)
     inputs, grad_out = [t.cpu().double() for t in inputs], grad_out.cpu().double()
     refs = with_gradients(lambda q, k: plain_copy_sums(q, k, targets, ends, window), inputs, grad_out)
     assert [out.dtype for out in outs] == [torch.float32, dtype, dtype]
@@ -868,7 +866,7 @@ def test_copy_kernels_tell_that_nothing_matches_and_give_it_no_gradient(device, 
     documents = documents_of([0, 1, 140], device)
     grad_out = torch.tensor([[0.0], [1.0]], device=device).expand(2, 140)  # of matching only
     sums, *gradients = with_gradients(
-        lambda q, k: train_gpt.CopySums.apply(q, k, targets, *documents, 50), (q, k), grad_out
+        lambda q, k: train_gpt.CopySums.apply(q, k, targets, documents, 50), (q, k), grad_out
     )
     every, matching = sums
     assert matching.isfinite().all() and (matching < every - 60).all() and (every[:2] < -5e4).all()
