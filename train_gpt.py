@@ -1904,7 +1904,7 @@ class MicroBatch(NamedTuple):
 
 
 class GPT(nn.Module):
-    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch.
+    """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits.
 
     Initial values: head normal, std 0.005; embed its transpose; attention banks and W_fc uniform with std 0.5 C^-0.5;
     value embeddings normal, std 0.01; copy_qk normal, std C^-0.5; the first matrices of gate networks uniform in
@@ -2084,6 +2084,25 @@ class GPT(nn.Module):
             if layer.keep:
                 kept[layer.keep] = x
         return self.join(x, mlp_out, before)
+
+    def logits(self, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
+        """Of these positions only, (positions, V) float32, softcapped as in the loss; beyond vocab_size meaningless.
+
+        With copying, log probabilities: a mixture of the model's own and of the tokens that it copies, see copy_scores.
+        """
+        scalars = self.named_scalars()
+        x = self.output(batch, windows, scalars, None)
+        rows = torch.arange(len(x), device=x.device)[positions]
+        z = softcapped(norm(x[rows]) @ self.head)
+        if not len(self.copy_qk):
+            return z
+        q, k, sentinel = self.copying(x, scalars)
+        scores = copy_scores(q, k, batch.documents, self.copy_window, rows.reshape(-1)).view(*rows.shape, -1)
+        sentinel, every = sentinel[rows], scores.logsumexp(-1)
+        total = torch.logaddexp(sentinel, every)[..., None]
+        p = z.softmax(-1) * (sentinel[..., None] - total).exp()
+        copied = (scores - total).exp()
+        return p.scatter_add_(-1, batch.targets.long().expand_as(copied), copied).log()
 
 
 # ======================================================================================================================

@@ -82,26 +82,6 @@ def make_micro_batch(
     return MicroBatch.of(train_gpt.to_device([*arrays, slots, *orders], device))
 
 
-def logits_of(model: GPT, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
-    """Of these positions only, (positions, V) float32, softcapped as in the loss; beyond vocab_size meaningless.
-
-    With copying, log probabilities: a mixture of the model's own and of the tokens that it copies, see copy_scores.
-    """
-    scalars = model.named_scalars()
-    x = model.output(batch, windows, scalars, None)
-    rows = torch.arange(len(x), device=x.device)[positions]
-    z = train_gpt.softcapped(train_gpt.norm(x[rows]) @ model.head)
-    if not len(model.copy_qk):
-        return z
-    q, k, sentinel = model.copying(x, scalars)
-    scores = train_gpt.copy_scores(q, k, batch.documents, model.copy_window, rows.reshape(-1)).view(*rows.shape, -1)
-    sentinel, every = sentinel[rows], scores.logsumexp(-1)
-    total = torch.logaddexp(sentinel, every)[..., None]
-    p = z.softmax(-1) * (sentinel[..., None] - total).exp()
-    copied = (scores - total).exp()
-    return p.scatter_add_(-1, batch.targets.long().expand_as(copied), copied).log()
-
-
 @torch.no_grad()
 def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, top_k=0, seed=0) -> Iterator[int]:
     """What follows a document's tokens, one by one, with BOS at the end. Temperature 0: the likeliest; top_k 0: all."""
@@ -113,8 +93,7 @@ def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, 
         ends = np.array([0, n, n + len(fill)])
         tokens_and_next = np.array([*seen, *fill, 0])
         batch = make_micro_batch(tokens_and_next, ends, canonical, hp.ngram_rows, model.head.device)
-        following = logits_of(model, batch, windows, n - 1)[: hp.vocab_size].double().cpu()
-        z, ids = following.topk(count if temperature else 1)
+        z, ids = model.logits(batch, windows, n - 1)[: hp.vocab_size].double().cpu().topk(count if temperature else 1)
         drawn = torch.multinomial((z - z[0]).div(temperature or 1).softmax(-1), 1, generator=draws)
         yield (tokens := [*tokens, ids[drawn].item()])[-1]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import check_tables
-from conftest import records_sample, relative_error
+from conftest import relative_error
 from small_run import tables_of
 
 import train_gpt
@@ -26,7 +26,6 @@ from train_gpt import (
     Yarn,
 )
 
-logits_of = records_sample().logits_of
 CPU = torch.device("cpu")
 # Only the order of operations differs from the plain formulas, all in float64.
 EXACT_TOLERANCE = 1e-12
@@ -333,7 +332,7 @@ def test_logits_are_those_of_the_plain_formulas_and_of_the_losses():
     model, tokens = random_model(), random_tokens()
     batch = batch_of(tokens[:-1], tokens[1:])
     with torch.no_grad():
-        logits = logits_of(model, batch, WINDOWS)
+        logits = model.logits(batch, WINDOWS)
         h = plain_output(copies_of(model), tokens[:-1])
         own, copied = plain_copying(parameters_of(model), h, tokens[1:])
         expected = own[:, None] * plain_softmax(parameters_of(model), h)
@@ -344,15 +343,15 @@ def test_logits_are_those_of_the_plain_formulas_and_of_the_losses():
     assert relative_error(logits.exp().sum(1), torch.ones(T)) < EXACT_TOLERANCE
     assert relative_error(F.cross_entropy(logits, tokens[1:].long(), reduction="none"), losses) < EXACT_TOLERANCE
     for position in (0, 20, T - 1):
-        assert relative_error(logits_of(model, batch, WINDOWS, position), logits[position]) < EXACT_TOLERANCE
-    assert relative_error(logits_of(model, batch, WINDOWS, slice(3, 9)), logits[3:9]) < EXACT_TOLERANCE
+        assert relative_error(model.logits(batch, WINDOWS, position), logits[position]) < EXACT_TOLERANCE
+    assert relative_error(model.logits(batch, WINDOWS, slice(3, 9)), logits[3:9]) < EXACT_TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_logits_are_float32_whatever_the_type_of_the_parameters(dtype):
     model, tokens = GPT(HP, CPU, dtype), random_tokens()
     model.ngrams = torch.zeros(HP.ngram_rows, HP.model_dim, dtype=dtype)
-    assert logits_of(model, batch_of(tokens[:-1], tokens[1:]), WINDOWS).dtype == torch.float32
+    assert model.logits(batch_of(tokens[:-1], tokens[1:]), WINDOWS).dtype == torch.float32
 
 
 def test_the_next_tokens_prefix_is_one_more_target_where_it_has_one():
@@ -501,7 +500,7 @@ def test_without_copying_there_are_no_parameters_of_it_and_losses_are_the_softma
     unset = model.load_state_dict(kept, strict=False).missing_keys
     model.ngrams = copying.ngrams
     assert {*unset} == {"copy_qk", "copy_sentinel"} and not any(model.get_parameter(name).numel() for name in unset)
-    logits = logits_of(model, batch_of(tokens[:-1], tokens[1:]), WINDOWS)
+    logits = model.logits(batch_of(tokens[:-1], tokens[1:]), WINDOWS)
     h = plain_output(copies_of(model), tokens[:-1])
     assert relative_error(logits, 23 * torch.sigmoid((h @ model.head + 5) / 7.5)) < EXACT_TOLERANCE
     losses = losses_of(model, tokens[:-1], tokens[1:], weights=NEXT_TOKEN)

@@ -157,7 +157,7 @@ def by_hand(model, hp, windows, tokens, count):
             np.array([*tokens, 0]), np.array([0, len(tokens)]), train_gpt.canonical_tokens(hp), hp.ngram_rows, CPU
         )
         with torch.no_grad():
-            logits = sample.logits_of(model, batch, windows)
+            logits = model.logits(batch, windows)
         tokens = [*tokens, logits[-1, : hp.vocab_size].argmax().item()]
     return tokens[-count:]
 
@@ -196,7 +196,7 @@ def test_tokens_are_drawn_as_often_as_temperature_and_top_k_say(loaded):
         np.array([hp.bos, 0]), np.array([0, 1]), train_gpt.canonical_tokens(hp), hp.ngram_rows, CPU
     )
     with torch.no_grad():
-        p, likeliest = sample.logits_of(model, batch, windows, 0)[: hp.vocab_size].double().topk(3)
+        p, likeliest = model.logits(batch, windows, 0)[: hp.vocab_size].double().topk(3)
     p = (p / 0.5).softmax(-1).tolist()
     count = 600
     drawn = [next(generate(*loaded, [hp.bos], temperature=0.5, top_k=3, seed=seed)) for seed in range(count)]
