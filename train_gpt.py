@@ -1759,8 +1759,6 @@ def compiler(enabled: bool) -> Callable:
     torch.compiler.config.cache_key_tag = hashlib.sha256("".join(operators).encode()).hexdigest()
     # The processes that compile Triton's code take seconds to start, and kernels wait for them.
     importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
-    # Kernels to which Inductor adds configurations of its own would be timed anew in each start.
-    torch._inductor.config.dynamic_scale_rblock = False
     # Compiling makes millions of objects that live on; Python's default garbage collection takes 5 % of its time.
     gc.set_threshold(100_000, 20, 100)
     return torch.compile(dynamic=False, fullgraph=True)
