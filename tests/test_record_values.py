@@ -259,5 +259,5 @@ def test_a_run_takes_the_memory_that_describe_tells():
     held = sum(describe.states_bytes(run, 1).values()) + describe.fp8_bytes(run)
     copy = sum(p.nbytes for name, p in run.parameters.items() if name != "ngrams")  # in the warm-up
     told = (held + copy + describe.most_kept(run, 1)) / 2**30
-    assert told == pytest.approx(42.6, rel=0.06)  # measured: 43,661 MiB
+    assert told == pytest.approx(43.4, rel=0.06)  # measured: 44,430 MiB
     assert f"{told:.2f}  " in describe.text(train_gpt, run.hp)
