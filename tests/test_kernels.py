@@ -839,7 +839,7 @@ def test_copy_sums_are_those_of_the_plain_formulas(ends, window, tokens, gain):
 # Backward, exponentials are also taken of scores that are not seen, and then left out: the interpreter warns of these.
 unseen_overflow = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 # Inputs are exact and sums float32. Of gradients the probabilities are rounded, then the result.
-COPY_TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+COPY_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @on_each_device
