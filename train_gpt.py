@@ -30,7 +30,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # CPU threads that spin while they wait hold up the others
 
 import base64
-import ctypes
 import gc
 import hashlib
 import importlib
@@ -94,10 +93,8 @@ class TrainingStage(NamedTuple):
     prefix: tuple[float, float] = (0.0, 0.0)  # weight of the next token's prefix (prefix_table) at the start and end
 
 
-# Training begins with small batches and short windows. A token costs nearly the same in a small batch and teaches more:
-# with half the seed record's batches, and as many tokens, a quarter run ended 0.06 lower. Today's last stages have
-# batches still smaller. In loss that won 0.004 in a quarter run and nothing in half a run. But now joined micro-batches
-# have one length on one GPU, 65,536 tokens, so that the layers are compiled once.
+# Training begins with short windows and small batches, in which a token costs nearly the same and teaches more: with
+# half the seed record's, a quarter run ended 0.06 lower. Joined micro-batches all have 65,536 tokens, compiled once.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, max_seq_len, classes
     TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), 896, 12_288, prefix=(0.25, 0.25)),
@@ -166,8 +163,7 @@ GATE_ROWS = [i for i, layer in enumerate(LAYERS) if layer.gates]
 # For each gate network, the layers whose gates it gives
 NETWORK_LAYERS = [LAYERS[begin:end] for begin, end in pairwise([*GATE_ROWS, len(LAYERS)])]
 
-# Learned scalars by name: (how many, initial value, learning-rate multiplier). All are one float32 vector, so that
-# ranks exchange one small message.
+# Learned scalars by name: (how many, initial value, learning-rate multiplier). All are one float32 vector.
 SCALARS = {
     "attn_resid": (len(LAYERS), 1.1**0.5, 5.0),  # weight of the stream where a layer's attention is added to it
     "mlp_resid": (len(LAYERS), 1.1**0.5, 5.0),  # ... where its MLP is
@@ -194,8 +190,7 @@ class Row(NamedTuple):
 
 
 SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count))
-# Tables come first: their all-gather overlaps the longest updates, those of the matrices. In the meantime the gradients
-# of small parameters, one short message each, and of n-grams arrive.
+# Tables come first: their all-gather overlaps the longest updates, those of the matrices, and so do the small messages.
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
@@ -212,13 +207,11 @@ PARAMETERS = (
     Row("copy_sentinel", "adam", False, (0.05,), 1.0, (0.9, 0.99)),
     Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
 )
-# Parameters looked up by token, so that most rows of their gradients are zero (see Lookup, ShardedRows), and how many
-# tables, each with a row a token, lie one after the other in them.
+# Parameters looked up by token (see Lookup, ShardedRows), and how many tables of V rows lie one after the other in them
 TABLES = {"embed": 1, "value_embeds": len(VALUE_LAYERS)}
 # Some parameters end as their average over the last steps, `average_frac` of all. A high learning rate learns more but
-# leaves noise, which an average removes. Every fourth step is enough: neighbours are nearly the same. Source: the tail
-# averages of the public speedrun's PRs 349 and 360, 2026.
-AVERAGE_EVERY = 4
+# leaves noise, which an average removes. Source: tail averages, the public speedrun's PRs 349 and 360, 2026.
+AVERAGE_EVERY = 4  # steps; neighbours are nearly the same
 
 
 @dataclass(frozen=True)
@@ -375,8 +368,7 @@ def parse_arguments(arguments: list[str], has_gpu: bool, gpu_memory: float = mat
         require(name != "stages", "--stages is a table: edit it at the top of train_gpt.py")
         require(name in SETTINGS, f"unknown hyperparameter --{name}; there are: {', '.join(SETTINGS)}")
         overrides[name] = parse_value(name, text)
-    preset = overrides.get("preset", "auto")
-    if preset == "auto":
+    if (preset := overrides.get("preset", "auto")) == "auto":
         preset = "speedrun" if has_gpu else "smoke"
     require(preset in PRESETS, f"--preset={preset}: choose one of {', '.join(PRESETS)}")
     hp = Hyperparameters(**{**PRESETS[preset], **overrides, "preset": preset})
@@ -419,14 +411,6 @@ def parse_value(name: str, text: str) -> object:
 # One process a GPU. torchrun starts them and says in the environment which is which; they meet in its key-value store.
 
 
-def keep_freed_memory() -> None:
-    """On a CPU: glibc would return each step's memory to the system and fetch it again, half of a step's time."""
-    with suppress(AttributeError, OSError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks, too, come from the heap ...
-        mallopt(-1, 1_000_000_000)  # M_TRIM_THRESHOLD: ... which keeps up to 1 GB
-
-
 class World(NamedTuple):
     """This process among those of the run."""
 
@@ -455,6 +439,7 @@ class World(NamedTuple):
         if not torch.cuda.is_available():
             if checks:
                 checks.check_no_gpu(sys.modules[__name__])
+                checks.keep_freed_memory()
             return World(rank, size)
         torch.cuda.init()
         seen = len(torch.cuda.default_generators)  # by CUDA: one, or all if it had begun before
@@ -573,9 +558,8 @@ symmetric_product = switch(symmetric_product_triton, symmetric_product_reference
 # A number is what FP8 stores times a scale. Activations and weights are in e4m3, which ends at 448, gradients in e5m2;
 # FP8_GRAD is for a loss that is not multiplied before backward. A normed row of C has no number beyond sqrt(C), so that
 # FP8_X does for widths to 1024; weights stayed below 3.1 in a half run. The first layer's hidden units grow with the
-# run's length, in a half run to 13,000; with an end at 3,584 its loss was up to 0.046 higher. A large scale costs
-# little: only what is below 2^-10 of it becomes 0. Kernels clip what is beyond the end, and MAX_HIDDEN does the same
-# in bf16; PyTorch 2.11's own conversion makes it NaN. Source: FP8, arXiv 2209.05433 (2022).
+# run's length, in a half run to 13,000. A large scale costs little: only what is below 2^-10 of it becomes 0. Kernels
+# clip what is beyond the end, MAX_HIDDEN does so in bf16; PyTorch 2.11 makes it NaN. Source: arXiv 2209.05433 (2022).
 FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 64.0, 2.0**-6
 MAX_HIDDEN = 448 * FP8_HIDDEN
 cached_full = cache(torch.full)
@@ -1143,8 +1127,7 @@ update_rows = switch(update_rows_triton, update_rows_reference)
 # What lies between projection and attention, in one kernel a direction: norm, rotary embedding (RoPE, arXiv 2104.09864,
 # 2021), value embeddings (arXiv 2410.17897, 2024), pairs of heads and the key offset (both from the seed record).
 
-# float32's epsilon for every type, as torch.compile's RMSNorm has it: next to bfloat16's own, 2^-7, the embedding's
-# mean square, 0.005^2 at the start, would be nothing.
+# float32's, as torch.compile's RMSNorm has it: next to bfloat16's own, 2^-7, the first embeddings would be nothing.
 NORM_EPS = torch.finfo(torch.float32).eps
 
 
@@ -1330,8 +1313,7 @@ def split_heads(qkv: Projection, *rest) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------- attention
-# FlashAttention-2 (arXiv 2307.08691, 2023) with documents, windows, queries narrower than values and XSA; its backward
-# pass in two kernels, without atomics.
+# FlashAttention-2 (arXiv 2307.08691, 2023) with documents, windows, XSA; its backward pass in two kernels, no atomics.
 
 
 class Documents(NamedTuple):
@@ -1517,9 +1499,8 @@ def attention_backward_kv_kernel(
     grad_v_desc.store([row, head * D], grad_v.to(grad_v_desc.dtype))
 
 
-# Tiles, warps, pipeline stages and registers: the best of 6 to 8 each on H100 for values 128 wide, queries and keys as
-# wide or half, windows of 128 to 1408, with and without XSA. With 168 registers or fewer, three programs share a
-# multiprocessor, and one's exponentials overlap the others' products.
+# Tiles, warps, pipeline stages and registers: the best of 6 to 8 each on H100 for the speedrun's widths and windows.
+# With 168 registers or fewer, three programs share a multiprocessor: one's exponentials overlap the others' products.
 ATTENTION_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=3)
 ATTENTION_BACKWARD_Q_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2, maxnreg=168)
 ATTENTION_BACKWARD_KV_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2)
@@ -1752,8 +1733,7 @@ def compiler(enabled: bool) -> Callable:
         return lambda function: function
     # A function is compiled once for each kind of layer in each stage: more often than Dynamo's limit of 8 allows.
     torch._dynamo.config.recompile_limit = 64
-    # A warm start finds graphs on the disk by their code, that of our autograd functions included, but of our operators
-    # by the names alone: the tag adds the types and shapes of their results.
+    # A warm start finds graphs by their code, our autograd functions' included; of our operators the tag tells results.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     operators = [text.split("\n\n\n")[0] for text in Path(__file__).read_text().split("\n@operator")[1:]]
     torch.compiler.config.cache_key_tag = hashlib.sha256("".join(operators).encode()).hexdigest()
@@ -2187,15 +2167,11 @@ def normuon_update(p, low_bits, u, second_moment, beta2: float, lr_eff, decay):
     p.copy_(master)
 
 
-def cpu_scalar(value: float) -> Tensor:
-    """A number that changes from step to step, as a tensor: for each new Python number torch.compile compiles anew."""
-    return torch.tensor(value, dtype=torch.float32)
-
-
 class Algorithm:
     """State and step of a parameter's slice, which begins at index `first` of the parameter.
 
     update takes the schedule's values; momentum is NorMuon's. It returns a tensor that is finite if the gradient is.
+    Numbers that change from step to step are tensors: for each new Python number torch.compile compiles anew.
     """
 
     states: tuple[str, ...] = ()  # attributes that checkpoints keep: tensors and counts
@@ -2231,7 +2207,7 @@ class Adam(Algorithm):
         self.updates += 1
         beta1, beta2 = self.row.betas
         lr = self.multipliers * (self.hp.adam_lr * lr_factor)
-        correction = cpu_scalar((1 - beta2**self.updates) ** 0.5 / (1 - beta1**self.updates))
+        correction = torch.tensor((1 - beta2**self.updates) ** 0.5 / (1 - beta1**self.updates))
         wd = self.hp.adam_wd * self.row.wd
         self.apply(self.p, grad, self.m, self.v, beta1, beta2, self.hp.adam_eps, lr, correction, wd)
         return grad
@@ -2256,8 +2232,8 @@ class NorMuon(Algorithm):
 
     def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
         lr = self.hp.muon_lr * lr_factor
-        ahead = self.look_ahead(grad, self.m, cpu_scalar(momentum), self.p.dtype)
-        lr_eff, decay = self.multipliers * lr, cpu_scalar(lr * self.hp.muon_wd * self.row.wd)
+        ahead = self.look_ahead(grad, self.m, torch.tensor(momentum), self.p.dtype)
+        lr_eff, decay = self.multipliers * lr, torch.tensor(lr * self.hp.muon_wd * self.row.wd)
         u = polar_express(ahead)
         self.apply(self.p, self.low_bits, u, self.second_moment, self.hp.muon_beta2, lr_eff, decay)
         return grad
@@ -2544,8 +2520,7 @@ class Optimizer:
         for slot in due.values():
             gradients.append(slot.algorithm.update(slot.communication.reduced(), lr_factor, momentum))
             slot.communication.gather()
-        # NaN or infinite where a gradient is. Nothing waits for the copy: check_gradients reads it a step later, when
-        # the clock has waited for this step anyway.
+        # NaN or infinite where a gradient is. Nothing waits for the copy: check_gradients reads it a step later.
         largest = torch.stack([torch.linalg.vector_norm(g, math.inf).float() for g in gradients])
         self.largest.append((step, [*due], largest.to("cpu", non_blocking=True)))
         for slot in due.values():
@@ -2921,8 +2896,8 @@ def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
 def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
     """(V,) int32: for each token the first one that equals it but for case, accents and spaces around it.
 
-    N-grams that differ in these only share a row. Without a vocabulary, each token stays itself. It says nothing about
-    the data, so that a run makes it once, before the clock. Source: the public speedrun's PR 375, 2026.
+    N-grams that differ in these only share a row. Without a vocabulary, each token stays itself. A run makes it before
+    the clock: it says nothing about the data. Source: the public speedrun's PR 375, 2026.
     """
     canonical, first = np.arange(hp.padded_vocab, dtype=np.int32), {}
     for token, i in sorted(read_vocabulary(hp).items(), key=itemgetter(1)):
@@ -3373,8 +3348,6 @@ def main(arguments: list[str]) -> None:
 
         # What to run, and whether it can: known in a second, before anything waits
         checks, logfile, world = import_tool("checks"), import_tool("logfile"), World.from_environment()
-        if not world.on_gpu:
-            keep_freed_memory()
         memory = torch.cuda.get_device_properties(world.device).total_memory / 2**30 if world.on_gpu else math.inf
         hp, overrides = parse_arguments(arguments, world.on_gpu, memory)
         wanted = next((name for name in ("resume", "checkpoint_every", "save_checkpoint") if getattr(hp, name)), None)

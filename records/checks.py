@@ -11,6 +11,7 @@ line with the remedy. Where nothing is wrong, it is told what runs, and on what.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import os
@@ -197,6 +198,14 @@ def check_launcher(train_gpt: ModuleType) -> None:
             socket.create_connection((host, port), timeout=20).close()
         except OSError as error:
             raise train_gpt.UserError(f"the launcher does not answer at {host}:{port} ({error})") from None
+
+
+def keep_freed_memory() -> None:
+    """On a CPU: glibc would return each step's memory to the system and fetch it again, half of a step's time."""
+    with suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks, too, come from the heap ...
+        mallopt(-1, 1_000_000_000)  # M_TRIM_THRESHOLD: ... which keeps up to 1 GB
 
 
 def check_no_gpu(train_gpt: ModuleType) -> None:

@@ -235,7 +235,7 @@ PLANTED = {
          "= torch.tensor(values)", "test_model.py test_gates_start"),
         ("q, k, v in FP8: the scale of the weight forgets its lambda", "w.qkv_lambda.detach() * FP8_WEIGHT",
          "0 * w.qkv_lambda.detach() + FP8_WEIGHT", "test_model.py test_layers_multiply_by_the_same"),
-        ("late layers read the stream", "normed.get(layer.reads), w, layer", "None, w, layer",
+        ("late layers read the stream", "if layer.reads is None:", "if True:",
          "test_model.py test_losses_and_gradients program's"),
         ("paired layers get the documents of single ones", "documents[layer.paired], windows",
          "documents[False], windows", "test_model.py test_losses_and_gradients program's"),
