@@ -839,7 +839,7 @@ def test_copy_sums_are_those_of_the_plain_formulas(ends, window, tokens, gain):
 # Backward, exponentials are also taken of scores that are not seen, and then left out: the interpreter warns of these.
 unseen_overflow = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 # Inputs are exact and sums float32. Of gradients the probabilities are rounded, then the result.
-COPY_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+COPY_TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @on_each_device
@@ -854,8 +854,10 @@ def test_copy_kernels_are_the_plain_formulas_and_their_gradients(ends, window, t
     refs = with_gradients(lambda q, k: plain_copy_sums(q, k, targets, ends, window), inputs, grad_out)
     assert [out.dtype for out in outs] == [torch.float32, dtype, dtype]
     assert_copy_sums_are(outs[0], refs[0], COPY_TOLERANCE[torch.float32])
+    # Scores go up to 90 where the gain is large: rounded to float32, they move their exponentials by 5e-6.
+    tolerance = max(COPY_TOLERANCE[dtype], 1e-5 if gain > 1 else 0)
     for name, out, ref in zip("qk", outs[1:], refs[1:], strict=True):
-        assert relative_error(out, ref) < COPY_TOLERANCE[dtype], name
+        assert relative_error(out, ref) < tolerance, name
 
 
 @on_each_device
