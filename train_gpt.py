@@ -272,7 +272,7 @@ class Hyperparameters:
     seed: int = 0
     cuda_graphs: str = "auto"  # on a GPU, launch a micro-batch's kernels as one graph; "off" to debug or profile
     compile: str = "auto"  # torch.compile on a GPU; off on a CPU, where compiling takes longer than a smoke run
-    deterministic: bool = False  # compiled kernels are not chosen by their time: the same bits in every run
+    deterministic: bool = True  # the same bits in every run on a GPU; False: the compiler chooses kernels by their time
 
     @property
     def model_dim(self) -> int:
@@ -1041,7 +1041,7 @@ class Lookup(torch.autograd.Function):
 
 
 class HeadClasses(torch.autograd.Function):
-    """Columns of the head (C, V) by class (P,), none twice."""
+    """Columns of the head (C, V) by class (P,), which ascend."""
 
     @staticmethod
     def forward(ctx, head, classes):
@@ -1053,8 +1053,17 @@ class HeadClasses(torch.autograd.Function):
         head, classes = ctx.saved_tensors
         if head.grad is None:
             head.grad = torch.zeros_like(head)
-        head.grad[:, classes] += grad
+        # For each column of the head its gradient or 0: head.grad[:, classes] += grad takes ten times as long wherever
+        # PyTorch is to use deterministic algorithms.
+        places = places_in(classes, torch.arange(head.size(1), dtype=classes.dtype, device=classes.device))
+        head.grad.addcmul_(grad.index_select(1, places.clamp(min=0)), (places >= 0).to(grad.dtype))
         return None, None
+
+
+def places_in(classes: Tensor, tokens: Tensor) -> Tensor:
+    """The index of each token in the ascending classes (P,); -1 for one that is none of them."""
+    places = torch.searchsorted(classes, tokens, out_int32=True).clamp(max=len(classes) - 1)
+    return torch.where(classes[places] == tokens, places, -1)
 
 
 def table_gradient(table: Tensor) -> Tensor:
@@ -1826,7 +1835,7 @@ def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeigh
     return (join(x, mlp_out, w), None) if complete else (x, mlp_out)
 
 
-def target_rows(targets, left, n: int, prefixes, classes, vocab_size: int) -> Tensor:
+def target_rows(targets, left, n: int, prefixes, classes) -> Tensor:
     """n targets of each position, (n, T): next tokens, the nearest first, then with `prefixes` (V,) the first's prefix.
 
     The token behind a document is still a target, those after it are -1; left (T,): positions of the document to come.
@@ -1834,11 +1843,7 @@ def target_rows(targets, left, n: int, prefixes, classes, vocab_size: int) -> Te
     """
     ahead = [torch.where(left >= k, targets.roll(-k), -1) for k in range(n - (prefixes is not None))]
     rows = torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
-    if classes is None:
-        return rows
-    places = torch.full((vocab_size + 1,), -1, dtype=rows.dtype, device=rows.device)
-    places[classes] = torch.arange(len(classes), dtype=rows.dtype, device=rows.device)
-    return places[rows]  # -1 finds the last place, which stays -1
+    return rows if classes is None else places_in(classes, rows)
 
 
 def copy_inputs(x, qk, sentinel_weight, gain, bias):
@@ -1848,12 +1853,12 @@ def copy_inputs(x, qk, sentinel_weight, gain, bias):
     return (gain * q.size(-1) ** -0.5 * q).to(x.dtype), k, widened(F.linear(x, sentinel_weight).squeeze(-1)) + bias
 
 
-def head_losses(x, head, targets, left, target_weights, prefixes, classes, vocab_size: int, fp8_grad_scale, *copying):
+def head_losses(x, head, targets, left, target_weights, prefixes, classes, fp8_grad_scale, *copying):
     """Loss of each position (T,), float32, weighted over its targets, from the last row's output (T, C).
 
     head (C, V), or (C, P) with `classes` (P,). copying: sentinel, every and matching, (T,) each, see copy_scores.
     """
-    targets = target_rows(targets, left, len(target_weights), prefixes, classes, vocab_size)
+    targets = target_rows(targets, left, len(target_weights), prefixes, classes)
     losses = HeadLoss.apply(norm(x), head, targets, fp8_grad_scale)
     if copying:
         sentinel, every, matching = copying
@@ -2008,7 +2013,7 @@ class GPT(nn.Module):
             q, k, sentinel = self.copying(x, scalars)
             by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
-        args = target_weights, self.prefixes if prefix else None, batch.classes, len(self.embed), fp8_grad_scale
+        args = target_weights, self.prefixes if prefix else None, batch.classes, fp8_grad_scale
         chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
         losses = [self.head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
         return torch.cat(losses) if head_chunk else losses[0]
@@ -3062,10 +3067,10 @@ class Trainer:
     def __init__(self, hp: Hyperparameters, world: World, checkpoints: object = None):
         self.hp, self.world, self.schedule, self.checkpoints = hp, world, TrainingSchedule(hp), checkpoints
         compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
-        if hp.deterministic:  # Inductor then chooses no kernel by its time, and index_put_ is slower
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
+        # Inductor then chooses no kernel by its time; index_put_ and the like take longer.
+        torch.use_deterministic_algorithms(hp.deterministic, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch then asks for
         torch.manual_seed(hp.seed)
         self.model = GPT(hp, world.device, choose_dtype(hp, world), compile)
         if world.size > 1:
@@ -3130,6 +3135,8 @@ class Trainer:
         steps = sorted({*schedule.starts} - {self.hp.total_steps})  # a stage may be without steps
         loader = TrainLoader(train_paths, [schedule.size(step) for step in steps], self.hp, self.world)
         batches = [*zip(steps, loader, strict=True)]
+        if self.world.on_gpu and (tool := import_tool("precompile")):
+            tool.compile_kernels(self, batches)  # without it each kernel's compilation waits for the one before
         for step, batch in batches:
             self.enter_step(step)
             self.add_gradients(step, batch._replace(micro_batches=self.shapes(step, batch)))

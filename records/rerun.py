@@ -64,12 +64,12 @@ def place(source: str, folder: Path) -> Path:
     """Writes a source to folder/<digest>/train_gpt.py, whole or not at all, and returns that path.
 
     Beside it GPT-2's vocabulary, which a program looks for there if the data's folder lacks it.
-    Today's program also gets what checks, guards and logs its runs; older ones have that in their source.
+    Today's program also gets what its runs need of records/; older ones have that in their source.
     """
     data = source.encode(errors="replace")
     home = folder / hashlib.sha256(data).hexdigest()[:12]
     today = data == (ROOT / "train_gpt.py").read_bytes()
-    tools = ["records/checks.py", "records/guard.py", "records/logfile.py"] if today else []
+    tools = ["records/checks.py", "records/guard.py", "records/logfile.py", "records/precompile.py"] if today else []
     beside = ["data/gpt2.tiktoken", *tools]
     for name, content in (*((name, (ROOT / name).read_bytes()) for name in beside), ("train_gpt.py", data)):
         path = home / name

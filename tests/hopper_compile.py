@@ -1,12 +1,14 @@
 """Compiles every kernel for a Hopper GPU, as a run on one would, where there is none; prints a line a kernel.
 
 Launches compile and return. What the kernels compute is looked at by Triton's interpreter, which takes much that a
-compiler does not.
+compiler does not. With a folder as argument it lists, instead, what records/precompile.py would compile for a small
+run on a GPU, and whether any was to be launched.
 """
 
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -14,8 +16,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "records"))
+import precompile
+import small_run
+
 import train_gpt
-from train_gpt import CausalSelfAttention, CopySums, Documents, Projection, SplitHeads
+from train_gpt import CausalSelfAttention, CopySums, Documents, Projection, SplitHeads, World
 
 T, C, H, V = 96, 768, 6, 512
 bf16 = partial(torch.zeros, dtype=torch.bfloat16)
@@ -82,5 +88,23 @@ def main() -> None:
     CopySums.apply(q, k, index(T), Documents(index(T), index(T)), 384).sum().backward()
 
 
+def ahead_of_a_warm_up(folder: Path) -> None:
+    small_run.write_text(folder, scale=8)
+    sizes = dict(head_dim=32, window_block=16, train_max_seq_len=256, micro_batch_tokens=128, dtype="bfloat16")
+    stages = tuple(stage._replace(tokens=8 * 64) for stage in small_run.SMALL["stages"])
+    hp = small_run.small_hyperparameters(folder, **sizes, stages=stages)
+    trainer = train_gpt.Trainer(hp, World())
+    trainer.fp8_grad_scale = trainer.grad_scale
+    steps = trainer.schedule.starts[:2]
+    loader = train_gpt.TrainLoader(
+        train_gpt.find_files(hp.train_files), [trainer.schedule.size(step) for step in steps], hp, World()
+    )
+    torch.Tensor.is_cuda = True  # by which the program takes its kernels
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+    JITFunction.run = lambda kernel, *_, warmup, **__: print(kernel.__name__, "compiled" if warmup else "launched")
+    precompile.compile_kernels(trainer, [*zip(steps, loader, strict=True)])
+    train_gpt.transposed_triton(bf16(16, 16).to(torch.float8_e4m3fn))
+
+
 if __name__ == "__main__":
-    main()
+    ahead_of_a_warm_up(Path(sys.argv[1])) if sys.argv[1:] else main()

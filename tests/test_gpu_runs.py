@@ -42,7 +42,7 @@ def gpus():
 # Compiled, in FP8, by CUDA graphs. What a compiler takes that may time its kernels differs from one time to the next:
 # runs that must have compiled for themselves have empty caches.
 
-REAL = ["--preset=real", "--deterministic=true"]
+REAL = ["--preset=real"]
 REAL_KEPT = [*REAL, "--run_id=kept", "--checkpoint_every=6", "--save_checkpoint=true"]
 SECONDS = 500  # a run of two processes that compiles everything takes a fifth of it
 

@@ -12,13 +12,25 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.skipif(not find_spec("triton"), reason="no Triton for this platform")
-def test_every_kernel_compiles_for_hopper(tmp_path):
+pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="no Triton for this platform")
+LAUNCHED = {*re.findall(r"^ +(\w+_kernel)\[", (TESTS.parent / "train_gpt.py").read_text(), re.M)}
+
+
+def hopper_compile(cache, *arguments):
+    """What the program says, by line and word."""
     settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    settings["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, TESTS / "hopper_compile.py"]
+    settings["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, TESTS / "hopper_compile.py", *arguments]
     ran = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    source = (TESTS.parent / "train_gpt.py").read_text()
-    launched = {*re.findall(r"^ +(\w+_kernel)\[", source, re.M)}
-    assert launched == {line.split()[0] for line in ran.stdout.splitlines()} != set()
+    return [line.split() for line in ran.stdout.splitlines()]
+
+
+def test_every_kernel_compiles_for_hopper(tmp_path):
+    assert {name for name, _ in hopper_compile(tmp_path)} == LAUNCHED != set()
+
+
+def test_every_kernel_is_compiled_and_none_launched_ahead_of_a_warm_up(tmp_path):
+    *ahead, after = hopper_compile(tmp_path / "cache", tmp_path)
+    assert {(name, what) for name, what in ahead} == {(name, "compiled") for name in LAUNCHED}
+    assert after == ["transposed_kernel", "launched"]  # as ever

@@ -81,12 +81,14 @@ def seed():
 def poisoned_memory():
     """Fresh tensors are filled with NaN instead of being left as the memory was: what a kernel does not write shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # a Trainer sets it to False
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        assert torch.utils.deterministic.fill_uninitialized_memory
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def normal(*shape, device="cpu", dtype=torch.float32, std=1.0):

@@ -490,7 +490,7 @@ def test_rerun_refuses_what_has_no_source_or_several(toy, tmp_path):
 def test_beside_the_program_of_today_stands_what_checks_guards_and_logs_it(tmp_path, today):
     source = (ROOT / "train_gpt.py").read_text() + ("" if today else "# older\n")
     home = rerun.place(source, tmp_path).parent
-    tools = {"records/checks.py", "records/guard.py", "records/logfile.py"}
+    tools = {"records/checks.py", "records/guard.py", "records/logfile.py", "records/precompile.py"}
     found = {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
     assert found == {"train_gpt.py", "data/gpt2.tiktoken"} | (tools if today else set())
     assert all((home / name).read_bytes() == (ROOT / name).read_bytes() for name in tools & found)

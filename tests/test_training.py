@@ -303,7 +303,7 @@ def test_the_deterministic_switch_holds_for_every_graph_that_is_compiled(switch,
     for tokens in (3, 5):  # PyTorch takes a setting of its compiler's back after the first
         model.normed_input(torch.ones(tokens, 16), None, None, False)
         assert torch._inductor.config.deterministic is torch.are_deterministic_algorithms_enabled() is switch
-    assert torch.utils.deterministic.fill_uninitialized_memory is not switch
+    assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
 # ---------------------------------------------------------------------------- end to end

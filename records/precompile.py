@@ -1,0 +1,60 @@
+"""Compiles a run's Triton kernels side by side, before its warm-up, in which one would wait for the other.
+
+A warm-up launches some fifty kernels of train_gpt.py for the first time. Compiling one takes a core half a second or
+more; with empty caches that is a third of a start.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+TOKENS = 1024  # which kernels there are depends on types, and on which sizes are multiples of 16, but not on the sizes
+
+
+@contextmanager
+def launches_compile() -> Iterator[None]:
+    """Within it a launch of a kernel hands it to threads that compile, and the launch itself is left out.
+
+    At its end all are compiled. torch.compile does nothing, and backward passes run in this thread, whose mode it is.
+    """
+
+    def compile_only(kernel: JITFunction, grid: object):
+        return lambda *args, **options: kernel.run(*args, grid=grid, warmup=True, **options)
+
+    inherited = JITFunction.__getitem__
+    JITFunction.__getitem__ = compile_only
+    eager, one_thread = torch.compiler.set_stance("force_eager"), torch.autograd.set_multithreading_enabled(False)
+    try:
+        with eager, one_thread, ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+            yield
+    finally:
+        JITFunction.__getitem__ = inherited
+
+
+def few_tokens(batch):
+    """A MicroBatch with the first TOKENS positions of another. Its orders sort nothing: they are not followed."""
+    orders, n = len(batch.slots), min(TOKENS, len(batch.inputs))
+    inputs, targets, order = (tensor[:n] for tensor in (batch.inputs, batch.targets, batch.order))
+    documents = type(batch.documents)(*(tensor[:n] for tensor in batch.documents))
+    slots, slot_order = batch.slots[:, :n].contiguous(), batch.slot_order[: orders * n]
+    return type(batch)(inputs, targets, documents, slots, slot_order, order, batch.classes)
+
+
+def compile_kernels(trainer, batches: list) -> None:
+    """The trainer's steps, (step, batch), and a validation, in plain PyTorch and on few tokens, launching no kernel.
+
+    What that computes is rubbish: parameters are the caller's to put back, all else is put back here.
+    """
+    with launches_compile():
+        for step, batch in batches:
+            micro_batches = [few_tokens(micro_batch) for micro_batch in trainer.shapes(step, batch)]
+            trainer.add_gradients(step, batch._replace(micro_batches=micro_batches))
+            trainer.update(step)
+        with torch.no_grad():
+            one = torch.ones(1, device=trainer.world.device)
+            trainer.model(micro_batches[0], trainer.schedule.windows(0), one, prefix=False)
+    trainer.reset()
