@@ -4,15 +4,27 @@ A warm-up launches some fifty kernels of train_gpt.py for the first time. Compil
 more; with empty caches that is a third of a start.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-TOKENS = 1024  # which kernels there are depends on types, and on which sizes are multiples of 16, but not on the sizes
+TOKENS = 4096  # enough to fill a GPU; else kernels depend on types, and on which sizes are multiples of 16, alone
+
+
+class Compilers(ThreadPoolExecutor):
+    """Threads for Triton's AsyncCompileMode that also load what they compile, for which a launcher is compiled."""
+
+    def submit(self, compile_kernel: Callable) -> Future:
+        return super().submit(lambda: self.loaded(compile_kernel()))
+
+    @staticmethod
+    def loaded(kernel):
+        _ = kernel.run  # a property that loads
+        return kernel
 
 
 @contextmanager
@@ -29,7 +41,7 @@ def launches_compile() -> Iterator[None]:
     JITFunction.__getitem__ = compile_only
     eager, one_thread = torch.compiler.set_stance("force_eager"), torch.autograd.set_multithreading_enabled(False)
     try:
-        with eager, one_thread, ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+        with eager, one_thread, Compilers() as pool, triton.AsyncCompileMode(pool):
             yield
     finally:
         JITFunction.__getitem__ = inherited
@@ -45,16 +57,17 @@ def few_tokens(batch):
 
 
 def compile_kernels(trainer, batches: list) -> None:
-    """The trainer's steps, (step, batch), and a validation, in plain PyTorch and on few tokens, launching no kernel.
+    """Forward and backward of the steps (step, batch), an update and a validation, of few tokens, launching no kernel.
 
     What that computes is rubbish: parameters are the caller's to put back, all else is put back here.
     """
     with launches_compile():
         for step, batch in batches:
-            micro_batches = [few_tokens(micro_batch) for micro_batch in trainer.shapes(step, batch)]
-            trainer.add_gradients(step, batch._replace(micro_batches=micro_batches))
-            trainer.update(step)
+            micro_batch = few_tokens(batch.micro_batches[0])
+            trainer.add_gradients(step, batch._replace(micro_batches=[micro_batch]))
+        trainer.update(step)
         with torch.no_grad():
             one = torch.ones(1, device=trainer.world.device)
-            trainer.model(micro_batches[0], trainer.schedule.windows(0), one, prefix=False)
+            trainer.model(micro_batch, trainer.schedule.windows(0), one, prefix=False)
     trainer.reset()
+    torch.cuda.empty_cache()
