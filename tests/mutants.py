@@ -411,6 +411,8 @@ PLANTED = {
         # Model
         ("the caches do not hear of what operators return", '"".join(operators).encode()', 'b""',
          "test_compile_cache.py test_a_warm_cache"),
+        ("the processes that compile file what they note under another name", "_CACHE_KEY_TAG\"] = tag",
+         "_CACHE_KEY_TAG\"] = \"\"", "test_compile_cache.py test_the_processes_that_compile"),
         # Train
         ("the deterministic switch is a setting that Dynamo takes back",
          "torch.use_deterministic_algorithms(hp.deterministic, warn_only=True)",
@@ -713,6 +715,11 @@ PLANTED = {
          "test_records.py test_the_readmes_picture"),
         ("time of one GPU of several", "(max(gpus) * group.time_at(step), group.loss_at(step))",
          "(group.time_at(step), group.loss_at(step))", "test_records.py test_programs_beside"),
+    ],
+    "records/precompile.py": [
+        ("kernels are launched ahead of the warm-up", "warmup=True", "warmup=False", "test_hopper.py ahead_of"),
+        ("kernels are never launched again", "JITFunction.__getitem__ = inherited", "pass", "test_hopper.py ahead_of"),
+        ("the updates' kernels are left for the warm-up", "trainer.update(step)", "pass", "test_hopper.py ahead_of"),
     ],
     "records/race.py": [
         ("counts of steps are cut off, not rounded", "max(round(value * length), min(value, 1))",

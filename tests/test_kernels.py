@@ -615,7 +615,7 @@ def test_compiled_head_loss_equals_eager(grad_scale, copying):
     prefixes = integers(1025, 1024, device=DEVICE) - 1
 
     def head_loss(x, head, *sums):
-        args = targets[0], left, weights, prefixes, None, 1024, grad_scale
+        args = targets[0], left, weights, prefixes, None, grad_scale
         return train_gpt.head_losses(x, head, *args, *sums)
 
     if copying:  # sentinels, every, matching
@@ -904,7 +904,7 @@ def losses_with_copying(targets, documents, window, V):
     def losses(x, w_qk, w_sentinel, gain, bias, head):
         q, k, sentinel = train_gpt.copy_inputs(x, w_qk, w_sentinel, gain, bias)
         every, matching = train_gpt.copy_sums(q, k, targets, documents, window)
-        args = targets, left, weights, prefixes, None, V, None
+        args = targets, left, weights, prefixes, None, None
         return train_gpt.head_losses(x, head, *args, sentinel, every, matching)
 
     return losses
