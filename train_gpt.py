@@ -190,13 +190,15 @@ class Row(NamedTuple):
 
 
 SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count))
-# Tables come first: their all-gather overlaps the longest updates, those of the matrices, and so do the small messages.
+# Messages hide beneath the longest updates, those of the matrices. So tables come first, as their all-gather is long,
+# and n-grams between matrices: until then their gradients arrive, from then on the rows of the next step.
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95), averaged=True),
     Row("head", "adam", True, (1.0,), 150.0, (0.5, 0.95), averaged=True),
     Row("qk_bank", "normuon", True, (1.0,), 1.0, averaged=True),
+    Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
     Row("vo_bank", "normuon", True, (1.0,), 1.0, averaged=True),
     Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0, averaged=True),
     Row("scalars", "adam", False, SCALAR_LRS, 0.0, (0.9, 0.99)),
@@ -205,7 +207,6 @@ PARAMETERS = (
     Row("gate_bias", "adam", False, (0.2,), 0.0, (0.9, 0.99)),
     Row("copy_qk", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
     Row("copy_sentinel", "adam", False, (0.05,), 1.0, (0.9, 0.99)),
-    Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
 )
 # Parameters looked up by token (see Lookup, ShardedRows), and how many tables of V rows lie one after the other in them
 TABLES = {"embed": 1, "value_embeds": len(VALUE_LAYERS)}
@@ -2407,15 +2408,17 @@ class RowCache(Alone):
         self.slice = p.new_zeros(rows // world.size, p.shape[1])
         none, zeros = torch.empty(0, dtype=torch.int32, device=p.device), [0] * world.size
         self.exchange = self.nothing = Exchange(none, none, zeros, zeros)
+        self.coming = self.filled = None  # exchanges: the next step's, if known; the one for which p is filled ahead
 
     def fetch(self, exchange: "Exchange", out: Tensor | None = None) -> Tensor:
         """Copies of the rows that this rank looks up, in the order of their slots."""
         return torch.index_select(self.slice, 0, exchange.rows, out=out)
 
     def fill(self, exchange: "Exchange") -> None:
-        """Fills the cache for a step; the next reduce is for its gradients."""
-        self.exchange = exchange
-        self.fetch(exchange, self.p[: sum(exchange.taken)])
+        """Fills the cache for a step, unless it is filled already; the next reduce is for its gradients."""
+        if exchange is not self.filled:
+            self.fetch(exchange, self.p[: sum(exchange.taken)])
+        self.exchange, self.filled = exchange, None
 
     def reduced(self) -> tuple[Tensor, Tensor]:
         """Of this rank's share: the rows (n,) where the gradient is not zero, and its values (n, C)."""
@@ -2433,10 +2436,24 @@ class ShardedRowCache(RowCache):
     full = Sharded.full
 
     def fetch(self, exchange: "Exchange", out: Tensor | None = None) -> Tensor:
-        rows, asked, taken, given = exchange
-        out = self.p.new_empty(sum(taken), self.p.shape[1]) if out is None else out
-        dist.all_to_all_single(out, self.slice.index_select(0, rows.index_select(0, asked)), taken, given)
+        out = self.p.new_empty(sum(exchange.taken), self.p.shape[1]) if out is None else out
+        self.start_fetch(exchange, out).wait()
         return out
+
+    def start_fetch(self, exchange: "Exchange", out: Tensor) -> dist.Work:
+        rows, asked, taken, given = exchange
+        values = self.slice.index_select(0, rows.index_select(0, asked))
+        return dist.all_to_all_single(out, values, taken, given, async_op=True)
+
+    def gather(self) -> None:
+        """Starts to fill the cache for the next step, if that is known: beneath the updates that follow."""
+        self.coming, self.filled = None, self.coming
+        if self.filled:
+            self.work = self.start_fetch(self.filled, self.p[: sum(self.filled.taken)])
+
+    def gathered(self) -> None:
+        if self.filled:
+            self.work.wait()
 
     def reduce(self, grad: Tensor) -> None:
         taken, given = self.exchange.taken, self.exchange.given
@@ -3112,8 +3129,12 @@ class Trainer:
             (graph or partial(self.micro_step, step))(micro_batch, self.target_weights[step])
         self.optimizer.mark_lookups(batch.dealt)
 
-    def update(self, step: int) -> None:
-        """The optimizer's step, with the schedule's learning rate and momentum; averages in the last steps."""
+    def update(self, step: int, following: StepBatch | None = None) -> None:
+        """The optimizer's step, with the schedule's learning rate and momentum; averages in the last steps.
+
+        Meanwhile rows of n-grams travel to the ranks that look them up in the `following` step.
+        """
+        self.ngrams.communication.coming = following and following.exchange
         self.optimizer.step(step, self.schedule.lr(step), self.schedule.momentum(step))
         if weight := self.schedule.average_weight(step):
             self.optimizer.average(weight, settle=step == self.hp.total_steps - 1)
@@ -3184,18 +3205,21 @@ class Trainer:
         """The run on the clock, from `progress` on. Returns the validation losses."""
         now = progress or Progress()
         sizes = [self.schedule.size(step) for step in range(now.step, self.hp.total_steps)]
-        batches = TrainLoader(train_paths, sizes, self.hp, self.world, now.position)
+        batches = iter(TrainLoader(train_paths, sizes, self.hp, self.world, now.position))
         if self.world.size > 1:
             dist.barrier()  # the slowest to compile must be ready before the clock starts
         between = BetweenSteps(self, log, val_batches, now, watch or Unguarded())  # starts the clock
         self.model.prefixes.copy_(prefix_table(self.hp))  # on the clock, as the public speedrun's rules have it
         between.at(now.step)
-        for step, batch in enumerate(batches, now.step):
+        batch = next(batches)
+        for step in range(now.step, self.hp.total_steps):
             self.enter_step(step)
             self.add_gradients(step, batch)
-            self.update(step)
+            following = next(batches, None)
+            self.update(step, following)
             between.log_step(step, batch, len(train_paths))
             between.at(step + 1)
+            batch = following
         return now.val_losses
 
     def check_gradients(self, log: "Log", lag: int) -> None:

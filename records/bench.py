@@ -154,9 +154,13 @@ class Bench:
     def time_stages(self) -> dict[int, list[tuple[int, float]]]:
         """Per stage (step, milliseconds); as in the run, a step is launched while the GPU is at the one before."""
         clock, on_gpu, ends, times = self.train_gpt.Clock(self.world.device), self.world.on_gpu, [], {}
-        for stage, i, step, batch in self.steps(self.hp.bench_steps):
+        steps = self.steps(self.hp.bench_steps)
+        following = next(steps)
+        while following:
+            stage, i, step, batch = following
             self.trainer.add_gradients(step, batch)
-            self.trainer.update(step)
+            following = next(steps, None)
+            self.trainer.update(step, following and following[-1])
             clock.step_issued()
             ends.append((stage, i, step, clock.issued if on_gpu else time.perf_counter()))
         clock.synchronize()

@@ -498,7 +498,7 @@ def test_a_run_says_in_its_log_at_which_step_the_files_start_over(tmp_path, caps
     trainer.hp, trainer.world, trainer.schedule, trainer.checkpoints = hp, World(), schedule, None
     trainer.model = SimpleNamespace(prefixes=torch.empty(hp.padded_vocab, dtype=torch.int32))
     trainer.enter_step = lambda step: None
-    trainer.add_gradients, trainer.update = lambda step, batch: trained.append(batch), lambda step: None
+    trainer.add_gradients, trainer.update = lambda step, batch: trained.append(batch), lambda step, following: None
     trainer.validate = lambda batches, windows: 1.0
     trainer.check_gradients = lambda log, lag: None
     log = train_gpt.Log(hp, World())

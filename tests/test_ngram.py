@@ -170,8 +170,17 @@ def exchange_once(folder, rank, size, dtype):
         gradient = small_run.spread(communication.reduced(), ROWS // size)
         communication.clear(grad)
         whole = communication.full(communication.slice)
-        cache = communication.p[torch.from_numpy(slots.astype(np.int64))]
-        found[name] = dict(cache=cache, fetched=fetched, gradient=gradient, whole=whole, left=grad)
+        caches, slots = [communication.p.clone()], torch.from_numpy(slots.astype(np.int64))
+        communication.slice.neg_()
+        communication.coming = exchange
+        communication.gather()
+        communication.gathered()
+        communication.slice.neg_()
+        for _ in range(2):  # what has been fetched ahead does for the first time only
+            communication.fill(exchange)
+            caches.append(communication.p.clone())
+        caches = [cache[slots] for cache in caches]
+        found[name] = dict(caches=caches, fetched=fetched, gradient=gradient, whole=whole, left=grad)
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)
@@ -199,7 +208,8 @@ def test_rows_come_from_their_owners_and_gradients_go_there_and_add_up(tmp_path,
             own = torch.from_numpy(rows // share == rank)
             total[rows] += torch.where(own[:, None], gradients, gradients.to(dtype).float())
             ranks = found[rank][name]
-            assert torch.equal(ranks["cache"], table[rows_of(rank, size)])
+            there = table[rows_of(rank, size)]
+            assert [*map(torch.equal, ranks["caches"], (there, -there, there))] == [True] * 3
             assert torch.equal(ranks["fetched"], table[rows]) and torch.equal(ranks["whole"], table)
             assert not ranks["left"].any()
         assert torch.equal(torch.cat([found[rank][name]["gradient"] for rank in range(size)]), total), name
@@ -359,7 +369,7 @@ def test_gradients_are_cleared_behind_each_update_and_every_step_updates(tmp_pat
         assert batch.exchange.taken == [count]
         assert grad[:count].any() and not grad[count:].any() and not cache.grad.any()
         assert algorithm.updates == step + 1 and (algorithm.last[rows.long()] == step + 1).all()
-        assert trainer.optimizer.largest[-1][1][-1] == "ngrams"
+        assert "ngrams" in trainer.optimizer.largest[-1][1]
     assert not torch.equal(begin, algorithm.p)
     assert (cache.data_ptr(), cache.grad.data_ptr()) == address and trainer.model.ngrams is cache
     assert not {"ngrams"} & {*trainer.model.state_dict()}
