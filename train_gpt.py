@@ -273,7 +273,7 @@ class Hyperparameters:
     seed: int = 0
     cuda_graphs: str = "auto"  # on a GPU, launch a micro-batch's kernels as one graph; "off" to debug or profile
     compile: str = "auto"  # torch.compile on a GPU; off on a CPU, where compiling takes longer than a smoke run
-    deterministic: bool = True  # the same bits in every run on a GPU; False: the compiler chooses kernels by their time
+    deterministic: bool = True  # the same bits in every run on a GPU; False: the compiler times reductions, and chooses
 
     @property
     def model_dim(self) -> int:
@@ -3088,7 +3088,7 @@ class Trainer:
     def __init__(self, hp: Hyperparameters, world: World, checkpoints: object = None):
         self.hp, self.world, self.schedule, self.checkpoints = hp, world, TrainingSchedule(hp), checkpoints
         compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
-        # Inductor then chooses no kernel by its time; index_put_ and the like take longer.
+        # Inductor then chooses no reduction by its time; index_put_ and the like take longer.
         torch.use_deterministic_algorithms(hp.deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch then asks for

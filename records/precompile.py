@@ -28,7 +28,7 @@ class Compilers(ThreadPoolExecutor):
 
 
 @contextmanager
-def launches_compile() -> Iterator[None]:
+def launches_compile(device: torch.device) -> Iterator[None]:
     """Within it a launch of a kernel hands it to threads that compile, and the launch itself is left out.
 
     At its end all are compiled. torch.compile does nothing, and backward passes run in this thread, whose mode it is.
@@ -40,8 +40,9 @@ def launches_compile() -> Iterator[None]:
     inherited = JITFunction.__getitem__
     JITFunction.__getitem__ = compile_only
     eager, one_thread = torch.compiler.set_stance("force_eager"), torch.autograd.set_multithreading_enabled(False)
+    set_device = torch.get_device_module(device).set_device  # a thread begins with the first GPU
     try:
-        with eager, one_thread, Compilers() as pool, triton.AsyncCompileMode(pool):
+        with eager, one_thread, Compilers(None, "kernels", set_device, (device,)) as pool, triton.AsyncCompileMode(pool):
             yield
     finally:
         JITFunction.__getitem__ = inherited
@@ -61,7 +62,7 @@ def compile_kernels(trainer, batches: list) -> None:
 
     What that computes is rubbish: parameters are the caller's to put back, all else is put back here.
     """
-    with launches_compile():
+    with launches_compile(trainer.world.device):
         for step, batch in batches:
             micro_batch = few_tokens(batch.micro_batches[0])
             trainer.add_gradients(step, batch._replace(micro_batches=[micro_batch]))
