@@ -42,7 +42,7 @@ def launches_compile(device: torch.device) -> Iterator[None]:
     eager, one_thread = torch.compiler.set_stance("force_eager"), torch.autograd.set_multithreading_enabled(False)
     set_device = torch.get_device_module(device).set_device  # a thread begins with the first GPU
     try:
-        with eager, one_thread, Compilers(None, "kernels", set_device, (device,)) as pool, triton.AsyncCompileMode(pool):
+        with eager, one_thread, Compilers(None, "", set_device, (device,)) as pool, triton.AsyncCompileMode(pool):
             yield
     finally:
         JITFunction.__getitem__ = inherited
