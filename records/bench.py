@@ -147,9 +147,7 @@ class Bench:
         sizes = [self.schedule.size(step) for _, _, step in plan]
         self.trainer.reset()
         loader = self.train_gpt.TrainLoader(self.train_paths, sizes, self.hp, self.world)
-        for (stage, i, step), batch in zip(plan, loader, strict=True):
-            self.trainer.enter_step(step)
-            yield stage, i, step, batch
+        return ((*where, batch) for where, batch in zip(plan, loader, strict=True))
 
     def time_stages(self) -> dict[int, list[tuple[int, float]]]:
         """Per stage (step, milliseconds); as in the run, a step is launched while the GPU is at the one before."""
@@ -158,6 +156,7 @@ class Bench:
         following = next(steps)
         while following:
             stage, i, step, batch = following
+            self.trainer.enter_step(step)
             self.trainer.add_gradients(step, batch)
             following = next(steps, None)
             self.trainer.update(step, following and following[-1])
@@ -178,6 +177,7 @@ class Bench:
                 synchronize()
                 profiler = torch.profiler.profile(acc_events=True)
                 profiler.start()
+            self.trainer.enter_step(step)
             self.trainer.add_gradients(step, batch)
             synchronize()  # what runs on the GPU from here on was launched by the optimizer
             with torch.profiler.record_function("optimizer"):

@@ -209,9 +209,9 @@ def bench(tmp_path_factory):
     trainer, log = Trainer(hp, World()), Log(hp, World())
     steps, update = [], trainer.update
 
-    def note(step):
+    def note(step, following=None):
         steps.append((trainer.stage_index, step))
-        update(step)
+        update(step, following)
 
     trainer.update = note
     bench = Bench(train_gpt, trainer, find_files(hp.train_files), log)
