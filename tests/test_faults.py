@@ -705,7 +705,7 @@ def test_a_rank_that_raises_is_named_and_all_others_end(data, tmp_path):
 def test_a_rank_that_hangs_is_named_with_its_place_and_all_others_end(data, tmp_path, fault, words):
     status, said = run(tmp_path, data, 2, fault=(fault, 1, 3), arguments=["--hang_timeout=7"])
     assert status != 0
-    reason = "no step has ended for 7 s (--hang_timeout), rank 0: fetch (train_gpt.py:"
+    reason = "no step has ended for 7 s (--hang_timeout), rank 0: reduced (train_gpt.py:"
     assert_said_once_and_last(tmp_path, said, f"error: rank 1 on {HOST} at step 3: ", reason, words)
 
 
