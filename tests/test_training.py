@@ -185,7 +185,7 @@ def test_validation_sees_as_far_as_training_has_so_far_and_the_final_one_further
     hp = small_run.small_hyperparameters(folder, run_id="windows", val_steps=tuple(range(STEPS)))
     trainer, seen = Trainer(hp, World()), []
     trainer.validate = lambda batches, windows: seen.append(windows) or 1.0
-    trainer.add_gradients, trainer.update = lambda step, batch: None, lambda step: None
+    trainer.add_gradients, trainer.update = lambda step, batch: None, lambda step, following: None
     trainer.run(Log(hp, World()), find_files(hp.train_files), [])
     so_far = [trainer.schedule.windows(step) for step in (0, *range(STEPS - 1))]
     assert seen == [*so_far, trainer.schedule.window_tokens(*FINAL_WINDOWS)]
@@ -209,7 +209,7 @@ def test_prefixes_are_looked_up_on_the_clock(folder, monkeypatch, progress):
 
     note("Clock", Clock)
     note("prefix_table", prefix_table)
-    trainer.update = lambda step: happened.append("step")
+    trainer.update = lambda step, following: happened.append("step")
     assert (trainer.model.prefixes == -1).all()
     log, files = Log(hp, World()), find_files(hp.train_files)
     trainer.run(log, files, validation_batches(find_files(hp.val_files), hp, World()), progress)
