@@ -790,8 +790,7 @@ def compile_flags(source: str) -> list[str]:
         if match[0][0] == "#":
             return ""
         if "\n" not in match[0]:
-            # The tag is part of the names of cached files, and no more.
-            flags.update(re.findall(r"TORCHINDUCTOR_\w{1,40}|TORCH_COMPILE_(?!CACHE_KEY_TAG\b)\w{1,40}", match[0]))
+            flags.update(re.findall(r"TORCHINDUCTOR_\w{1,40}|TORCH_COMPILE_\w{1,40}", match[0]))
         return '""'
 
     code = STRING_OR_COMMENT.sub(keep, source)

@@ -30,7 +30,7 @@ def load(path: Path):
     module = sys.modules["train_gpt"] = ModuleType("train_gpt")
     module.__file__ = str(path)
     # Operators of its own: PyTorch takes away those of which it is given a second definition.
-    source = path.read_text().replace('"speedrun::', f'"copy{next(COPIES)}::')
+    source = path.read_text().replace('"speedrun_', f'"copy{next(COPIES)}_')
     exec(compile(source, path, "exec"), vars(module))
     return module
 

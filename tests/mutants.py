@@ -413,10 +413,8 @@ PLANTED = {
         ("more classes than there are are taken", "stage.classes if stage.classes < self.hp.padded_vocab else 0",
          "stage.classes", "test_loader.py test_a_step_has_the_classes"),
         # Model
-        ("the caches do not hear of what operators return", '"".join(operators).encode()', 'b""',
+        ("the caches do not hear of what operators return", "inspect.getsource(empty_results).encode()", 'b""',
          "test_compile_cache.py test_a_warm_cache"),
-        ("the processes that compile file what they note under another name", "_CACHE_KEY_TAG\"] = tag",
-         "_CACHE_KEY_TAG\"] = \"\"", "test_compile_cache.py test_the_processes_that_compile"),
         # Train
         ("the deterministic switch is a setting that Dynamo takes back",
          "torch.use_deterministic_algorithms(hp.deterministic, warn_only=True)",

@@ -854,7 +854,6 @@ def test_gpus_of_the_right_kind(tmp_path, gpus, gpu, holds):
         ("import torch._inductor.config as c", ["_inductor.config"]),
         ("os.environ['TORCHINDUCTOR_MAX_AUTOTUNE'] = '1'", ["TORCHINDUCTOR_MAX_AUTOTUNE"]),
         ("os.environ['TORCH_COMPILE_CPROFILE'] = '1'", ["TORCH_COMPILE_CPROFILE"]),
-        ("os.environ['TORCH_COMPILE_CACHE_KEY_TAG'] = tag", []),
         ("# torch._inductor.config.max_autotune = True", []),
         ('"""torch.compile(x, mode=1) and torch._inductor.config.x\n"""', []),
         ("x = 'torch._inductor.config.x = 1'  # torch.compile(mode=2)", []),
