@@ -643,7 +643,7 @@ def test_compiled_copy_inputs_equal_eager():
 def test_linear_relu2_operator_is_registered_right(with_hidden):
     x, weight = normal(16, 24, device=DEVICE, dtype=OPERATOR_DTYPE), normal(8, 24, device=DEVICE, dtype=OPERATOR_DTYPE)
     hidden = normal(16, 8, device=DEVICE, dtype=OPERATOR_DTYPE).square() if with_hidden else None
-    torch.library.opcheck(torch.ops.speedrun.linear_relu2, (x, weight, hidden, 0.5))
+    torch.library.opcheck(train_gpt.linear_relu2, (x, weight, hidden, 0.5))
 
 
 @needs_fp8_gpu
@@ -653,16 +653,16 @@ def test_linear_relu2_operator_in_fp8_is_registered_right(with_hidden):
     x, weight, hidden = (normal(*shape, device=DEVICE).abs().to(torch.float8_e4m3fn) for shape in shapes)
     arguments = (x, weight, hidden if with_hidden else None, 0.5)
     # The others compare results, which PyTorch cannot in FP8: their registered shapes and types are what matters
-    torch.library.opcheck(torch.ops.speedrun.linear_relu2, arguments, test_utils="test_faketensor")
+    torch.library.opcheck(train_gpt.linear_relu2, arguments, test_utils="test_faketensor")
 
 
 def test_transposed_operator_is_registered_right():
-    torch.library.opcheck(torch.ops.speedrun.transposed, (integers(256, 8, 12).to(DEVICE, torch.uint8),))
+    torch.library.opcheck(train_gpt.transposed, (integers(256, 8, 12).to(DEVICE, torch.uint8),))
 
 
 def test_cross_entropy_operator_is_registered_right():
     logits, targets, _ = cross_entropy_inputs(6, 304, 4, DEVICE, OPERATOR_DTYPE)
-    torch.library.opcheck(torch.ops.speedrun.cross_entropy, (logits, targets))
+    torch.library.opcheck(train_gpt.cross_entropy, (logits, targets))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -670,7 +670,7 @@ def test_cross_entropy_backward_operator_is_registered_right(dtype):
     logits, targets, grad = cross_entropy_inputs(6, 304, 4, DEVICE, OPERATOR_DTYPE)
     lse = train_gpt.cross_entropy(logits, targets)[1]
     arguments = (logits, lse, targets, grad, 0.5, dtype)
-    torch.library.opcheck(torch.ops.speedrun.cross_entropy_backward, arguments)
+    torch.library.opcheck(train_gpt.cross_entropy_backward, arguments)
 
 
 # ---------------------------------------------------------------------------- attention
