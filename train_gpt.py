@@ -19,7 +19,7 @@ Contents, in reading order (search for the banner):
     Schedule          learning rate, momentum, windows, weights of targets and of averages by step
     Train             warm-up, the loop, validation, the clock
     main              a run from its arguments to its end
-What never runs on the clock stands in records/: checks, the guard against hangs, the log file, checkpoints, --bench,
+What has no part in the result stands in records/: checks, the guard against hangs, the log file, checkpoints, --bench,
 --profile, --describe and the sample of text. A copy of this file without them trains as well, but plainly.
 
 Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
@@ -79,7 +79,7 @@ MICRO_BATCHES = 8  # in every step, dealt out to the ranks: 1, 2, 4 or 8 GPUs co
 
 
 class TrainingStage(NamedTuple):
-    """One row a stage of training; each has its own tensor shapes, hence its own compiled graphs."""
+    """One row a stage of training; each has its own CUDA graphs (see GraphMemory.capture)."""
 
     share: float | None  # of the scheduled iterations, relative to the other rows; None: the extension, the last row
     tokens: int  # in a step, over all ranks
@@ -95,7 +95,7 @@ class TrainingStage(NamedTuple):
 
 
 # Training begins with short windows and small batches, in which a token costs nearly the same and teaches more: with
-# half the seed record's, a quarter run ended 0.06 lower. Joined micro-batches all have 65,536 tokens, compiled once.
+# half the seed record's, a quarter run ended 0.06 lower. Joined, micro-batches have 65,536 tokens on one GPU.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, max_seq_len, classes
     TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), 896, 12_288, prefix=(0.25, 0.25)),
@@ -185,14 +185,15 @@ class Row(NamedTuple):
     algorithm: str
     sharded: bool  # reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere
     lr: tuple[float, ...]  # multiplier; several repeat along the first dimension: in mlp_bank W_fc, W_proj, W_fc, ...
-    wd: float  # weight-decay multiplier
+    wd: float  # weight-decay multiplier: a parameter p decays by lr^2 wd p, where an update goes that way anyway
     betas: tuple[float, float] | None = None  # adam's; rowwise has no first moment
     averaged: bool = False  # ends as its average over the last steps, see AVERAGE_EVERY
 
 
 SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count))
-# Messages hide beneath the longest updates, those of the matrices. So tables come first, as their all-gather is long,
-# and n-grams between matrices: until then their gradients arrive, from then on the rows of the next step.
+# Messages travel beneath the longest updates, those of the matrices. So tables come first: their all-gather is long.
+# N-grams stand between matrices: during the updates ahead of theirs their gradients arrive, after it the rows of the
+# next step.
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
@@ -227,7 +228,7 @@ class Hyperparameters:
     train_max_seq_len: int = 2048  # documents are cut here: attention beyond it costs more than it teaches
     micro_batch_tokens: int = 65_536  # a rank joins its micro-batches up to this size; half where a GPU is small
     val_tokens: int = 10_485_760  # fixed by the rules
-    val_batch_size: int = 2_097_152  # tokens of a validation step; each of its 8 chunks is a micro-batch
+    val_batch_size: int = 2_097_152  # tokens; validation runs through micro-batches of an eighth of them
     # length of the run
     num_scheduled_iterations: int = 2576  # shared by the stages
     num_extension_iterations: int = 96  # at the final learning rate, with longer windows
@@ -376,7 +377,7 @@ def parse_arguments(arguments: list[str], has_gpu: bool, gpu_memory: float = mat
     hp = Hyperparameters(**{**PRESETS[preset], **overrides, "preset": preset})
     require(hp.resume != "auto" or hp.run_id, "--resume=auto: give --run_id= too, the name of the run to go on with")
     hp = replace(hp, run_id=hp.run_id or hp.resume or str(uuid.uuid4()))
-    # In GiB: micro-batches joined up to 65,536 tokens take 43 in the speedrun, up to 32,768 they take 35 (measured).
+    # In GiB: micro-batches joined up to 65,536 tokens reserve 44 in the speedrun, up to 32,768 they took 35 (measured).
     if gpu_memory < 52 and "micro_batch_tokens" not in overrides:
         hp = replace(hp, micro_batch_tokens=min(hp.micro_batch_tokens, 32_768))
     if checks := import_tool("checks"):
@@ -484,20 +485,32 @@ def switch(kernel: Callable, reference: Callable) -> Callable:
     return lambda x, *rest, **named: (kernel if x.is_cuda else reference)(x, *rest, **named)
 
 
-def operator(kernel: Callable, reference: Callable) -> Callable:
-    """Decorator: switch() as a custom operator, for compiled code. The function itself makes memory for the results."""
+def custom_op(kernel: Callable, reference: Callable) -> Callable:
+    """Decorator: switch(), which torch.compile takes for an operator.
+
+    The function itself only makes memory for the results, which tells the compiler their types and shapes.
+    """
 
     def decorate(empty_results: Callable) -> Callable:
         schema = torch.library.infer_schema(empty_results, mutates_args=())
-        # The compiler's caches know an operator by its name alone: an edited one gets another.
+        # The compiler's caches know an operator by its name: with other types or shapes it is to have another.
         digest = hashlib.sha256(inspect.getsource(empty_results).encode()).hexdigest()[:16]
-        name = f"speedrun_{digest}::{empty_results.__name__}"
-        made = torch.library.custom_op(name, switch(kernel, reference), mutates_args=(), schema=schema)
-        made.register_fake(empty_results)  # by which the compiler knows types and shapes
-        made.empty_results = empty_results
-        return made
+        name, uncompiled = f"speedrun_{digest}::{empty_results.__name__}", switch(kernel, reference)
+        operator = torch.library.custom_op(name, uncompiled, mutates_args=(), schema=schema)
+        operator.register_fake(empty_results)
+
+        def call(*args):  # an operator's first call imports torch.compile, which takes a process three seconds
+            return (operator if torch.compiler.is_compiling() else uncompiled)(*args)
+
+        call.operator, call.empty_results = operator, empty_results
+        return call
 
     return decorate
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32; float64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------------------- symmetric products, for Polar Express
@@ -513,7 +526,7 @@ def symmetric_product_reference(x: Tensor, alpha: float = 1.0, addend: Tensor | 
 @triton.jit
 def symmetric_product_kernel(
     x_ptr, addend_ptr, out_ptr, alpha, beta, M, K, x_stride_n, x_stride_m, x_stride_k,
-    HAS_ADDEND: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK x BLOCK tile on or below the diagonal, and its mirror image."""
     tiles = tl.cdiv(M, BLOCK)
@@ -535,7 +548,7 @@ def symmetric_product_kernel(
     acc *= alpha
     inside = (rows[:, None] < M) & (cols[None, :] < M)
     offsets = matrix * M * M + rows[:, None] * M + cols[None, :]
-    if HAS_ADDEND:
+    if addend_ptr is not None:
         acc += beta * tl.load(addend_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offsets, out, mask=inside)
@@ -550,8 +563,8 @@ def symmetric_product_triton(x: Tensor, alpha: float = 1.0, addend: Tensor | Non
     out = x.new_empty(N, M, M)
     BLOCK, BLOCK_K = 128, 64  # the seed record's tile for H100, M = 768
     symmetric_product_kernel[(triton.cdiv(M, BLOCK) ** 2, N)](
-        x, out if addend is None else addend.contiguous(), out, alpha, beta, M, K, *x.stride(),
-        HAS_ADDEND=addend is not None, BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=8, num_stages=4,
+        x, None if addend is None else addend.contiguous(), out, alpha, beta, M, K, *x.stride(),
+        BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=8, num_stages=4,
     )  # fmt: skip
     return out
 
@@ -560,11 +573,12 @@ symmetric_product = switch(symmetric_product_triton, symmetric_product_reference
 
 
 # ---------------------------------------------------------------------------- products in FP8
-# A number is what FP8 stores times a scale. Activations and weights are in e4m3, which ends at 448, gradients in e5m2;
-# FP8_GRAD is for a loss that is not multiplied before backward. A normed row of C has no number beyond sqrt(C), so that
-# FP8_X does for widths to 1024; weights stayed below 3.1 in a half run. The first layer's hidden units grow with the
-# run's length, in a half run to 13,000. A large scale costs little: only what is below 2^-10 of it becomes 0. Kernels
-# clip what is beyond the end, MAX_HIDDEN does so in bf16; PyTorch 2.11 makes it NaN. Source: arXiv 2209.05433 (2022).
+# FP8 stores a number divided by a scale: activations and weights in e4m3, whose largest number is 448, gradients in
+# e5m2. FP8_X: a normed row of C has no number beyond sqrt(C), 32 for a width of 1024. FP8_WEIGHT: weights stayed below
+# 3.1 in a half run. FP8_HIDDEN: the first layer's hidden units grow with the run, to 13,000 in a half run. FP8_GRAD is
+# for a loss that is not multiplied before backward. Too large a scale costs little: numbers below 2^-10 of it become 0.
+# With too small a one they overflow: kernels clip them, conversion by PyTorch 2.11 makes them NaN. MAX_HIDDEN clips in
+# bf16 as the kernels do in FP8. Source: arXiv 2209.05433 (2022).
 FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 64.0, 2.0**-6
 MAX_HIDDEN = 448 * FP8_HIDDEN
 cached_full = cache(torch.full)
@@ -605,7 +619,7 @@ def transposed_triton(x: Tensor) -> Tensor:
     return out
 
 
-@operator(transposed_triton, lambda x: x.mT.contiguous())
+@custom_op(transposed_triton, lambda x: x.mT.contiguous())
 def transposed(x: Tensor) -> Tensor:
     """x^T, contiguous, for matrices x (..., M, N) of an 8-bit type.
 
@@ -703,7 +717,7 @@ def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None,
     return out
 
 
-@operator(linear_relu2_triton, linear_relu2_reference)
+@custom_op(linear_relu2_triton, linear_relu2_reference)
 def linear_relu2(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """relu(scale x W^T)^2, or the gradient's product with `hidden`; see linear_relu2_reference."""
     return x.new_empty(len(x), len(weight))
@@ -913,14 +927,14 @@ def cross_entropy_backward_triton(logits, lse, targets, grad, scale: float, dtyp
     return out, out_t
 
 
-@operator(cross_entropy_triton, cross_entropy_reference)
+@custom_op(cross_entropy_triton, cross_entropy_reference)
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (n, T) and lse (T,); see cross_entropy_reference."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return tuple(logits.new_empty(shape, dtype=dtype) for shape in (targets.shape, len(logits)))
 
 
-@operator(cross_entropy_backward_triton, cross_entropy_backward_reference)
+@custom_op(cross_entropy_backward_triton, cross_entropy_backward_reference)
 def cross_entropy_backward(
     logits: Tensor, lse: Tensor, targets: Tensor, grad: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -931,20 +945,20 @@ def cross_entropy_backward(
 
 # ---------------------------------------------------------------------------- the head, in FP8 and bf16, with its loss
 # Logits and their gradient are a step's largest tensors: here the gradient is written only in the type its products
-# read. Scales are as above: normed activations stay below 100, head weights, with the seed record's batches, below 1.6.
+# read. Scales are the seed record's: normed activations are below 100, its head weights stayed below 1.6.
 FP8_HEAD_X, FP8_HEAD, FP8_HEAD_GRAD = 100 / 448, 3.2 / 448, 0.75 / 448
 
 
 class HeadLoss(torch.autograd.Function):
     """Softcapped cross-entropy of the logits x @ head with n targets a position: (T, C), (C, V), (n, T) -> (n, T).
 
-    grad_scale: by what losses are multiplied before backward, for products in FP8; None for products in x's type.
+    loss_scale: what losses are multiplied by before backward, for products in FP8; None for products in x's type.
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, grad_scale):
-        ctx.grad_scale, ctx.dtype = grad_scale, head.dtype
-        if grad_scale is None:
+    def forward(ctx, x, head, targets, loss_scale):
+        ctx.loss_scale, ctx.dtype = loss_scale, head.dtype
+        if loss_scale is None:
             logits = x @ head
         else:
             x = (x / FP8_HEAD_X).to(torch.float8_e4m3fn)
@@ -958,10 +972,10 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_losses):
         logits, lse, targets, x, head = ctx.saved_tensors
         grad_losses = grad_losses.contiguous()
-        if ctx.grad_scale is None:
+        if ctx.loss_scale is None:
             grad, _ = cross_entropy_backward(logits, lse, targets, grad_losses, 1.0, logits.dtype)
             return grad @ head.T, x.T @ grad, None, None
-        scale = ctx.grad_scale * FP8_HEAD_GRAD
+        scale = ctx.loss_scale * FP8_HEAD_GRAD
         grad, grad_t = cross_entropy_backward(logits, lse, targets, grad_losses, scale, torch.float8_e5m2)
         # Not fast, as sums are over the vocabulary, and over all tokens.
         grad_x = fp8_product(grad, head.T, scale, FP8_HEAD, ctx.dtype, fast=False)
@@ -1033,6 +1047,14 @@ def add_rows_triton(table: Tensor, rows: Tensor, order: Tensor, grad: Tensor, ga
 add_rows = switch(add_rows_triton, add_rows_reference)
 
 
+def table_gradient(table: Tensor) -> Tensor:
+    """The table's .grad, float32: a frequent token's sum is of thousands of rows; in bfloat16 it would stop growing."""
+    if table.grad is None:
+        table.grad_dtype = torch.promote_types(table.dtype, torch.float32)
+        table.grad = torch.zeros_like(table, dtype=table.grad_dtype)
+    return table.grad
+
+
 class Lookup(torch.autograd.Function):
     """Rows of a table (rows, C) by index (T,); order (T,) sorts the indices."""
 
@@ -1046,6 +1068,12 @@ class Lookup(torch.autograd.Function):
         table, *rows_and_order = ctx.saved_tensors
         add_rows(table_gradient(table), *rows_and_order, grad)
         return None, None, None
+
+
+def places_in(classes: Tensor, tokens: Tensor) -> Tensor:
+    """The index of each token in the ascending classes (P,); -1 for one that is none of them."""
+    places = torch.searchsorted(classes, tokens, out_int32=True).clamp(max=len(classes) - 1)
+    return torch.where(classes[places] == tokens, places, -1)
 
 
 class HeadClasses(torch.autograd.Function):
@@ -1066,20 +1094,6 @@ class HeadClasses(torch.autograd.Function):
         places = places_in(classes, torch.arange(head.size(1), dtype=classes.dtype, device=classes.device))
         head.grad.addcmul_(grad.index_select(1, places.clamp(min=0)), (places >= 0).to(grad.dtype))
         return None, None
-
-
-def places_in(classes: Tensor, tokens: Tensor) -> Tensor:
-    """The index of each token in the ascending classes (P,); -1 for one that is none of them."""
-    places = torch.searchsorted(classes, tokens, out_int32=True).clamp(max=len(classes) - 1)
-    return torch.where(classes[places] == tokens, places, -1)
-
-
-def table_gradient(table: Tensor) -> Tensor:
-    """The table's .grad, float32: a frequent token's sum is of thousands of rows; in bfloat16 it would stop growing."""
-    if table.grad is None:
-        table.grad_dtype = torch.promote_types(table.dtype, torch.float32)
-        table.grad = torch.zeros_like(table, dtype=table.grad_dtype)
-    return table.grad
 
 
 # ---------------------------------------------------------------------------- Adam by rows, for the table of n-grams
@@ -1144,7 +1158,7 @@ update_rows = switch(update_rows_triton, update_rows_reference)
 # What lies between projection and attention, in one kernel a direction: norm, rotary embedding (RoPE, arXiv 2104.09864,
 # 2021), value embeddings (arXiv 2410.17897, 2024), pairs of heads and the key offset (both from the seed record).
 
-# float32's, as torch.compile's RMSNorm has it: next to bfloat16's own, 2^-7, the first embeddings would be nothing.
+# float32's, as torch.compile's RMSNorm has it. bfloat16's, 2^-7, is far above the first embeddings' mean square, 3e-5.
 NORM_EPS = torch.finfo(torch.float32).eps
 
 
@@ -1158,6 +1172,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = (table[: len(x), :, : a.size(-1)].to(x.dtype) for table in (cos, sin))
     return torch.stack((a * cos + b * sin, b * cos - a * sin), -1).flatten(-2)
+
+
+class Documents(NamedTuple):
+    """For each position (T,), int32: where its document begins, and the position after its end."""
+
+    starts: Tensor
+    ends: Tensor
+
+    def paired(self) -> "Documents":
+        """The same documents where every token has two positions."""
+        return Documents(*((2 * t).repeat_interleave(2) for t in self))
 
 
 def split_heads_reference(qkv, value_gate, table, rows, order, cos, sin, documents, num_heads: int, paired: bool):
@@ -1333,17 +1358,6 @@ def split_heads(qkv: Projection, *rest) -> tuple[Tensor, Tensor, Tensor]:
 # FlashAttention-2 (arXiv 2307.08691, 2023) with documents, windows, XSA; its backward pass in two kernels, no atomics.
 
 
-class Documents(NamedTuple):
-    """For each position (T,), int32: where its document begins, and the position after its end."""
-
-    starts: Tensor
-    ends: Tensor
-
-    def paired(self) -> "Documents":
-        """The same documents where every token has two positions."""
-        return Documents(*((2 * t).repeat_interleave(2) for t in self))
-
-
 def attend_reference(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor | None = None) -> Tensor:
     """attend() over all pairs with a mask, for CPUs."""
     position = torch.arange(len(q), device=q.device)
@@ -1364,16 +1378,16 @@ def attend_reference(q, k, v, documents: Documents, window: int, scale: float, x
 # block of keys one of queries) whatever documents it straddles, and masks only at the ends of that range. N, H and
 # window are not specialized, so that other lengths and windows compile nothing.
 
-# Score of a masked pair; real ones, of normed q and k, stay within head_dim. Until a row meets its first real score its
-# sums are worthless, and that score multiplies them by exp2(MASKED - score) = 0. They must be finite: -inf - -inf is
-# NaN, and of much larger numbers rounding errors alone overflow exp2.
+# Score of a masked pair; real ones, of normed q and k, stay within head_dim. While a row has met masked keys only, its
+# sums are worthless; the first real score multiplies them by exp2(MASKED - score) = 0. So a masked score is finite, as
+# -inf - -inf is NaN, but not huge, as then its rounding errors alone would overflow exp2.
 MASKED_SCORE = -1e5
 MASKED = tl.constexpr(MASKED_SCORE)
 
 
 @triton.jit
 def key_range(starts_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Queries and the first key each sees; they see keys of [begin, end), and all all of [full_begin, full_end)."""
+    """Queries and the first key each sees. Some see keys of [begin, end), all see all of [full_begin, full_end)."""
     rows, last = row + tl.arange(0, BLOCK_Q), min(row + BLOCK_Q, N) - 1
     begin = max(tl.load(starts_ptr + row), row - window) // BLOCK_K * BLOCK_K
     full_begin = tl.cdiv(max(tl.load(starts_ptr + last), last - window), BLOCK_K) * BLOCK_K
@@ -1384,7 +1398,7 @@ def key_range(starts_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.con
 
 @triton.jit
 def query_range(ends_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Keys and the last query that sees each; queries of [begin, end) see them, and the full ones all of them."""
+    """Keys and the last query that sees each. Queries of [begin, end) see some, of [full_begin, full_end) all."""
     rows, last = row + tl.arange(0, BLOCK_K), min(row + BLOCK_K, N) - 1
     full_begin = tl.cdiv(last, BLOCK_Q) * BLOCK_Q
     full_end = min(tl.load(ends_ptr + row), row + window + 1) // BLOCK_Q * BLOCK_Q
@@ -1490,7 +1504,7 @@ def attention_backward_kv_kernel(
 ):  # fmt: skip
     """BLOCK_K keys of one head: the gradients of k and v. Scores are (keys, queries), as both products read them."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_K, tl.program_id(1), scale * LOG2_E
-    rows, last, begin, full_begin, full_end, end = query_range(ends_ptr, row, N, window, BLOCK_Q, BLOCK_K)
+    rows, last_query, begin, full_begin, full_end, end = query_range(ends_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     lse_ptr += head.to(tl.int64) * N
     delta_ptr += head.to(tl.int64) * N
     k, v = k_desc.load([row, head * D_QK]), v_desc.load([row, head * D])
@@ -1503,7 +1517,7 @@ def attention_backward_kv_kernel(
         delta = tl.load(delta_ptr + cols, mask=cols < N, other=0.0)
         p = tl.exp2(tl.dot(k, q.T) * scale_2 - lse[None, :])
         if (col < full_begin) | (col >= full_end):
-            p = tl.where((cols[None, :] >= rows[:, None]) & (cols[None, :] <= last[:, None]), p, 0.0)
+            p = tl.where((cols[None, :] >= rows[:, None]) & (cols[None, :] <= last_query[:, None]), p, 0.0)
         grad_v = tl.dot(p.to(grad_y.dtype), grad_y, grad_v)
         grad_p = tl.dot(v, grad_y.T)  # here, so that it and the product above run back to back, with one wait
         grad_k = tl.dot((p * (grad_p - delta[None, :])).to(q.dtype), q, grad_k)
@@ -1684,9 +1698,10 @@ copy_sums = switch(CopySums.apply, copy_sums_reference)
 # ======================================================================================================================
 # Model
 # ======================================================================================================================
-# GPT.output goes through the rows of LAYERS; each adds to the residual stream x (T, C). An MLP's result waits, as
-# mlp_out, for the next function that reads the stream (see join): adding it is then part of a kernel that runs anyway;
-# `before` are the weights of its layer. All between attention, lookups and FP8 products is in a few compiled functions.
+# GPT.output goes through the rows of LAYERS; each adds to the residual stream x (T, C). An MLP's result is not added at
+# once: it waits (`waiting`; `waiting_w`: the weights of its layer) for the next function that reads the stream, which
+# joins them in a kernel that runs anyway. All but attention, lookups, the products that give queries, keys and values,
+# and the scores of copying is in a few compiled functions.
 
 
 class Yarn:
@@ -1726,7 +1741,7 @@ class Yarn:
 
 
 def gate_groups(layer: Layer, num_heads: int) -> list[list[float]]:
-    """Initial values of a layer's gates, in the order in which its network gives them."""
+    """Initial values of a layer's gates: of heads for xsa, head_gates and value_embed, of its values, of its adds."""
     of_heads = (layer.xsa, XSA_GATE), (layer.head_gates, HEAD_GATE), (layer.value_embed, VALUE_GATE)
     return [*(has * num_heads * [gate] for has, gate in of_heads), [*layer.values.values()], [*layer.adds.values()]]
 
@@ -1763,17 +1778,9 @@ def compiler(enabled: bool) -> Callable:
 # kind; all take a minute and a half. Attention stays outside, so that windows change without compiling.
 
 
-def widened(x):
-    """x in float32, float64 as it is: added so to a matrix product, in the kernel that reads the sum.
-
-    Were both in bf16, the compiler would have cuBLAS add x to the product, and first copy x.
-    """
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def join(x, mlp_out, w: LayerWeights | None):
+def join(x, waiting, w: LayerWeights | None):
     """The stream (T, C): x plus the MLP result that waits to be added, None for none; w: weights of its layer."""
-    return x if mlp_out is None else (w.mlp_resid * widened(x) + w.mlp_out * mlp_out).to(x.dtype)
+    return x if waiting is None else (w.mlp_resid * widened(x) + w.mlp_out * waiting).to(x.dtype)
 
 
 def embed_inputs(x, ngrams, inputs, signs):
@@ -1785,33 +1792,31 @@ def embed_inputs(x, ngrams, inputs, signs):
     return norm(x), (widened(ngrams).sum(0) * F.embedding(inputs, signs)).to(x.dtype)
 
 
-def gate_network(x, mlp_out, before, kept: dict[str, Tensor], w_in, w_out, bias, layers: list[Layer], num_heads: int):
+def gate_network(x, waiting, waiting_w, kept: dict, w_in, w_out, bias, layers: list[Layer], num_heads: int):
     """The stream (T, C); of each of `layers` three gates of heads (T, H), and what to add to values and stream (T, C).
 
     None for what a layer lacks. What is added is a sum of kept outputs, each times a gate. All layers' sums are made
     here, so that in the backward pass one kernel sums the gradients of what is kept.
     """
-    x = join(x, mlp_out, before)
+    x = join(x, waiting, waiting_w)
     # Without the empty groups: PyTorch 2.11 can't compile a split into nothing.
     sizes = [len(group) for layer in layers for group in gate_groups(layer, num_heads) if group]
     hidden = F.gelu(F.linear(x, w_in))
     gates = iter((GATE_SCALE * (F.linear(hidden, w_out[: sum(sizes)]) + bias[: sum(sizes)])).split(sizes, -1))
 
-    def weighed(names):
-        return sum(g * kept[name] for name, g in zip(names, next(gates).split(1, -1), strict=True)) if names else None
+    def weighed(names, g):
+        return sum(g * kept[name] for name, g in zip(names, g.split(1, -1), strict=True)) if names else None
 
-    def of_heads(layer_has_them):
-        return next(gates) if layer_has_them else None
+    def of_layer(layer):
+        *of_heads, of_values, of_stream = [next(gates) if group else None for group in gate_groups(layer, num_heads)]
+        return *of_heads, weighed(layer.values, of_values), weighed(layer.adds, of_stream)
 
-    return x, [
-        (of_heads(a.xsa), of_heads(a.head_gates), of_heads(a.value_embed), weighed(a.values), weighed(a.adds))
-        for a in layers
-    ]
+    return x, [of_layer(layer) for layer in layers]
 
 
-def normed_input(x, mlp_out, before, fp8: bool):
+def normed_input(x, waiting, waiting_w, fp8: bool):
     """What attention reads: the stream (T, C), its norm, and the norm in FP8, or None."""
-    x = join(x, mlp_out, before)
+    x = join(x, waiting, waiting_w)
     normed = norm(x)
     return x, normed, (normed.detach() / FP8_X).to(torch.float8_e4m3fn) if fp8 else None
 
@@ -1825,23 +1830,24 @@ def qkv_weight(w: LayerWeights, narrow: bool):
     return weight, None if w.qkv.fp8 is None else w.qkv_lambda.detach() * FP8_WEIGHT
 
 
-def layer_outputs(x, mlp_out, before, attended, head_gates, added, w: LayerWeights, complete: bool):
+def layer_outputs(x, waiting, waiting_w, attended, head_gates, added, w: LayerWeights, complete: bool):
     """The rest of a layer: adds attention's result (T, H, D) and `added` (T, C), None for none, and runs the MLP.
 
     Returns the stream as x (T, C) and the MLP's waiting result; with `complete`, None waits.
     """
-    x, mlp_out = join(x, mlp_out, before), None
+    x, waiting = join(x, waiting, waiting_w), None
     dtype = x.dtype
     if attended is not None:
         y = attended if head_gates is None else attended * head_gates.unsqueeze(-1)
+        # Widened: were all in bf16, the compiler would have cuBLAS add x to the product, and first copy x.
         x = w.attn_resid * widened(x) + F.linear(y.reshape(x.shape), w.out_lambda * w.out)
     x = (x if added is None else x + added).to(dtype)
     if w.mlp is not None:
-        mlp_out = MLP.apply(norm(x), *w.mlp.weight, w.mlp.fp8, w.mlp.fp8_t, w.mlp.grad_scale)
-    return (join(x, mlp_out, w), None) if complete else (x, mlp_out)
+        waiting = MLP.apply(norm(x), *w.mlp.weight, w.mlp.fp8, w.mlp.fp8_t, w.mlp.grad_scale)
+    return (join(x, waiting, w), None) if complete else (x, waiting)
 
 
-def target_rows(targets, left, n: int, prefixes, classes) -> Tensor:
+def all_targets(targets, left, n: int, prefixes, classes) -> Tensor:
     """n targets of each position, (n, T): next tokens, the nearest first, then with `prefixes` (V,) the first's prefix.
 
     The token behind a document is still a target, those after it are -1; left (T,): positions of the document to come.
@@ -1859,13 +1865,13 @@ def copy_inputs(x, qk, sentinel_weight, gain, bias):
     return (gain * q.size(-1) ** -0.5 * q).to(x.dtype), k, widened(F.linear(x, sentinel_weight).squeeze(-1)) + bias
 
 
-def head_losses(x, head, targets, left, target_weights, prefixes, classes, fp8_grad_scale, *copying):
+def head_losses(x, head, targets, left, target_weights, prefixes, classes, fp8_loss_scale, *copying):
     """Loss of each position (T,), float32, weighted over its targets, from the last row's output (T, C).
 
-    head (C, V), or (C, P) with `classes` (P,). copying: sentinel, every and matching, (T,) each, see copy_scores.
+    head (C, V), or (C, P) with `classes` (P,). copying: sentinel, every, matching, (T,) each: see above copy_scores.
     """
-    targets = target_rows(targets, left, len(target_weights), prefixes, classes)
-    losses = HeadLoss.apply(norm(x), head, targets, fp8_grad_scale)
+    targets = all_targets(targets, left, len(target_weights), prefixes, classes)
+    losses = HeadLoss.apply(norm(x), head, targets, fp8_loss_scale)
     if copying:
         sentinel, every, matching = copying
         first = torch.logaddexp(sentinel, every) - torch.logaddexp(sentinel - losses[0], matching)
@@ -1932,8 +1938,8 @@ class GPT(nn.Module):
         self.ngram_shape, self.ngrams = (hp.ngram_rows, C), None
         if device.type == "meta":  # only the shapes are asked for
             return
-        none = torch.full((V,), -1, dtype=torch.int32, device=device)
-        self.register_buffer("prefixes", none, persistent=False)  # Trainer.run sets it to prefix_table
+        no_prefixes = torch.full((V,), -1, dtype=torch.int32, device=device)
+        self.register_buffer("prefixes", no_prefixes, persistent=False)  # Trainer.run sets it to prefix_table
         canonical = torch.from_numpy(canonical_tokens(hp)).long()
         signs = torch.randint(2, (V, C), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
         self.register_buffer("signs", (2 * signs - 1)[canonical].to(device, dtype), persistent=False)
@@ -1968,26 +1974,27 @@ class GPT(nn.Module):
         """fp8_weights of each attention layer's W_q, W_k and W_v, stacked; one call converts all of a width."""
         C, layers = self.qk_bank.size(-1), [LAYERS[i] for i in ATTENTION_LAYERS]
         qkvs = [*zip(layers, self.pairs_of_heads(), self.vo_bank[::2], strict=False)]
-        made = {}  # by width, what the layers of that width take in turn
+        by_width = {}  # what the layers of a width take in turn
         for narrow in {layer.narrow for layer in layers}:
             d = self.qk_bank.size(1) // (4 if narrow else 2)  # rows of a head that are used
-            rows = [(qk[:, :, :d], v.view(-1, 2, d, C)) for layer, qk, v in qkvs if layer.narrow == narrow]
-            together = torch.cat([*chain(*rows)]).view(len(rows), -1, C)
-            made[narrow] = zip(*self.fp8_weights(together), strict=True)
-        return [next(made[layer.narrow]) for layer in layers]
+            # W_v in the form of W_q and W_k, so that one copy joins all
+            qkv = [(qk[:, :, :d], v.view(-1, 2, d, C)) for layer, qk, v in qkvs if layer.narrow == narrow]
+            together = torch.cat([*chain(*qkv)]).view(len(qkv), -1, C)
+            by_width[narrow] = zip(*self.fp8_weights(together), strict=True)
+        return [next(by_width[layer.narrow]) for layer in layers]
 
     def named_scalars(self) -> dict[str, list[Tensor]]:
         """The learned scalars, as in the table SCALARS."""
         values = iter(self.scalars.unbind())
         return {name: [next(values) for _ in range(count)] for name, (count, _, _) in SCALARS.items()}
 
-    def layer_weights(self, scalars: dict[str, list[Tensor]], fp8_grad_scale: float | None) -> list[LayerWeights]:
-        """Each layer's weights; fp8_grad_scale as in forward."""
+    def layer_weights(self, scalars: dict[str, list[Tensor]], fp8_loss_scale: float | None) -> list[LayerWeights]:
+        """Each layer's weights; fp8_loss_scale as in forward."""
         mlps_fp8, qkvs_fp8, grad_scale = repeat((None, None)), repeat((None, None)), None
-        if self.fp8_layers and fp8_grad_scale is not None:
+        if self.fp8_layers and fp8_loss_scale is not None:
             mlps_fp8 = zip(*self.fp8_weights(self.mlp_bank.detach()), strict=True)
             qkvs_fp8 = iter(self.qkv_fp8_weights())
-            grad_scale = FP8_GRAD * fp8_grad_scale
+            grad_scale = FP8_GRAD * fp8_loss_scale
         # By split and unbind, whose backward joins gradients in one pass; indexing would write a bank of zeros a layer.
         vo = self.vo_bank.unbind()
         mlps, outs = iter(self.mlp_bank.unbind()), iter(vo[1::2])
@@ -2003,23 +2010,24 @@ class GPT(nn.Module):
         return weights
 
     def forward(
-        self, batch: MicroBatch, windows: dict[str, int], target_weights: Tensor, fp8_grad_scale: float | None = None,
+        self, batch: MicroBatch, windows: dict[str, int], target_weights: Tensor, fp8_loss_scale: float | None = None,
         head_chunk: int | None = None, prefix: bool = True,
     ) -> Tensor:  # fmt: skip
-        """Loss of each position, (T,) float32, weighted over next tokens, the nearest first, and the first's `prefix`.
+        """Loss of each position, (T,) float32, weighted over its targets.
 
-        windows: tokens, by the names in LAYERS. fp8_grad_scale: None without FP8, else what the losses are multiplied
-        by before backward. head_chunk: positions whose logits exist at once.
+        windows: tokens, by the names in LAYERS. target_weights: of the next tokens, the nearest first, then, with
+        `prefix`, of the first one's prefix. fp8_loss_scale: None without FP8, else what the losses are multiplied by
+        before backward. head_chunk: positions whose logits exist at once, if there is one next token.
         """
         scalars = self.named_scalars()
-        x = self.output(batch, windows, scalars, fp8_grad_scale)
+        x = self.output(batch, windows, scalars, fp8_loss_scale)
         left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)  # how many of its document follow
         by_position = [x, batch.targets, left]
         if len(self.copy_qk):
             q, k, sentinel = self.copying(x, scalars)
             by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
-        args = target_weights, self.prefixes if prefix else None, batch.classes, fp8_grad_scale
+        args = target_weights, self.prefixes if prefix else None, batch.classes, fp8_loss_scale
         chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
         losses = [self.head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
         return torch.cat(losses) if head_chunk else losses[0]
@@ -2029,10 +2037,10 @@ class GPT(nn.Module):
         return self.copy_inputs(x, self.copy_qk, self.copy_sentinel, *scalars["copy_gain"], *scalars["copy_sentinel"])
 
     def output(
-        self, batch: MicroBatch, windows: dict[str, int], scalars: dict[str, list[Tensor]], fp8_grad_scale: float | None
+        self, batch: MicroBatch, windows: dict[str, int], scalars: dict[str, list[Tensor]], fp8_loss_scale: float | None
     ) -> Tensor:
         """The stream (T, C) behind the last row, not normed; arguments as in forward."""
-        weights = self.layer_weights(scalars, fp8_grad_scale)
+        weights = self.layer_weights(scalars, fp8_loss_scale)
         # value_embeds has one table of V rows after the other: these are 0, V, 2 V, ...
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
         value_rows = iter(batch.inputs + first_rows.int()[:, None])
@@ -2042,18 +2050,18 @@ class GPT(nn.Module):
         documents = {False: batch.documents, True: batch.documents.paired()}
         kept, normed, gates = {"x0": x0, "ngrams": ngrams}, {}, repeat((None,) * 5)
         networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
-        x, mlp_out, before = x0, None, None  # the stream, what join has yet to add to it, the layer that has made that
+        x, waiting, waiting_w = x0, None, None  # the stream, what join has yet to add to it, weights of its layer
         for layer, w in zip(LAYERS, weights, strict=True):
             if layer.gates:
-                x, gates = self.gate_network(x, mlp_out, before, kept, *next(networks), self.num_heads)
-                mlp_out, gates = None, iter(gates)
+                x, gates = self.gate_network(x, waiting, waiting_w, kept, *next(networks), self.num_heads)
+                waiting, gates = None, iter(gates)
             xsa, head_gates, value_gate, added_values, added = next(gates)
             y = None
             if layer.window:
                 fp8 = w.qkv.fp8 is not None
                 if layer.reads is None:
-                    x, *inputs = self.normed_input(x, mlp_out, before, fp8)
-                    mlp_out = None
+                    x, *inputs = self.normed_input(x, waiting, waiting_w, fp8)
+                    waiting = None
                 else:
                     if layer.reads not in normed:
                         _, *normed[layer.reads] = self.normed_input(kept[layer.reads], None, None, fp8)
@@ -2070,16 +2078,16 @@ class GPT(nn.Module):
                 y = attend(q, k, v, documents[layer.paired], windows[layer.window], scale, xsa)
                 y = y.reshape(len(x), self.num_heads, -1)  # paired or not, one graph
             complete = layer.mlp and layer.keep is not None  # without an MLP nothing waits: kept or not, one graph
-            x, mlp_out = self.layer_outputs(x, mlp_out, before, y, head_gates, added, w, complete)
-            before = w
+            x, waiting = self.layer_outputs(x, waiting, waiting_w, y, head_gates, added, w, complete)
+            waiting_w = w
             if layer.keep:
                 kept[layer.keep] = x
-        return self.join(x, mlp_out, before)
+        return self.join(x, waiting, waiting_w)
 
     def logits(self, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
         """Of these positions only, (positions, V) float32, softcapped as in the loss; beyond vocab_size meaningless.
 
-        With copying, log probabilities: a mixture of the model's own and of the tokens that it copies, see copy_scores.
+        With copying, log probabilities: the model's own mixed with the tokens that it copies, see above copy_scores.
         """
         scalars = self.named_scalars()
         x = self.output(batch, windows, scalars, None)
@@ -2347,11 +2355,24 @@ class Sharded(Replicated):
         self.work.wait()
 
 
+def add_different_rows(table: Tensor, parts: Iterator[tuple[Tensor, Tensor]]) -> None:
+    """table[rows] += values for each (rows, values); in `rows` none comes twice, so that nothing is left to chance.
+
+    Where PyTorch is to be deterministic it would sort the rows all the same, in a dozen kernels.
+    """
+    if deterministic := torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
+    for rows, values in parts:
+        table.index_add_(0, rows, values.to(table.dtype))
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 class ShardedRows(Sharded):
     """Sharded, for embeddings by token: each rank sends only the gradient rows of its own tokens, to the rows' owners.
 
     Every rank marks the lookups of all ranks, so that senders and receivers know the sizes without asking. Rows travel
-    in the parameter's type and are added to the owner's float32 gradient. Rows not marked are neither sent nor cleared.
+    in the parameter's type and are added to the owner's float32 gradient. Rows not marked are not sent.
     """
 
     def __init__(self, p: Tensor, world: World, tables: int):
@@ -2378,8 +2399,8 @@ class ShardedRows(Sharded):
 
     def reduced(self) -> Tensor:
         grad = super().reduced()
-        for rows, values in zip(self.received_rows.split(self.sizes), self.received.split(self.sizes), strict=True):
-            grad.index_add_(0, rows, values.to(grad.dtype))  # a rank sends no row twice: the order of sums is fixed
+        parts = zip(self.received_rows.split(self.sizes), self.received.split(self.sizes), strict=True)
+        add_different_rows(grad, parts)  # a rank sends no row twice
         self.received = None
         return grad
 
@@ -2392,7 +2413,16 @@ class ShardedRows(Sharded):
         self.looked_up[:] = False
 
 
-def ngram_slots(hp: Hyperparameters, world: World) -> int:
+class Exchange(NamedTuple):
+    """Which rows of the n-grams' table a rank gets from all ranks, and gives them, for a step or validation chunk."""
+
+    rows: Tensor  # int32, ascending: what any rank looks up of this rank's share, counted from the share's first row
+    asked: Tensor  # int32, indices into `rows`: what rank 0 looks up of them, then rank 1, ...
+    taken: list[int]  # by owner, how many slots this rank has: they are the rows it looks up, in the table's order
+    given: list[int]  # by rank, how many of `asked` are for it
+
+
+def cache_rows(hp: Hyperparameters, world: World) -> int:
     """How many rows a rank looks up in a step, at most."""
     return min(len(NGRAM_FACTORS) * max(stage.tokens for stage in hp.stages) // world.size, hp.ngram_rows)
 
@@ -2402,6 +2432,7 @@ class RowCache(Alone):
 
     Micro-batches look rows up in this cache, by slot, and their gradients arise there. `slice` is this rank's share of
     the table; of R ranks, rank r owns the r-th of R equal parts. The loader finds the rows of a step: see Exchange.
+    With several ranks, a step's `gather` already fills the cache with the rows of the next step, if that is known.
     """
 
     def __init__(self, p: Tensor, world: World, rows: int):
@@ -2409,13 +2440,14 @@ class RowCache(Alone):
         self.slice = p.new_zeros(rows // world.size, p.shape[1])
         none, zeros = torch.empty(0, dtype=torch.int32, device=p.device), [0] * world.size
         self.exchange = self.nothing = Exchange(none, none, zeros, zeros)
-        self.coming = self.filled = None  # exchanges: the next step's, if known; the one for which p is filled ahead
+        self.coming: Exchange | None = None  # the next step's, if known
+        self.filled: Exchange | None = None  # that for which p is filled ahead of its step
 
-    def fetch(self, exchange: "Exchange", out: Tensor | None = None) -> Tensor:
+    def fetch(self, exchange: Exchange, out: Tensor | None = None) -> Tensor:
         """Copies of the rows that this rank looks up, in the order of their slots."""
         return torch.index_select(self.slice, 0, exchange.rows, out=out)
 
-    def fill(self, exchange: "Exchange") -> None:
+    def fill(self, exchange: Exchange) -> None:
         """Fills the cache for a step, unless it is filled already; the next reduce is for its gradients."""
         if exchange is not self.filled:
             self.fetch(exchange, self.p[: sum(exchange.taken)])
@@ -2429,6 +2461,8 @@ class RowCache(Alone):
         rows = len(grad) if whole else sum(self.exchange.taken)
         grad[:rows].zero_()
         self.exchange = self.nothing
+        if whole:  # as the table is reset, too
+            self.filled = None
 
 
 class ShardedRowCache(RowCache):
@@ -2436,19 +2470,19 @@ class ShardedRowCache(RowCache):
 
     full = Sharded.full
 
-    def fetch(self, exchange: "Exchange", out: Tensor | None = None) -> Tensor:
+    def fetch(self, exchange: Exchange, out: Tensor | None = None) -> Tensor:
         out = self.p.new_empty(sum(exchange.taken), self.p.shape[1]) if out is None else out
         self.start_fetch(exchange, out).wait()
         return out
 
-    def start_fetch(self, exchange: "Exchange", out: Tensor) -> dist.Work:
+    def start_fetch(self, exchange: Exchange, out: Tensor) -> dist.Work:
         rows, asked, taken, given = exchange
         values = self.slice.index_select(0, rows.index_select(0, asked))
         return dist.all_to_all_single(out, values, taken, given, async_op=True)
 
     def gather(self) -> None:
         """Starts to fill the cache for the next step, if that is known: beneath the updates that follow."""
-        self.coming, self.filled = None, self.coming
+        self.filled, self.coming = self.coming, None
         if self.filled:
             self.work = self.start_fetch(self.filled, self.p[: sum(self.filled.taken)])
 
@@ -2469,8 +2503,7 @@ class ShardedRowCache(RowCache):
         total = self.grad.new_zeros(len(rows), self.grad.shape[1])
         parts = [*self.received.split(given)]
         parts[self.world.rank] = self.grad.split(taken)[self.world.rank]  # own ones were never rounded
-        for places, values in zip(asked.split(given), parts, strict=True):
-            total.index_add_(0, places, values.to(total.dtype))
+        add_different_rows(total, zip(asked.split(given), parts, strict=True))
         self.received = self.grad = None
         return rows, total
 
@@ -2517,7 +2550,7 @@ class Optimizer:
 
     def __init__(self, model: GPT, hp: Hyperparameters, world: World, untie_step: int, compile: bool = False):
         compiled, parameters = compiler(compile), model.tensors()
-        cache = model.embed.new_zeros(ngram_slots(hp, world), hp.model_dim)
+        cache = model.embed.new_zeros(cache_rows(hp, world), hp.model_dim)
         model.ngrams = parameters["ngrams"] = cache.requires_grad_()
         # Empty parameters, such as value_embeds where no layer has them, are left out.
         rows = [row for row in PARAMETERS if parameters[row.name].numel()]
@@ -2603,8 +2636,8 @@ def find_files(pattern: str) -> list[Path]:
     below = os.path.join(escape(str(ROOT)), pattern)  # an absolute pattern stays as it is
     paths = sorted(map(Path, glob(below) or glob(below.replace("[", "[[]"))))  # "[" may be meant as a letter
     remedy = "get FineWeb with python data/cached_fineweb10B.py, an offline sample with python data/sample.py"
-    told = f"no data files match {ROOT / pattern}: {remedy}, or set DATA_PATH to the folder that holds data/"
-    require(paths, told)
+    message = f"no data files match {ROOT / pattern}: {remedy}, or set DATA_PATH to the folder that holds data/"
+    require(paths, message)
     return paths
 
 
@@ -2622,10 +2655,10 @@ def read_header(path: Path) -> int:
     require(size >= HEADER_BYTES, f"{path}: truncated, {size} bytes are less than a header's {HEADER_BYTES}; {FETCH}")
     magic, version, tokens = header.tolist()
     require(magic == SHARD_MAGIC, f"{path}: not a token shard, magic number {magic} instead of {SHARD_MAGIC}; {FETCH}")
-    told = f"{path}: shard version {version}, this program reads version {SHARD_VERSION}; {FETCH}"
-    require(version == SHARD_VERSION, told)
-    told = f"{path}: the header promises {tokens} tokens, the file holds {(size - HEADER_BYTES) // 2}; {FETCH}"
-    require(size == HEADER_BYTES + 2 * tokens, told)
+    message = f"{path}: shard version {version}, this program reads version {SHARD_VERSION}; {FETCH}"
+    require(version == SHARD_VERSION, message)
+    message = f"{path}: the header promises {tokens} tokens, the file holds {(size - HEADER_BYTES) // 2}; {FETCH}"
+    require(size == HEADER_BYTES + 2 * tokens, message)
     return tokens
 
 
@@ -2647,8 +2680,8 @@ def read_tokens(path: Path, vocab_size: int, limit: int = sys.maxsize) -> np.nda
     require(len(tokens) == count, f"{path}: shrank while it was read; {FETCH}")
     if count and tokens.max() >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
-        told = f"token id {tokens[at]} at position {at}, the vocabulary ends at {vocab_size - 1}"
-        raise UserError(f"{path}: {told}; {FETCH}")
+        message = f"token id {tokens[at]} at position {at}, the vocabulary ends at {vocab_size - 1}"
+        raise UserError(f"{path}: {message}; {FETCH}")
     return tokens
 
 
@@ -2661,7 +2694,7 @@ class Shard:
         self.lengths = np.diff(self.starts, append=len(self.tokens))
 
     def deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[np.ndarray, np.ndarray]] | None:
-        """The next 8 micro-batches: num_tokens + 1 tokens, and where their documents end, from 0 to num_tokens.
+        """The next 8 micro-batches: num_tokens + 1 tokens, and the edges of their documents, from 0 to num_tokens.
 
         A micro-batch's last document is cut where it is full, and the next one begins with the next document. None
         when the shard can't fill them all.
@@ -2685,9 +2718,10 @@ class Shard:
 def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndarray | None:
     """`count` ascending classes for a step's softmax: all its targets, and others spread evenly over the vocabulary.
 
-    None if there are more targets: the softmax then takes all classes. A checksum of the targets chooses the others, so
-    that every rank chooses the same. Source: sampled softmax, arXiv 1412.2007, but without its correction for classes
-    left out, with which losses were worse. Even spacing samples all frequencies, by which GPT-2's tokens are sorted.
+    None if there are more targets, as for a count of 0: the softmax then takes all classes. A checksum of the targets
+    chooses the others, so that every rank chooses the same. Source: sampled softmax, arXiv 1412.2007, but without its
+    correction for classes left out, with which losses were worse. GPT-2's tokens are sorted by frequency, all of which
+    even spacing samples.
     """
     taken = np.bincount(targets, minlength=vocab_size) > 0
     others = np.flatnonzero(~taken)
@@ -2707,18 +2741,18 @@ def micro_batches_together(num_tokens: int, hp: Hyperparameters, world: World) -
 def join_micro_batches(dealt: list[tuple[np.ndarray, np.ndarray]], together: int) -> Iterator[list[np.ndarray]]:
     """Lays `together` micro-batches end to end at a time: inputs, targets, start and end of each position's document.
 
-    dealt: tokens (T + 1,) of each micro-batch and where its documents end, from 0 to T. Documents do not see each
+    dealt: tokens (T + 1,) of each micro-batch and the edges of its documents, from 0 to T. Documents do not see each
     other, so that losses are the same joined or not; one large micro-batch takes less time than two small ones.
     """
     for first in range(0, len(dealt), together):
         parts = []
-        for i, (tokens, ends) in enumerate(dealt[first : first + together]):
-            edges, lengths = ends + i * ends[-1], np.diff(ends)
+        for i, (tokens, edges) in enumerate(dealt[first : first + together]):
+            lengths, edges = np.diff(edges), edges + i * edges[-1]
             parts.append((tokens[:-1], tokens[1:], np.repeat(edges[:-1], lengths), np.repeat(edges[1:], lengths)))
         yield [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
-def ngram_rows(tokens: np.ndarray, starts: np.ndarray, rows: int) -> np.ndarray:
+def hashed_ngrams(tokens: np.ndarray, starts: np.ndarray, rows: int) -> np.ndarray:
     """Rows of the table, (orders, T) int32, of the n-grams that end with each token (T,); products overflow as int32.
 
     Each order has an equal part of the table. Its last row is for tokens with too few before them in their document.
@@ -2729,15 +2763,6 @@ def ngram_rows(tokens: np.ndarray, starts: np.ndarray, rows: int) -> np.ndarray:
         hashed = reduce(xor, (f * np.roll(x, back) for back, f in enumerate(factors)))
         found.append(np.where(before < order - 1, last, hashed % last) + k * (last + 1))
     return np.stack(found)
-
-
-class Exchange(NamedTuple):
-    """Which rows of the n-grams' table a rank gets from all ranks, and gives them, for a step or validation chunk."""
-
-    rows: Tensor  # int32, ascending: what any rank looks up of this rank's share, counted from the share's first row
-    asked: Tensor  # int32, indices into `rows`: what rank 0 looks up of them, then rank 1, ...
-    taken: list[int]  # by owner, how many slots this rank has: they are the rows it looks up, in the table's order
-    given: list[int]  # by rank, how many of `asked` are for it
 
 
 def unique(rows: np.ndarray) -> np.ndarray:
@@ -2779,7 +2804,7 @@ def make_micro_batches(
     learns: whether gradients will be taken, for which rows and tokens are sorted.
     """
     joined = [[*join_micro_batches(dealt[rank :: world.size], together)] for rank in range(world.size)]
-    rows = [[ngram_rows(canonical[inputs], starts, len(places)) for inputs, _, starts, _ in b] for b in joined]
+    rows = [[hashed_ngrams(canonical[inputs], starts, len(places)) for inputs, _, starts, _ in b] for b in joined]
     slots, (*indices, taken, given) = exchange_rows([np.concatenate(r, 1) for r in rows], world.rank, places)
     own, batches = joined[world.rank], []
     for arrays, part in zip(own, np.split(slots, len(own), 1), strict=True):
@@ -2834,8 +2859,8 @@ class TrainLoader:
         try:
             return self.ahead.result(seconds or None)
         except TimeoutError:
-            told = f"not read within {seconds:g} s (--hang_timeout): does the file system stall?"
-            raise UserError(f"{self.reading}: {told}") from None
+            message = f"not read within {seconds:g} s (--hang_timeout): does the file system stall?"
+            raise UserError(f"{self.reading}: {message}") from None
 
     def _deal(self, num_tokens: int, max_seq_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
         for _ in range(len(self.paths) + 1):
@@ -2889,8 +2914,8 @@ def validation_batches(paths: list[Path], hp: Hyperparameters, world: World) -> 
     require(len(tokens) == needed, f"{paths[0]} ...: {len(tokens)} validation tokens instead of {needed}; {FETCH}")
     T = hp.val_batch_size // MICRO_BATCHES
     chunks = [tokens[start : start + T + 1] for start in range(0, hp.val_tokens, T)]
-    ends = [np.concatenate(([0], 1 + np.flatnonzero(chunk[1:-1] == hp.bos), [T])) for chunk in chunks]
-    dealt = [*zip(chunks, ends, strict=True)]
+    edges = [np.concatenate(([0], 1 + np.flatnonzero(chunk[1:-1] == hp.bos), [T])) for chunk in chunks]
+    dealt = [*zip(chunks, edges, strict=True)]
     groups = (dealt[i : i + world.size] for i in range(0, len(dealt), world.size))
     canonical, places = canonical_tokens(hp), np.empty(hp.ngram_rows, np.int32)
     return [make_micro_batches(group, 1, canonical, places, world, [], learns=False) for group in groups]
@@ -2912,16 +2937,16 @@ def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
             token, rank = line.split()
             ids[base64.b64decode(token, validate=True)] = int(rank)
     except (OSError, ValueError) as error:
-        told = error.strerror if isinstance(error, OSError) else f"line {number} is no token in base64 and its rank"
-        raise UserError(f"{path}: {told}; {remedy}") from None
-    told = f"its {len(ids):,} tokens have not the ranks 0 to {hp.vocab_size - 2}, for --vocab_size={hp.vocab_size}"
-    require(sorted(ids.values()) == [*range(hp.vocab_size - 1)], f"{path}: {told}; {remedy}")
+        message = error.strerror if isinstance(error, OSError) else f"line {number} is no token in base64 and its rank"
+        raise UserError(f"{path}: {message}; {remedy}") from None
+    message = f"its {len(ids):,} tokens have not the ranks 0 to {hp.vocab_size - 2}, for --vocab_size={hp.vocab_size}"
+    require(sorted(ids.values()) == [*range(hp.vocab_size - 1)], f"{path}: {message}; {remedy}")
     return ids
 
 
 @cache
 def canonical_tokens(hp: Hyperparameters) -> np.ndarray:
-    """(V,) int32: for each token the first one that equals it but for case, accents and spaces around it.
+    """(V,) int32: for each token the first one with the same letters but for case, accents, width and spaces.
 
     N-grams that differ in these only share a row. Without a vocabulary, each token stays itself. A run makes it before
     the clock: it says nothing about the data. Source: the public speedrun's PR 375, 2026.
@@ -3000,10 +3025,10 @@ class TrainingSchedule:
         return high - (high - low) * into_cooldown / max(1, self.cooldown)
 
     def average_weight(self, step: int) -> float:
-        """Weight of the parameters after `step` in their running average of n: 1 the first, then 2 / n; 0: none."""
+        """Weight of the parameters after `step` in their exponential average: 1 the first of n times, then 2 / n."""
         ahead = self.hp.total_steps - 1 - step
         if ahead % AVERAGE_EVERY or ahead >= self.averaged:
-            return 0.0
+            return 0.0  # not this time
         return 1.0 if ahead + AVERAGE_EVERY >= self.averaged else min(1.0, 2 * AVERAGE_EVERY / self.averaged)
 
     def target_weights(self, step: int) -> list[float]:
@@ -3066,8 +3091,8 @@ class GraphMemory:
     def capture(self, run: Callable[[MicroBatch, Tensor], None], batch: MicroBatch, target_weights: Tensor) -> Callable:
         """Forward and backward of a micro-batch as a CUDA graph; the function that runs it on others of its shape.
 
-        Launching its 600 kernels one by one takes longer than they run (in stage 1 on H100: 55 ms against 31). Windows
-        and softmax scale are part of the capture, hence a graph for each stage.
+        Launching its hundreds of kernels one by one can take longer than they run. Windows and softmax scale are part
+        of the capture, hence a graph for each stage.
         """
         graph = torch.cuda.CUDAGraph()
         inputs = [t.clone() for t in (target_weights, *batch.tensors())]
@@ -3089,10 +3114,12 @@ class Trainer:
     def __init__(self, hp: Hyperparameters, world: World, checkpoints: object = None):
         self.hp, self.world, self.schedule, self.checkpoints = hp, world, TrainingSchedule(hp), checkpoints
         compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
-        # Inductor then chooses no reduction by its time; index_put_ and the like take longer.
-        torch.use_deterministic_algorithms(hp.deterministic, warn_only=True)
+        # Inductor then chooses no reductions by timing them, and index_put_ and the like take longer. On a CPU bits are
+        # the same in any case, and this would import torch.compile, for three seconds.
+        if compile or world.on_gpu:
+            torch.use_deterministic_algorithms(hp.deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch then asks for
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
         torch.manual_seed(hp.seed)
         self.model = GPT(hp, world.device, choose_dtype(hp, world), compile)
         if world.size > 1:
@@ -3100,14 +3127,14 @@ class Trainer:
                 dist.broadcast(p.data, src=0)
         self.optimizer = Optimizer(self.model, hp, world, self.schedule.untie_step, compile)
         self.ngrams = self.optimizer.slots["ngrams"]
-        self.grad_scale = hp.grad_scale / MICRO_BATCHES
-        self.fp8_grad_scale = self.grad_scale if use_fp8(hp, world) else None
+        self.loss_scale = hp.grad_scale / MICRO_BATCHES
+        self.fp8_loss_scale = self.loss_scale if use_fp8(hp, world) else None
         weights = map(self.schedule.target_weights, range(hp.total_steps))
         self.target_weights = [torch.tensor(row, device=world.device) for row in weights]  # by step, copied once
         self.stage_index = 0
         self.graph_memory = GraphMemory() if world.on_gpu and hp.cuda_graphs == "auto" else None
         self.graphs: dict[tuple[int, bool], Callable] = {}  # by stage, and whether the softmax takes all classes
-        self.peak_memory: dict[int, int] = {}  # bytes by stage, on a GPU
+        self.peak_memory: dict[int, int] = {}  # bytes, on a GPU: the most up to each stage
 
     def enter_step(self, step: int) -> None:
         """Moves on to the stage of `step`; Yarn adapts to the long window of each stage on the way."""
@@ -3119,8 +3146,8 @@ class Trainer:
         """Forward and backward of one micro-batch; adds to the gradients."""
         prefix = any(self.schedule.stage(step).prefix)  # with a weight of 0 it would take 1 % of the time for nothing
         weights = target_weights if prefix else target_weights[:-1]
-        losses = self.model(batch, self.schedule.windows(step), weights, self.fp8_grad_scale, prefix=prefix)
-        (losses.sum() * self.grad_scale).backward()
+        losses = self.model(batch, self.schedule.windows(step), weights, self.fp8_loss_scale, prefix=prefix)
+        (losses.sum() * self.loss_scale).backward()
 
     def add_gradients(self, step: int, batch: StepBatch) -> None:
         """Forward and backward on each micro-batch of this rank."""
@@ -3165,7 +3192,7 @@ class Trainer:
             tool.compile_kernels(self, batches)  # without it each kernel's compilation waits for the one before
         for step, batch in batches:
             self.enter_step(step)
-            self.add_gradients(step, batch._replace(micro_batches=self.shapes(step, batch)))
+            self.add_gradients(step, batch._replace(micro_batches=self.warm_up_batches(step, batch)))
             self.update(step)
             if self.world.on_gpu:
                 self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
@@ -3179,7 +3206,7 @@ class Trainer:
         for step, batch in batches if self.graph_memory else ():
             self.reset()
             self.enter_step(step)
-            for micro_batch in self.shapes(step, batch):
+            for micro_batch in self.warm_up_batches(step, batch):
                 args = micro_batch, self.target_weights[step]
                 graph = self.graph_memory.capture(partial(self.micro_step, step), *args)
                 graph(*args)  # its first launch takes longer
@@ -3187,12 +3214,13 @@ class Trainer:
         self.model.load_state_dict(saved)
         self.reset()
 
-    def shapes(self, step: int, batch: StepBatch) -> list[MicroBatch]:
+    def warm_up_batches(self, step: int, batch: StepBatch) -> list[MicroBatch]:
         """What the warm-up runs: on a CPU all; on a GPU one of each shape, with all classes and with the stage's."""
+        if not self.world.on_gpu:
+            return batch.micro_batches
         all_classes, count = batch.micro_batches[0]._replace(classes=None), self.schedule.size(step)[2]
         classes = torch.arange(count, dtype=torch.int32, device=self.world.device)
-        some = [all_classes._replace(classes=classes)] if count else []
-        return [all_classes, *some] if self.world.on_gpu else batch.micro_batches
+        return [all_classes, all_classes._replace(classes=classes)] if count else [all_classes]
 
     def reset(self) -> None:
         """Back to the first step; the parameters stay, but for the n-grams, which become zero."""
@@ -3229,8 +3257,8 @@ class Trainer:
             step, names, values = self.optimizer.largest.popleft()
             bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
             if bad:
-                told, checks = f"the gradient of {bad[0]} in step {step + 1} is not finite", import_tool("checks")
-                raise UserError(told + (checks.save_nonfinite(self, log.path, step, bad) if checks else ""))
+                message, checks = f"the gradient of {bad[0]} in step {step + 1} is not finite", import_tool("checks")
+                raise UserError(message + (checks.save_nonfinite(self, log.path, step, bad) if checks else ""))
 
 
 class BetweenSteps:
@@ -3331,14 +3359,14 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a" if hp.resume else "x", encoding="utf-8")  # noqa: SIM115
 
-    def begin(self, overrides: dict[str, object], told: list[str]) -> None:
-        """The source that runs and what was given, with which it can be run again; then `told`, lines about the run."""
+    def begin(self, overrides: dict[str, object], notes: list[str]) -> None:
+        """The source that runs and what was given, with which it can be run again; then lines about the run."""
         given = " ".join(f"--{name}={value}" for name, value in overrides.items()) or "none"
         source, rule = Path(__file__).read_text(encoding="utf-8"), "=" * 100
         head = [source, rule, f"Running PyTorch {torch.__version__}", f"preset: {self.hp.preset}; overrides: {given}"]
         self.write("\n".join([*head, rule]), console=False)
         note = "note: a copy without records/: nothing was checked, and nothing looks after hangs"
-        self.write("\n".join([note, *told]))
+        self.write("\n".join([note, *notes]))
 
     def write(self, text: str, console: bool = True, step: int = 0) -> None:
         """Writes one or more lines; step: that which a line is of, for a LogFile's bar."""
@@ -3391,9 +3419,9 @@ def main(arguments: list[str]) -> None:
         hp, checkpoint, resumed = tool.resume(hp, overrides) if hp.resume else (hp, None, [])
         bench = import_tool("bench", "--bench" if hp.bench else "--profile") if hp.bench or hp.profile else None
         files = tool.files_of_checkpoint(hp, checkpoint) if checkpoint else files_of(hp)
-        told = checks.check_world(program, hp, world, files) if checks else []
+        notes = checks.check_world(program, hp, world, files) if checks else []
         log = watch.log = logfile.LogFile(program, hp, world) if logfile else Log(hp, world)
-        log.begin(overrides, [*told, *resumed])
+        log.begin(overrides, [*notes, *resumed])
 
         # The other ranks
         world.start()

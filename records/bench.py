@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache, partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -36,7 +36,7 @@ UNTIMED_STEPS, PROFILED_STEPS = 2, 2  # at a stage's start, among them the untyi
 KERNEL_CATEGORIES = {
     "communication": r"(?i)nccl|gloo|c10d::",
     "optimizer": r"symmetric_product|update_rows",
-    "loss": r"cross_entropy|\bcopy_(kernel|backward)",
+    "loss": r"cross_entropy|HeadLoss(?!.*mm\b)|\bcopy_(kernel|backward)",
     "attention": r"flash|attention|split_heads",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|linear_relu2|aten::\w*mm\b",
     "memory": r"(?i)memcpy|memset|aten::(copy_|zero_|fill_)",
@@ -172,7 +172,8 @@ class Bench:
     def profile_stages(self) -> dict[int, list[Kernel]]:
         """Per stage the kernels of PROFILED_STEPS on this rank; with --profile rank 0's trace goes to a file."""
         synchronize, kernels = torch.get_device_module(self.world.device).synchronize, {}
-        for stage, i, step, batch in self.steps(UNTIMED_STEPS + PROFILED_STEPS):
+        steps = chain(self.steps(UNTIMED_STEPS + PROFILED_STEPS), [None])
+        for (stage, i, step, batch), following in pairwise(steps):
             if i == UNTIMED_STEPS:
                 synchronize()
                 profiler = torch.profiler.profile(acc_events=True)
@@ -181,7 +182,7 @@ class Bench:
             self.trainer.add_gradients(step, batch)
             synchronize()  # what runs on the GPU from here on was launched by the optimizer
             with torch.profiler.record_function("optimizer"):
-                self.trainer.update(step)
+                self.trainer.update(step, following and following[-1])
                 synchronize()
             if i == UNTIMED_STEPS + PROFILED_STEPS - 1:
                 profiler.stop()

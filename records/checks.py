@@ -330,7 +330,7 @@ def versions(train_gpt: ModuleType) -> str:
 def ngram_gib(train_gpt: ModuleType, hp: Hyperparameters, world: World) -> tuple[float, float]:
     """What n-grams take of each rank, in GiB: the table with the optimizer's two numbers a row, and a step's rows."""
     wide = hp.model_dim * train_gpt.choose_dtype(hp, world).itemsize
-    slots = train_gpt.ngram_slots(hp, world)
+    slots = train_gpt.cache_rows(hp, world)
     return hp.ngram_rows * (wide + 8) / world.size / 2**30, slots * (wide + 4 * hp.model_dim) / 2**30
 
 
@@ -352,7 +352,8 @@ def check_agreement(
     facts["--dtype"] = str(train_gpt.choose_dtype(hp, world))
     facts["--fp8"] = hp.fp8 if train_gpt.use_fp8(hp, world) else "off"
     facts["--run_id"] = overrides.get("run_id", "drawn")
-    tools = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in sys.modules]
+    used = {"precompile", *sys.modules}  # precompile is loaded by the warm-up, and runs collectives
+    tools = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in used]
     for path in (Path(train_gpt.__file__), *tools):
         facts[path.name] = f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
     facts["software"] = versions(train_gpt)

@@ -118,7 +118,7 @@ def states_bytes(run: Run, size: int) -> dict[str, int]:
     slots = dict(run.slots)
     ngrams = slots.pop("ngrams")
     row = total_bytes(getattr(ngrams.algorithm, name) for name in ngrams.algorithm.row_states)
-    looked_up = run.train_gpt.ngram_slots(run.hp, run.train_gpt.World(size=size))
+    looked_up = run.train_gpt.cache_rows(run.hp, run.train_gpt.World(size=size))
     for name, slot in slots.items():
         whole = run.stack(name)[0]
         gradients += whole * slot.p.grad.nbytes

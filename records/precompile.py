@@ -4,6 +4,7 @@ A warm-up launches some fifty kernels of train_gpt.py for the first time. Compil
 more; with empty caches that is a third of a start.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,8 +29,8 @@ class Compilers(ThreadPoolExecutor):
 
 
 @contextmanager
-def launches_compile(device: torch.device) -> Iterator[None]:
-    """Within it a launch of a kernel hands it to threads that compile, and the launch itself is left out.
+def launches_compile(device: torch.device, threads: int) -> Iterator[None]:
+    """Within it a launch of a kernel hands it to `threads` that compile, and the launch itself is left out.
 
     At its end all are compiled. torch.compile does nothing, and backward passes run in this thread, whose mode it is.
     """
@@ -42,7 +43,7 @@ def launches_compile(device: torch.device) -> Iterator[None]:
     eager, one_thread = torch.compiler.set_stance("force_eager"), torch.autograd.set_multithreading_enabled(False)
     set_device = torch.get_device_module(device).set_device  # a thread begins with the first GPU
     try:
-        with eager, one_thread, Compilers(None, "", set_device, (device,)) as pool, triton.AsyncCompileMode(pool):
+        with eager, one_thread, Compilers(threads, "", set_device, (device,)) as pool, triton.AsyncCompileMode(pool):
             yield
     finally:
         JITFunction.__getitem__ = inherited
@@ -62,7 +63,7 @@ def compile_kernels(trainer, batches: list) -> None:
 
     What that computes is rubbish: parameters are the caller's to put back, all else is put back here.
     """
-    with launches_compile(trainer.world.device):
+    with launches_compile(trainer.world.device, threads=max(1, os.cpu_count() // trainer.world.size)):
         for step, batch in batches:
             micro_batch = few_tokens(batch.micro_batches[0])
             trainer.add_gradients(step, batch._replace(micro_batches=[micro_batch]))

@@ -73,11 +73,11 @@ def load_model(
 
 
 def make_micro_batch(
-    tokens: np.ndarray, ends: np.ndarray, canonical: np.ndarray, rows: int, device: torch.device
+    tokens: np.ndarray, edges: np.ndarray, canonical: np.ndarray, rows: int, device: torch.device
 ) -> MicroBatch:
-    """A micro-batch for a model that has all `rows` of the n-grams' table; tokens and ends as in join_micro_batches."""
-    arrays = inputs, _, starts, _ = next(train_gpt.join_micro_batches([(tokens, ends)], 1))
-    slots = train_gpt.ngram_rows(canonical[inputs], starts, rows)
+    """A micro-batch for a model with all `rows` of the n-grams' table; tokens and edges as in join_micro_batches."""
+    arrays = inputs, _, starts, _ = next(train_gpt.join_micro_batches([(tokens, edges)], 1))
+    slots = train_gpt.hashed_ngrams(canonical[inputs], starts, rows)
     orders = map(train_gpt.sorting_order, (slots, inputs))
     return MicroBatch.of(train_gpt.to_device([*arrays, slots, *orders], device))
 
@@ -90,9 +90,9 @@ def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, 
     while True:  # each from the whole text, or its end, as far as the rotary tables reach: slow, but one forward pass
         seen = tokens[15 - len(model.yarn.position) // 2 :]
         n, fill = len(seen), -len(seen) % 16 * [hp.bos]  # a document behind it, which it does not see: whole tiles
-        ends = np.array([0, n, n + len(fill)])
+        edges = np.array([0, n, n + len(fill)])
         tokens_and_next = np.array([*seen, *fill, 0])
-        batch = make_micro_batch(tokens_and_next, ends, canonical, hp.ngram_rows, model.head.device)
+        batch = make_micro_batch(tokens_and_next, edges, canonical, hp.ngram_rows, model.head.device)
         z, ids = model.logits(batch, windows, n - 1)[: hp.vocab_size].double().cpu().topk(count if temperature else 1)
         drawn = torch.multinomial((z - z[0]).div(temperature or 1).softmax(-1), 1, generator=draws)
         yield (tokens := [*tokens, ids[drawn].item()])[-1]

@@ -94,7 +94,7 @@ def ahead_of_a_warm_up(folder: Path) -> None:
     stages = tuple(stage._replace(tokens=8 * 64) for stage in small_run.SMALL["stages"])
     hp = small_run.small_hyperparameters(folder, **sizes, stages=stages)
     trainer = train_gpt.Trainer(hp, World())
-    trainer.fp8_grad_scale = trainer.grad_scale
+    trainer.fp8_loss_scale = trainer.loss_scale
     steps = trainer.schedule.starts[:2]
     loader = train_gpt.TrainLoader(
         train_gpt.find_files(hp.train_files), [trainer.schedule.size(step) for step in steps], hp, World()

@@ -643,7 +643,7 @@ def test_compiled_copy_inputs_equal_eager():
 def test_linear_relu2_operator_is_registered_right(with_hidden):
     x, weight = normal(16, 24, device=DEVICE, dtype=OPERATOR_DTYPE), normal(8, 24, device=DEVICE, dtype=OPERATOR_DTYPE)
     hidden = normal(16, 8, device=DEVICE, dtype=OPERATOR_DTYPE).square() if with_hidden else None
-    torch.library.opcheck(train_gpt.linear_relu2, (x, weight, hidden, 0.5))
+    torch.library.opcheck(train_gpt.linear_relu2.operator, (x, weight, hidden, 0.5))
 
 
 @needs_fp8_gpu
@@ -653,16 +653,16 @@ def test_linear_relu2_operator_in_fp8_is_registered_right(with_hidden):
     x, weight, hidden = (normal(*shape, device=DEVICE).abs().to(torch.float8_e4m3fn) for shape in shapes)
     arguments = (x, weight, hidden if with_hidden else None, 0.5)
     # The others compare results, which PyTorch cannot in FP8: their registered shapes and types are what matters
-    torch.library.opcheck(train_gpt.linear_relu2, arguments, test_utils="test_faketensor")
+    torch.library.opcheck(train_gpt.linear_relu2.operator, arguments, test_utils="test_faketensor")
 
 
 def test_transposed_operator_is_registered_right():
-    torch.library.opcheck(train_gpt.transposed, (integers(256, 8, 12).to(DEVICE, torch.uint8),))
+    torch.library.opcheck(train_gpt.transposed.operator, (integers(256, 8, 12).to(DEVICE, torch.uint8),))
 
 
 def test_cross_entropy_operator_is_registered_right():
     logits, targets, _ = cross_entropy_inputs(6, 304, 4, DEVICE, OPERATOR_DTYPE)
-    torch.library.opcheck(train_gpt.cross_entropy, (logits, targets))
+    torch.library.opcheck(train_gpt.cross_entropy.operator, (logits, targets))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -670,7 +670,7 @@ def test_cross_entropy_backward_operator_is_registered_right(dtype):
     logits, targets, grad = cross_entropy_inputs(6, 304, 4, DEVICE, OPERATOR_DTYPE)
     lse = train_gpt.cross_entropy(logits, targets)[1]
     arguments = (logits, lse, targets, grad, 0.5, dtype)
-    torch.library.opcheck(train_gpt.cross_entropy_backward, arguments)
+    torch.library.opcheck(train_gpt.cross_entropy_backward.operator, arguments)
 
 
 # ---------------------------------------------------------------------------- attention
@@ -1146,18 +1146,18 @@ FP8_MODEL_LOSS_TOLERANCE, FP8_MODEL_GRAD_TOLERANCE = 6e-2, {"head": 9e-2, "auto"
 COMPARED = ("copy_qk", "qk_bank", "vo_bank", "mlp_bank", "head", "embed", "ngrams", "value_embeds")
 
 
-def losses_and_gradients(model, device, fp8_grad_scale=None, classes=0):
+def losses_and_gradients(model, device, fp8_loss_scale=None, classes=0):
     torch.manual_seed(1)
     weights, batch = torch.tensor([1.0, 0.5, 0.25], device=device), small_batch(device)
     if classes:
         chosen = train_gpt.softmax_classes(batch.targets.cpu().numpy(), classes, 1024)
         batch = batch._replace(classes=torch.from_numpy(chosen.astype(np.int32)).to(device))
-    losses = model(batch, {"short": 32, "long": 96}, weights, fp8_grad_scale)
+    losses = model(batch, {"short": 32, "long": 96}, weights, fp8_loss_scale)
     parameters = {name: p for name in COMPARED if (p := getattr(model, name)).numel()}
     for p in (*model.parameters(), model.ngrams):
         p.grad = None
-    (losses.sum() * (fp8_grad_scale or 1)).backward()
-    gradients = {name: p.grad.float() / (fp8_grad_scale or 1) for name, p in parameters.items()}
+    (losses.sum() * (fp8_loss_scale or 1)).backward()
+    gradients = {name: p.grad.float() / (fp8_loss_scale or 1) for name, p in parameters.items()}
     return (losses - losses.mean()).detach(), gradients
 
 

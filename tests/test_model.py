@@ -102,7 +102,7 @@ def random_tokens():
 def batch_of(inputs, targets):
     """For a model that has the whole table of n-grams."""
     starts = documents().starts.numpy()
-    rows = train_gpt.ngram_rows(inputs.numpy(), starts, HP.ngram_rows)
+    rows = train_gpt.hashed_ngrams(inputs.numpy(), starts, HP.ngram_rows)
     ngrams = map(torch.from_numpy, (rows, train_gpt.sorting_order(rows)))
     return MicroBatch(inputs, targets, documents(), *ngrams, inputs.argsort())
 
@@ -762,18 +762,18 @@ def test_scalars_start_at_their_values(wide_model):
 
 
 # e4m3 rounds by 2.6 %, once or in both factors.
-@pytest.mark.parametrize("fp8_grad_scale", [None, 0.25])
-def test_layers_multiply_by_the_same_in_fp8_and_without(fp8_grad_scale):
+@pytest.mark.parametrize("fp8_loss_scale", [None, 0.25])
+def test_layers_multiply_by_the_same_in_fp8_and_without(fp8_loss_scale):
     model = random_model()
-    weights = model.layer_weights(model.named_scalars(), fp8_grad_scale)
+    weights = model.layer_weights(model.named_scalars(), fp8_loss_scale)
     mlps = [w.mlp for w in weights if w.mlp is not None]
     x = torch.randn(T, 32).double()
     layers = zip(LAYERS, weights, strict=True)
-    _, normed, x_fp8 = train_gpt.normed_input(x, None, None, fp8_grad_scale is not None)
+    _, normed, x_fp8 = train_gpt.normed_input(x, None, None, fp8_loss_scale is not None)
     made = ((w, *train_gpt.qkv_weight(w, a.narrow)) for a, w in layers if w.qkv)
     qkvs = [w.qkv._replace(weight=weight, scale=scale, x=normed, x_fp8=x_fp8) for w, weight, scale in made]
     assert len(mlps) == len(train_gpt.MLP_LAYERS) and len(qkvs) == len(train_gpt.ATTENTION_LAYERS)
-    if fp8_grad_scale is None:
+    if fp8_loss_scale is None:
         assert {field for weight, *in_fp8 in mlps for field in in_fp8} == {None}
         assert {field for qkv in qkvs for field in qkv._replace(weight=None, x=None)} == {None}
         return
