@@ -22,7 +22,8 @@ Contents, in reading order (search for the banner):
 What has no part in the result stands in records/: checks, the guard against hangs, the log file, checkpoints, --bench,
 --profile, --describe and the sample of text. A copy of this file without them trains as well, but plainly.
 
-Shape letters: T tokens of a micro-batch, C model width, H heads, D head width, V padded vocabulary, R ranks.
+Shape letters: T tokens of a micro-batch, N positions of attention (T, or 2 T where heads are paired), C model width,
+H heads, D head width, F hidden units of an MLP, V padded vocabulary, P classes of a softmax, R ranks.
 """
 
 import os
@@ -118,11 +119,11 @@ class Layer(NamedTuple):
     paired: bool = False  # heads interleaved along time in pairs, so that a query sees both heads' keys
     key_offset: bool = False  # the half of a key that does not rotate comes from the previous token
     value_embed: bool = False  # adds an embedding of the token to the values, times a head's gate
-    xsa: bool = False  # subtracts from attention its part along the token's own value, times tanh of a head's gate
+    xsa: bool = False  # exclusive self-attention: less its part along the token's own value, times tanh of a gate
     head_gates: bool = False  # multiplies what each head gives by a gate
     reads: str | None = None  # attention reads this kept output instead of the stream
-    values: dict[str, float] = {}  # noqa: RUF012 - kept outputs added to the values: name and its gate's initial value
-    adds: dict[str, float] = {}  # noqa: RUF012 - ... added to the stream
+    values: dict[str, float] = {}  # kept outputs added to the values: name and its gate's start  # noqa: RUF012
+    adds: dict[str, float] = {}  # ... added to the stream  # noqa: RUF012
     mlp: bool = True
     # Here a small network computes, from the stream, the gates of this row and of the rows up to the next network. They
     # weigh only what rows ahead of this one have kept. Source: MUDD, arXiv 2502.12170 (2025).
@@ -164,15 +165,16 @@ GATE_ROWS = [i for i, layer in enumerate(LAYERS) if layer.gates]
 # For each gate network, the layers whose gates it gives
 NETWORK_LAYERS = [LAYERS[begin:end] for begin, end in pairwise([*GATE_ROWS, len(LAYERS)])]
 
-# Learned scalars by name: (how many, initial value, learning-rate multiplier). All are one float32 vector.
+# Learned scalars by name: (how many, initial value, learning-rate multiplier). All are one float32 vector. One a layer
+# is a field of LayerWeights, and rests where a layer has no attention, or no MLP.
 SCALARS = {
     "attn_resid": (len(LAYERS), 1.1**0.5, 5.0),  # weight of the stream where a layer's attention is added to it
     "mlp_resid": (len(LAYERS), 1.1**0.5, 5.0),  # ... where its MLP is
     "mlp_out": (len(LAYERS), 1.0, 5.0),  # weight of the MLP
-    "qkv": (len(LAYERS), 0.5, 5.0),  # scale of W_q, W_k, W_v
-    "out": (len(LAYERS), 1.0, 5.0),  # scale of W_o
+    "qkv_lambda": (len(LAYERS), 0.5, 5.0),  # scale of W_q, W_k, W_v
+    "out_lambda": (len(LAYERS), 1.0, 5.0),  # scale of W_o
     "copy_gain": (1, 1.0, 5.0),  # scale of the scores of copying, see copy_sums
-    "copy_sentinel": (1, 15.0, 5.0),  # bias of the score of not copying; its weights are the parameter copy_sentinel
+    "copy_bias": (1, 15.0, 5.0),  # bias of the score of not copying; its weights are the parameter copy_sentinel
 }
 
 
@@ -1721,8 +1723,8 @@ class Yarn:
         self.reset()
 
     def reset(self) -> None:
-        """Back to the first stage's frequencies and scale."""
-        self._set(self.first_frequencies, 0.1)
+        """Back to the first stage's frequencies and softmax scale."""
+        self._set(self.first_frequencies, scale=0.1)
 
     def grow(self, old_window: int, new_window: int) -> None:
         """Adapts to a long window that grows from `old_window` to `new_window` tokens."""
@@ -1747,7 +1749,7 @@ def gate_groups(layer: Layer, num_heads: int) -> list[list[float]]:
 
 
 class LayerWeights(NamedTuple):
-    """A layer's learned scalars (0-d), and its matrices in the layout of the banks."""
+    """A layer's learned scalars (0-d), by their names in SCALARS, and its matrices in the layout of the banks."""
 
     attn_resid: Tensor
     mlp_resid: Tensor
@@ -1757,6 +1759,9 @@ class LayerWeights(NamedTuple):
     mlp: Projection | None = None  # W_fc, W_proj, (2, F, C); None without an MLP, the others without attention
     qkv: Projection | None = None  # pairs of heads of W_q, then of W_k, (H, 2, D, C); W_v (C, C)
     out: Tensor | None = None  # W_o (C, C)
+
+
+LAYER_SCALARS = [name for name in LayerWeights._fields if name in SCALARS]
 
 
 def compiler(enabled: bool) -> Callable:
@@ -2001,7 +2006,7 @@ class GPT(nn.Module):
         qkvs = zip(self.pairs_of_heads(), vo[::2], strict=False)
         weights = []
         for i, layer in enumerate(LAYERS):
-            w = LayerWeights(*(scalars[name][i] for name in ("attn_resid", "mlp_resid", "mlp_out", "qkv", "out")))
+            w = LayerWeights(*(scalars[name][i] for name in LAYER_SCALARS))
             if layer.mlp:
                 w = w._replace(mlp=Projection(next(mlps), *next(mlps_fp8), grad_scale))
             if layer.window:
@@ -2034,7 +2039,7 @@ class GPT(nn.Module):
 
     def copying(self, x: Tensor, scalars: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """copy_inputs of the last row's output x (T, C), with the model's parameters."""
-        return self.copy_inputs(x, self.copy_qk, self.copy_sentinel, *scalars["copy_gain"], *scalars["copy_sentinel"])
+        return self.copy_inputs(x, self.copy_qk, self.copy_sentinel, *scalars["copy_gain"], *scalars["copy_bias"])
 
     def output(
         self, batch: MicroBatch, windows: dict[str, int], scalars: dict[str, list[Tensor]], fp8_loss_scale: float | None
@@ -3281,7 +3286,7 @@ class BetweenSteps:
             return
         if self.trainer.checkpoints:
             self.trainer.checkpoints.at(step, self)
-        watch.at(step)
+        watch.at(step)  # ends the pause
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:

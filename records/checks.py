@@ -111,7 +111,7 @@ def check_tables(train_gpt: ModuleType, hp: Hyperparameters) -> None:
     windows = train_gpt.FINAL_WINDOWS
     require(len(windows) == 2 and min(windows) > 0, "FINAL_WINDOWS: two windows of at least 1 block")
     for name, (count, _, lr) in train_gpt.SCALARS.items():
-        least = len(layers) if name in ("attn_resid", "mlp_resid", "mlp_out", "qkv", "out") else 1
+        least = len(layers) if name in train_gpt.LAYER_SCALARS else 1
         told = f"SCALARS, {name}: it takes at least {least}, and a number as learning-rate multiplier"
         require(count >= least and isinstance(lr, int | float), told)
     for_attention = ("narrow", "paired", "key_offset", "value_embed", "xsa", "head_gates", "reads", "values")

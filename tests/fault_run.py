@@ -1,8 +1,8 @@
 """train_gpt.py, small, with something going wrong: python tests/fault_run.py FAULT RANK STEP [--name=value ...]
 
 The fault happens on one rank at the beginning of a step of the run (STEPS in all). DATA_PATH must name a folder that
-small_run.write_text has filled; a step takes some hundredths of a second. With --preset=real the run takes the
-speedrun's path on a GPU, for which the text must be of REAL_SCALE.
+small_run.write_text has filled for SMALL_VOCABULARY; a step takes some hundredths of a second. With --preset=real the
+run takes the speedrun's path on a GPU, for which the text must be of REAL_SCALE and GPT-2's vocabulary.
 """
 
 import os
@@ -14,12 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from small_run import FILES, SMALL
+from small_run import FILES, SMALL, SMALL_VOCABULARY
 
 import train_gpt
 
 # In FP8, micro-batches are multiples of 16 tokens.
-CHANGES = dict(**FILES, **SMALL, val_loss_every=5, adam_lr=0.03, fp8="off")
+CHANGES = dict(**FILES, **SMALL, **SMALL_VOCABULARY, val_loss_every=5, adam_lr=0.03, fp8="off")
 # Of every stage the same shapes, as each takes compiled code of its own.
 REAL = dict(
     stages=tuple(s._replace(tokens=8 * 256, classes=s.classes and 4096) for s in SMALL["stages"]),
@@ -36,6 +36,7 @@ REAL = dict(
     val_loss_every=0,
     val_steps=(0, 1, 2, 3, 4, 6, 8, 10, 12),
     **dict(fp8="auto", cuda_graphs="auto", compile="on"),
+    **{name: getattr(train_gpt.Hyperparameters, name) for name in SMALL_VOCABULARY},
 )
 REAL_STEPS, REAL_SCALE = 14, 7
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.11 GiB of which 1.31 GiB is free."

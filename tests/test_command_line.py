@@ -71,7 +71,7 @@ def test_a_row_of_layers_that_fails_later_or_has_no_effect_is_refused(monkeypatc
 
 
 @pytest.mark.parametrize(
-    "name, row", [("mlp_out", (12, 1.0, 5.0)), ("copy_gain", (0, 1.0, 5.0)), ("qkv", (13, 0.5, (5.0,)))]
+    "name, row", [("mlp_out", (12, 1.0, 5.0)), ("copy_gain", (0, 1.0, 5.0)), ("qkv_lambda", (13, 0.5, (5.0,)))]
 )
 def test_a_row_of_scalars_that_fails_later_is_refused(monkeypatch, name, row):
     monkeypatch.setitem(train_gpt.SCALARS, name, row)

@@ -49,7 +49,8 @@ ENVIRONMENT = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # of runs; tes
 def data(tmp_path_factory):
     """Train shards of which a run needs more than there are."""
     folder = tmp_path_factory.mktemp("data")
-    small_run.write_text(folder)
+    small_run.write_text(folder, bos=fault_run.CHANGES["bos"])
+    small_run.write_vocabulary(folder)
     for path in sorted(folder.glob("train_*.bin")):
         tokens = train_gpt.read_tokens(path, 50257)
         path.unlink()
@@ -238,7 +239,7 @@ def test_a_killed_run_goes_on_and_ends_to_the_bit_as_one_that_went_through(kille
     folder = copy(killed, tmp_path)
     shutil.copytree(data, tmp_path / "data")
     for name in ("train_1_00.bin", "train_3.bin", "val_00.bin"):  # files that were not there when it began
-        small_run.write_shard(tmp_path / "data" / name, [small_run.BOS, 1, 2] * 900)
+        small_run.write_shard(tmp_path / "data" / name, [fault_run.CHANGES["bos"], 1, 2] * 900)
     status, said = run(folder, tmp_path / "data", arguments=RESUMED)
     assert status == 0 and "resumed at step 6 from" in said
     result = Result(folder)
@@ -398,12 +399,12 @@ def test_other_files_than_the_run_began_with_are_refused_by_name(resume, data, t
         checkpoint.files_of_checkpoint(hp, content)
 
 
-def vocabularies(folder):
-    """GPT-2's vocabulary at another place, and two others of its size.
+def vocabularies(folder, path):
+    """The vocabulary of GPT-2 or of the runs, `path`, at another place, and two others of its size.
 
     In one, " the" and a token without letters change places, in the other two tokens that no other is spelled like.
     """
-    tokens = (Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken").read_bytes()
+    tokens = path.read_bytes()
     (folder / "same.tiktoken").write_bytes(tokens)
     a, b = (base64.b64encode(token) + b" " for token in (b" the", b"!"))
     swapped = tokens.replace(b"\n" + a, b"\n-").replace(b, a, 1).replace(b"\n-", b"\n" + b)
@@ -414,9 +415,10 @@ def vocabularies(folder):
     return [folder / f"{name}.tiktoken" for name in ("same", "other", "last")]
 
 
-def test_a_run_goes_on_with_its_vocabulary_wherever_it_lies_and_with_no_other(resume, tmp_path):
-    same, *others = vocabularies(tmp_path)
-    assert resume()[0].vocabulary == "data/gpt2.tiktoken"
+def test_a_run_goes_on_with_its_vocabulary_wherever_it_lies_and_with_no_other(resume, data, tmp_path):
+    own = small_run.SMALL_VOCABULARY["vocabulary"]
+    same, *others = vocabularies(tmp_path, data / own)
+    assert resume()[0].vocabulary == own
     assert resume(f"--vocabulary={same}")[0].vocabulary == str(same)
     for path in (*others, ""):
         with pytest.raises(train_gpt.UserError, match=f"--vocabulary={path}: its tokens are not those that the run"):
@@ -650,7 +652,7 @@ def test_another_source_version_or_data_file_on_a_rank_is_named(agree, data, tmp
 
 
 def test_ranks_may_have_the_vocabulary_at_different_places_but_no_other_one(agree, data, tmp_path):
-    same, *others = vocabularies(tmp_path)
+    same, *others = vocabularies(tmp_path, Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken")
     hp = small_run.small_hyperparameters(data)
     starts = [start_of(train_gpt.replace(hp, vocabulary=str(path)), data) for path in (same, *others, "")]
     assert agree(start_of(hp, data), starts[0]) is None
@@ -1001,7 +1003,7 @@ class Full:
 
 @pytest.mark.parametrize("fault", ["no_vocabulary", "lose_the_vocabulary", "lose_the_tools"])
 def test_a_run_whose_vocabulary_or_records_are_gone_by_its_end_ends_well(data, tmp_path, fault):
-    vocabulary = shutil.copy(Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken", tmp_path / "own.tiktoken")
+    vocabulary = shutil.copy(data / small_run.SMALL_VOCABULARY["vocabulary"], tmp_path / "own.tiktoken")
     options = dict(fault=(fault, 0, 8), arguments=[f"--vocabulary={vocabulary}"])
     options = dict(arguments=["--vocabulary="]) if fault == "no_vocabulary" else options
     status, said = run(tmp_path, data, **options)

@@ -1122,7 +1122,7 @@ def small_models(fp8="auto"):
                 a.normal_(std=0.1)
             elif name == "head":
                 a.normal_(std=0.05)  # logits of a trained model's size
-        on_cpu.named_scalars()["copy_sentinel"][0].sub_(5)  # else hardly anything is copied
+        on_cpu.named_scalars()["copy_bias"][0].sub_(5)  # else hardly anything is copied
         for a, b in zip(on_cpu.parameters(), on_gpu.parameters(), strict=True):
             b.copy_(a)
             a.copy_(b)

@@ -64,7 +64,7 @@ def random_model():
         for name, p in model.named_parameters():
             if name == "scalars":
                 p.add_(0.3 * torch.randn_like(p))
-                of_scalars(p)["copy_sentinel"] -= 13  # else little is copied
+                of_scalars(p)["copy_bias"] -= 13  # else little is copied
             else:
                 p.normal_(std=1.0 if "gate" in name else 0.2)
     model.ngrams = (0.2 * torch.randn(HP.ngram_rows, HP.model_dim, dtype=torch.float64)).requires_grad_()
@@ -194,7 +194,7 @@ def plain_output(p, inputs, gate_network=plain_gates):
         if layer.window:
             h = plain_rms_norm(x if layer.reads is None else kept[layer.reads])
             w_q, w_k, w_v, w_o = matrices(qk, H // 2), matrices(qk, H // 2), next(vo), next(vo)
-            q, k, v = ((h @ (lambdas["qkv"][i] * w).T).view(T, H, D) for w in (w_q, w_k, w_v))
+            q, k, v = ((h @ (lambdas["qkv_lambda"][i] * w).T).view(T, H, D) for w in (w_q, w_k, w_v))
             if layer.narrow:
                 q, k = q[:, :, : D // 2], k[:, :, : D // 2]
             positions, head = torch.arange(T)[:, None].expand(T, H), torch.arange(H)
@@ -217,7 +217,7 @@ def plain_output(p, inputs, gate_network=plain_gates):
                 y = y - (torch.tanh(xsa) * share)[:, :, None] * v
             if layer.head_gates:
                 y = y * head_gates[:, :, None]
-            x = lambdas["attn_resid"][i] * x + y.reshape(T, C) @ (lambdas["out"][i] * w_o).T
+            x = lambdas["attn_resid"][i] * x + y.reshape(T, C) @ (lambdas["out_lambda"][i] * w_o).T
         for name, gate in of_adds.items():
             x = x + gate * sources[name]
         if layer.mlp:
@@ -246,7 +246,7 @@ def plain_copying(p, h, targets):
         for t in range(start, end):
             rows.append([scores[t, s] * (start <= s < t and t - s <= HP.train_max_seq_len) for s in range(T)])
     scores = torch.stack([torch.stack(row) for row in rows])
-    sentinel = (h @ p["copy_sentinel"][0] + scalars["copy_sentinel"]).exp()
+    sentinel = (h @ p["copy_sentinel"][0] + scalars["copy_bias"]).exp()
     total = sentinel + scores.sum(1)
     return sentinel / total, scores / total[:, None]
 

@@ -147,8 +147,8 @@ def test_four_outputs_are_kept_and_four_networks_say_how_much_of_them_is_added_w
 def test_learned_scalars_start_at_their_values_and_learn_at_their_rates():
     resid = (13, 1.1**0.5, 5.0)
     by_layer = {"attn_resid": resid, "mlp_resid": resid, "mlp_out": (13, 1.0, 5.0)}
-    copying = {"copy_gain": (1, 1.0, 5.0), "copy_sentinel": (1, 15.0, 5.0)}
-    assert {**by_layer, "qkv": (13, 0.5, 5.0), "out": (13, 1.0, 5.0), **copying} == SCALARS
+    copying = {"copy_gain": (1, 1.0, 5.0), "copy_bias": (1, 15.0, 5.0)}
+    assert {**by_layer, "qkv_lambda": (13, 0.5, 5.0), "out_lambda": (13, 1.0, 5.0), **copying} == SCALARS
 
 
 def test_parameters_have_the_records_shapes():
