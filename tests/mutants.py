@@ -295,6 +295,8 @@ PLANTED = {
          "self.filled = None", "test_ngram.py test_gradients_are_cleared"),
         ("n-grams: rows that have been fetched ahead are fetched again", "if exchange is not self.filled:", "if True:",
          "test_ngram.py test_rows_come_from_their_owners 2-"),
+        ("rows of several ranks: another mode stays on", "torch.use_deterministic_algorithms(True, warn_only=True)",
+         "pass", "test_optimizer.py test_rows_of_several_ranks"),
         ("n-grams: rows fetched ahead of a reset are the next step's", "if whole:  # as the table is reset, too",
          "if False:", "test_ngram.py test_rows_come_from_their_owners 2-"),
         ("n-grams: rows fetched ahead are those of every step that follows", "= exchange, None", "= exchange, exchange",

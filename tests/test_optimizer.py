@@ -673,6 +673,25 @@ def test_what_is_averaged_ends_as_its_average_and_all_else_as_it_is(dtype):
             assert torch.equal(p, values[name]), name
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_rows_of_several_ranks_are_added_unsorted_whatever_pytorch_is_to_be(deterministic):
+    table, modes = torch.ones(4, 2), []
+
+    def parts():
+        for rows in ([3, 1], [], [1, 0]):
+            modes.append(torch.are_deterministic_algorithms_enabled())
+            yield torch.tensor(rows, dtype=torch.int32), torch.full((len(rows), 2), 0.5, dtype=torch.bfloat16)
+
+    torch.use_deterministic_algorithms(deterministic, warn_only=deterministic)
+    try:
+        train_gpt.add_different_rows(table, parts())
+        after = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert table.tolist() == [[1.5, 1.5], [2.0, 2.0], [1.0, 1.0], [1.5, 1.5]]
+    assert modes == [False] * 3 and after == (deterministic, deterministic)
+
+
 def test_each_rank_averages_its_own_share():
     row, start, more = Row("some", "adam", True, (1.0,), 1.0, (0.9, 0.99), averaged=True), *torch.randn(2, 16, 5)
     p = torch.nn.Parameter(start.clone())

@@ -426,7 +426,7 @@ def two_processes(sample, tmp_path_factory):
 
 def test_a_run_learns_0_4_nats_in_seven_steps(one_process, two_processes):
     losses = one_process.log[3]
-    assert abs(losses[0] - 10.6) < 0.1  # ln 50257 is 10.82; a little is copied before anything is learned
+    assert abs(losses[0] - 10.7) < 0.1  # ln 50257 is 10.82; a little is copied before anything is learned
     assert losses[STEPS] < losses[0] - 0.4
     assert two_processes.log[3][STEPS] < losses[0] - 0.4
 
