@@ -330,8 +330,8 @@ def versions(train_gpt: ModuleType) -> str:
 def ngram_gib(train_gpt: ModuleType, hp: Hyperparameters, world: World) -> tuple[float, float]:
     """What n-grams take of each rank, in GiB: the table with the optimizer's two numbers a row, and a step's rows."""
     wide = hp.model_dim * train_gpt.choose_dtype(hp, world).itemsize
-    slots = train_gpt.cache_rows(hp, world)
-    return hp.ngram_rows * (wide + 8) / world.size / 2**30, slots * (wide + 4 * hp.model_dim) / 2**30
+    rows = train_gpt.cache_rows(hp, world)
+    return hp.ngram_rows * (wide + 8) / world.size / 2**30, rows * (wide + 4 * hp.model_dim) / 2**30
 
 
 # ---------------------------------------------------------------------------- between ranks

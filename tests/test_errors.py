@@ -199,6 +199,7 @@ def test_several_processes_without_a_launcher_are_told_to_take_one(folder):
     assert not (folder / "logs").exists()
 
 
+UNCHECKED = [*DATA, "--hang_timeout=2e9"]  # what a copy without checks takes
 TOOLS = {"--bench": "bench", "--profile": "bench"}
 TOOLS |= {argument: "checkpoint" for argument in ("--checkpoint_every=4", "--save_checkpoint", "--resume=some")}
 
@@ -219,6 +220,7 @@ def test_a_copy_alone_has_the_whole_ones_help_and_says_in_one_line_what_is_wrong
     copy = folder / "train_gpt.py"
     copy.write_text(TRAIN_GPT.read_text())
     assert run(folder, ["--help"], [sys.executable, str(copy)]).stdout == run(folder, ["--help"]).stdout
+    assert_one_line(run(folder, UNCHECKED).stderr, ["--hang_timeout=2000000000.0 must be at most 1e9"])  # of the whole
     no_validation_files(folder)
     assert_one_line(run(folder, DATA, [sys.executable, str(copy)]).stderr, ["no data files match"])
 
@@ -226,12 +228,11 @@ def test_a_copy_alone_has_the_whole_ones_help_and_says_in_one_line_what_is_wrong
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_copy_alone_runs_unchecked_and_says_so(folder, tmp_path_factory, processes):
     outputs, copy = tmp_path_factory.mktemp("outputs"), folder / "train_gpt.py"
-    refused = [*DATA, "--hang_timeout=2e9"]  # by a whole checkout
     copy.write_text(TRAIN_GPT.read_text().replace("tokens // 128", "tokens // 2048"))  # of the smoke run's tokens
     small = "num_heads=2 ngram_rows=64 val_tokens=512 val_batch_size=512 window_block=4 vocabulary= "
     small += "num_scheduled_iterations=6 num_extension_iterations=1"
     command = [sys.executable, str(copy)] if processes == 1 else [*torchrun(2, outputs)[:-1], str(copy)]
-    result = run(folder, [*refused, *(f"--{setting}" for setting in small.split())], command)
+    result = run(folder, [*UNCHECKED, *(f"--{setting}" for setting in small.split())], command)
     assert result.returncode == 0
     (log,) = (folder / "logs").glob("*.txt")
     said = [path.read_text() for path in outputs.rglob("stdout.log")] or [result.stdout]

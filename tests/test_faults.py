@@ -652,7 +652,7 @@ def test_another_source_version_or_data_file_on_a_rank_is_named(agree, data, tmp
 
 
 def test_ranks_may_have_the_vocabulary_at_different_places_but_no_other_one(agree, data, tmp_path):
-    same, *others = vocabularies(tmp_path, Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken")
+    same, *others = vocabularies(tmp_path, small_run.GPT2_VOCABULARY)
     hp = small_run.small_hyperparameters(data)
     starts = [start_of(train_gpt.replace(hp, vocabulary=str(path)), data) for path in (same, *others, "")]
     assert agree(start_of(hp, data), starts[0]) is None
@@ -713,7 +713,7 @@ def test_a_rank_that_hangs_is_named_with_its_place_and_all_others_end(data, tmp_
 
 def test_on_the_clock_a_run_no_longer_needs_the_vocabularys_file(tmp_path):
     small_run.write_text(tmp_path)
-    vocabulary = shutil.copy(Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken", tmp_path / "own.tiktoken")
+    vocabulary = shutil.copy(small_run.GPT2_VOCABULARY, tmp_path / "own.tiktoken")
     hp = small_run.small_hyperparameters(tmp_path, vocabulary=str(vocabulary))
     trainer, log = train_gpt.Trainer(hp, train_gpt.World()), train_gpt.Log(hp, train_gpt.World())
     train, val = (train_gpt.find_files(getattr(hp, name)) for name in train_gpt.FILES)

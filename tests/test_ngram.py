@@ -417,7 +417,7 @@ def restored(path):
 
 
 def test_a_run_whose_vocabulary_is_lost_still_leaves_checkpoints(tmp_path):
-    vocabulary = shutil.copy(Path(train_gpt.__file__).parent / "data" / "gpt2.tiktoken", tmp_path)
+    vocabulary = shutil.copy(small_run.GPT2_VOCABULARY, tmp_path)
     trainer, path, position = saved_run(tmp_path, vocabulary=str(vocabulary))
     kept = checkpoint.read_checkpoint(path)["vocabulary"]
     Path(vocabulary).unlink()
