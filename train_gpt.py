@@ -91,7 +91,6 @@ class TrainingStage(NamedTuple):
     target_weights_end: tuple[float, ...]  # ... and at the end of the stage
     max_seq_len: int = 1 << 30  # documents are cut at this length or at train_max_seq_len, whichever is less
     classes: int = 0  # tokens of the vocabulary in a step's softmax, its targets among them (softmax_classes); 0: all
-    untie: bool = False  # head and embedding are one matrix until this stage; if no row says so, to the end
     prefix: tuple[float, float] = (0.0, 0.0)  # weight of the next token's prefix (prefix_table) at the start and end
 
 
@@ -101,7 +100,7 @@ STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, max_seq_len, classes
     TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), 896, 12_288, prefix=(0.25, 0.25)),
     TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), classes=17_408, prefix=(0.25, 0.0)),
-    TrainingStage(1.125, 131_072, 5, 11, 1.2, (1.0,), (1.0,), classes=17_408, untie=True),
+    TrainingStage(1.125, 131_072, 5, 11, 1.2, (1.0,), (1.0,), classes=17_408),
     TrainingStage(0.375, 131_072, 5, 11, 1.2, (1.0,), (1.0,)),  # all classes, to correct those that were left out
     TrainingStage(None, 131_072, 6, 13, 1.2, (1.0,), (1.0,)),  # at the learning rate lr_end, whatever lr is
 )
@@ -200,7 +199,6 @@ PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95), averaged=True),
-    Row("head", "adam", True, (1.0,), 150.0, (0.5, 0.95), averaged=True),
     Row("qk_bank", "normuon", True, (1.0,), 1.0, averaged=True),
     Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
     Row("vo_bank", "normuon", True, (1.0,), 1.0, averaged=True),
@@ -212,8 +210,7 @@ PARAMETERS = (
     Row("copy_qk", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
     Row("copy_sentinel", "adam", False, (0.05,), 1.0, (0.9, 0.99)),
 )
-# Parameters looked up by token (see Lookup, ShardedRows), and how many tables of V rows lie one after the other in them
-TABLES = {"embed": 1, "value_embeds": len(VALUE_LAYERS)}
+TABLES = ("embed", "value_embeds")  # looked up by token: their gradients are added up row by row, see Lookup
 # Some parameters end as their average over the last steps, `average_frac` of all. A high learning rate learns more but
 # leaves noise, which an average removes. Source: tail averages, the public speedrun's PRs 349 and 360, 2026.
 AVERAGE_EVERY = 4  # steps; neighbours are nearly the same
@@ -952,7 +949,7 @@ FP8_HEAD_X, FP8_HEAD, FP8_HEAD_GRAD = 100 / 448, 3.2 / 448, 0.75 / 448
 
 
 class HeadLoss(torch.autograd.Function):
-    """Softcapped cross-entropy of the logits x @ head with n targets a position: (T, C), (C, V), (n, T) -> (n, T).
+    """Softcapped cross-entropy of the logits x @ head^T with n targets a position: (T, C), (V, C), (n, T) -> (n, T).
 
     loss_scale: what losses are multiplied by before backward, for products in FP8; None for products in x's type.
     """
@@ -961,13 +958,14 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, x, head, targets, loss_scale):
         ctx.loss_scale, ctx.dtype = loss_scale, head.dtype
         if loss_scale is None:
-            logits = x @ head
+            logits = x @ head.T
         else:
             x = (x / FP8_HEAD_X).to(torch.float8_e4m3fn)
             head, head_t = fp8_weights(head, FP8_HEAD)
-            logits = fp8_product(x, head_t.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
+            logits = fp8_product(x, head.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
+            head = head_t
         losses, lse = cross_entropy(logits, targets)
-        ctx.save_for_backward(logits, lse, targets, x, head)
+        ctx.save_for_backward(logits, lse, targets, x, head)  # in FP8, the head is transposed
         return losses
 
     @staticmethod
@@ -976,12 +974,12 @@ class HeadLoss(torch.autograd.Function):
         grad_losses = grad_losses.contiguous()
         if ctx.loss_scale is None:
             grad, _ = cross_entropy_backward(logits, lse, targets, grad_losses, 1.0, logits.dtype)
-            return grad @ head.T, x.T @ grad, None, None
+            return grad @ head, grad.T @ x, None, None
         scale = ctx.loss_scale * FP8_HEAD_GRAD
         grad, grad_t = cross_entropy_backward(logits, lse, targets, grad_losses, scale, torch.float8_e5m2)
         # Not fast, as sums are over the vocabulary, and over all tokens.
         grad_x = fp8_product(grad, head.T, scale, FP8_HEAD, ctx.dtype, fast=False)
-        grad_head = fp8_product(transposed(x), grad_t.T, FP8_HEAD_X, scale, ctx.dtype, fast=False)
+        grad_head = fp8_product(grad_t, transposed(x).T, scale, FP8_HEAD_X, ctx.dtype, fast=False)
         return grad_x, grad_head, None, None
 
 
@@ -1076,26 +1074,6 @@ def places_in(classes: Tensor, tokens: Tensor) -> Tensor:
     """The index of each token in the ascending classes (P,); -1 for one that is none of them."""
     places = torch.searchsorted(classes, tokens, out_int32=True).clamp(max=len(classes) - 1)
     return torch.where(classes[places] == tokens, places, -1)
-
-
-class HeadClasses(torch.autograd.Function):
-    """Columns of the head (C, V) by class (P,), which ascend."""
-
-    @staticmethod
-    def forward(ctx, head, classes):
-        ctx.save_for_backward(head, classes)
-        return head.index_select(1, classes)
-
-    @staticmethod
-    def backward(ctx, grad):
-        head, classes = ctx.saved_tensors
-        if head.grad is None:
-            head.grad = torch.zeros_like(head)
-        # For each column of the head its gradient or 0: head.grad[:, classes] += grad takes ten times as long wherever
-        # PyTorch is to use deterministic algorithms.
-        places = places_in(classes, torch.arange(head.size(1), dtype=classes.dtype, device=classes.device))
-        head.grad.addcmul_(grad.index_select(1, places.clamp(min=0)), (places >= 0).to(grad.dtype))
-        return None, None
 
 
 # ---------------------------------------------------------------------------- Adam by rows, for the table of n-grams
@@ -1873,7 +1851,7 @@ def copy_inputs(x, qk, sentinel_weight, gain, bias):
 def head_losses(x, head, targets, left, target_weights, prefixes, classes, fp8_loss_scale, *copying):
     """Loss of each position (T,), float32, weighted over its targets, from the last row's output (T, C).
 
-    head (C, V), or (C, P) with `classes` (P,). copying: sentinel, every, matching, (T,) each: see above copy_scores.
+    head (V, C), or (P, C) with `classes` (P,). copying: sentinel, every, matching, (T,) each: see above copy_scores.
     """
     targets = all_targets(targets, left, len(target_weights), prefixes, classes)
     losses = HeadLoss.apply(norm(x), head, targets, fp8_loss_scale)
@@ -1908,7 +1886,7 @@ class MicroBatch(NamedTuple):
 class GPT(nn.Module):
     """The model: parameters by name, as in the table PARAMETERS; losses of a micro-batch, or its logits.
 
-    Initial values: head normal, std 0.005; embed its transpose; attention banks and W_fc uniform with std 0.5 C^-0.5;
+    Initial values: embed normal, std 0.005; attention banks and W_fc uniform with std 0.5 C^-0.5;
     value embeddings normal, std 0.01; copy_qk normal, std C^-0.5; the first matrices of gate networks uniform in
     +-C^-0.5, their biases so that gates start as the tables say; scalars as in the table SCALARS; all else zero.
     """
@@ -1936,8 +1914,7 @@ class GPT(nn.Module):
         self.qk_bank = parameter(round_up(len(ATTENTION_LAYERS) * H, 8), 2 * hp.head_dim, C)
         self.vo_bank = parameter(round_up(len(ATTENTION_LAYERS) * 2, 8), C, C)
         self.mlp_bank = parameter(round_up(len(MLP_LAYERS), 4), 2, hp.mlp_ratio * C, C)
-        self.head = parameter(C, V)
-        self.embed = parameter(V, C)  # tied to the head at first, see Optimizer
+        self.embed = parameter(V, C)  # of tokens, and what their logits are made of: embedding and head are one
         self.value_embeds = parameter(len(VALUE_LAYERS) * V, C)
         # Later the rows of n-grams that a step looks up, see RowCache. No nn.Parameter: neither copied nor saved.
         self.ngram_shape, self.ngrams = (hp.ngram_rows, C), None
@@ -1958,8 +1935,7 @@ class GPT(nn.Module):
             for bias, values in zip(self.gate_bias, gates, strict=True):
                 bias[: len(values)] = torch.tensor(values) / GATE_SCALE
             self.value_embeds.normal_(std=0.01)
-            self.head.normal_(std=0.005)
-            self.embed.copy_(self.head.T)
+            self.embed.normal_(std=0.005)
         longest = max(hp.val_batch_size, *(stage.tokens for stage in hp.stages)) // MICRO_BATCHES
         self.yarn = Yarn(hp.head_dim, 2 * max(longest, hp.micro_batch_tokens), device)  # 2: pairs of heads interleaved
         compiled, regions = compiler(compile), (join, embed_inputs, gate_network, normed_input, qkv_weight)
@@ -2031,7 +2007,9 @@ class GPT(nn.Module):
         if len(self.copy_qk):
             q, k, sentinel = self.copying(x, scalars)
             by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
-        head = self.head if batch.classes is None else HeadClasses.apply(self.head, batch.classes)
+        every_row = torch.arange(len(self.embed), dtype=torch.int32, device=x.device)
+        classes = every_row if batch.classes is None else batch.classes
+        head = Lookup.apply(self.embed, classes, every_row[: len(classes)])
         args = target_weights, self.prefixes if prefix else None, batch.classes, fp8_loss_scale
         chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
         losses = [self.head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
@@ -2097,7 +2075,7 @@ class GPT(nn.Module):
         scalars = self.named_scalars()
         x = self.output(batch, windows, scalars, None)
         rows = torch.arange(len(x), device=x.device)[positions]
-        z = softcapped(norm(x[rows]) @ self.head)
+        z = softcapped(norm(x[rows]) @ self.embed.T)
         if not len(self.copy_qk):
             return z
         q, k, sentinel = self.copying(x, scalars)
@@ -2374,16 +2352,16 @@ def add_different_rows(table: Tensor, parts: Iterator[tuple[Tensor, Tensor]]) ->
 
 
 class ShardedRows(Sharded):
-    """Sharded, for embeddings by token: each rank sends only the gradient rows of its own tokens, to the rows' owners.
+    """Sharded, for tables by token, one after the other: gradient rows of a rank's own tokens go to the rows' owners.
 
     Every rank marks the lookups of all ranks, so that senders and receivers know the sizes without asking. Rows travel
     in the parameter's type and are added to the owner's float32 gradient. Rows not marked are not sent.
     """
 
-    def __init__(self, p: Tensor, world: World, tables: int):
+    def __init__(self, p: Tensor, world: World, vocabulary: int):
         super().__init__(p, world)
-        self.first_rows = len(p) // tables * np.arange(tables)
-        self.looked_up = np.zeros((world.size, len(p) // tables), dtype=bool)  # by rank and token, alike in all tables
+        self.first_rows = np.arange(0, len(p), vocabulary)  # of each table
+        self.looked_up = np.zeros((world.size, vocabulary), dtype=bool)  # by rank and token, alike in all tables
 
     def mark_lookups(self, rank: int, rows: np.ndarray) -> None:
         self.looked_up[rank][rows] = True
@@ -2533,7 +2511,8 @@ class Slot:
         elif not row.sharded:
             policy = Replicated
         else:
-            policy = partial(ShardedRows, tables=TABLES[row.name]) if row.name in TABLES else Sharded
+            by_token = row.name == "value_embeds"  # not the embedding: as the head it has a gradient everywhere
+            policy = partial(ShardedRows, vocabulary=hp.padded_vocab) if by_token else Sharded
         self.communication = policy(p.data.view(self.shape), world)
         slice = self.communication.slice
         first = world.rank * len(slice) if row.sharded else 0
@@ -2547,38 +2526,29 @@ class Optimizer:
     All reductions start in the order of PARAMETERS; updates run in the same order, as their gradients arrive, and
     gathers run beneath the updates that follow. Parameters under Adam step on odd steps only, counted from 0, with the
     sum of two steps' gradients. The n-grams' table is held here; the model has a cache of the rows a step looks up.
-
-    Head and embedding are tied, though stored twice, up to the Adam step at `untie_step`: the embedding's gradient is
-    added to the head's, and after each update the embedding becomes the head's transpose. From then on they learn
-    apart, the embedding from a copy of the head's state. With `untie_step` beyond the run's end they stay tied.
     """
 
-    def __init__(self, model: GPT, hp: Hyperparameters, world: World, untie_step: int, compile: bool = False):
+    def __init__(self, model: GPT, hp: Hyperparameters, world: World, compile: bool = False):
         compiled, parameters = compiler(compile), model.tensors()
         cache = model.embed.new_zeros(cache_rows(hp, world), hp.model_dim)
         model.ngrams = parameters["ngrams"] = cache.requires_grad_()
         # Empty parameters, such as value_embeds where no layer has them, are left out.
         rows = [row for row in PARAMETERS if parameters[row.name].numel()]
         self.slots = {row.name: Slot(row, parameters[row.name], hp, world, compiled) for row in rows}
-        self.world, self.untie_step, self.tied = world, untie_step, True
+        self.world = world
         self.largest = deque(maxlen=8)  # (step, names, on the CPU the largest magnitude of each gradient)
 
     def mark_lookups(self, dealt: list[np.ndarray]) -> None:
         """Marks what each rank looks up; dealt: inputs of all micro-batches, which go to the ranks in turn."""
         for i, tokens in enumerate(dealt):
-            for name in TABLES.keys() & self.slots.keys():
-                self.slots[name].communication.mark_lookups(i % self.world.size, tokens)
+            for slot in self.slots.values():
+                slot.communication.mark_lookups(i % self.world.size, tokens)
 
     @torch.no_grad()
     def step(self, step: int, lr_factor: float, momentum: float) -> None:
         """Updates the parameters that are due at `step` from their .grad, and clears these."""
         adam_is_due = step % 2 == 1
         due = {n: slot for n, slot in self.slots.items() if adam_is_due or slot.row.algorithm != "adam"}
-        steps_tied, head, embed = adam_is_due and self.tied, self.slots["head"], self.slots["embed"]
-        if steps_tied:
-            del due["embed"]
-            head.grad += embed.grad.T
-            embed.communication.clear(embed.grad, whole=True)
         for slot in due.values():
             slot.communication.reduce(slot.grad)
         gradients = []
@@ -2591,10 +2561,6 @@ class Optimizer:
         for slot in due.values():
             slot.communication.gathered()
             slot.communication.clear(slot.grad)
-        if steps_tied:
-            embed.p.copy_(head.p.T)
-            if step >= self.untie_step:
-                self._untie()
 
     @torch.no_grad()
     def average(self, weight: float, settle: bool) -> None:
@@ -2607,17 +2573,8 @@ class Optimizer:
                 slot.communication.gather()
                 slot.communication.gathered()
 
-    def _untie(self) -> None:
-        self.tied = False
-        head, embed = self.slots["head"], self.slots["embed"]
-        for state in ("m", "v"):
-            full = head.communication.full(getattr(head.algorithm, state))
-            getattr(embed.algorithm, state).copy_(embed.communication.own(full.T))
-        embed.algorithm.updates = head.algorithm.updates
-
     def reset(self) -> None:
         """Back to the state before the first step; the parameters stay, but for the n-grams, which are zero again."""
-        self.tied = True
         self.largest.clear()
         for slot in self.slots.values():
             slot.algorithm.reset()
@@ -2997,8 +2954,6 @@ class TrainingSchedule:
         self.starts = (0, *accumulate(lengths), self.scheduled)
         self.ends = (*self.starts[1:], hp.total_steps)
         self.long_windows = [stage.long_window * hp.window_block for stage in hp.stages]
-        untie = (start for start, stage in zip(self.starts, hp.stages, strict=True) if stage.untie)
-        self.untie_step = next(untie, hp.total_steps) | 1  # | 1: the next odd step, as Adam steps on these only
 
     def stage_index(self, step: int) -> int:
         """The row of STAGES that `step` belongs to, from 0."""
@@ -3130,7 +3085,7 @@ class Trainer:
         if world.size > 1:
             for p in self.model.parameters():
                 dist.broadcast(p.data, src=0)
-        self.optimizer = Optimizer(self.model, hp, world, self.schedule.untie_step, compile)
+        self.optimizer = Optimizer(self.model, hp, world, compile)
         self.ngrams = self.optimizer.slots["ngrams"]
         self.loss_scale = hp.grad_scale / MICRO_BATCHES
         self.fp8_loss_scale = self.loss_scale if use_fp8(hp, world) else None
@@ -3202,8 +3157,7 @@ class Trainer:
             if self.world.on_gpu:
                 self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
                 torch.cuda.empty_cache()
-        untie = schedule.untie_step
-        for step in (0, 1, untie, untie + 2):  # without and with Adam, tied; the one that unties; untied
+        for step in (0, 1):  # without and with Adam
             self.optimizer.step(step, schedule.lr(0), schedule.momentum(0))
         self.validate(val_batches[:1], schedule.windows(0))
         # The largest first: the others find room in its memory.

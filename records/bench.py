@@ -93,7 +93,8 @@ def flops_per_token(train_gpt: ModuleType, model: GPT, fp8: bool, classes: int =
     square, narrow = model.vo_bank[0].numel(), sum(layer.narrow for layer in train_gpt.LAYERS)
     outputs, attention = (len(train_gpt.ATTENTION_LAYERS) * n * square for n in (1, 4))
     attention -= narrow * square  # half of W_q and of W_k
-    mlp, head = len(train_gpt.MLP_LAYERS) * model.mlp_bank[0].numel(), len(model.head) * (classes or model.head.size(1))
+    mlp = len(train_gpt.MLP_LAYERS) * model.mlp_bank[0].numel()
+    head = model.embed.size(1) * (classes or len(model.embed))
     in_fp8 = fp8 * (head + model.fp8_layers * (mlp + attention - outputs))  # in the layers all but W_o
     return 6 * (attention + mlp + head - in_fp8), 6 * in_fp8
 

@@ -157,7 +157,7 @@ def save_rows(trainer: Trainer, path: Path, names: tuple[str, ...]) -> list[tupl
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Tensor | int]:
     """Every state as a whole tensor on the CPU of rank 0; every rank must call it."""
-    state: dict[str, Tensor | int] = {"tied": int(optimizer.tied)}
+    state: dict[str, Tensor | int] = {}
     for name, slot in optimizer.slots.items():
         for key in slot.algorithm.states:
             value = getattr(slot.algorithm, key)
@@ -261,7 +261,6 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Tensor | int]) -> None
         require(type(value) is int, f"{name} in the checkpoint is no whole number ({value!r:.20})")
         return value
 
-    optimizer.tied = bool(whole_number("tied"))
     for name, slot in optimizer.slots.items():
         for key in slot.algorithm.states:
             value = getattr(slot.algorithm, key)

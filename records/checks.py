@@ -93,7 +93,6 @@ def check_tables(train_gpt: ModuleType, hp: Hyperparameters) -> None:
     shares = [stage.share for stage in hp.stages]
     told = "STAGES ends with the extension, whose share is None, after one or more rows that have one"
     require(len(shares) > 1 and shares[-1] is None and None not in shares[:-1], told)
-    require(sum(stage.untie for stage in hp.stages) <= 1, "STAGES: head and embedding untie in one row only")
     for number, stage in enumerate(hp.stages, 1):
         row, weights = f"STAGES, row {number}", (stage.target_weights, stage.target_weights_end)
         require(all(isinstance(w, tuple) for w in weights), f"{row}: multi-token weights are tuples, of one as (1.0,)")
@@ -145,8 +144,6 @@ def check_parameters(train_gpt: ModuleType, parameters: dict[str, Tensor]) -> No
     odd = [name for name in sorted({*rows, *model}) if rows.count(name) != model.count(name)]
     told = (f"{name} has {rows.count(name)}" if name in model else f"{name} is none" for name in odd)
     require(not odd, f"PARAMETERS takes one row for each of the model's parameters: {', '.join(told)}")
-    tied = {row.averaged for row in table if row.name in ("embed", "head")}
-    require(len(tied) < 2, "PARAMETERS: embed and head are averaged both or neither: they may be one matrix")
     for name, algorithm, sharded, lr, _, betas, averaged in table:
         row, p, ranks = f"PARAMETERS, {name}", train_gpt.as_stack(parameters[name]), train_gpt.MICRO_BATCHES
         choices = ["rowwise"] if name == "ngrams" else ["adam", "normuon"]

@@ -146,7 +146,7 @@ def fp8_bytes(run: Run) -> int:
     """The copies of weights in FP8 that the passes of a micro-batch read, each in two orders."""
     program, p, C = run.train_gpt, run.parameters, run.hp.model_dim
     layers = p["mlp_bank"].numel() + len(program.ATTENTION_LAYERS) * 3 * C * C
-    return 2 * (layers * ("layers" in run.fp8) + p["head"].numel() * ("head" in run.fp8))
+    return 2 * (layers * ("layers" in run.fp8) + p["embed"].numel() * ("head" in run.fp8))
 
 
 def kept_bytes(run: Run, stage, tokens: int) -> dict[str, int]:
@@ -288,11 +288,10 @@ def stages_told(run: Run) -> str:
     validations = {step for step in range(hp.total_steps) if hp.val_loss_every and step % hp.val_loss_every == 0}
     validations |= {*hp.val_steps, hp.total_steps}
     final = schedule.val_windows(hp.total_steps)
-    untie = next((f"after step {schedule.untie_step + 1:,}" for stage in hp.stages if stage.untie), "never")
     return (
         f"stages; the last is the extension\n{aligned(rows, 4)}\n"
-        f"head and embedding part {untie}; momentum {schedule.warmup:,} steps up, the last {schedule.cooldown:,} down; "
-        f"averages over the last {schedule.averaged:,}\n"
+        f"momentum {schedule.warmup:,} steps up, the last {schedule.cooldown:,} down; averages over the last "
+        f"{schedule.averaged:,}\n"
         f"{len(validations)} validations of {hp.val_tokens:,} tokens, the last with windows of {final['short']:,} and "
         f"{final['long']:,}"
     )

@@ -92,7 +92,7 @@ def generate(model: GPT, hp: Hyperparameters, windows, tokens, temperature=1.0, 
         n, fill = len(seen), -len(seen) % 16 * [hp.bos]  # a document behind it, which it does not see: whole tiles
         edges = np.array([0, n, n + len(fill)])
         tokens_and_next = np.array([*seen, *fill, 0])
-        batch = make_micro_batch(tokens_and_next, edges, canonical, hp.ngram_rows, model.head.device)
+        batch = make_micro_batch(tokens_and_next, edges, canonical, hp.ngram_rows, model.embed.device)
         z, ids = model.logits(batch, windows, n - 1)[: hp.vocab_size].double().cpu().topk(count if temperature else 1)
         drawn = torch.multinomial((z - z[0]).div(temperature or 1).softmax(-1), 1, generator=draws)
         yield (tokens := [*tokens, ids[drawn].item()])[-1]

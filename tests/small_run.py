@@ -36,11 +36,9 @@ from train_gpt import (
 
 STEPS = 10
 FILES = dict(train_files="train_*.bin", val_files="val_*.bin")
-LAST_STAGE = len(STAGES) - 2  # before the extension
 SMALL = dict(
     stages=tuple(
-        stage._replace(share=stage.share and 1, tokens=8 * min(16 + 8 * i, 32), untie=i == LAST_STAGE)
-        for i, stage in enumerate(STAGES)
+        stage._replace(share=stage.share and 1, tokens=8 * min(16 + 8 * i, 32)) for i, stage in enumerate(STAGES)
     ),
     micro_batch_tokens=96,  # four of 16 and 24 tokens are joined, two of 32, as far as a rank has them
     num_scheduled_iterations=9,
@@ -153,7 +151,6 @@ def train(hp: Hyperparameters, world: World) -> dict:
     found["losses"].append(trainer.validate(val_batches, windows))
     found["end"] = parameters(trainer)
     found["end_digest"] = digest(found["end"])
-    found["tied"] = trainer.optimizer.tied
     found["state"] = {}
     for name, slot in trainer.optimizer.slots.items():
         found["state"][name] = {state: getattr(slot.algorithm, state) for state in STATES[slot.row.algorithm]}
@@ -169,8 +166,7 @@ def tables_of(layers: list[Layer]) -> dict[str, object]:
     scalars = {name: (len(layers) if n > 1 else 1, *rest) for name, (n, *rest) in train_gpt.SCALARS.items()}
     lrs = tuple(lr for n, _, lr in scalars.values() for _ in range(n))
     rows = tuple(row._replace(lr=lrs) if row.name == "scalars" else row for row in train_gpt.PARAMETERS)
-    tables |= dict(LAYERS=tuple(layers), SCALARS=scalars, SCALAR_LRS=lrs, PARAMETERS=rows)
-    return dict(tables, TABLES={**train_gpt.TABLES, "value_embeds": len(tables["VALUE_LAYERS"])})
+    return dict(tables, LAYERS=tuple(layers), SCALARS=scalars, SCALAR_LRS=lrs, PARAMETERS=rows)
 
 
 def main(folder: Path, dtype: str) -> None:

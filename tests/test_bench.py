@@ -50,7 +50,7 @@ def products_of(hp, classes=0):
 
 def test_a_product_takes_six_flop_a_token_and_weight(speedrun):
     def flops(fp8, in_layers=True):
-        parts = {name: getattr(speedrun.model, name) for name in ("vo_bank", "mlp_bank", "head")}
+        parts = {name: getattr(speedrun.model, name) for name in ("vo_bank", "mlp_bank", "embed")}
         return flops_per_token(train_gpt, SimpleNamespace(**parts, fp8_layers=in_layers), fp8)
 
     layers, in_fp8, head = products_of(speedrun.hp)

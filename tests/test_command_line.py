@@ -114,13 +114,6 @@ def test_a_row_of_parameters_that_fails_later_or_has_no_effect_is_refused(monkey
     assert refused() == f"PARAMETERS, {name}: {words}"
 
 
-@pytest.mark.parametrize("name", ["embed", "head"])
-def test_head_and_embedding_are_averaged_both_or_neither(monkeypatch, name):
-    rows = [row._replace(averaged=row.averaged and row.name != name) for row in train_gpt.PARAMETERS]
-    monkeypatch.setattr(train_gpt, "PARAMETERS", rows)
-    assert refused() == "PARAMETERS: embed and head are averaged both or neither: they may be one matrix"
-
-
 @pytest.mark.parametrize("first", [1, 2, 4, 12])
 def test_what_is_sharded_is_shared_by_eight(monkeypatch, first):
     row = train_gpt.Row("p", "adam", sharded=True, lr=(1.0,), wd=0.0, betas=(0.9, 0.99))
@@ -161,9 +154,8 @@ def check_stages(*stages, **values):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-@pytest.mark.parametrize("untie", [False, True])
-def test_there_are_any_number_of_stages_and_the_extension(count, untie):
-    check_stages(*[ROW] * (count - 1), ROW._replace(untie=untie), LAST)
+def test_there_are_any_number_of_stages_and_the_extension(count):
+    check_stages(*[ROW] * count, LAST)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +164,6 @@ def test_there_are_any_number_of_stages_and_the_extension(count, untie):
         *[(stages, "STAGES ends with the extension") for stages in ([], [ROW], [LAST], [ROW, LAST, LAST], [LAST, ROW])],
         ([ROW, ROW._replace(share=0), LAST], "STAGES, row 2: share=0 must be positive"),
         ([ROW._replace(share=float("nan")), LAST], "STAGES, row 1: share=nan must be positive"),
-        ([ROW._replace(untie=True)] * 2 + [LAST], "STAGES: head and embedding untie in one row only"),
         ([ROW, LAST._replace(tokens=801)], "STAGES, row 2: tokens=801 must be a multiple of 8"),
         ([ROW._replace(tokens=0), LAST], "STAGES, row 1: tokens=0 must be a multiple of 8"),
         ([ROW, LAST._replace(max_seq_len=0)], "STAGES, row 2: max_seq_len=0 must be positive"),

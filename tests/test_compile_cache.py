@@ -18,7 +18,7 @@ EDITS = {
     "unchanged": [],
     "backward and a constant": [
         ("linear_relu2(grad_out, w_proj, hidden, 2.0)", "linear_relu2(grad_out, w_proj, hidden, 3.0)"),
-        ("return grad @ head.T, x.T @ grad, None, None", "return grad @ head.T, 5 * (x.T @ grad), None, None"),
+        ("return grad @ head, grad.T @ x, None, None", "return grad @ head, 5 * (grad.T @ x), None, None"),
         ("MAX_HIDDEN = 448 * FP8_HIDDEN", "MAX_HIDDEN = 1.0"),
     ],
     "an operator's result": [
@@ -58,7 +58,7 @@ def compile_all(folder: Path) -> None:
 
     torch.manual_seed(0)
     T, C, F, V = 32, 16, 64, 128
-    shapes = (T, C), (F, C), (F, C), (C, V)
+    shapes = (T, C), (F, C), (F, C), (V, C)
     inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
     targets, prefixes = (torch.randint(V, (n,), dtype=torch.int32) for n in (T, V))
     seen = []

@@ -169,14 +169,6 @@ def test_each_rank_keeps_its_share_of_the_state_and_together_that_of_one_process
         assert relative_error(torch.cat(slices), alone) < TOLERANCE
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_head_and_embedding_have_parted_by_the_end_on_every_rank(runs, size):
-    assert not any(rank["tied"] for rank in runs[size])
-    begin, end = runs[size][0]["begin"], runs[size][0]["end"]
-    assert torch.equal(begin["embed"], begin["head"].T)
-    assert relative_error(end["embed"], end["head"].T) > 1e-3  # while tied, the same bits
-
-
 def test_two_processes_in_bfloat16_hold_the_same_bits_and_reach_the_loss_of_one(tmp_path):
     small_run.write_text(tmp_path)
     alone = small_run.train(small_run.small_hyperparameters(tmp_path, dtype="bfloat16"), World())

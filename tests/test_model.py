@@ -231,7 +231,7 @@ def plain_output(p, inputs, gate_network=plain_gates):
 
 def plain_softmax(p, h, classes=slice(None)):
     """Probabilities of the tokens, (T, V), that add up to 1 over these classes."""
-    z = (23 * torch.sigmoid((h @ p["head"] + 5) / 7.5)).exp()
+    z = (23 * torch.sigmoid((h @ p["embed"].T + 5) / 7.5)).exp()
     return z / z[:, classes].sum(1, keepdim=True)
 
 
@@ -254,7 +254,7 @@ def plain_copying(p, h, targets):
 def plain_losses(p, inputs, targets, weights, gate_network=plain_gates, classes=None):
     """Loss by position; the last weight is that of the next token's prefix. classes: of the softmax, None for all."""
     h = plain_output(p, inputs, gate_network)
-    classes = range(p["head"].shape[1]) if classes is None else classes
+    classes = range(len(p["embed"])) if classes is None else classes
     softmax = plain_softmax(p, h, [*classes])
     own, copied = plain_copying(p, h, targets)
     next_token = own * softmax[range(T), targets.tolist()] + (copied * (targets[:, None] == targets)).sum(1)
@@ -397,13 +397,12 @@ def test_a_softmax_over_some_classes_leaves_out_the_others_and_prefixes_among_th
     expected = plain_losses(p, tokens[:-1], tokens[1:], TARGET_WEIGHTS, classes=classes)
     assert relative_error(losses, expected) < EXACT_TOLERANCE
     slopes = torch.randn(T, dtype=torch.float64)
-    model.head.grad = torch.ones_like(model.head)  # to which the gradient is added
+    model.embed.grad = torch.ones_like(model.embed)  # to which the gradient is added
     (losses * slopes).sum().backward()
-    gradients = torch.autograd.grad((expected * slopes).sum(), [p["head"], p["embed"]])
-    assert relative_error(model.head.grad - 1, gradients[0]) < EXACT_TOLERANCE
-    assert relative_error(model.embed.grad, gradients[1]) < EXACT_TOLERANCE
-    left_out = sorted({*range(model.head.shape[1])} - classes)
-    assert (model.head.grad[:, left_out] == 1).all()
+    (gradient,) = torch.autograd.grad((expected * slopes).sum(), [p["embed"]])
+    assert relative_error(model.embed.grad - 1, gradient) < EXACT_TOLERANCE
+    left_out = sorted({*range(len(model.embed))} - classes)
+    assert len(left_out) > 20 and (model.embed.grad[left_out] == 1).all()  # inputs are targets, but for the first
 
 
 def test_a_softmax_over_as_many_classes_as_there_are_is_the_whole_one():
@@ -502,7 +501,7 @@ def test_without_copying_there_are_no_parameters_of_it_and_losses_are_the_softma
     assert {*unset} == {"copy_qk", "copy_sentinel"} and not any(model.get_parameter(name).numel() for name in unset)
     logits = model.logits(batch_of(tokens[:-1], tokens[1:]), WINDOWS)
     h = plain_output(copies_of(model), tokens[:-1])
-    assert relative_error(logits, 23 * torch.sigmoid((h @ model.head + 5) / 7.5)) < EXACT_TOLERANCE
+    assert relative_error(logits, 23 * torch.sigmoid((h @ model.embed.T + 5) / 7.5)) < EXACT_TOLERANCE
     losses = losses_of(model, tokens[:-1], tokens[1:], weights=NEXT_TOKEN)
     assert relative_error(losses, F.cross_entropy(logits, tokens[1:].long(), reduction="none")) < EXACT_TOLERANCE
     losses.sum().backward()
@@ -745,7 +744,6 @@ def test_parameters_have_the_shapes_and_types_that_checkpoints_and_optimizer_exp
         "qk_bank": (attention * H + -attention * H % 8, 2 * D, C),  # banks in eights
         "vo_bank": (2 * attention + -2 * attention % 8, C, C),
         "mlp_bank": (mlps + -mlps % 4, 2, WIDE.mlp_ratio * C, C),
-        "head": (C, 1024),
         "embed": (1024, C),
         "value_embeds": (values * 1024, C),
     }
@@ -814,11 +812,10 @@ def test_what_copying_looks_for_starts_normal_with_one_over_root_width(wide_mode
     assert weights.abs().max() > WIDE.model_dim**-0.5 * 3.5  # not uniform
 
 
-def test_head_starts_normal_and_the_embedding_as_its_transpose(wide_model):
-    head = wide_model.head.detach().float()
-    assert head.std().item() == pytest.approx(0.005, rel=0.02)
-    assert head.abs().max() > 0.005 * 3.5  # not uniform
-    assert torch.equal(wide_model.embed, wide_model.head.T)
+def test_the_embedding_which_is_the_head_too_starts_normal(wide_model):
+    embed = wide_model.embed.detach().float()
+    assert embed.std().item() == pytest.approx(0.005, rel=0.02)
+    assert embed.abs().max() > 0.005 * 3.5  # not uniform
 
 
 def test_an_untrained_model_predicts_almost_uniformly():

@@ -36,7 +36,7 @@ HP = Hyperparameters(
     val_batch_size=8 * 16,
     stages=(train_gpt.STAGES[0]._replace(tokens=8 * 16),),
 )
-STEPS, UNTIE_STEP = 10, 5
+STEPS = 10
 
 # In relative norm. The formulas themselves, both in float64; measured 2e-14.
 EXACT_TOLERANCE = 1e-12
@@ -53,13 +53,11 @@ SINGULAR_VALUES = 0.8, 1.2
 POLAR_TOLERANCE = 0.15
 # Polar Express in bfloat16 against float64, norms of whole matrices; measured 2.6e-3.
 BF16_NORM_TOLERANCE = 1e-2
-NEVER = 10**9
 
 # That of the n-grams: see test_ngram.py
 ROWS = {row.name: row for row in rows_in_use() if row.algorithm != "rowwise"}
 ADAM = [name for name, row in ROWS.items() if row.algorithm == "adam"]
 BANKS = [name for name in ROWS if name not in ADAM]
-TABLES = ["head", "embed"]
 
 
 @pytest.fixture(autouse=True)
@@ -68,17 +66,16 @@ def seed():
 
 
 def random_model(dtype=torch.float32):
-    """None of whose parameters is zero; the embedding is the head's transpose."""
+    """None of whose parameters is zero."""
     model = GPT(HP, CPU, dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.1)
-        model.embed.copy_(model.head.T)
     return model
 
 
-def optimizer_of(model, untie_step=NEVER, **overrides):
-    return Optimizer(model, replace(HP, **overrides), World(), untie_step)
+def optimizer_of(model, **overrides):
+    return Optimizer(model, replace(HP, **overrides), World())
 
 
 def random_gradients(model):
@@ -201,7 +198,7 @@ def plain_run(start, gradients):
     start = {name: p.double() for name, p in start.items()}
     adams = {name: PlainAdam(start[name], ROWS[name]) for name in ADAM}
     banks = {name: plain_bank(name, start[name]) for name in BANKS}
-    after, waiting, tied = [], {name: 0.0 for name in ADAM}, True
+    after, waiting = [], {name: 0.0 for name in ADAM}
     for step, new in enumerate(gradients):
         factor, momentum = schedule_of(step)
         for name in BANKS:
@@ -210,17 +207,8 @@ def plain_run(start, gradients):
         waiting = {name: waiting[name] + new[name].double() for name in ADAM}
         if step % 2:
             for name, adam in adams.items():
-                if name == "head" and tied:
-                    adam.step(waiting["head"] + waiting["embed"].T, factor)
-                elif name != "embed" or not tied:
-                    adam.step(waiting[name], factor)
+                adam.step(waiting[name], factor)
             waiting = {name: 0.0 for name in ADAM}
-            if tied:
-                head, embed = adams["head"], adams["embed"]
-                embed.p = head.p.T
-                if step >= UNTIE_STEP:
-                    tied = False
-                    embed.m, embed.v, embed.t = head.m.T, head.v.T, head.t
         values = {name: adam.p for name, adam in adams.items()}
         values.update({n: torch.stack([m.p for m in banks[n]]).view(start[n].shape) for n in BANKS})
         after.append(values)
@@ -232,7 +220,7 @@ def both_runs():
     """Start, and parameters after each step: of the optimizer and of the plain formulas."""
     torch.manual_seed(1)
     model = random_model()
-    optimizer = optimizer_of(model, UNTIE_STEP)
+    optimizer = optimizer_of(model)
     start, after = values_of(model), []
     gradients = [random_gradients(model) for _ in range(STEPS)]
     for step, new in enumerate(gradients):
@@ -323,11 +311,10 @@ def test_the_first_adam_update_moves_by_the_learning_rate_at_whatever_step(step)
     add_gradients(model, gradients)
     optimizer.step(step, 0.5, 0.9)
     for name in ADAM:
-        if name not in TABLES:
-            moved = model.get_parameter(name) - before[name]
-            # with t = 1 the corrections leave g / |g|
-            expected = -0.008 * 0.5 * multipliers_along(ROWS[name].lr, moved) * gradients[name].sign()
-            assert relative_error(moved, expected) < step_tolerance(before[name], expected), name
+        moved = model.get_parameter(name) - before[name]
+        # with t = 1 the corrections leave g / |g|
+        expected = -0.008 * 0.5 * multipliers_along(ROWS[name].lr, moved) * gradients[name].sign()
+        assert relative_error(moved, expected) < step_tolerance(before[name], expected), name
 
 
 def test_adam_decays_by_the_learning_rate_squared_and_only_where_the_update_shrinks_the_value():
@@ -363,65 +350,6 @@ def test_adams_moments_are_float32_whatever_the_parameters_type():
     for name in ADAM:
         algorithm = optimizer.slots[name].algorithm
         assert algorithm.m.dtype == algorithm.v.dtype == torch.float32
-
-
-# ---------------------------------------------------------------------------- head and embedding
-
-
-def test_the_embedding_is_the_heads_transpose_until_they_part():
-    model = random_model()
-    optimizer = optimizer_of(model, untie_step=5)
-    for step in range(8):
-        add_gradients(model, random_gradients(model))
-        optimizer.step(step, *schedule_of(step))
-        assert torch.equal(model.embed, model.head.T) == (step < 7), step  # the untying step itself is still tied
-        assert optimizer.tied == (step < 5)
-
-
-def test_tied_weights_learn_from_the_sum_of_both_gradients():
-    as_given, summed = random_model(), random_model()
-    summed.load_state_dict(as_given.state_dict())
-    optimizers = optimizer_of(as_given), optimizer_of(summed)
-    gradients = random_gradients(as_given)
-    add_gradients(as_given, gradients)
-    add_gradients(summed, {"head": gradients["head"] + gradients["embed"].T})
-    before = as_given.head.detach().clone()
-    for optimizer in optimizers:
-        optimizer.step(1, 1.0, 0.9)
-    assert torch.equal(as_given.head, summed.head) and not torch.equal(as_given.head, before)
-    assert torch.equal(as_given.embed, summed.embed)
-
-
-def test_the_embedding_goes_on_with_a_copy_of_the_heads_state():
-    model = random_model()
-    optimizer = optimizer_of(model, untie_step=3)
-    for step in range(4):
-        add_gradients(model, random_gradients(model))
-        optimizer.step(step, *schedule_of(step))
-    head, embed = (optimizer.slots[name].algorithm for name in TABLES)
-    assert torch.equal(embed.m, head.m.T) and torch.equal(embed.v, head.v.T) and head.m.any() and head.v.any()
-    assert embed.updates == head.updates == 2
-    # The same gradient moves both alike: nothing else of the state is missing.
-    same = torch.randn_like(model.head)
-    add_gradients(model, {"head": same, "embed": same.T})
-    optimizer.step(5, *schedule_of(5))
-    assert torch.equal(model.embed, model.head.T) and embed.updates == head.updates == 3
-    # A gradient of the embedding's alone is the embedding's alone.
-    before = head.m.clone()
-    add_gradients(model, {"embed": torch.randn_like(model.embed)})
-    optimizer.step(7, *schedule_of(7))
-    assert torch.equal(head.m, ROWS["head"].betas[0] * before) and not torch.equal(embed.m, head.m.T)
-    assert not torch.equal(model.embed, model.head.T)
-
-
-def test_weights_that_have_parted_share_no_memory():
-    model = random_model()
-    optimizer = optimizer_of(model, untie_step=1)
-    add_gradients(model, random_gradients(model))
-    optimizer.step(1, 1.0, 0.9)
-    head, embed = (optimizer.slots[name] for name in TABLES)
-    for a, b in ((head.p, embed.p), (head.algorithm.m, embed.algorithm.m), (head.algorithm.v, embed.algorithm.v)):
-        assert a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()
 
 
 # ---------------------------------------------------------------------------- NorMuon
@@ -713,7 +641,7 @@ def test_reset_forgets_everything(dtype):
     model = random_model(dtype)
     start = values_of(model)
     gradients = [random_gradients(model) for _ in range(6)]
-    optimizer = optimizer_of(model, untie_step=3)
+    optimizer = optimizer_of(model)
 
     def run(optimizer):
         for step, new in enumerate(gradients):
@@ -725,9 +653,8 @@ def test_reset_forgets_everything(dtype):
     first = run(optimizer)
     add_gradients(model, gradients[0])  # gradients left lying are forgotten too
     stepped = [state for (name, _), state in first.states.items() if name in ROWS]
-    assert not optimizer.tied and all(torch.as_tensor(state).any() for state in stepped)
+    assert all(torch.as_tensor(state).any() for state in stepped)
     optimizer.reset()
-    assert optimizer.tied
     assert not any(torch.as_tensor(state).any() for state in states_of(optimizer).values())
     assert not any(slot.p.grad.any() for slot in optimizer.slots.values())
     model.load_state_dict(start, strict=False)  # but for empty parameters
@@ -744,13 +671,13 @@ def test_reset_forgets_everything(dtype):
 @pytest.mark.parametrize(
     "name, value, words",
     [
-        ("tied", None, r"tied in the checkpoint is no whole number \(None\)"),
+        ("embed.updates", None, r"embed.updates in the checkpoint is no whole number \(None\)"),
         ("embed.updates", "3", r"embed.updates in the checkpoint is no whole number \('3'\)"),
-        ("head.m", 3, r"head.m in the checkpoint is no tensor \(3\), this program's part \(32, 128\) in torch.float32"),
+        ("embed.m", 3, r"embed.m in the checkpoint is no tensor \(3\), this program's part \(128, 32\) in"),
         (
-            "head.v",
-            torch.zeros(32, 64),
-            r"head.v in the checkpoint is \(32, 64\) in torch.float32, this program's part",
+            "embed.v",
+            torch.zeros(64, 32),
+            r"embed.v in the checkpoint is \(64, 32\) in torch.float32, this program's part",
         ),
         ("gate_out.v", None, r"gate_out.v in the checkpoint is no tensor \(None\)"),
         ("other.m", 1, "the checkpoint has states that this program has not: other.m"),

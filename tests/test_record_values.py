@@ -46,11 +46,6 @@ def test_stages_are_shares_rounded_down_and_the_last_has_the_rest():
         assert schedule.starts == (0, first, 2 * first, 2 * first + third, scheduled)
 
 
-def test_embedding_and_head_untie_at_the_first_odd_step_of_stage_3():
-    for scheduled, step in ((2576, 1473), (644, 369), (1512, 865), (1522, 869), (7, 5), (11, 7)):
-        assert TrainingSchedule(Hyperparameters(num_scheduled_iterations=scheduled)).untie_step == step
-
-
 def test_the_batch_grows_once_from_65536_tokens_to_twice_that():
     assert [stage.tokens for stage in STAGES] == [65_536, *4 * [131_072]]
     tokens = sum(SPEEDRUN.stage(step).tokens for step in range(2672))
@@ -89,8 +84,8 @@ def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_515_to_thr
     assert {SPEEDRUN.lr(step) for step in (2576, 2640, 2671)} == {0.3}
 
 
-def test_matrices_head_and_embedding_end_as_their_average_over_every_fourth_of_the_last_267_steps():
-    assert [row.name for row in PARAMETERS if row.averaged] == ["embed", "head", "qk_bank", "vo_bank", "mlp_bank"]
+def test_matrices_and_the_embedding_end_as_their_average_over_every_fourth_of_the_last_267_steps():
+    assert [row.name for row in PARAMETERS if row.averaged] == ["embed", "qk_bank", "vo_bank", "mlp_bank"]
     weights = {step: weight for step in range(2672) if (weight := SPEEDRUN.average_weight(step))}
     assert [*weights] == [*range(2407, 2672, 4)]
     assert weights.pop(2407) == 1 and {*weights.values()} == {8 / 267}
@@ -164,7 +159,6 @@ def test_parameters_have_the_records_shapes():
         "qk_bank": (64, 256, 768),  # ten layers' three pairs of heads, for queries and keys
         "vo_bank": (24, 768, 768),
         "mlp_bank": (12, 2, 3072, 768),
-        "head": (768, 50304),
         "embed": (50304, 768),
         "value_embeds": (4 * 50304, 768),
     }
@@ -188,14 +182,13 @@ def test_each_parameter_has_its_algorithm_and_multipliers():
         "copy_sentinel": ("adam", False, (0.05,), 1, (0.9, 0.99)),
         "value_embeds": ("adam", True, (75,), 5, (0.75, 0.95)),
         "embed": ("adam", True, (1,), 150, (0.5, 0.95)),
-        "head": ("adam", True, (1,), 150, (0.5, 0.95)),
         "qk_bank": ("normuon", True, (1,), 1, None),
         "vo_bank": ("normuon", True, (1,), 1, None),
         "mlp_bank": ("normuon", True, (1, 2), 1, None),  # W_fc, W_proj
         "ngrams": ("rowwise", True, (70,), 5, (0, 0.95)),
     }
     # the longest updates behind those of the tables, among them what waits and is waited for, then short messages
-    tables, banks = ["value_embeds", "embed", "head"], ["qk_bank", "ngrams", "vo_bank", "mlp_bank"]
+    tables, banks = ["value_embeds", "embed"], ["qk_bank", "ngrams", "vo_bank", "mlp_bank"]
     small = ["scalars", "gate_in", "gate_out", "gate_bias", "copy_qk", "copy_sentinel"]
     assert [row.name for row in PARAMETERS] == [*tables, *banks, *small]
     assert train_gpt.NGRAM_FACTORS == {2: (36313, 27191), 3: (17351, 60961, 45259)}

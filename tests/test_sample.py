@@ -135,8 +135,8 @@ def test_loading_leaves_random_numbers_and_gradients_and_processes_alone(last):
         (dict(hyperparameters=dict(more=1)), "its hyperparameters are none of this program's"),
         (dict(hyperparameters=dict(val_steps=("x",))), "its hyperparameters are none of this program's"),
         (dict(stages=[]), "the run had other STAGES"),
-        (dict(model=dict(head=None)), "in the checkpoint is no tensor"),
-        (dict(model=dict(head=torch.ones(3, 3))), "in the checkpoint is (3, 3)"),
+        (dict(model=dict(embed=None)), "in the checkpoint is no tensor"),
+        (dict(model=dict(embed=torch.ones(3, 3))), "in the checkpoint is (3, 3)"),
     ],
 )
 def test_a_checkpoint_of_another_program_is_refused_by_name(last, tmp_path, changes, words):

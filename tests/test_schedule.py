@@ -1,4 +1,4 @@
-"""What depends on the step alone: stages, learning rate, momentum, windows, multi-token weights, untying.
+"""What depends on the step alone: stages, learning rate, momentum, windows, multi-token weights.
 
 On tables of one to five rows of its own; the record's values stand in test_record_values.py.
 """
@@ -9,7 +9,7 @@ from train_gpt import Hyperparameters, TrainingSchedule, TrainingStage
 
 FIRST = TrainingStage(2, 800, 1, 3, 1.0, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0))
 SECOND = TrainingStage(1, 1600, 3, 7, 1.5, (1.0, 0.5), (1.0, 0.0))
-THIRD = TrainingStage(1, 2400, 5, 11, 1.7, (1.0,), (1.0,), untie=True)
+THIRD = TrainingStage(1, 2400, 5, 11, 1.7, (1.0,), (1.0,))
 EXTENSION = TrainingStage(None, 2400, 6, 13, 1.7, (1.0,), (1.0,))
 THREE = (FIRST, SECOND, THIRD, EXTENSION)
 LAST = 10  # steps of the extension
@@ -80,19 +80,6 @@ def test_windows_are_counted_in_blocks():
     schedule = schedule_of(*THREE, window_block=16)
     assert schedule.windows(0) == {"short": 16, "long": 48}
     assert schedule.window_tokens(2, 5) == {"short": 32, "long": 80}
-
-
-@pytest.mark.parametrize("untie, step", [(0, 1), (1, 201), (2, 301), (3, 401)])
-def test_head_and_embedding_untie_at_the_first_odd_step_of_the_stage_that_says_so(untie, step):
-    stages = [stage._replace(untie=i == untie) for i, stage in enumerate(THREE)]
-    assert schedule_of(*stages).untie_step == step
-    assert schedule_of(*stages, scheduled=404).untie_step == {201: 203, 301: 303, 401: 405}.get(step, step)
-
-
-def test_without_a_stage_that_says_so_they_untie_at_no_step_of_the_run():
-    for extension in (0, 9, 10):
-        schedule = schedule_of(*with_shares(1, 1), num_extension_iterations=extension)
-        assert schedule.untie_step >= schedule.hp.total_steps
 
 
 # ---------------------------------------------------------------------------- the same run in small

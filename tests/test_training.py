@@ -70,7 +70,7 @@ def everything_of(trainer):
                 out[f"{name}.{state}"] = value
     yarn = trainer.model.yarn
     out.update({"yarn.frequencies": yarn.frequencies, "yarn.cos": yarn.cos, "yarn.sin": yarn.sin})
-    out.update({"yarn.scale": yarn.scale, "tied": trainer.optimizer.tied, "stage_index": trainer.stage_index})
+    out.update({"yarn.scale": yarn.scale, "stage_index": trainer.stage_index})
     return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in out.items()}
 
 
@@ -144,15 +144,15 @@ in_both_types = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_warm_up_puts_back_every_bit(runs, dtype):
     warm = runs[dtype].warm
     assert different(warm.before, warm.after) == set()
-    # The comparison means something: until the optimizer's reset, states, frequencies, the stage and the tie were
-    # others. (Parameters are back by then, and every step clears its gradients.)
+    # The comparison means something: until the optimizer's reset, states, frequencies and the stage were others.
+    # (Parameters are back by then, and every step clears its gradients.)
     yarn = {f"yarn.{name}" for name in ("frequencies", "scale", "cos", "sin")}
-    assert {*yarn, "stage_index", "tied"} <= warm.changed
+    assert {*yarn, "stage_index"} <= warm.changed
     further_bits = ("low_bits",) if dtype == "bfloat16" else ()
     for row in rows_in_use():  # moments of a gradient that is zero at first stay zero
         states = ("m", "second_moment", *further_bits) if row.algorithm == "normuon" else ("updates",)
         assert {f"{row.name}.{state}" for state in states} <= warm.changed
-    assert {"head.m", "head.v", "embed.m", "scalars.v", "ngrams", "ngrams.v", "ngrams.last"} <= warm.changed
+    assert {"embed.m", "embed.v", "scalars.v", "ngrams", "ngrams.v", "ngrams.last"} <= warm.changed
 
 
 @in_both_types
@@ -193,7 +193,7 @@ def test_validation_sees_as_far_as_training_has_so_far_and_the_final_one_further
 
 def test_bfloat16_follows_float32(runs):
     narrow, wide = runs["bfloat16"].cold, runs["float32"].cold
-    assert narrow.trainer.model.head.dtype == torch.bfloat16 and wide.trainer.model.head.dtype == torch.float32
+    assert narrow.trainer.model.embed.dtype == torch.bfloat16 and wide.trainer.model.embed.dtype == torch.float32
     for ours, theirs in zip(narrow.losses, wide.losses, strict=True):
         assert abs(ours - theirs) < BF16_LOSS_TOLERANCE
     assert wide.losses[-1] < wide.losses[0] - 0.3
@@ -273,7 +273,7 @@ def test_a_micro_batch_of_too_many_different_targets_takes_all_classes_past_the_
         whole, same = trainer_with_classes(folder, 0)
         whole.add_gradients(0, same)
         assert replayed == [] and different(gradients_of(whole), gradients_of(trainer)) == set()
-        assert "head.grad" in different(unused, gradients_of(trainer))
+        assert "embed.grad" in different(unused, gradients_of(trainer))
 
 
 def test_of_a_step_only_the_micro_batches_without_classes_go_past_the_graph(folder):
