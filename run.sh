@@ -48,7 +48,7 @@ fi
 
 if [ "${1:-}" = test ]; then
     shift
-    exec "$PYTHON" -m pytest "$@"
+    exec "$PYTHON" -m pytest --numprocesses=auto --dist=loadfile "$@" # how many: see tests/conftest.py
 fi
 
 case " $* " in

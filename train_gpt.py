@@ -1070,12 +1070,6 @@ class Lookup(torch.autograd.Function):
         return None, None, None
 
 
-def places_in(classes: Tensor, tokens: Tensor) -> Tensor:
-    """The index of each token in the ascending classes (P,); -1 for one that is none of them."""
-    places = torch.searchsorted(classes, tokens, out_int32=True).clamp(max=len(classes) - 1)
-    return torch.where(classes[places] == tokens, places, -1)
-
-
 # ---------------------------------------------------------------------------- Adam by rows, for the table of n-grams
 # A step looks up few of millions of rows: only these move. A row has one second moment for all its numbers, as in
 # FBGEMM's PARTIAL_ROWWISE_ADAM for embedding tables, and no first moment.
@@ -1838,7 +1832,10 @@ def all_targets(targets, left, n: int, prefixes, classes) -> Tensor:
     """
     ahead = [torch.where(left >= k, targets.roll(-k), -1) for k in range(n - (prefixes is not None))]
     rows = torch.stack(ahead if prefixes is None else [*ahead, prefixes[targets]])
-    return rows if classes is None else places_in(classes, rows)
+    if classes is None:
+        return rows
+    places = torch.searchsorted(classes, rows, out_int32=True).clamp(max=len(classes) - 1)
+    return torch.where(classes[places] == rows, places, -1)
 
 
 def copy_inputs(x, qk, sentinel_weight, gain, bias):
