@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "records")]
 
 
 def pytest_xdist_auto_num_workers(config):
-    """How many processes `./run.sh test` shares the files out to: at most 4, of 1 GB each; on a GPU it runs them all."""
+    """How many processes `./run.sh test` shares the files out to: at most 4, of 1 GB each; with a GPU one."""
     return 0 if torch.cuda.is_available() else min(os.cpu_count() or 1, 4)
 
 
