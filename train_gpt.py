@@ -1070,6 +1070,57 @@ class Lookup(torch.autograd.Function):
         return None, None, None
 
 
+# ---------------------------------------------------------------------------- Adam
+# A kernel, as torch.compile would take half a second in every start for the shape of each parameter.
+
+
+def adam_reference(p, grad, m, v, multipliers, lr: float, correction: float, beta1, beta2, eps: float, wd: float):
+    """One Adam step with cautious weight decay, in place. m, v float32; the learning rate is lr times `multipliers`.
+
+    multipliers broadcasts over p from its first dimension, (1, 1, ...) or (n, 1, ...); `correction` is for both biases.
+    """
+    grad, lr = grad.to(m.dtype), lr * multipliers
+    m.lerp_(grad, 1 - beta1)
+    v.lerp_(grad.square(), 1 - beta2)
+    update = lr * correction * m / (v.sqrt() + eps)
+    master = p.to(m.dtype)
+    # Decay only where it points the way the update goes anyway (cautious weight decay, arXiv 2510.12402).
+    update = update + torch.where(update * master > 0, lr * lr * wd * master, 0)
+    p.copy_(master - update)
+
+
+@triton.jit
+def adam_kernel(
+    p_ptr, grad_ptr, m_ptr, v_ptr, multipliers_ptr, n, blocks, lr, correction, beta1, beta2, eps, wd,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One of the `blocks` blocks of n numbers that share a multiplier."""
+    part, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside, i = i < n, part * n + i
+    grad = tl.load(grad_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    m, v = tl.load(m_ptr + i, mask=inside, other=0.0), tl.load(v_ptr + i, mask=inside, other=0.0)
+    master = tl.load(p_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    m += (1 - beta1) * (grad - m)
+    v += (1 - beta2) * (grad * grad - v)
+    lr *= tl.load(multipliers_ptr + part)
+    u = lr * correction * m / (tl.sqrt(v) + eps)
+    u += tl.where(u * master > 0, lr * lr * wd * master, 0.0)
+    tl.store(m_ptr + i, m, mask=inside)
+    tl.store(v_ptr + i, v, mask=inside)
+    tl.store(p_ptr + i, (master - u).to(p_ptr.dtype.element_ty), mask=inside)
+
+
+def adam_triton(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, multipliers: Tensor, *numbers: float) -> None:
+    """adam_reference in one kernel, for contiguous tensors of less than 2^31 numbers."""
+    parts, BLOCK = len(multipliers), 1024
+    n = p.numel() // parts
+    blocks = triton.cdiv(n, BLOCK)
+    adam_kernel[(parts * blocks,)](p, grad, m, v, multipliers, n, blocks, *numbers, BLOCK, num_warps=4)
+
+
+adam = switch(adam_triton, adam_reference)
+
+
 # ---------------------------------------------------------------------------- Adam by rows, for the table of n-grams
 # A step looks up few of millions of rows: only these move. A row has one second moment for all its numbers, as in
 # FBGEMM's PARTIAL_ROWWISE_ADAM for embedding tables, and no first moment.
@@ -1080,7 +1131,7 @@ def update_rows_reference(p, v, last, rows, grad, update: int, beta2: float, lr:
 
     p (N, C), v (N,) float32, rows (n,), none twice, grad (n, C) float32. lr includes v's bias correction, decay is
     a factor by itself. `update` is the number of this update, last (N,) int32 that of each row's latest: in between a
-    row does not move, and the decay of v that it has missed is made up for. Cautious weight decay as in adam_update.
+    row does not move, and the decay of v that it has missed is made up for. Cautious weight decay as in adam_reference.
     """
     mean_square, master = grad.square().mean(1), p[rows].to(grad.dtype)
     v[rows] = v[rows] * beta2 ** (update - last[rows]) + (1 - beta2) * mean_square
@@ -2125,18 +2176,6 @@ def split_bits(master: Tensor) -> tuple[Tensor, Tensor]:
     return (bits >> 16).to(torch.int16).view(torch.bfloat16), (bits & 0xFFFF).to(torch.uint16)
 
 
-def adam_update(p, grad, m, v, beta1: float, beta2: float, eps: float, lr, correction, wd: float):
-    """One Adam step with cautious weight decay, in place. m, v float32; lr broadcasts over p; bias correction 0-d."""
-    grad = grad.to(m.dtype)
-    m.lerp_(grad, 1 - beta1)
-    v.lerp_(grad.square(), 1 - beta2)
-    update = lr * correction * m / (v.sqrt() + eps)
-    master = p.to(m.dtype)
-    # Decay only where it points the way the update goes anyway (cautious weight decay, arXiv 2510.12402).
-    update = update + torch.where(update * master > 0, lr * lr * wd * master, 0)
-    p.copy_(master - update)
-
-
 def nesterov(grad, m, momentum, out_dtype: torch.dtype):
     """Nesterov momentum: moves m (float32) towards the gradient, in place, and returns the look-ahead; momentum 0-d."""
     grad = grad.to(m.dtype)
@@ -2199,16 +2238,15 @@ class Adam(Algorithm):
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
         super().__init__(row, hp, slice, first)
-        self.apply, self.updates = compiled(adam_update), 0
+        self.updates = 0
         self.m, self.v = (torch.zeros_like(slice, dtype=torch.float32) for _ in range(2))
 
     def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
         self.updates += 1
         beta1, beta2 = self.row.betas
-        lr = self.multipliers * (self.hp.adam_lr * lr_factor)
-        correction = torch.tensor((1 - beta2**self.updates) ** 0.5 / (1 - beta1**self.updates))
-        wd = self.hp.adam_wd * self.row.wd
-        self.apply(self.p, grad, self.m, self.v, beta1, beta2, self.hp.adam_eps, lr, correction, wd)
+        correction = (1 - beta2**self.updates) ** 0.5 / (1 - beta1**self.updates)
+        numbers = self.hp.adam_lr * lr_factor, correction, beta1, beta2, self.hp.adam_eps, self.hp.adam_wd * self.row.wd
+        adam(self.p, grad, self.m, self.v, self.multipliers, *numbers)
         return grad
 
 

@@ -30,12 +30,12 @@ import torch
 if TYPE_CHECKING:  # for hints alone
     from train_gpt import GPT, Log, StepBatch, Trainer
 
-UNTIMED_STEPS, PROFILED_STEPS = 2, 2  # at a stage's start, among them the untying; an even and an odd one
+UNTIMED_STEPS, PROFILED_STEPS = 2, 2  # at a stage's start; an even and an odd one
 # Category of a kernel by its name, the first that matches; on a CPU, of an operator by the names of those it runs in.
 # What Optimizer.step launches is the optimizer's whatever its name, unless it communicates.
 KERNEL_CATEGORIES = {
     "communication": r"(?i)nccl|gloo|c10d::",
-    "optimizer": r"symmetric_product|update_rows",
+    "optimizer": r"symmetric_product|update_rows|adam_kernel",
     "loss": r"cross_entropy|HeadLoss(?!.*mm\b)|\bcopy_(kernel|backward)",
     "attention": r"flash|attention|split_heads",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|linear_relu2|aten::\w*mm\b",

@@ -72,6 +72,8 @@ def main() -> None:
         train_gpt.linear_relu2_triton(bf16(T, C).to(dtype), weight.to(dtype), hidden.to(dtype))
     for gate in (None, bf16(T, H)):
         train_gpt.add_rows_triton(number(V, C), index(T), index(T), bf16(T, C), gate)
+    for p, n in ((bf16(V, C), 1), (number(V), V)):
+        train_gpt.adam_triton(p, *(number(*p.shape) for _ in range(3)), number(n), 0.1, 1.0, 0.9, 0.99, 1e-10, 0.1)
     rows = number(V), index(V), index(T), number(T, C)
     train_gpt.update_rows_triton(bf16(V, C), *rows, 7, 0.95, 0.1, 0.1, 1e-10)
     train_gpt.cross_entropy_triton(bf16(T, V), index(3, T))

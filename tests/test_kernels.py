@@ -1093,6 +1093,28 @@ def test_add_rows_kernel_adds_each_rows_sum_once(heads, C, rows, device, dtype):
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
+# ---------------------------------------------------------------------------- Adam
+
+
+@pytest.mark.parametrize("shape, parts", [((5, 700, 3), 5), ((40, 100), 1), ((67,), 67), ((3,), 1)])
+@pytest.mark.parametrize("wide", [False, True], ids=["gradient-as-parameter", "gradient-in-float32"])
+@on_each_device
+def test_adams_kernel_does_what_its_reference_does(wide, shape, parts, device, dtype):
+    p, v = 0.1 * torch.randn(shape), torch.rand(shape)
+    m, grad = torch.randn(2, *shape)
+    multipliers = (1.0 + torch.arange(parts)).view(parts, *[1] * (len(shape) - 1)) / parts
+    start = [t.to(device) for t in (p.to(dtype), grad.to(torch.float32 if wide else dtype), m, v, multipliers)]
+    ours, theirs = ([t.clone() for t in start] for _ in range(2))
+    numbers = 0.02, 0.3, 0.6, 0.95, 1e-10, 20.0  # in which the decay is a fifth of the largest updates
+    train_gpt.adam_triton(*ours, *numbers)
+    train_gpt.adam_reference(*theirs, *numbers)
+    # p is rounded to its type; gradient and multipliers don't change.
+    changes = max(1e-6, 1.1 * torch.finfo(dtype).eps), 0, 1e-6, 1e-6, 0
+    for before, out, ref, tolerance in zip(start, ours, theirs, changes, strict=True):
+        assert torch.equal(ref, before) == (tolerance == 0)
+        assert (out.double() - ref.double()).abs().max() <= tolerance * ref.double().abs().max()
+
+
 # ---------------------------------------------------------------------------- the whole model on a GPU
 
 
