@@ -1070,8 +1070,8 @@ class Lookup(torch.autograd.Function):
         return None, None, None
 
 
-# ---------------------------------------------------------------------------- Adam
-# A kernel, as torch.compile would take half a second in every start for the shape of each parameter.
+# ---------------------------------------------------------------------------- Adam, and momentum for NorMuon
+# Kernels, as torch.compile would take half a second in every start for the shape of each parameter.
 
 
 def adam_reference(p, grad, m, v, multipliers, lr: float, correction: float, beta1, beta2, eps: float, wd: float):
@@ -1119,6 +1119,35 @@ def adam_triton(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, multipliers: Tens
 
 
 adam = switch(adam_triton, adam_reference)
+
+
+def nesterov_reference(grad: Tensor, m: Tensor, momentum: float, out_dtype: torch.dtype) -> Tensor:
+    """Nesterov momentum: moves m (float32) towards the gradient, in place, and returns the look-ahead."""
+    grad = grad.to(m.dtype)
+    m += (grad - m) * (1 - momentum)
+    return (grad + (m - grad) * momentum).to(out_dtype)
+
+
+@triton.jit
+def nesterov_kernel(grad_ptr, m_ptr, out_ptr, n, momentum, BLOCK: tl.constexpr):
+    """BLOCK of n numbers."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    grad = tl.load(grad_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(m_ptr + i, mask=inside, other=0.0)
+    m += (grad - m) * (1 - momentum)
+    tl.store(m_ptr + i, m, mask=inside)
+    tl.store(out_ptr + i, (grad + (m - grad) * momentum).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def nesterov_triton(grad: Tensor, m: Tensor, momentum: float, out_dtype: torch.dtype) -> Tensor:
+    """nesterov_reference in one kernel, for contiguous tensors of less than 2^31 numbers."""
+    out, BLOCK = torch.empty_like(m, dtype=out_dtype), 1024
+    nesterov_kernel[(triton.cdiv(m.numel(), BLOCK),)](grad, m, out, m.numel(), momentum, BLOCK, num_warps=4)
+    return out
+
+
+nesterov = switch(nesterov_triton, nesterov_reference)
 
 
 # ---------------------------------------------------------------------------- Adam by rows, for the table of n-grams
@@ -2176,13 +2205,6 @@ def split_bits(master: Tensor) -> tuple[Tensor, Tensor]:
     return (bits >> 16).to(torch.int16).view(torch.bfloat16), (bits & 0xFFFF).to(torch.uint16)
 
 
-def nesterov(grad, m, momentum, out_dtype: torch.dtype):
-    """Nesterov momentum: moves m (float32) towards the gradient, in place, and returns the look-ahead; momentum 0-d."""
-    grad = grad.to(m.dtype)
-    m += (grad - m) * (1 - momentum)
-    return (grad + (m - grad) * momentum).to(out_dtype)
-
-
 def normuon_update(p, low_bits, u, second_moment, beta2: float, lr_eff, decay):
     """Variance reduction (NorMuon, arXiv 2510.05491) of u (N, rows, columns), cautious decay and the step, in place.
 
@@ -2257,7 +2279,7 @@ class NorMuon(Algorithm):
 
     def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
         super().__init__(row, hp, slice, first)
-        self.look_ahead, self.apply = compiled(nesterov), compiled(normuon_update)
+        self.apply = compiled(normuon_update)
         N, rows, columns = slice.shape
         self.m = torch.zeros_like(slice, dtype=torch.float32)
         shape = (N, rows, 1) if rows >= columns else (N, 1, columns)
@@ -2269,7 +2291,7 @@ class NorMuon(Algorithm):
 
     def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
         lr = self.hp.muon_lr * lr_factor
-        ahead = self.look_ahead(grad, self.m, torch.tensor(momentum), self.p.dtype)
+        ahead = nesterov(grad, self.m, momentum, self.p.dtype)
         lr_eff, decay = self.multipliers * lr, torch.tensor(lr * self.hp.muon_wd * self.row.wd)
         u = polar_express(ahead)
         self.apply(self.p, self.low_bits, u, self.second_moment, self.hp.muon_beta2, lr_eff, decay)

@@ -74,6 +74,7 @@ def main() -> None:
         train_gpt.add_rows_triton(number(V, C), index(T), index(T), bf16(T, C), gate)
     for p, n in ((bf16(V, C), 1), (number(V), V)):
         train_gpt.adam_triton(p, *(number(*p.shape) for _ in range(3)), number(n), 0.1, 1.0, 0.9, 0.99, 1e-10, 0.1)
+    train_gpt.nesterov_triton(bf16(2, C, C), number(2, C, C), 0.9, torch.bfloat16)
     rows = number(V), index(V), index(T), number(T, C)
     train_gpt.update_rows_triton(bf16(V, C), *rows, 7, 0.95, 0.1, 0.1, 1e-10)
     train_gpt.cross_entropy_triton(bf16(T, V), index(3, T))

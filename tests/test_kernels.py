@@ -1093,7 +1093,7 @@ def test_add_rows_kernel_adds_each_rows_sum_once(heads, C, rows, device, dtype):
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-# ---------------------------------------------------------------------------- Adam
+# ---------------------------------------------------------------------------- Adam, and momentum for NorMuon
 
 
 @pytest.mark.parametrize("shape, parts", [((5, 700, 3), 5), ((40, 100), 1), ((67,), 67), ((3,), 1)])
@@ -1113,6 +1113,16 @@ def test_adams_kernel_does_what_its_reference_does(wide, shape, parts, device, d
     for before, out, ref, tolerance in zip(start, ours, theirs, changes, strict=True):
         assert torch.equal(ref, before) == (tolerance == 0)
         assert (out.double() - ref.double()).abs().max() <= tolerance * ref.double().abs().max()
+
+
+@on_each_device
+def test_nesterovs_kernel_does_what_its_reference_does(device, dtype):
+    grad, m = torch.randn(5, 700).to(device, dtype), torch.randn(5, 700, device=device)
+    ours, theirs = m.clone(), m.clone()
+    ahead = train_gpt.nesterov_triton(grad, ours, 0.7, dtype)
+    reference = train_gpt.nesterov_reference(grad, theirs, 0.7, dtype)
+    assert ahead.dtype == dtype and relative_error(ahead, reference) < max(1e-6, torch.finfo(dtype).eps)
+    assert relative_error(ours, theirs) < 1e-6 < relative_error(ours, m)
 
 
 # ---------------------------------------------------------------------------- the whole model on a GPU
