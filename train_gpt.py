@@ -198,7 +198,7 @@ SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count)
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
-    Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95), averaged=True),
+    Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95), averaged=True),  # the head, too
     Row("qk_bank", "normuon", True, (1.0,), 1.0, averaged=True),
     Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
     Row("vo_bank", "normuon", True, (1.0,), 1.0, averaged=True),
