@@ -1753,9 +1753,9 @@ copy_sums = switch(CopySums.apply, copy_sums_reference)
 # Model
 # ======================================================================================================================
 # GPT.output goes through the rows of LAYERS; each adds to the residual stream x (T, C). An MLP's result is not added at
-# once: it waits (`waiting`; `waiting_w`: the weights of its layer) for the next function that reads the stream, which
-# joins them in a kernel that runs anyway. All but attention, lookups, the products that give queries, keys and values,
-# and the scores of copying is in a few compiled functions.
+# once: it waits (`waiting`: result and weights of its layer) for the next function that reads the stream, which joins
+# them in a kernel that runs anyway. All but attention, lookups, the products that give queries, keys and values, and
+# the scores of copying is in a few compiled functions.
 
 
 class Yarn:
@@ -1835,9 +1835,12 @@ def compiler(enabled: bool) -> Callable:
 # kind; all take a minute and a half. Attention stays outside, so that windows change without compiling.
 
 
-def join(x, waiting, w: LayerWeights | None):
-    """The stream (T, C): x plus the MLP result that waits to be added, None for none; w: weights of its layer."""
-    return x if waiting is None else (w.mlp_resid * widened(x) + w.mlp_out * waiting).to(x.dtype)
+def join(x, waiting: tuple[Tensor, LayerWeights] | None):
+    """The stream (T, C): x plus what waits to be added, an MLP's result and the weights of its layer."""
+    if waiting is None:
+        return x
+    result, w = waiting
+    return (w.mlp_resid * widened(x) + w.mlp_out * result).to(x.dtype)
 
 
 def embed_inputs(x, ngrams, inputs, signs):
@@ -1849,13 +1852,13 @@ def embed_inputs(x, ngrams, inputs, signs):
     return norm(x), (widened(ngrams).sum(0) * F.embedding(inputs, signs)).to(x.dtype)
 
 
-def gate_network(x, waiting, waiting_w, kept: dict, w_in, w_out, bias, layers: list[Layer], num_heads: int):
+def gate_network(x, waiting, kept: dict, w_in, w_out, bias, layers: list[Layer], num_heads: int):
     """The stream (T, C); of each of `layers` three gates of heads (T, H), and what to add to values and stream (T, C).
 
     None for what a layer lacks. What is added is a sum of kept outputs, each times a gate. All layers' sums are made
     here, so that in the backward pass one kernel sums the gradients of what is kept.
     """
-    x = join(x, waiting, waiting_w)
+    x = join(x, waiting)
     # Without the empty groups: PyTorch 2.11 can't compile a split into nothing.
     sizes = [len(group) for layer in layers for group in gate_groups(layer, num_heads) if group]
     hidden = F.gelu(F.linear(x, w_in))
@@ -1871,9 +1874,9 @@ def gate_network(x, waiting, waiting_w, kept: dict, w_in, w_out, bias, layers: l
     return x, [of_layer(layer) for layer in layers]
 
 
-def normed_input(x, waiting, waiting_w, fp8: bool):
+def normed_input(x, waiting, fp8: bool):
     """What attention reads: the stream (T, C), its norm, and the norm in FP8, or None."""
-    x = join(x, waiting, waiting_w)
+    x = join(x, waiting)
     normed = norm(x)
     return x, normed, (normed.detach() / FP8_X).to(torch.float8_e4m3fn) if fp8 else None
 
@@ -1887,12 +1890,12 @@ def qkv_weight(w: LayerWeights, narrow: bool):
     return weight, None if w.qkv.fp8 is None else w.qkv_lambda.detach() * FP8_WEIGHT
 
 
-def layer_outputs(x, waiting, waiting_w, attended, head_gates, added, w: LayerWeights, complete: bool):
+def layer_outputs(x, waiting, attended, head_gates, added, w: LayerWeights, complete: bool):
     """The rest of a layer: adds attention's result (T, H, D) and `added` (T, C), None for none, and runs the MLP.
 
-    Returns the stream as x (T, C) and the MLP's waiting result; with `complete`, None waits.
+    Returns the stream as x (T, C) and the MLP's result, not yet added; None if there is none, or with `complete`.
     """
-    x, waiting = join(x, waiting, waiting_w), None
+    x, result = join(x, waiting), None
     dtype = x.dtype
     if attended is not None:
         y = attended if head_gates is None else attended * head_gates.unsqueeze(-1)
@@ -1900,8 +1903,8 @@ def layer_outputs(x, waiting, waiting_w, attended, head_gates, added, w: LayerWe
         x = w.attn_resid * widened(x) + F.linear(y.reshape(x.shape), w.out_lambda * w.out)
     x = (x if added is None else x + added).to(dtype)
     if w.mlp is not None:
-        waiting = MLP.apply(norm(x), *w.mlp.weight, w.mlp.fp8, w.mlp.fp8_t, w.mlp.grad_scale)
-    return (join(x, waiting, w), None) if complete else (x, waiting)
+        result = MLP.apply(norm(x), *w.mlp.weight, w.mlp.fp8, w.mlp.fp8_t, w.mlp.grad_scale)
+    return (join(x, (result, w)), None) if complete else (x, result)
 
 
 def all_targets(targets, left, n: int, prefixes, classes) -> Tensor:
@@ -2110,21 +2113,21 @@ class GPT(nn.Module):
         documents = {False: batch.documents, True: batch.documents.paired()}
         kept, normed, gates = {"x0": x0, "ngrams": ngrams}, {}, repeat((None,) * 5)
         networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
-        x, waiting, waiting_w = x0, None, None  # the stream, what join has yet to add to it, weights of its layer
+        x, waiting = x0, None  # the stream, and what join has yet to add to it
         for layer, w in zip(LAYERS, weights, strict=True):
             if layer.gates:
-                x, gates = self.gate_network(x, waiting, waiting_w, kept, *next(networks), self.num_heads)
+                x, gates = self.gate_network(x, waiting, kept, *next(networks), self.num_heads)
                 waiting, gates = None, iter(gates)
             xsa, head_gates, value_gate, added_values, added = next(gates)
             y = None
             if layer.window:
                 fp8 = w.qkv.fp8 is not None
                 if layer.reads is None:
-                    x, *inputs = self.normed_input(x, waiting, waiting_w, fp8)
+                    x, *inputs = self.normed_input(x, waiting, fp8)
                     waiting = None
                 else:
                     if layer.reads not in normed:
-                        _, *normed[layer.reads] = self.normed_input(kept[layer.reads], None, None, fp8)
+                        _, *normed[layer.reads] = self.normed_input(kept[layer.reads], None, fp8)
                     inputs = normed[layer.reads]
                 weight, scale = self.qkv_weight(w, layer.narrow)
                 projection = w.qkv._replace(weight=weight, scale=scale, x=inputs[0], x_fp8=inputs[1])
@@ -2138,11 +2141,11 @@ class GPT(nn.Module):
                 y = attend(q, k, v, documents[layer.paired], windows[layer.window], scale, xsa)
                 y = y.reshape(len(x), self.num_heads, -1)  # paired or not, one graph
             complete = layer.mlp and layer.keep is not None  # without an MLP nothing waits: kept or not, one graph
-            x, waiting = self.layer_outputs(x, waiting, waiting_w, y, head_gates, added, w, complete)
-            waiting_w = w
+            x, result = self.layer_outputs(x, waiting, y, head_gates, added, w, complete)
+            waiting = None if result is None else (result, w)
             if layer.keep:
                 kept[layer.keep] = x
-        return self.join(x, waiting, waiting_w)
+        return self.join(x, waiting)
 
     def logits(self, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
         """Of these positions only, (positions, V) float32, softcapped as in the loss; beyond vocab_size meaningless.

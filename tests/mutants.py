@@ -220,7 +220,7 @@ PLANTED = {
          "kept = 1 - ((rotations - 1) / (32 - 1)).clamp(0, 1)", "test_model.py test_yarn_stretches"),
         ("Yarn: attention flattens as the window grows", "float(np.log(new_window / old_window)) + 1",
          "float(np.log(old_window / new_window)) + 1", "test_model.py test_yarn_stretches"),
-        ("the MLP's result is added without its scalar", "w.mlp_out * waiting).to(x.dtype)", "waiting).to(x.dtype)",
+        ("the MLP's result is added without its scalar", "w.mlp_out * result).to(x.dtype)", "result).to(x.dtype)",
          "test_model.py test_losses_and_gradients program's"),
         ("gates are not scaled", "gates = iter((GATE_SCALE * (F.linear(hidden", "gates = iter((1.0 * (F.linear(hidden",
          "test_model.py test_losses_and_gradients program's"),

@@ -904,13 +904,13 @@ def test_a_state_that_is_not_finite_and_cannot_be_saved_is_told_and_half_of_it_i
     trainer = train_gpt.Trainer(small_run.small_hyperparameters(tmp_path), train_gpt.World())
     trainer.optimizer.largest.append((3, ["embed"], torch.tensor([math.inf])))
     monkeypatch.setattr(torch, "save", save)
-    words = r"head in step 4 is not finite; .*_nonfinite_rank0\.pt could not be written \(file write failed\)$"
+    words = r"embed in step 4 is not finite; .*_nonfinite_rank0\.pt could not be written \(file write failed\)$"
     with pytest.raises(train_gpt.UserError, match=words):
         trainer.check_gradients(SimpleNamespace(path=tmp_path / "logs" / "small.txt"), lag=0)
     assert not any((tmp_path / "logs").iterdir())
     monkeypatch.setattr(train_gpt, "__file__", "/nowhere/train_gpt.py")  # a copy without records/ saves nothing
     trainer.optimizer.largest.append((3, ["embed"], torch.tensor([math.inf])))
-    with pytest.raises(train_gpt.UserError, match=r"head in step 4 is not finite$"):
+    with pytest.raises(train_gpt.UserError, match=r"embed in step 4 is not finite$"):
         trainer.check_gradients(None, lag=0)
 
 
