@@ -961,9 +961,8 @@ class HeadLoss(torch.autograd.Function):
             logits = x @ head.T
         else:
             x = (x / FP8_HEAD_X).to(torch.float8_e4m3fn)
-            head, head_t = fp8_weights(head, FP8_HEAD)
-            logits = fp8_product(x, head.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
-            head = head_t
+            weight, head = fp8_weights(head, FP8_HEAD)
+            logits = fp8_product(x, weight.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
         losses, lse = cross_entropy(logits, targets)
         ctx.save_for_backward(logits, lse, targets, x, head)  # in FP8, the head is transposed
         return losses
@@ -2234,7 +2233,7 @@ class Algorithm:
     """State and step of a parameter's slice, which begins at index `first` of the parameter.
 
     update takes the schedule's values; momentum is NorMuon's. It returns a tensor that is finite if the gradient is.
-    Numbers that change from step to step are tensors: for each new Python number torch.compile compiles anew.
+    Compiled functions take numbers that change from step to step as tensors: each new Python number compiles anew.
     """
 
     states: tuple[str, ...] = ()  # attributes that checkpoints keep: tensors and counts

@@ -255,19 +255,17 @@ def restore(trainer: Trainer, checkpoint: dict) -> Progress:
 def load_optimizer(optimizer: Optimizer, state: dict[str, Tensor | int]) -> None:
     """Takes optimizer_state()'s, in place, as captured graphs hold addresses. Raises UserError if it doesn't fit."""
     state = dict(state)
-
-    def whole_number(name: str) -> int:
-        value = state.pop(name, None)
-        require(type(value) is int, f"{name} in the checkpoint is no whole number ({value!r:.20})")
-        return value
-
     for name, slot in optimizer.slots.items():
         for key in slot.algorithm.states:
-            value = getattr(slot.algorithm, key)
+            value, place = getattr(slot.algorithm, key), f"{name}.{key}"
+            if value is None:
+                continue
+            saved = state.pop(place, None)
             if isinstance(value, Tensor):
-                copy_saved(value, state.pop(f"{name}.{key}", None), f"{name}.{key}", slot.communication.own)
-            elif value is not None:
-                setattr(slot.algorithm, key, whole_number(f"{name}.{key}"))
+                copy_saved(value, saved, place, slot.communication.own)
+            else:
+                require(type(saved) is int, f"{place} in the checkpoint is no whole number ({saved!r:.20})")
+                setattr(slot.algorithm, key, saved)
     require(not state, f"the checkpoint has states that this program has not: {', '.join(map(str, state))[:200]}")
 
 
