@@ -199,6 +199,7 @@ PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95), averaged=True),  # the head, too
+    Row("spellings", "adam", True, (0.5,), 150.0, (0.5, 0.95), averaged=True),  # added to embed, see GPT
     Row("qk_bank", "normuon", True, (1.0,), 1.0, averaged=True),
     Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
     Row("vo_bank", "normuon", True, (1.0,), 1.0, averaged=True),
@@ -210,7 +211,7 @@ PARAMETERS = (
     Row("copy_qk", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
     Row("copy_sentinel", "adam", False, (0.05,), 1.0, (0.9, 0.99)),
 )
-TABLES = ("embed", "value_embeds")  # looked up by token: their gradients are added up row by row, see Lookup
+TABLES = ("embed", "spellings", "value_embeds")  # looked up by token: gradients are added up row by row, see Lookup
 # Some parameters end as their average over the last steps, `average_frac` of all. A high learning rate learns more but
 # leaves noise, which an average removes. Source: tail averages, the public speedrun's PRs 349 and 360, 2026.
 AVERAGE_EVERY = 4  # steps; neighbours are nearly the same
@@ -255,7 +256,7 @@ class Hyperparameters:
     muon_lr: float = 0.028
     muon_wd: float = 1.2
     muon_beta2: float = 0.95
-    muon_momentum_warmup: int = 560  # steps from 0.85 to 0.95
+    muon_momentum_warmup: int = 560  # steps from 0.85 to 0.93
     muon_momentum_cooldown: int = 376  # the last steps, back to 0.85
     grad_scale: float = 2.0  # gradients are of this / 8 x the sum of losses; for FP8 and bf16 slightly better than 1
     # run
@@ -683,33 +684,29 @@ def linear_relu2_kernel(
         acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
             acc = tl.dot(x_desc.load([row, k]), weight_desc.load([col, k]).T, acc)
-        # Stored in halves, a tile leaves shared memory for more stages of loads.
-        halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1)))
-        for i in tl.static_range(2):
-            half, start = halves[i] * scale, col + i * (BLOCK_N // 2)
-            if BACKWARD:
-                half *= tl.sqrt(hidden_desc.load([row, start]).to(tl.float32))
-            else:
-                half = tl.maximum(half, 0.0, propagate_nan=tl.PropagateNan.ALL)
-                half *= half
-            out_desc.store([row, start], half.to(out_desc.dtype))
+        acc *= scale
+        if BACKWARD:
+            acc *= tl.sqrt(hidden_desc.load([row, col]).to(tl.float32))
+        else:
+            acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            acc *= acc
+        out_desc.store([row, col], acc.to(out_desc.dtype))
 
 
 def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """linear_relu2_reference in one kernel, through TMA, for which rows are multiples of 16 bytes."""
     (T, K), N = x.shape, weight.shape[0]
     out, fp8 = x.new_empty(T, N), x.dtype.itemsize == 1
-    # With 8 warps and 3 stages, on H100 for C = 768, F = 3072: the best of 13 for bf16, of 6 for FP8
-    BLOCK_T, BLOCK_N = (256, 128) if fp8 and hidden is not None else (128, 256)
-    BLOCK_K = 128 if fp8 else 64
-    half_tile = [BLOCK_T, BLOCK_N // 2]
-    out_desc = TensorDescriptor.from_tensor(out, half_tile)
+    # For FP8 the best of 20 on H200, C = 768, F = 3072; for bf16 what has room in shared memory
+    tile, BLOCK_K = ([256, 128], 128) if fp8 else ([128, 128], 64)
+    BLOCK_T, BLOCK_N = tile
+    out_desc = TensorDescriptor.from_tensor(out, tile)
     num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4  # else interpreted
     programs = min(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N), num_sms)
     linear_relu2_kernel[(programs,)](
         TensorDescriptor.from_tensor(x.contiguous(), [BLOCK_T, BLOCK_K]),
         TensorDescriptor.from_tensor(weight.contiguous(), [BLOCK_N, BLOCK_K]),
-        out_desc if hidden is None else TensorDescriptor.from_tensor(hidden, half_tile), out_desc, scale, T, N, K,
+        out_desc if hidden is None else TensorDescriptor.from_tensor(hidden, tile), out_desc, scale, T, N, K,
         BACKWARD=hidden is not None, PROGRAMS=programs,
         BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=8, num_warps=8, num_stages=3,
     )  # fmt: skip
@@ -1429,13 +1426,8 @@ def attend_reference(q, k, v, documents: Documents, window: int, scale: float, x
 # TMA, which reads zeros beyond the end. The first key that a query sees, max(start of its document, itself - window),
 # grows with the query, and so does the last query that sees a key. So a block of queries needs one range of keys (and a
 # block of keys one of queries) whatever documents it straddles, and masks only at the ends of that range. N, H and
-# window are not specialized, so that other lengths and windows compile nothing.
-
-# Score of a masked pair; real ones, of normed q and k, stay within head_dim. While a row has met masked keys only, its
-# sums are worthless; the first real score multiplies them by exp2(MASKED - score) = 0. So a masked score is finite, as
-# -inf - -inf is NaN, but not huge, as then its rounding errors alone would overflow exp2.
-MASKED_SCORE = -1e5
-MASKED = tl.constexpr(MASKED_SCORE)
+# window are not specialized, so that other lengths and windows compile nothing. No running maximum: scores of normed
+# queries and keys stay within D_QK times the scale, some 20, whose exponential float32 and bfloat16 hold with ease.
 
 
 @triton.jit
@@ -1477,21 +1469,16 @@ def attention_kernel(
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
     rows, first, begin, full_begin, full_end, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
     q = q_desc.load([row, head * D_QK])
-    row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     for col in range(begin, end, BLOCK_K):
         k, v = k_desc.load([col, head * D_QK]), v_desc.load([col, head * D])
-        s = tl.dot(q, k.T)
+        p = tl.exp2(tl.dot(q, k.T) * scale_2)
         if (col < full_begin) | (col >= full_end):
             cols = (col + tl.arange(0, BLOCK_K))[None, :]
-            s = tl.where((cols >= first[:, None]) & (cols <= rows[:, None]), s, MASKED)
-        new_max = tl.maximum(row_max, tl.max(s, 1) * scale_2)
-        p = tl.exp2(s * scale_2 - new_max[:, None])
-        rescale = tl.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])
-        row_max = new_max
+            p = tl.where((cols >= first[:, None]) & (cols <= rows[:, None]), p, 0.0)
+        row_sum += tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc)
     y, by_head = acc / row_sum[:, None], head.to(tl.int64) * N + rows
     if xsa_ptr is not None:
         own, square, t = own_values(own_desc, xsa_ptr, row, head, N, H, D, BLOCK_Q)
@@ -1499,7 +1486,7 @@ def attention_kernel(
         tl.store(share_ptr + by_head, share, mask=rows < N)
         y -= (t * share)[:, None] * own
     y_desc.store([row, head * D], y.to(y_desc.dtype))
-    tl.store(lse_ptr + by_head, row_max + tl.log2(row_sum), mask=rows < N)
+    tl.store(lse_ptr + by_head, tl.log2(row_sum), mask=rows < N)
 
 
 # With p_ij the weight of value j in y_i, dy the gradient of y, and delta_i = dy_i . y_i, the gradients are
@@ -1647,6 +1634,12 @@ def attend(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor
 #     every_t = log sum_s exp(q_t . k_s),    matching_t likewise over the s whose target is that of t,
 # the probability of the target is (exp(sentinel_t) p_t + exp(matching_t)) / (exp(sentinel_t) + exp(every_t)).
 # Sources: pointer sentinel mixtures, arXiv 1609.07843 (2016); to copy what followed s: arXiv 1612.04426 (2016).
+
+# Score of a masked pair; real ones stay within some 11 times copy_gain. While a row of the kernel has met masked keys
+# only, its sums are worthless; the first real score multiplies them by exp2(MASKED - score) = 0. So a masked score is
+# finite, as -inf - -inf is NaN, but not huge, as then its rounding errors alone would overflow exp2.
+MASKED_SCORE = -1e5
+MASKED = tl.constexpr(MASKED_SCORE)
 
 
 def copy_scores(q, k, documents: Documents, window: int, rows: Tensor) -> Tensor:
@@ -1842,13 +1835,15 @@ def join(x, waiting: tuple[Tensor, LayerWeights] | None):
     return (w.mlp_resid * widened(x) + w.mlp_out * result).to(x.dtype)
 
 
-def embed_inputs(x, ngrams, inputs, signs):
+def embed_inputs(x, ngrams, inputs, signs, spelling, spellings):
     """LAYERS' "x0" and "ngrams", (T, C) each, from embeddings of tokens (T, C) and of n-grams (orders, T, C).
 
+    A token's embedding is the sum of its own and of its spelling's: of row spelling[token] of `spellings`.
     signs (V, C): an n-gram's row is multiplied by those of its last token, inputs (T,), so that n-grams which share a
     row learn nearly apart. Source: the public speedrun's PR 299, 2026, whose signs are by a hash of the n-gram.
     """
-    return norm(x), (widened(ngrams).sum(0) * F.embedding(inputs, signs)).to(x.dtype)
+    x = norm(x + F.embedding(spelling[inputs], spellings))
+    return x, (widened(ngrams).sum(0) * F.embedding(inputs, signs)).to(x.dtype)
 
 
 def gate_network(x, waiting, kept: dict, w_in, w_out, bias, layers: list[Layer], num_heads: int):
@@ -1994,6 +1989,8 @@ class GPT(nn.Module):
         self.vo_bank = parameter(round_up(len(ATTENTION_LAYERS) * 2, 8), C, C)
         self.mlp_bank = parameter(round_up(len(MLP_LAYERS), 4), 2, hp.mlp_ratio * C, C)
         self.embed = parameter(V, C)  # of tokens, and what their logits are made of: embedding and head are one
+        # To it is added what tokens with the same letters share, as " the", "The" and "the"; see canonical_tokens.
+        self.spellings = parameter(V, C)
         self.value_embeds = parameter(len(VALUE_LAYERS) * V, C)
         # Later the rows of n-grams that a step looks up, see RowCache. No nn.Parameter: neither copied nor saved.
         self.ngram_shape, self.ngrams = (hp.ngram_rows, C), None
@@ -2001,9 +1998,12 @@ class GPT(nn.Module):
             return
         no_prefixes = torch.full((V,), -1, dtype=torch.int32, device=device)
         self.register_buffer("prefixes", no_prefixes, persistent=False)  # Trainer.run sets it to prefix_table
-        canonical = torch.from_numpy(canonical_tokens(hp)).long()
+        canonical = torch.from_numpy(canonical_tokens(hp))
         signs = torch.randint(2, (V, C), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("signs", (2 * signs - 1)[canonical].to(device, dtype), persistent=False)
+        self.register_buffer("signs", (2 * signs - 1)[canonical.long()].to(device, dtype), persistent=False)
+        self.register_buffer("spelling", canonical.to(device), persistent=False)  # each token's row of spellings
+        order = canonical.argsort(stable=True).int()
+        self.register_buffer("spelling_order", order.to(device), persistent=False)
         with torch.no_grad():
             self.scalars.copy_(torch.tensor([value for count, value, _ in SCALARS.values() for _ in range(count)]))
             bound = 3**0.5 * 0.5 * C**-0.5
@@ -2088,11 +2088,19 @@ class GPT(nn.Module):
             by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         every_row = torch.arange(len(self.embed), dtype=torch.int32, device=x.device)
         classes = every_row if batch.classes is None else batch.classes
-        head = Lookup.apply(self.embed, classes, every_row[: len(classes)])
+        head = Lookup.apply(self.embed, classes, every_row[: len(classes)]) + self.shared_embeddings(classes)
         args = target_weights, self.prefixes if prefix else None, batch.classes, fp8_loss_scale
         chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
         losses = [self.head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
         return torch.cat(losses) if head_chunk else losses[0]
+
+    def shared_embeddings(self, tokens: Tensor | slice = slice(None)) -> Tensor:
+        """What tokens share with others of their spelling, (tokens, C); without a gradient: add_spellings_gradient."""
+        return F.embedding(self.spelling[tokens], self.spellings.detach())
+
+    def add_spellings_gradient(self) -> None:
+        """Of an embedding, once it has its own: a spelling's gradient is the sum of its tokens'."""
+        add_rows(table_gradient(self.spellings), self.spelling, self.spelling_order, table_gradient(self.embed))
 
     def copying(self, x: Tensor, scalars: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """copy_inputs of the last row's output x (T, C), with the model's parameters."""
@@ -2108,7 +2116,7 @@ class GPT(nn.Module):
         value_rows = iter(batch.inputs + first_rows.int()[:, None])
         ngrams = Lookup.apply(self.ngrams, batch.slots.flatten(), batch.slot_order).unflatten(0, batch.slots.shape)
         x0 = Lookup.apply(self.embed, batch.inputs, batch.order)
-        x0, ngrams = self.embed_inputs(x0, ngrams, batch.inputs, self.signs)
+        x0, ngrams = self.embed_inputs(x0, ngrams, batch.inputs, self.signs, self.spelling, self.spellings.detach())
         documents = {False: batch.documents, True: batch.documents.paired()}
         kept, normed, gates = {"x0": x0, "ngrams": ngrams}, {}, repeat((None,) * 5)
         networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
@@ -2154,7 +2162,7 @@ class GPT(nn.Module):
         scalars = self.named_scalars()
         x = self.output(batch, windows, scalars, None)
         rows = torch.arange(len(x), device=x.device)[positions]
-        z = softcapped(norm(x[rows]) @ self.embed.T)
+        z = softcapped(norm(x[rows]) @ (self.embed + self.shared_embeddings()).T)
         if not len(self.copy_qk):
             return z
         q, k, sentinel = self.copying(x, scalars)
@@ -2594,7 +2602,7 @@ class Optimizer:
         # Empty parameters, such as value_embeds where no layer has them, are left out.
         rows = [row for row in PARAMETERS if parameters[row.name].numel()]
         self.slots = {row.name: Slot(row, parameters[row.name], hp, world, compiled) for row in rows}
-        self.world = world
+        self.model, self.world = model, world
         self.largest = deque(maxlen=8)  # (step, names, on the CPU the largest magnitude of each gradient)
 
     def mark_lookups(self, dealt: list[np.ndarray]) -> None:
@@ -2606,7 +2614,8 @@ class Optimizer:
     @torch.no_grad()
     def step(self, step: int, lr_factor: float, momentum: float) -> None:
         """Updates the parameters that are due at `step` from their .grad, and clears these."""
-        adam_is_due = step % 2 == 1
+        if adam_is_due := step % 2 == 1:
+            self.model.add_spellings_gradient()
         due = {n: slot for n, slot in self.slots.items() if adam_is_due or slot.row.algorithm != "adam"}
         for slot in due.values():
             slot.communication.reduce(slot.grad)
@@ -3036,8 +3045,8 @@ class TrainingSchedule:
         return (1 - t) * self.stage(step).lr + t * self.hp.lr_end
 
     def momentum(self, step: int) -> float:
-        """NorMuon's: from 0.85 to 0.95 in the first steps, and back in the last."""
-        low, high = 0.85, 0.95
+        """NorMuon's: from 0.85 to 0.93 in the first steps, and back in the last."""
+        low, high = 0.85, 0.93
         if step < self.warmup:
             return low + (high - low) * step / self.warmup
         into_cooldown = max(0, step - (self.hp.total_steps - self.cooldown))

@@ -181,11 +181,11 @@ def test_gradients_and_states_are_as_large_as_the_optimizers(programs, name):
         assert told["those of a step, with their gradients"] == ngrams.p.nbytes + ngrams.p.grad.nbytes
 
 
-def test_angles_signs_and_prefixes_are_as_large_as_the_models():
+def test_angles_signs_prefixes_and_spellings_are_as_large_as_the_models():
     run = run_of(train_gpt, *SMALL)
     model = train_gpt.GPT(run.hp, torch.device("cpu"), torch.float32)
     held = model.yarn.cos, model.yarn.sin, model.yarn.position, *model.buffers()
-    assert describe.states_bytes(run, 1)["angles, signs and prefixes"] == sum(t.nbytes for t in held)
+    assert describe.states_bytes(run, 1)["angles, signs, prefixes and spellings"] == sum(t.nbytes for t in held)
 
 
 def test_learning_rates_are_those_that_the_first_update_has():

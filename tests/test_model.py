@@ -58,10 +58,12 @@ def seed():
 
 
 def random_model():
-    """A float64 model in which no parameter is zero, and all matter; every other token has a prefix."""
+    """A float64 model in which no parameter is zero, and all matter; tokens share spellings, half have a prefix."""
     model = GPT(HP, CPU, torch.float32).double()
+    model.spelling.copy_(7 * torch.arange(128) % 40)  # 3 or 4 tokens each; 88 rows are no token's
+    model.spelling_order.copy_(model.spelling.argsort())
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in sorted(model.named_parameters(), key=lambda named: named[0] == "spellings"):
             if name == "scalars":
                 p.add_(0.3 * torch.randn_like(p))
                 of_scalars(p)["copy_bias"] -= 13  # else little is copied
@@ -167,6 +169,11 @@ def gates_of_the_table(p, j, x, layers):
     ]
 
 
+def plain_embeddings(p):
+    """Of all tokens, (V, C)."""
+    return torch.stack([own + p["spellings"][i] for own, i in zip(p["embed"], p["spelling"].tolist(), strict=True)])
+
+
 def plain_output(p, inputs, gate_network=plain_gates):
     """Normed, (T, C), of the model that train_gpt.LAYERS describes, from copies_of it."""
     C, H, D, layers = HP.model_dim, HP.num_heads, HP.head_dim, train_gpt.LAYERS
@@ -178,7 +185,7 @@ def plain_output(p, inputs, gate_network=plain_gates):
         """The next n, as one that lists all their rows."""
         return torch.cat([next(bank) for _ in range(n)])
 
-    x = plain_rms_norm(p["embed"][inputs])
+    x = plain_rms_norm(plain_embeddings(p)[inputs])
     ngrams = sum(p["ngrams"][rows] for rows in plain_ngrams(numbers, HP.ngram_rows))
     kept = {"x0": x, "ngrams": torch.stack([row * p["signs"][i] for row, i in zip(ngrams, numbers, strict=True)])}
     qk, vo, mlps = iter(p["qk_bank"]), iter(p["vo_bank"]), iter(p["mlp_bank"])
@@ -231,7 +238,7 @@ def plain_output(p, inputs, gate_network=plain_gates):
 
 def plain_softmax(p, h, classes=slice(None)):
     """Probabilities of the tokens, (T, V), that add up to 1 over these classes."""
-    z = (23 * torch.sigmoid((h @ p["embed"].T + 5) / 7.5)).exp()
+    z = (23 * torch.sigmoid((h @ plain_embeddings(p).T + 5) / 7.5)).exp()
     return z / z[:, classes].sum(1, keepdim=True)
 
 
@@ -318,6 +325,7 @@ def test_losses_and_gradients_are_those_of_the_plain_formulas(monkeypatch, layer
 
     slopes = torch.randn(T, dtype=torch.float64)  # so that no position's gradient is another's
     (losses * slopes).sum().backward()
+    model.add_spellings_gradient()
     leaves = [p[name] for name in parameters_of(model)]
     gradients = torch.autograd.grad((expected * slopes).sum(), leaves, materialize_grads=True)
     for (name, parameter), gradient in zip(parameters_of(model).items(), gradients, strict=True):
@@ -333,9 +341,10 @@ def test_logits_are_those_of_the_plain_formulas_and_of_the_losses():
     batch = batch_of(tokens[:-1], tokens[1:])
     with torch.no_grad():
         logits = model.logits(batch, WINDOWS)
-        h = plain_output(copies_of(model), tokens[:-1])
-        own, copied = plain_copying(parameters_of(model), h, tokens[1:])
-        expected = own[:, None] * plain_softmax(parameters_of(model), h)
+        p = copies_of(model)
+        h = plain_output(p, tokens[:-1])
+        own, copied = plain_copying(p, h, tokens[1:])
+        expected = own[:, None] * plain_softmax(p, h)
         for t, s in copied.nonzero().tolist():
             expected[t, tokens[1 + s]] += copied[t, s]
         losses = losses_of(model, tokens[:-1], tokens[1:], weights=NEXT_TOKEN)
@@ -497,11 +506,13 @@ def test_without_copying_there_are_no_parameters_of_it_and_losses_are_the_softma
     model = GPT(hp, CPU, torch.float32).double()
     kept = {name: p for name, p in copying.state_dict().items() if not name.startswith("copy_")}
     unset = model.load_state_dict(kept, strict=False).missing_keys
+    model.spelling.copy_(copying.spelling)
     model.ngrams = copying.ngrams
     assert {*unset} == {"copy_qk", "copy_sentinel"} and not any(model.get_parameter(name).numel() for name in unset)
     logits = model.logits(batch_of(tokens[:-1], tokens[1:]), WINDOWS)
-    h = plain_output(copies_of(model), tokens[:-1])
-    assert relative_error(logits, 23 * torch.sigmoid((h @ model.embed.T + 5) / 7.5)) < EXACT_TOLERANCE
+    p = copies_of(model)
+    h = plain_output(p, tokens[:-1])
+    assert relative_error(logits, 23 * torch.sigmoid((h @ plain_embeddings(p).T + 5) / 7.5)) < EXACT_TOLERANCE
     losses = losses_of(model, tokens[:-1], tokens[1:], weights=NEXT_TOKEN)
     assert relative_error(losses, F.cross_entropy(logits, tokens[1:].long(), reduction="none")) < EXACT_TOLERANCE
     losses.sum().backward()
@@ -526,8 +537,8 @@ def exact_tables(yarn, dtype):
     yarn.sin = torch.cat((angles.sin(), 0 * still), -1).to(dtype)
 
 
-# Measured: 2e-13 and 4e-5.
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, EXACT_TOLERANCE), (torch.float32, 2e-4)])
+# Measured: 2e-13 and 4e-4, the latter in scalars' gradients, sums that cancel.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, EXACT_TOLERANCE), (torch.float32, 1e-3)])
 @pytest.mark.parametrize("paired, key_offset", [(None, None), (False, True), (True, True)])
 @pytest.mark.parametrize("together", [2, 4])
 def test_joined_micro_batches_have_the_losses_and_gradients_that_they_have_apart(
@@ -640,6 +651,17 @@ def test_signs_are_the_same_whatever_the_seed_and_the_type_and_alike_for_tokens_
     assert not first.signs.requires_grad and not {"signs", "prefixes"} & {*first.state_dict()}
 
 
+def test_tokens_that_are_spelled_alike_share_a_row_of_spellings_and_others_do_not():
+    hp = Hyperparameters(ngram_rows=64, num_heads=2, head_dim=32)  # with GPT-2's vocabulary
+    ids, model = train_gpt.read_vocabulary(hp), GPT(hp, CPU, torch.float32)
+    the, that = ({model.spelling[ids[b" " * i + w.encode()]].item() for i in (0, 1) for w in (word, word.title())}
+                 for word in ("the", "that"))  # fmt: skip
+    assert len(the) == len(that) == 1 and the != that
+    assert model.spelling.tolist() == train_gpt.canonical_tokens(hp).tolist()
+    assert torch.equal(model.spelling[model.spelling_order.long()], model.spelling.sort().values)
+    assert not {"spelling", "spelling_order"} & {*model.state_dict()}
+
+
 # ---------------------------------------------------------------------------- Yarn
 
 
@@ -745,6 +767,7 @@ def test_parameters_have_the_shapes_and_types_that_checkpoints_and_optimizer_exp
         "vo_bank": (2 * attention + -2 * attention % 8, C, C),
         "mlp_bank": (mlps + -mlps % 4, 2, WIDE.mlp_ratio * C, C),
         "embed": (1024, C),
+        "spellings": (1024, C),
         "value_embeds": (values * 1024, C),
     }
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes
@@ -786,7 +809,7 @@ def test_layers_multiply_by_the_same_in_fp8_and_without(fp8_loss_scale):
 
 def test_gates_and_output_projections_start_at_zero(wide_model):
     p = dict(wide_model.named_parameters())
-    for name in ("gate_out", "copy_sentinel"):
+    for name in ("gate_out", "copy_sentinel", "spellings"):
         assert not p[name].any(), name
     assert not p["mlp_bank"][:, 1].any()
 

@@ -66,8 +66,10 @@ def seed():
 
 
 def random_model(dtype=torch.float32):
-    """None of whose parameters is zero."""
+    """None of whose parameters is zero; tokens share spellings."""
     model = GPT(HP, CPU, dtype)
+    model.spelling.copy_(3 * torch.arange(len(model.spelling)) % 50)
+    model.spelling_order.copy_(model.spelling.argsort())
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.1)
@@ -78,8 +80,14 @@ def optimizer_of(model, **overrides):
     return Optimizer(model, replace(HP, **overrides), World())
 
 
-def random_gradients(model):
-    return {name: torch.randn(model.get_parameter(name).shape).to(model.get_parameter(name).dtype) for name in ROWS}
+def random_gradients(model, change=lambda gradient: gradient):
+    """Those of spellings are the sums of their tokens'."""
+    parameters = {name: model.get_parameter(name) for name in ROWS}
+    gradients = {name: change(torch.randn(p.shape).to(p.dtype)) for name, p in parameters.items()}
+    gradients["spellings"] = torch.stack(
+        [gradients["embed"][model.spelling == i].sum(0) for i in range(len(model.embed))]
+    )
+    return gradients
 
 
 def away_from_zero(gradient):
@@ -88,8 +96,10 @@ def away_from_zero(gradient):
 
 
 def add_gradients(model, gradients):
+    """As the backward pass does; the optimizer makes those of spellings."""
     for name, gradient in gradients.items():
-        model.get_parameter(name).grad += gradient
+        if name != "spellings":
+            model.get_parameter(name).grad += gradient
 
 
 def values_of(model):
@@ -296,7 +306,8 @@ def test_gradients_are_cleared_once_they_are_used_and_no_sooner():
     places = {name: p.grad.data_ptr() for name, p in parameters.items()}
     optimizer.step(0, 1.0, 0.9)
     for name, p in parameters.items():
-        assert torch.equal(p.grad, torch.zeros_like(p) if name in BANKS else gradients[name]), name
+        due_or_later = name in BANKS or name == "spellings"
+        assert torch.equal(p.grad, torch.zeros_like(p) if due_or_later else gradients[name]), name
     optimizer.step(1, 1.0, 0.9)
     for name, p in parameters.items():
         assert not p.grad.any() and p.grad.data_ptr() == places[name], name  # captured graphs add to the same place
@@ -307,7 +318,7 @@ def test_the_first_adam_update_moves_by_the_learning_rate_at_whatever_step(step)
     model = random_model()
     optimizer = optimizer_of(model, adam_wd=0.0)
     before = values_of(model)
-    gradients = {name: away_from_zero(gradient) for name, gradient in random_gradients(model).items()}
+    gradients = random_gradients(model, away_from_zero)
     add_gradients(model, gradients)
     optimizer.step(step, 0.5, 0.9)
     for name in ADAM:
