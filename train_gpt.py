@@ -2268,7 +2268,7 @@ class Adam(Algorithm):
 
     states = ("m", "v", "updates", "average")
 
-    def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
+    def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, first: int):
         super().__init__(row, hp, slice, first)
         self.updates = 0
         self.m, self.v = (torch.zeros_like(slice, dtype=torch.float32) for _ in range(2))
@@ -2287,7 +2287,7 @@ class NorMuon(Algorithm):
 
     states = ("m", "second_moment", "low_bits", "average")
 
-    def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
+    def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, first: int, compiled: Callable):
         super().__init__(row, hp, slice, first)
         self.apply = compiled(normuon_update)
         N, rows, columns = slice.shape
@@ -2314,7 +2314,7 @@ class RowAdam(Algorithm):
     states = ("updates",)
     row_states = ("p", "v", "last")
 
-    def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, compiled: Callable, first: int):
+    def __init__(self, row: Row, hp: Hyperparameters, slice: Tensor, first: int):
         super().__init__(row, hp, slice, first)
         self.v = slice.new_zeros(len(slice), dtype=torch.promote_types(slice.dtype, torch.float32))
         self.last, self.updates = slice.new_zeros(len(slice), dtype=torch.int32), 0
@@ -2583,8 +2583,8 @@ class Slot:
         self.communication = policy(p.data.view(self.shape), world)
         slice = self.communication.slice
         first = world.rank * len(slice) if row.sharded else 0
-        algorithm = {"adam": Adam, "normuon": NorMuon, "rowwise": RowAdam}[row.algorithm]
-        self.algorithm = algorithm(row, hp, slice, compiled, first)
+        algorithms = {"adam": Adam, "normuon": partial(NorMuon, compiled=compiled), "rowwise": RowAdam}
+        self.algorithm = algorithms[row.algorithm](row, hp, slice, first)
 
 
 class Optimizer:

@@ -258,7 +258,7 @@ def test_rows_follow_the_plain_optimizer_over_many_updates_between_which_some_re
     monkeypatch.setattr(train_gpt, "update_rows", update_rows)
     row = train_gpt.Row("ngrams", "rowwise", True, (50.0,), 300.0, (0.0, 0.9))
     hp, N = Hyperparameters(adam_wd=0.05), 40
-    algorithm = train_gpt.RowAdam(row, hp, torch.zeros(N, C, dtype=dtype, device=device), None, 0)
+    algorithm = train_gpt.RowAdam(row, hp, torch.zeros(N, C, dtype=dtype, device=device), 0)
     plain, generator, moved, decayed = Plain(N, dtype), torch.Generator().manual_seed(0), set(), False
     for n in range(30):
         chosen = torch.randperm(N - 5, generator=generator)[: (12, 1, 0, 30)[n % 4]].sort().values
@@ -463,7 +463,7 @@ def test_each_of_several_ranks_takes_its_pieces(tmp_path, size):
     trainer, path, _ = saved_run(tmp_path)
     content, share = restored(path), 512 // size
     for rank in range(size):
-        algorithm = train_gpt.RowAdam(trainer.ngrams.row, trainer.hp, torch.zeros(share, trainer.hp.model_dim), None, 0)
+        algorithm = train_gpt.RowAdam(trainer.ngrams.row, trainer.hp, torch.zeros(share, trainer.hp.model_dim), 0)
         fake = SimpleNamespace(
             model=trainer.model, world=World(rank, size), ngrams=SimpleNamespace(algorithm=algorithm),
             optimizer=trainer.optimizer,

@@ -332,7 +332,7 @@ def test_adam_decays_by_the_learning_rate_squared_and_only_where_the_update_shri
     row = Row("some", "adam", False, (75.0,), 5.0, (0.75, 0.95))
     before, gradient = 0.1 * torch.randn(64, 32), away_from_zero(torch.randn(64, 32))
     p, signs = before.clone(), gradient.sign()
-    Adam(row, replace(HP, adam_wd=3.0), p, lambda function: function, first=0).update(gradient, 0.5, 0.9)
+    Adam(row, replace(HP, adam_wd=3.0), p, first=0).update(gradient, 0.5, 0.9)
     lr = 0.008 * 0.5 * 75
     shrinking = signs == before.sign()
     assert 0.4 < shrinking.double().mean() < 0.6
@@ -409,7 +409,7 @@ def variance_reduced(u, second_moment, beta2=0.95):
 
 def second_moment_of(shape):
     row = Row("bank", "normuon", True, (1.0,), 1.0)
-    return NorMuon(row, HP, torch.zeros(2, *shape), lambda function: function, first=0).second_moment
+    return NorMuon(row, HP, torch.zeros(2, *shape), first=0, compiled=lambda function: function).second_moment
 
 
 @by_shape
