@@ -198,8 +198,9 @@ SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count)
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
+    # Ahead of embed, of whose gradient its own is made before that is reduced
+    Row("spellings", "adam", True, (0.5,), 150.0, (0.5, 0.95), averaged=True),
     Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95), averaged=True),  # the head, too
-    Row("spellings", "adam", True, (0.5,), 150.0, (0.5, 0.95), averaged=True),  # added to embed, see GPT
     Row("qk_bank", "normuon", True, (1.0,), 1.0, averaged=True),
     Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
     Row("vo_bank", "normuon", True, (1.0,), 1.0, averaged=True),
@@ -211,7 +212,7 @@ PARAMETERS = (
     Row("copy_qk", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
     Row("copy_sentinel", "adam", False, (0.05,), 1.0, (0.9, 0.99)),
 )
-TABLES = ("embed", "spellings", "value_embeds")  # looked up by token: gradients are added up row by row, see Lookup
+TABLES = ("embed", "spellings", "value_embeds")  # with a row a token, to which gradients are added in float32
 # Some parameters end as their average over the last steps, `average_frac` of all. A high learning rate learns more but
 # leaves noise, which an average removes. Source: tail averages, the public speedrun's PRs 349 and 360, 2026.
 AVERAGE_EVERY = 4  # steps; neighbours are nearly the same
@@ -265,7 +266,7 @@ class Hyperparameters:
     val_loss_every: int = 250  # steps; 0: only at the end
     val_steps: tuple[int, ...] = ()  # further steps at which to validate, e.g. 5,10,25
     save_checkpoint: bool = False  # at the end: the model alone
-    checkpoint_every: int = 0  # steps between checkpoints to go on from, 16 GB each; also at SIGTERM. 0: none
+    checkpoint_every: int = 0  # steps between checkpoints to go on from, 17 GB each; also at SIGTERM. 0: none
     resume: str = ""  # the run_id of a run to go on with, from its last checkpoint; "auto": run_id's, if there is one
     hang_timeout: float = 300.0  # seconds on the clock without a finished step after which the run is ended; 0: never
     bench: bool = False  # instead of the run: time each stage and project the whole run's time
@@ -697,7 +698,7 @@ def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None,
     """linear_relu2_reference in one kernel, through TMA, for which rows are multiples of 16 bytes."""
     (T, K), N = x.shape, weight.shape[0]
     out, fp8 = x.new_empty(T, N), x.dtype.itemsize == 1
-    # For FP8 the best of 20 on H200, C = 768, F = 3072; for bf16 what has room in shared memory
+    # For FP8 the best of 20 on H200, C = 768, F = 3072; for bf16, not timed, what has room in shared memory
     tile, BLOCK_K = ([256, 128], 128) if fp8 else ([128, 128], 64)
     BLOCK_T, BLOCK_N = tile
     out_desc = TensorDescriptor.from_tensor(out, tile)
@@ -1427,7 +1428,7 @@ def attend_reference(q, k, v, documents: Documents, window: int, scale: float, x
 # grows with the query, and so does the last query that sees a key. So a block of queries needs one range of keys (and a
 # block of keys one of queries) whatever documents it straddles, and masks only at the ends of that range. N, H and
 # window are not specialized, so that other lengths and windows compile nothing. No running maximum: scores of normed
-# queries and keys stay within D_QK times the scale, some 20, whose exponential float32 and bfloat16 hold with ease.
+# queries and keys stay within D_QK times the scale, 17 in the speedrun, whose exponential float32 and bfloat16 hold.
 
 
 @triton.jit
@@ -1998,11 +1999,11 @@ class GPT(nn.Module):
             return
         no_prefixes = torch.full((V,), -1, dtype=torch.int32, device=device)
         self.register_buffer("prefixes", no_prefixes, persistent=False)  # Trainer.run sets it to prefix_table
-        canonical = torch.from_numpy(canonical_tokens(hp))
+        canonical = torch.tensor(canonical_tokens(hp))  # a copy: the array is cached
         signs = torch.randint(2, (V, C), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
         self.register_buffer("signs", (2 * signs - 1)[canonical.long()].to(device, dtype), persistent=False)
         self.register_buffer("spelling", canonical.to(device), persistent=False)  # each token's row of spellings
-        order = canonical.argsort(stable=True).int()
+        order = torch.from_numpy(sorting_order(canonical_tokens(hp))).int()
         self.register_buffer("spelling_order", order.to(device), persistent=False)
         with torch.no_grad():
             self.scalars.copy_(torch.tensor([value for count, value, _ in SCALARS.values() for _ in range(count)]))
@@ -2095,11 +2096,11 @@ class GPT(nn.Module):
         return torch.cat(losses) if head_chunk else losses[0]
 
     def shared_embeddings(self, tokens: Tensor | slice = slice(None)) -> Tensor:
-        """What tokens share with others of their spelling, (tokens, C); without a gradient: add_spellings_gradient."""
+        """What tokens share with others of their spelling, (tokens, C). Autograd sees none: add_spellings_gradient."""
         return F.embedding(self.spelling[tokens], self.spellings.detach())
 
     def add_spellings_gradient(self) -> None:
-        """Of an embedding, once it has its own: a spelling's gradient is the sum of its tokens'."""
+        """Once embed.grad is complete, and not reduced yet: adds to a spelling's gradient its tokens' there."""
         add_rows(table_gradient(self.spellings), self.spelling, self.spelling_order, table_gradient(self.embed))
 
     def copying(self, x: Tensor, scalars: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -2613,11 +2614,12 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, step: int, lr_factor: float, momentum: float) -> None:
-        """Updates the parameters that are due at `step` from their .grad, and clears these."""
-        if adam_is_due := step % 2 == 1:
-            self.model.add_spellings_gradient()
+        """Updates the parameters that are due at `step` from their .grad, and clears these; makes that of spellings."""
+        adam_is_due = step % 2 == 1
         due = {n: slot for n, slot in self.slots.items() if adam_is_due or slot.row.algorithm != "adam"}
-        for slot in due.values():
+        for name, slot in due.items():
+            if name == "spellings":
+                self.model.add_spellings_gradient()
             slot.communication.reduce(slot.grad)
         gradients = []
         for slot in due.values():

@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT / "data"))
 import numpy as np
 import torch
 from checkpoint import copy_saved, piece_paths, read_checkpoint, read_pieces, settings_of
+from checks import vocabulary_in_words
 from shards import DataError, home_path
 from tokenize_text import encoding_from, utf8
 from torch import Tensor
@@ -49,15 +50,17 @@ def load_model(
 ) -> tuple[GPT, Hyperparameters, dict[str, int]]:
     """A checkpoint's model, hyperparameters, and windows, as its run's validation there has them. Raises UserError.
 
-    vocabulary: the run's, where it lies at another place by now: its spellings are in the model's signs. Raises Refusal
-    for one that can't be the run's.
+    vocabulary: the run's, where it lies at another place by now: of it are the model's spellings and signs. Raises
+    Refusal for one that can't be the run's. A run without one has none here, either.
     """
     content, device = read_checkpoint(path), torch.device(device)
     pieces = read_pieces(path, content)
     hp, step = settings_of(path, content), content["step"]
     if vocabulary:
         Vocabulary(hp, vocabulary)
-        hp = replace(hp, vocabulary=str(vocabulary.absolute()))
+        hp = replace(hp, vocabulary=hp.vocabulary and str(vocabulary.absolute()))
+    told = f"{hp.vocabulary}: its tokens are not those of the run; --vocabulary takes the file that the run had"
+    train_gpt.require(vocabulary_in_words(train_gpt, hp) == content["vocabulary"], told)
     schedule = TrainingSchedule(hp)
     for place in (torch.device("meta"), device):  # first the shapes alone: a stranger's may take any memory
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is drawn is of no use
@@ -151,7 +154,7 @@ def printable(text: str) -> str:
 def sample(options: argparse.Namespace) -> None:
     """Prints the prompt and, token by token, what follows. Raises Refusal, UserError and DataError."""
     model, hp, windows = load_model(options.checkpoint, options.device, options.vocabulary)
-    vocabulary = Vocabulary(hp)
+    vocabulary = Vocabulary(hp, options.vocabulary)
     tokens = [hp.bos, *vocabulary.encode(options.prompt)]
     if hp.model_dim <= SMALL:
         torch.set_num_threads(1)

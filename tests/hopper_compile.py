@@ -72,6 +72,7 @@ def main() -> None:
         train_gpt.linear_relu2_triton(bf16(T, C).to(dtype), weight.to(dtype), hidden.to(dtype))
     for gate in (None, bf16(T, H)):
         train_gpt.add_rows_triton(number(V, C), index(T), index(T), bf16(T, C), gate)
+    train_gpt.add_rows_triton(number(V, C), index(V), index(V), number(V, C))
     for p, n in ((bf16(V, C), 1), (number(V), V)):
         train_gpt.adam_triton(p, *(number(*p.shape) for _ in range(3)), number(n), 0.1, 1.0, 0.9, 0.99, 1e-10, 0.1)
     train_gpt.nesterov_triton(bf16(2, C, C), number(2, C, C), 0.9, torch.bfloat16)

@@ -729,15 +729,15 @@ def attention_inputs(device, dtype, narrow=False):
     return [q, k, normal(N, H, D, device=device, dtype=dtype)], normal(N, H, D, device=device, dtype=dtype)
 
 
-def assert_attention_kernels_are_the_reference(inputs, grad_out, window):
+def assert_attention_kernels_are_the_reference(inputs, grad_out, window, scale=0.2):
     """inputs: q, k, v, and XSA's gates or nothing."""
     documents = documents_of(ATTENTION_ENDS, grad_out.device)
 
     def kernels(q, k, v, *xsa):
-        return CausalSelfAttention.apply(q, k, v, *documents, window, 0.2, *xsa)
+        return CausalSelfAttention.apply(q, k, v, *documents, window, scale, *xsa)
 
     def reference(q, k, v, *xsa):
-        return train_gpt.attend_reference(q, k, v, documents, window, 0.2, *xsa)
+        return train_gpt.attend_reference(q, k, v, documents, window, scale, *xsa)
 
     with poisoned_memory():
         outs = with_gradients(kernels, inputs, grad_out)
@@ -775,6 +775,14 @@ def test_attention_kernels_with_xsa_of_values_shorter_than_its_least_are_the_ref
     inputs[2] *= 5e-6
     assert inputs[2].float().square().sum(-1).max() < 1e-8
     assert_attention_kernels_are_the_reference([*inputs, normal(*grad_out.shape[:2]).to(grad_out)], grad_out, 64)
+
+
+def test_attention_kernels_hold_the_largest_scores_that_normed_queries_and_keys_can_have():
+    (q, _, v), grad_out = attention_inputs("cpu", torch.float32)  # half precisions do not reach that far
+    q = q[:1].expand_as(q).contiguous()
+    k = F.rms_norm(q + 0.3 * torch.randn_like(q), q.shape[-1:])  # nearly the query, or its opposite
+    k *= torch.randint(2, (len(q), 1, 1)) * 2.0 - 1
+    assert_attention_kernels_are_the_reference([q, k, v], grad_out, 64, scale=20 / q.size(-1))
 
 
 # ---------------------------------------------------------------------------- copying what followed in the document

@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import checkpoint
+import checks
 import numpy as np
 import pytest
 import small_run
@@ -298,12 +300,17 @@ def test_control_characters_stay_away_from_the_terminal(last, capsys, monkeypatc
     assert shown == "\ufffd[2J\n\t\ufffd\ufffd.\n"
 
 
-def test_another_vocabulary_is_the_checkpoints_or_the_one_that_is_named(last, tmp_path, capsys, monkeypatch):
+def checksum_of(hp, vocabulary):
+    return checks.vocabulary_in_words(train_gpt, replace(hp, vocabulary=vocabulary))
+
+
+def test_another_vocabulary_is_the_checkpoints_or_the_one_that_is_named(loaded, last, tmp_path, capsys, monkeypatch):
     own = tmp_path / "own.tiktoken"
     lines = (ROOT / "data" / "gpt2.tiktoken").read_text().splitlines()
     swapped = [f"{lines[i ^ 1].split()[0]} {i}" if 300 <= i < 400 else line for i, line in enumerate(lines)]
     own.write_text("\n".join(swapped) + "\n")
-    path = changed(last, tmp_path / "own_step000010.pt", hyperparameters=dict(vocabulary=str(own)))
+    its = dict(hyperparameters=dict(vocabulary=str(own)), vocabulary=checksum_of(loaded[1], str(own)))
+    path = changed(last, tmp_path / "own_step000010.pt", **its)
     assert main(capsys, path, "--temperature", 0)[0] == 0
     model, hp, _ = load_model(path)
     before = model.signs
@@ -318,6 +325,21 @@ def test_another_vocabulary_is_the_checkpoints_or_the_one_that_is_named(last, tm
     signs = load_model(path, vocabulary=Path("moved.tiktoken"))[0].signs
     assert torch.equal(signs, before) and not torch.equal(signs, load_model(last)[0].signs)
     assert main(capsys, path, "--vocabulary", "moved.tiktoken", "--tokens", 1)[0] == 0
+    # One with other tokens, though as many: the model would look up what others share
+    status, _, said = main(capsys, last, "--vocabulary", "moved.tiktoken")
+    assert status == 1 and "moved.tiktoken: its tokens are not those of the run" in said
+
+
+def test_a_run_without_a_vocabulary_stays_without_and_one_that_is_named_is_for_its_text(loaded, last, tmp_path, capsys):
+    its = dict(hyperparameters=dict(vocabulary=""), vocabulary=checksum_of(loaded[1], ""))
+    path = changed(last, tmp_path / "none_step000010.pt", **its)
+    status, _, said = main(capsys, path)
+    assert status == 1 and "the run had no --vocabulary" in said
+    gpt2 = ROOT / "data" / "gpt2.tiktoken"
+    model, hp, _ = load_model(path, vocabulary=gpt2)
+    assert model.spelling.tolist() == [*range(hp.padded_vocab)]
+    status, text, said = main(capsys, path, "--vocabulary", gpt2, "--prompt", TEXT, "--tokens", 1)
+    assert (status, said) == (0, "") and text.startswith(TEXT)
 
 
 @pytest.mark.parametrize(
@@ -352,9 +374,6 @@ def test_a_vocabulary_that_is_not_the_models_is_refused(last, tmp_path, capsys):
     (tmp_path / "small.tiktoken").write_text("\n".join(lines))
     status, _, said = main(capsys, last, "--vocabulary", tmp_path / "small.tiktoken")
     assert status == 1 and "301 tokens, of which documents begin with 300; the model has 50257" in said
-    path = changed(last, tmp_path / "none_step000010.pt", hyperparameters=dict(vocabulary=""))
-    status, _, said = main(capsys, path)
-    assert status == 1 and "the run had no --vocabulary" in said
 
 
 def test_it_runs_from_the_command_line_without_a_network(tmp_path):
