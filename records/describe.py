@@ -127,6 +127,7 @@ def states_bytes(run: Run, size: int) -> dict[str, int]:
         states += own * total_bytes(state for state in held if isinstance(state, Tensor))
     yarn = run.train_gpt.Yarn(run.hp.head_dim, 1, torch.device("cpu"))  # of one position; of twice the longest's, GPT's
     positions = 2 * max(*run.micro_batches(1), run.hp.val_batch_size // run.train_gpt.MICRO_BATCHES)
+    by_position = positions * total_bytes((yarn.cos, yarn.sin, yarn.position))
     by_token = run.hp.padded_vocab * (run.hp.model_dim * run.dtype.itemsize + 3 * torch.int32.itemsize)
     return {
         "parameters": total_bytes(p for name, p in run.parameters.items() if name != "ngrams"),
@@ -134,8 +135,7 @@ def states_bytes(run: Run, size: int) -> dict[str, int]:
         "states of the optimizer": states,
         "rows of n-grams, with their states": run.hp.ngram_rows // size * row,
         "those of a step, with their gradients": looked_up * total_bytes((ngrams.p, ngrams.p.grad)),
-        "angles, signs, prefixes and spellings": positions * total_bytes((yarn.cos, yarn.sin, yarn.position))
-        + by_token,
+        "angles, signs, prefixes and spellings": by_position + by_token,
     }
 
 

@@ -63,12 +63,15 @@ def random_model():
     model.spelling.copy_(7 * torch.arange(128) % 40)  # 3 or 4 tokens each; 88 rows are no token's
     model.spelling_order.copy_(model.spelling.argsort())
     with torch.no_grad():
-        for name, p in sorted(model.named_parameters(), key=lambda named: named[0] == "spellings"):
-            if name == "scalars":
+        for name, p in model.named_parameters():
+            if name == "spellings":  # by a generator of its own: all else as if there were none
+                p.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+            elif name == "scalars":
                 p.add_(0.3 * torch.randn_like(p))
                 of_scalars(p)["copy_bias"] -= 13  # else little is copied
             else:
                 p.normal_(std=1.0 if "gate" in name else 0.2)
+        model.embed.sub_(model.shared_embeddings())  # a token's own and what it shares are as large as one draw
     model.ngrams = (0.2 * torch.randn(HP.ngram_rows, HP.model_dim, dtype=torch.float64)).requires_grad_()
     model.prefixes[: HP.vocab_size : 2] = (7 * torch.arange(0, HP.vocab_size, 2) + 1) % HP.vocab_size
     return model
@@ -537,8 +540,8 @@ def exact_tables(yarn, dtype):
     yarn.sin = torch.cat((angles.sin(), 0 * still), -1).to(dtype)
 
 
-# Measured: 2e-13 and 4e-4, the latter in scalars' gradients, sums that cancel.
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, EXACT_TOLERANCE), (torch.float32, 1e-3)])
+# Measured: 2e-13 and 4e-5.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, EXACT_TOLERANCE), (torch.float32, 2e-4)])
 @pytest.mark.parametrize("paired, key_offset", [(None, None), (False, True), (True, True)])
 @pytest.mark.parametrize("together", [2, 4])
 def test_joined_micro_batches_have_the_losses_and_gradients_that_they_have_apart(
