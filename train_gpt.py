@@ -192,19 +192,19 @@ class Row(NamedTuple):
 
 
 SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count))
-# Messages travel beneath the longest updates, those of the matrices. So tables come first: their all-gather is long.
-# N-grams stand between matrices: during the updates ahead of theirs their gradients arrive, after it the rows of the
-# next step.
+# Messages travel beneath the longest updates, those of the matrices. So the tables' come early: their all-gather is
+# long; but ahead of them a bank whose gradient is soon there. N-grams stand between matrices: during the updates ahead
+# of theirs their gradients arrive, after it the rows of the next step. For the last bank's all-gather all wait.
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
+    Row("qk_bank", "normuon", True, (1.0,), 1.0, averaged=True),
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     # Ahead of embed, of whose gradient its own is made before that is reduced
     Row("spellings", "adam", True, (0.5,), 150.0, (0.5, 0.95), averaged=True),
     Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95), averaged=True),  # the head, too
-    Row("qk_bank", "normuon", True, (1.0,), 1.0, averaged=True),
+    Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0, averaged=True),
     Row("ngrams", "rowwise", True, (70.0,), 5.0, (0.0, 0.95)),
     Row("vo_bank", "normuon", True, (1.0,), 1.0, averaged=True),
-    Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0, averaged=True),
     Row("scalars", "adam", False, SCALAR_LRS, 0.0, (0.9, 0.99)),
     Row("gate_in", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
     Row("gate_out", "adam", False, (0.2,), 1.0, (0.9, 0.99)),
@@ -518,16 +518,16 @@ def widened(x: Tensor) -> Tensor:
 # X X^T is symmetric: tiles above the diagonal are copies of those below. Source: the seed record.
 
 
-def symmetric_product_reference(x: Tensor, alpha: float = 1.0, addend: Tensor | None = None, beta: float = 0.0):
-    """alpha X X^T + beta S, for X (N, M, K) and an optional symmetric S (N, M, M)."""
-    product = alpha * (x @ x.mT)
-    return product if addend is None else product + beta * addend
+def symmetric_product_reference(x: Tensor, scale: Tensor, a: float = 0.0, b: float = 0.0, c: float = 1.0):
+    """scale (a I + b X + c X X^T), for X (N, M, K), symmetric where b is not 0, and scale (N,) float32."""
+    product = c * (x @ x.mT) + a * torch.eye(x.size(1), dtype=x.dtype, device=x.device)
+    return (scale[:, None, None] * (product + b * x if b else product)).to(x.dtype)
 
 
 @triton.jit
 def symmetric_product_kernel(
-    x_ptr, addend_ptr, out_ptr, alpha, beta, M, K, x_stride_n, x_stride_m, x_stride_k,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, scale_ptr, out_ptr, a, b, c, M, K, x_stride_n, x_stride_m, x_stride_k,
+    PLUS_X: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK x BLOCK tile on or below the diagonal, and its mirror image."""
     tiles = tl.cdiv(M, BLOCK)
@@ -543,29 +543,28 @@ def symmetric_product_kernel(
     for start in range(0, K, BLOCK_K):
         in_depth = depth[None, :] < K - start
         k_offsets = (start + depth[None, :]) * x_stride_k
-        a = tl.load(x_ptr + rows[:, None] * x_stride_m + k_offsets, mask=(rows[:, None] < M) & in_depth, other=0.0)
-        b = tl.load(x_ptr + cols[:, None] * x_stride_m + k_offsets, mask=(cols[:, None] < M) & in_depth, other=0.0)
-        acc = tl.dot(a, b.T, acc)
-    acc *= alpha
+        left = tl.load(x_ptr + rows[:, None] * x_stride_m + k_offsets, mask=(rows[:, None] < M) & in_depth, other=0.0)
+        right = tl.load(x_ptr + cols[:, None] * x_stride_m + k_offsets, mask=(cols[:, None] < M) & in_depth, other=0.0)
+        acc = tl.dot(left, right.T, acc)
+    acc = acc * c + tl.where(rows[:, None] == cols[None, :], a, 0.0)
     inside = (rows[:, None] < M) & (cols[None, :] < M)
-    offsets = matrix * M * M + rows[:, None] * M + cols[None, :]
-    if addend_ptr is not None:
-        acc += beta * tl.load(addend_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    out = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offsets, out, mask=inside)
+    if PLUS_X:
+        x_ptrs = x_ptr + rows[:, None] * x_stride_m + cols[None, :] * x_stride_k
+        acc += b * tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
+    out = (acc * tl.load(scale_ptr + matrix)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + matrix * M * M + rows[:, None] * M + cols[None, :], out, mask=inside)
     if tile_row != tile_col:
         mirrored = matrix * M * M + cols[:, None] * M + rows[None, :]
         tl.store(out_ptr + mirrored, out.T, mask=(cols[:, None] < M) & (rows[None, :] < M))
 
 
-def symmetric_product_triton(x: Tensor, alpha: float = 1.0, addend: Tensor | None = None, beta: float = 0.0):
+def symmetric_product_triton(x: Tensor, scale: Tensor, a: float = 0.0, b: float = 0.0, c: float = 1.0):
     """symmetric_product_reference in one kernel; X may have any strides."""
     N, M, K = x.shape
     out = x.new_empty(N, M, M)
     BLOCK, BLOCK_K = 128, 64  # the seed record's tile for H100, M = 768
     symmetric_product_kernel[(triton.cdiv(M, BLOCK) ** 2, N)](
-        x, None if addend is None else addend.contiguous(), out, alpha, beta, M, K, *x.stride(),
-        BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=8, num_stages=4,
+        x, scale, out, a, b, c, M, K, *x.stride(), b != 0, BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=8, num_stages=4
     )  # fmt: skip
     return out
 
@@ -2195,13 +2194,14 @@ POLAR_EXPRESS = (
 
 def polar_express(g: Tensor) -> Tensor:
     """The nearest (semi-)orthogonal matrix of each G (N, rows, columns), approximately, in G's type."""
-    x = g / (g.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
-    tall = x.size(-2) > x.size(-1)
-    for a, b, c in POLAR_EXPRESS:
-        gram = symmetric_product(x.mT if tall else x)
-        polynomial = symmetric_product(gram, alpha=c, addend=gram, beta=b)
+    x, tall = g, g.size(-2) > g.size(-1)
+    norms = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.promote_types(g.dtype, torch.float32))
+    scale = 1 / (1.02 * norms + 1e-6)  # of X, which thus need not be divided by its norm at first
+    for coefficients in POLAR_EXPRESS:
+        gram = symmetric_product(x.mT if tall else x, scale.square())
+        polynomial = symmetric_product(gram, scale, *coefficients)
         # Of a tall X the smaller product is X^T X, and its polynomial multiplies from the right.
-        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+        x, scale = x @ polynomial if tall else polynomial @ x, torch.ones_like(scale)
     return x
 
 
@@ -2306,7 +2306,7 @@ class NorMuon(Algorithm):
         lr_eff, decay = self.multipliers * lr, torch.tensor(lr * self.hp.muon_wd * self.row.wd)
         u = polar_express(ahead)
         self.apply(self.p, self.low_bits, u, self.second_moment, self.hp.muon_beta2, lr_eff, decay)
-        return grad
+        return self.second_moment
 
 
 class RowAdam(Algorithm):

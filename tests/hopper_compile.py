@@ -64,7 +64,8 @@ def main() -> None:
     driver.set_active(NoGpu())
     JITFunction.__getitem__ = lambda kernel, grid: partial(compiled, kernel, grid=grid)
     for rows in (C, 2 * C):
-        train_gpt.symmetric_product_triton(bf16(2, C, rows), addend=bf16(2, C, C))
+        train_gpt.symmetric_product_triton(bf16(2, C, rows), number(2))
+    train_gpt.symmetric_product_triton(bf16(2, C, C), number(2), 3.0, -2.0, 0.5)
     train_gpt.transposed_triton(bf16(C, C).to(torch.float8_e4m3fn))
     weight, hidden = bf16(4 * C, C), bf16(T, 4 * C)
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):

@@ -112,57 +112,58 @@ def symmetric(N, M, device, dtype):
 SYMMETRIC_SHAPES = [(1, 128, 64), (2, 131, 67), (1, 257, 31), (3, 5, 200)]
 
 
+def scales(N, device):
+    """A factor for each of N matrices."""
+    return 0.5 + torch.arange(N, dtype=torch.float32, device=device)
+
+
 @on_each_device
 @pytest.mark.parametrize("shape", SYMMETRIC_SHAPES)
-def test_symmetric_product_kernel_is_alpha_x_xt(shape, device, dtype):
-    x = normal(*shape, device=device, dtype=dtype)
+def test_symmetric_product_kernel_is_scale_x_xt(shape, device, dtype):
+    x, scale = normal(*shape, device=device, dtype=dtype), scales(len(normal(*shape)), device)
     with poisoned_memory():
-        out = train_gpt.symmetric_product_triton(x, alpha=0.5)
+        out = train_gpt.symmetric_product_triton(x, scale)
     x = x.double()
     assert out.dtype == dtype
-    assert relative_error(out, 0.5 * (x @ x.mT)) < KERNEL_TOLERANCE[dtype]
+    assert relative_error(out, scale[:, None, None] * (x @ x.mT)) < KERNEL_TOLERANCE[dtype]
 
 
 @on_each_device
 @pytest.mark.parametrize("shape", SYMMETRIC_SHAPES)
-def test_symmetric_product_kernel_adds_beta_times_a_symmetric_matrix(shape, device, dtype):
-    N, M, K = shape
-    x, addend = normal(*shape, device=device, dtype=dtype), symmetric(N, M, device, dtype)
-    alpha, beta = 1 / K, -2.5  # both terms of the same size
+def test_symmetric_product_kernel_is_a_polynomial_of_a_symmetric_matrix(shape, device, dtype):
+    (N, M, _), (a, b, c) = shape, (3.0, -2.5, 0.5 / shape[1])  # all three terms count
+    # As a view whose rows and columns have changed places
+    x, scale = symmetric(N, M, device, dtype).mT, scales(N, device)
     with poisoned_memory():
-        out = train_gpt.symmetric_product_triton(x, alpha, addend, beta)
-    x, addend = x.double(), addend.double()
-    assert relative_error(out, alpha * (x @ x.mT) + beta * addend) < KERNEL_TOLERANCE[dtype]
+        out = train_gpt.symmetric_product_triton(x, scale, a, b, c)
+    x = x.double()
+    expected = a * torch.eye(M, device=device) + b * x + c * x @ x
+    assert relative_error(out, scale[:, None, None] * expected) < KERNEL_TOLERANCE[dtype]
 
 
 @on_each_device
 def test_symmetric_product_kernel_reads_transposed_views(device, dtype):
     tall = normal(2, 70, 131, device=device, dtype=dtype)  # polar_express passes the transpose of a tall matrix
     with poisoned_memory():
-        out = train_gpt.symmetric_product_triton(tall.mT)
+        out = train_gpt.symmetric_product_triton(tall.mT, torch.ones(2, device=device))
     assert relative_error(out, tall.double().mT @ tall.double()) < KERNEL_TOLERANCE[dtype]
 
 
 @on_each_device
-def test_symmetric_product_kernel_reads_a_transposed_addend(device, dtype):
-    x = normal(1, 131, 16, device=device, dtype=dtype)
-    addend = symmetric(1, 131, device, dtype).mT
-    out = train_gpt.symmetric_product_triton(x, 1.0, addend, 1.0)
-    assert relative_error(out, x.double() @ x.double().mT + addend.double()) < KERNEL_TOLERANCE[dtype]
-
-
-@on_each_device
 def test_symmetric_product_kernel_is_symmetric_across_tiles_to_the_bit(device, dtype):
-    out = train_gpt.symmetric_product_triton(normal(1, 200, 40, device=device, dtype=dtype))
+    x = normal(1, 200, 40, device=device, dtype=dtype)
+    out = train_gpt.symmetric_product_triton(x, torch.ones(1, device=device))
     assert torch.equal(out[:, 128:, :128], out[:, :128, 128:].mT)
 
 
-def test_symmetric_product_reference_is_alpha_x_xt_plus_beta_s():
-    x, s = torch.randn(2, 5, 7).double(), torch.randn(2, 5, 5).double()
-    expected = torch.einsum("nik,njk->nij", x, x)
-    assert relative_error(train_gpt.symmetric_product_reference(x), expected) < EXACT_TOLERANCE
-    out = train_gpt.symmetric_product_reference(x, 3.0, s, -2.0)
-    assert relative_error(out, 3 * expected - 2 * s) < EXACT_TOLERANCE
+def test_symmetric_product_reference_is_a_polynomial():
+    x, scale = torch.randn(2, 5, 7).double(), torch.tensor([0.5, 3.0]).double()
+    s = torch.einsum("nik,njk->nij", x, x)
+    assert relative_error(train_gpt.symmetric_product_reference(x, scale), scale[:, None, None] * s) < EXACT_TOLERANCE
+    out = train_gpt.symmetric_product_reference(s, scale, -2.0, 3.0, 0.5)
+    expected = 3 * s + 0.5 * torch.einsum("nik,nkj->nij", s, s)
+    expected.diagonal(dim1=1, dim2=2).sub_(2)
+    assert relative_error(out, scale[:, None, None] * expected) < EXACT_TOLERANCE
 
 
 # ---------------------------------------------------------------------------- products in FP8

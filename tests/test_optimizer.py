@@ -51,8 +51,8 @@ TRAJECTORY_TOLERANCE = {"adam": 5e-5, "normuon": 5e-4}
 # bfloat16 too, and their distance from 1 as a root mean square.
 SINGULAR_VALUES = 0.8, 1.2
 POLAR_TOLERANCE = 0.15
-# Polar Express in bfloat16 against float64, norms of whole matrices; measured 2.6e-3.
-BF16_NORM_TOLERANCE = 1e-2
+# Polar Express in bfloat16 against float64, norms of matrices of 16 rows or columns; measured 2.4e-2, of 768 5e-4.
+BF16_NORM_TOLERANCE = 3e-2
 
 # That of the n-grams: see test_ngram.py
 ROWS = {row.name: row for row in rows_in_use() if row.algorithm != "rowwise"}
