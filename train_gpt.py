@@ -1204,6 +1204,50 @@ def update_rows_triton(p, v, last, rows, grad, update: int, beta2: float, *rates
 update_rows = switch(update_rows_triton, update_rows_reference)
 
 
+def sum_rows_reference(own: Tensor, received: Tensor, sources: Tensor, rank: int, first: int) -> Tensor:
+    """Gradients (n, C) of n rows of the table, summed over the ranks in their order; in own's type.
+
+    received (m, C): those of rank 0, then of rank 1, ...; sources (ranks, n): which of them is a rank's for a row, or
+    -1. From `first` on there would be those of `rank`, in whose place `own` (k, C) is read, which nobody has rounded.
+    """
+    total = own.new_zeros(sources.size(1), own.size(1))
+    for r, places in enumerate(sources.long()):
+        there = places >= 0
+        total[there] += own[places[there] - first] if r == rank else received[places[there]].to(own.dtype)
+    return total
+
+
+@triton.jit(do_not_specialize=["n", "rank", "first"])
+def sum_rows_kernel(
+    own_ptr, received_ptr, sources_ptr, out_ptr, n, rank, first, RANKS: tl.constexpr, C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row."""
+    i, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside, total = cols < C, tl.zeros((BLOCK,), tl.float32)
+    for r in tl.static_range(RANKS):
+        place = tl.load(sources_ptr + r * n + i).to(tl.int64)
+        there = inside & (place >= 0)
+        if r == rank:
+            total += tl.load(own_ptr + (place - first) * C + cols, mask=there, other=0.0)
+        else:
+            total += tl.load(received_ptr + place * C + cols, mask=there, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i * C + cols, total, mask=inside)
+
+
+def sum_rows_triton(own: Tensor, received: Tensor, sources: Tensor, rank: int, first: int) -> Tensor:
+    """sum_rows_reference in one kernel."""
+    (ranks, n), C = sources.shape, own.size(1)
+    out = own.new_empty(n, C)
+    if n:
+        args = own, received, sources, out, n, rank, first, ranks, C
+        sum_rows_kernel[(n,)](*args, BLOCK=triton.next_power_of_2(C), num_warps=4)
+    return out
+
+
+sum_rows = switch(sum_rows_triton, sum_rows_reference)
+
+
 # ---------------------------------------------------------------------------- queries, keys and values
 # What lies between projection and attention, in one kernel a direction: norm, rotary embedding (RoPE, arXiv 2104.09864,
 # 2021), value embeddings (arXiv 2410.17897, 2024), pairs of heads and the key offset (both from the seed record).
@@ -2196,12 +2240,14 @@ def polar_express(g: Tensor) -> Tensor:
     """The nearest (semi-)orthogonal matrix of each G (N, rows, columns), approximately, in G's type."""
     x, tall = g, g.size(-2) > g.size(-1)
     norms = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.promote_types(g.dtype, torch.float32))
-    scale = 1 / (1.02 * norms + 1e-6)  # of X, which thus need not be divided by its norm at first
+    scale = 1 / (1.02 * norms + 1e-6)  # what X is to be multiplied by: at first the products do that
+    square, one = scale.square(), torch.ones_like(scale)
     for coefficients in POLAR_EXPRESS:
-        gram = symmetric_product(x.mT if tall else x, scale.square())
+        gram = symmetric_product(x.mT if tall else x, square)
         polynomial = symmetric_product(gram, scale, *coefficients)
         # Of a tall X the smaller product is X^T X, and its polynomial multiplies from the right.
-        x, scale = x @ polynomial if tall else polynomial @ x, torch.ones_like(scale)
+        x = x @ polynomial if tall else polynomial @ x
+        scale = square = one
     return x
 
 
@@ -2469,6 +2515,7 @@ class Exchange(NamedTuple):
 
     rows: Tensor  # int32, ascending: what any rank looks up of this rank's share, counted from the share's first row
     asked: Tensor  # int32, indices into `rows`: what rank 0 looks up of them, then rank 1, ...
+    sources: Tensor  # int32, (ranks, rows): the inverse, where a rank has a row in `asked`, or -1
     taken: list[int]  # by owner, how many slots this rank has: they are the rows it looks up, in the table's order
     given: list[int]  # by rank, how many of `asked` are for it
 
@@ -2490,7 +2537,7 @@ class RowCache(Alone):
         self.p, self.world = p, world
         self.slice = p.new_zeros(rows // world.size, p.shape[1])
         none, zeros = torch.empty(0, dtype=torch.int32, device=p.device), [0] * world.size
-        self.exchange = self.nothing = Exchange(none, none, zeros, zeros)
+        self.exchange = self.nothing = Exchange(none, none, none.view(world.size, 0), zeros, zeros)
         self.coming: Exchange | None = None  # the next step's, if known
         self.filled: Exchange | None = None  # that for which p is filled ahead of its step
 
@@ -2527,9 +2574,8 @@ class ShardedRowCache(RowCache):
         return out
 
     def start_fetch(self, exchange: Exchange, out: Tensor) -> dist.Work:
-        rows, asked, taken, given = exchange
-        values = self.slice.index_select(0, rows.index_select(0, asked))
-        return dist.all_to_all_single(out, values, taken, given, async_op=True)
+        values = self.slice.index_select(0, exchange.rows.index_select(0, exchange.asked))
+        return dist.all_to_all_single(out, values, exchange.taken, exchange.given, async_op=True)
 
     def gather(self) -> None:
         """Starts to fill the cache for the next step, if that is known: beneath the updates that follow."""
@@ -2550,11 +2596,8 @@ class ShardedRowCache(RowCache):
 
     def reduced(self) -> tuple[Tensor, Tensor]:
         self.work.wait()
-        rows, asked, taken, given = self.exchange
-        total = self.grad.new_zeros(len(rows), self.grad.shape[1])
-        parts = [*self.received.split(given)]
-        parts[self.world.rank] = self.grad.split(taken)[self.world.rank]  # own ones were never rounded
-        add_different_rows(total, zip(asked.split(given), parts, strict=True))
+        (rows, _, sources, taken, given), rank = self.exchange, self.world.rank
+        total = sum_rows(self.grad.split(taken)[rank], self.received, sources, rank, sum(given[:rank]))
         self.received = self.grad = None
         return rows, total
 
@@ -2814,10 +2857,12 @@ def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray) -> t
     own = unique(by_rank[rank])
     slots, taken = found_in(by_rank[rank], own), np.diff(np.searchsorted(own, share * np.arange(len(by_rank) + 1)))
     if len(by_rank) == 1:
-        return slots, [own, own[:0], [len(own)], [0]]
+        return slots, [own, own[:0], own[:0], [len(own)], [0]]
     asked = [unique(rows[rows // share == rank]) for rows in by_rank]
     rows, given = unique(np.concatenate(asked)), [*map(len, asked)]
-    return slots, [rows - rank * share, found_in(np.concatenate(asked), rows), taken.tolist(), given]
+    found, sources = found_in(np.concatenate(asked), rows), np.full((len(by_rank), len(rows)), -1, np.int32)
+    sources[np.repeat(np.arange(len(by_rank)), given), found] = np.arange(len(found))
+    return slots, [rows - rank * share, found, sources, taken.tolist(), given]
 
 
 def sorting_order(rows: np.ndarray) -> np.ndarray:
@@ -2927,7 +2972,7 @@ class TrainLoader:
                 batch = self._wait()
                 self.ahead = self.assembler.submit(self._prepare, size) if size else None
                 if self.stream:  # whose memory it is: not to be reused there while the current stream reads it
-                    for tensor in chain(*(b.tensors() for b in batch.micro_batches), batch.exchange[:2]):
+                    for tensor in chain(*(b.tensors() for b in batch.micro_batches), batch.exchange[:3]):
                         tensor.record_stream(torch.cuda.current_stream())
                 yield batch
         finally:  # without waiting for a thread that reads: a network file system can stall for ever

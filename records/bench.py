@@ -35,7 +35,7 @@ UNTIMED_STEPS, PROFILED_STEPS = 2, 2  # at a stage's start; an even and an odd o
 # What Optimizer.step launches is the optimizer's whatever its name, unless it communicates.
 KERNEL_CATEGORIES = {
     "communication": r"(?i)nccl|gloo|c10d::",
-    "optimizer": r"symmetric_product|update_rows|adam_kernel|nesterov",
+    "optimizer": r"symmetric_product|update_rows|sum_rows|adam_kernel|nesterov",
     "loss": r"cross_entropy|HeadLoss(?!.*mm\b)|\bcopy_(kernel|backward)",
     "attention": r"flash|attention|split_heads",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|linear_relu2|aten::\w*mm\b",

@@ -79,6 +79,7 @@ def main() -> None:
     train_gpt.nesterov_triton(bf16(2, C, C), number(2, C, C), 0.9, torch.bfloat16)
     rows = number(V), index(V), index(T), number(T, C)
     train_gpt.update_rows_triton(bf16(V, C), *rows, 7, 0.95, 0.1, 0.1, 1e-10)
+    train_gpt.sum_rows_triton(number(T, C), bf16(T, C), index(8, V), 1, 7)
     train_gpt.cross_entropy_triton(bf16(T, V), index(3, T))
     for dtype in (torch.bfloat16, torch.float8_e5m2):
         train_gpt.cross_entropy_backward_triton(bf16(T, V), number(T), index(3, T), number(3, T), 1.0, dtype)

@@ -90,7 +90,7 @@ def test_slots_stand_for_the_rows_that_ranks_give_each_other(tmp_path, ranks, jo
     share, (hp, _) = 512 // ranks, steps[0]
     given = []
     for rank, (_, batch) in enumerate(steps):
-        rows, asked, taken, counts = batch.exchange
+        rows, asked, _, taken, counts = batch.exchange
         assert rows.diff().gt(0).all() and rows.min() >= 0 and rows.max() < share
         if ranks == 1:
             given.append([rows.tolist()])
@@ -120,9 +120,14 @@ def test_a_rank_that_nobody_asks_has_nothing_to_give():
         ([0, 1], [], [], [1, 0, 1, 0], [0, 0, 0, 0]),
     ]
     for rank, (slots, rows, asked, taken, given) in enumerate(expected):
-        found, parts = train_gpt.exchange_rows(by_rank, rank, places)
+        found, (*parts, sources, found_taken, found_given) = train_gpt.exchange_rows(by_rank, rank, places)
         assert found.flatten().tolist() == slots
-        assert [*map(list, parts)] == [rows, asked, taken, given]
+        assert [*map(list, parts)] == [rows, asked]
+        assert [found_taken, found_given] == [taken, given]
+        asked_by = np.split(np.array(asked, int), np.cumsum(given)[:-1])
+        begin = np.cumsum([0, *given])
+        plain = [[begin[q] + [*a].index(i) if i in a else -1 for i in range(len(rows))] for q, a in enumerate(asked_by)]
+        assert sources.tolist() == plain
 
 
 @pytest.mark.parametrize("values", [[], [3], [5, 5, 5], [7, 0, 7, 2**31 - 1, 0]])
@@ -158,8 +163,8 @@ def exchange_once(folder, rank, size, dtype):
     world, found = World(rank, size), {}
     for name, rows_of in LOOKED_UP.items():
         by_rank = [rows_of(q, size).astype(np.int32) for q in range(size)]
-        slots, (rows, asked, taken, given) = train_gpt.exchange_rows(by_rank, rank, np.zeros(ROWS, np.int32))
-        exchange = train_gpt.Exchange(torch.from_numpy(rows), torch.from_numpy(asked), taken, given)
+        slots, (*indices, taken, given) = train_gpt.exchange_rows(by_rank, rank, np.zeros(ROWS, np.int32))
+        exchange = train_gpt.Exchange(*map(torch.from_numpy, indices), taken, given)
         communication = train_gpt.ShardedRowCache(torch.zeros(ROWS, C, dtype=dtype), world, ROWS)
         communication.slice.copy_(whole_table(dtype).chunk(size)[rank])
         communication.fill(exchange)
@@ -216,6 +221,33 @@ def test_rows_come_from_their_owners_and_gradients_go_there_and_add_up(tmp_path,
             assert torch.equal(ranks["fetched"], table[rows]) and torch.equal(ranks["whole"], table)
             assert not ranks["left"].any()
         assert torch.equal(torch.cat([found[rank][name]["gradient"] for rank in range(size)]), total), name
+
+
+SUMS = [
+    pytest.param(train_gpt.sum_rows_reference, "cpu", torch.bfloat16, id="reference"),
+    pytest.param(train_gpt.sum_rows_triton, "cpu", torch.float16, marks=interpreted, id="kernel"),
+    pytest.param(train_gpt.sum_rows, "cuda", torch.bfloat16, marks=pytest.mark.gpu, id="cuda"),
+]
+
+
+@pytest.mark.parametrize("sum_rows, device, dtype", SUMS)
+@pytest.mark.parametrize("size", [2, 8])
+def test_gradients_of_a_row_are_summed_over_the_ranks_its_owners_own_unrounded(sum_rows, device, dtype, size):
+    share = ROWS // size
+    for rows_of in LOOKED_UP.values():
+        by_rank = [rows_of(q, size).astype(np.int32) for q in range(size)]
+        gradients = [(rows := np.unique(looked_up), gradients_of(q, rows)) for q, looked_up in enumerate(by_rank)]
+        for rank in range(size):
+            _, (rows, _, sources, _, given) = train_gpt.exchange_rows(by_rank, rank, np.zeros(ROWS, np.int32))
+            here = [(looked_up, grad[looked_up // share == rank]) for looked_up, grad in gradients]
+            received = torch.cat([torch.full_like(g, torch.nan) if q == rank else g for q, (_, g) in enumerate(here)])
+            args = here[rank][1], received.to(dtype), torch.from_numpy(sources)
+            with poisoned_memory():
+                found = sum_rows(*(t.to(device) for t in args), rank, sum(given[:rank])).cpu()
+            total = torch.zeros(ROWS, C)
+            for q, (looked_up, grad) in enumerate(here):
+                total[looked_up[looked_up // share == rank]] += grad if q == rank else grad.to(dtype).float()
+            assert torch.equal(found, total[rank * share + rows])  # multiples of 2^-12: in any order the same
 
 
 # ---------------------------------------------------------------------------- the optimizer
@@ -313,7 +345,7 @@ def test_rows_beyond_two_to_the_31_numbers_are_found():
     assert table.numel() > 2**31
     table[rows.long()] = torch.arange(1.0, 4.0, dtype=torch.bfloat16, device="cuda")[:, None].expand(3, width)
     none = rows[:0]
-    communication.fill(train_gpt.Exchange(rows, none, [3], [0]))
+    communication.fill(train_gpt.Exchange(rows, none, none, [3], [0]))
     assert communication.p[:, 0].tolist() == [1, 2, 3, 0]
     v, last = torch.zeros(N, device="cuda"), torch.zeros(N, dtype=torch.int32, device="cuda")
     train_gpt.update_rows(table, v, last, rows, torch.ones(3, width, device="cuda"), 1, 0.75, 0.5, 0.0, 0.0)
