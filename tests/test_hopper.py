@@ -32,5 +32,6 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
 
 def test_every_kernel_is_compiled_and_none_launched_ahead_of_a_warm_up(tmp_path):
     *ahead, after = hopper_compile(tmp_path / "cache", tmp_path)
-    assert {(name, what) for name, what in ahead} == {(name, "compiled") for name in LAUNCHED}
+    of_one_rank = LAUNCHED - {"sum_rows_kernel"}
+    assert {(name, what) for name, what in ahead} == {(name, "compiled") for name in of_one_rank}
     assert after == ["transposed_kernel", "launched"]  # as ever

@@ -189,7 +189,7 @@ def test_each_parameter_has_its_algorithm_and_multipliers():
         "mlp_bank": ("normuon", True, (1, 2), 1, None),  # W_fc, W_proj
         "ngrams": ("rowwise", True, (70,), 5, (0, 0.95)),
     }
-    # what is there soonest, tables, the longest update, what waits and is waited for, a short message last; then the small
+    # what is there soonest, tables, the longest update, what waits and is waited for, a short message; then the small
     large = ["qk_bank", "value_embeds", "spellings", "embed", "mlp_bank", "ngrams", "vo_bank"]
     small = ["scalars", "gate_in", "gate_out", "gate_bias", "copy_qk", "copy_sentinel"]
     assert [row.name for row in PARAMETERS] == [*large, *small]
