@@ -2515,9 +2515,13 @@ class Exchange(NamedTuple):
 
     rows: Tensor  # int32, ascending: what any rank looks up of this rank's share, counted from the share's first row
     asked: Tensor  # int32, indices into `rows`: what rank 0 looks up of them, then rank 1, ...
-    sources: Tensor  # int32, (ranks, rows): the inverse, where a rank has a row in `asked`, or -1
+    sources: Tensor  # int32, (ranks, rows), where gradients come back: where a rank has a row in `asked`, or -1
     taken: list[int]  # by owner, how many slots this rank has: they are the rows it looks up, in the table's order
     given: list[int]  # by rank, how many of `asked` are for it
+
+    def tensors(self) -> list[Tensor]:
+        """What lies on the device."""
+        return [value for value in self if isinstance(value, Tensor)]
 
 
 def cache_rows(hp: Hyperparameters, world: World) -> int:
@@ -2647,7 +2651,7 @@ class Optimizer:
         rows = [row for row in PARAMETERS if parameters[row.name].numel()]
         self.slots = {row.name: Slot(row, parameters[row.name], hp, world, compiled) for row in rows}
         self.model, self.world = model, world
-        self.largest = deque(maxlen=8)  # (step, names, on the CPU the largest magnitude of each gradient)
+        self.largest = deque(maxlen=8)  # (step, names, on the CPU the largest magnitude in what each update returned)
 
     def mark_lookups(self, dealt: list[np.ndarray]) -> None:
         """Marks what each rank looks up; dealt: inputs of all micro-batches, which go to the ranks in turn."""
@@ -2846,8 +2850,13 @@ def unique(rows: np.ndarray) -> np.ndarray:
     return rows[np.flatnonzero(np.diff(rows, prepend=-1))]
 
 
-def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray) -> tuple[np.ndarray, list]:
-    """Slots of the rows that `rank` looks up, in their shape, and its Exchange's fields; places (rows,): scratch."""
+def exchange_rows(
+    by_rank: list[np.ndarray], rank: int, places: np.ndarray, learns: bool
+) -> tuple[np.ndarray, list]:  # fmt: skip
+    """Slots of the rows that `rank` looks up, in their shape, and its Exchange's fields; places (rows,): scratch.
+
+    learns: whether gradients will come back. Without, and on one rank, `sources` is empty.
+    """
 
     def found_in(rows, different):  # index of each row among the different ones; a binary search would be slower
         places[different] = np.arange(len(different), dtype=places.dtype)
@@ -2856,12 +2865,15 @@ def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray) -> t
     share = len(places) // len(by_rank)
     own = unique(by_rank[rank])
     slots, taken = found_in(by_rank[rank], own), np.diff(np.searchsorted(own, share * np.arange(len(by_rank) + 1)))
+    sources = own[None, :0]
     if len(by_rank) == 1:
-        return slots, [own, own[:0], own[:0], [len(own)], [0]]
+        return slots, [own, own[:0], sources, [len(own)], [0]]
     asked = [unique(rows[rows // share == rank]) for rows in by_rank]
     rows, given = unique(np.concatenate(asked)), [*map(len, asked)]
-    found, sources = found_in(np.concatenate(asked), rows), np.full((len(by_rank), len(rows)), -1, np.int32)
-    sources[np.repeat(np.arange(len(by_rank)), given), found] = np.arange(len(found))
+    found = found_in(np.concatenate(asked), rows)
+    if learns:
+        sources = np.full((len(by_rank), len(rows)), -1, np.int32)
+        sources[np.repeat(np.arange(len(by_rank)), given), found] = np.arange(len(found))
     return slots, [rows - rank * share, found, sources, taken.tolist(), given]
 
 
@@ -2878,11 +2890,11 @@ def make_micro_batches(
     """This rank's share of the micro-batches dealt to all ranks, joined, on its device, and their exchange.
 
     canonical: of canonical_tokens; places: of exchange_rows; classes: of softmax_classes, an empty list for all;
-    learns: whether gradients will be taken, for which rows and tokens are sorted.
+    learns: whether gradients will be taken, for which rows and tokens are sorted, and rows' sources found.
     """
     joined = [[*join_micro_batches(dealt[rank :: world.size], together)] for rank in range(world.size)]
     rows = [[hashed_ngrams(canonical[inputs], starts, len(places)) for inputs, _, starts, _ in b] for b in joined]
-    slots, (*indices, taken, given) = exchange_rows([np.concatenate(r, 1) for r in rows], world.rank, places)
+    slots, (*indices, taken, given) = exchange_rows([np.concatenate(r, 1) for r in rows], world.rank, places, learns)
     own, batches = joined[world.rank], []
     for arrays, part in zip(own, np.split(slots, len(own), 1), strict=True):
         arrays += [part, *(sorting_order(a) if learns else a[:0].ravel() for a in (part, arrays[0]))]
@@ -2972,7 +2984,7 @@ class TrainLoader:
                 batch = self._wait()
                 self.ahead = self.assembler.submit(self._prepare, size) if size else None
                 if self.stream:  # whose memory it is: not to be reused there while the current stream reads it
-                    for tensor in chain(*(b.tensors() for b in batch.micro_batches), batch.exchange[:3]):
+                    for tensor in chain(*(b.tensors() for b in batch.micro_batches), batch.exchange.tensors()):
                         tensor.record_stream(torch.cuda.current_stream())
                 yield batch
         finally:  # without waiting for a thread that reads: a network file system can stall for ever

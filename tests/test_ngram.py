@@ -120,7 +120,7 @@ def test_a_rank_that_nobody_asks_has_nothing_to_give():
         ([0, 1], [], [], [1, 0, 1, 0], [0, 0, 0, 0]),
     ]
     for rank, (slots, rows, asked, taken, given) in enumerate(expected):
-        found, (*parts, sources, found_taken, found_given) = train_gpt.exchange_rows(by_rank, rank, places)
+        found, (*parts, sources, found_taken, found_given) = train_gpt.exchange_rows(by_rank, rank, places, True)
         assert found.flatten().tolist() == slots
         assert [*map(list, parts)] == [rows, asked]
         assert [found_taken, found_given] == [taken, given]
@@ -128,6 +128,8 @@ def test_a_rank_that_nobody_asks_has_nothing_to_give():
         begin = np.cumsum([0, *given])
         plain = [[begin[q] + [*a].index(i) if i in a else -1 for i in range(len(rows))] for q, a in enumerate(asked_by)]
         assert sources.tolist() == plain
+        _, (_, _, none, _, _) = train_gpt.exchange_rows(by_rank, rank, places, False)
+        assert none.size == 0  # as for a validation, where no gradient comes back
 
 
 @pytest.mark.parametrize("values", [[], [3], [5, 5, 5], [7, 0, 7, 2**31 - 1, 0]])
@@ -163,7 +165,7 @@ def exchange_once(folder, rank, size, dtype):
     world, found = World(rank, size), {}
     for name, rows_of in LOOKED_UP.items():
         by_rank = [rows_of(q, size).astype(np.int32) for q in range(size)]
-        slots, (*indices, taken, given) = train_gpt.exchange_rows(by_rank, rank, np.zeros(ROWS, np.int32))
+        slots, (*indices, taken, given) = train_gpt.exchange_rows(by_rank, rank, np.zeros(ROWS, np.int32), True)
         exchange = train_gpt.Exchange(*map(torch.from_numpy, indices), taken, given)
         communication = train_gpt.ShardedRowCache(torch.zeros(ROWS, C, dtype=dtype), world, ROWS)
         communication.slice.copy_(whole_table(dtype).chunk(size)[rank])
@@ -238,7 +240,7 @@ def test_gradients_of_a_row_are_summed_over_the_ranks_its_owners_own_unrounded(s
         by_rank = [rows_of(q, size).astype(np.int32) for q in range(size)]
         gradients = [(rows := np.unique(looked_up), gradients_of(q, rows)) for q, looked_up in enumerate(by_rank)]
         for rank in range(size):
-            _, (rows, _, sources, _, given) = train_gpt.exchange_rows(by_rank, rank, np.zeros(ROWS, np.int32))
+            _, (rows, _, sources, _, given) = train_gpt.exchange_rows(by_rank, rank, np.zeros(ROWS, np.int32), True)
             here = [(looked_up, grad[looked_up // share == rank]) for looked_up, grad in gradients]
             received = torch.cat([torch.full_like(g, torch.nan) if q == rank else g for q, (_, g) in enumerate(here)])
             args = here[rank][1], received.to(dtype), torch.from_numpy(sources)
