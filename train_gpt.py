@@ -378,7 +378,7 @@ def parse_arguments(arguments: list[str], has_gpu: bool, gpu_memory: float = mat
     hp = Hyperparameters(**{**PRESETS[preset], **overrides, "preset": preset})
     require(hp.resume != "auto" or hp.run_id, "--resume=auto: give --run_id= too, the name of the run to go on with")
     hp = replace(hp, run_id=hp.run_id or hp.resume or str(uuid.uuid4()))
-    # In GiB: micro-batches joined up to 65,536 tokens reserve 44 in the speedrun, up to 32,768 they took 35 (measured).
+    # In GiB: micro-batches joined up to 65,536 tokens reserve 46 to 49 in the speedrun, up to 32,768 some 10 less.
     if gpu_memory < 52 and "micro_batch_tokens" not in overrides:
         hp = replace(hp, micro_batch_tokens=min(hp.micro_batch_tokens, 32_768))
     if checks := import_tool("checks"):
@@ -595,37 +595,61 @@ def fp8_product(a: Tensor, b: Tensor, a_scale, b_scale, out_dtype: torch.dtype, 
     return torch._scaled_mm(a, b, *scales, out_dtype=out_dtype, use_fast_accum=fast)
 
 
+# A weight's gradient is a product of two transposes, (M, T) and (T, N), in which the order of tokens is free. That of
+# "regrouped" ones is, for each 256 tokens, 0, 8, 128, 136; 1, 9, 129, 137; ... 7, 15, 135, 143; 16, 24, 144, 152; ...:
+# of a product's rows the tensor core gives a thread such fours, which it can store as words of the transpose.
+
+
+def transposed_reference(x: Tensor, regrouped: bool = False) -> Tensor:
+    """x^T, contiguous, for x (..., M, N); or regrouped, for x (M, N) with rows of zeros up to a multiple of 256."""
+    if regrouped:
+        x = F.pad(x.view(torch.uint8), (0, 0, 0, -len(x) % 256)).view(x.dtype)
+        x = x.unflatten(0, (-1, 2, 8, 2, 8)).permute(0, 2, 4, 1, 3, 5).flatten(0, 4)
+    return x.mT.contiguous()
+
+
 @triton.jit
-def transposed_kernel(x_ptr, out_ptr, M, N, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """A tile of 4 ROWS x 4 COLS bytes of a (4 M, 4 N) matrix, moved as words of four bytes: single ones are slow."""
-    matrix = tl.program_id(2).to(tl.int64) * 4 * M * N
-    x_ptr, out_ptr = x_ptr + matrix, out_ptr + matrix
-    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
-    words, inside = 4 * row[:, None].to(tl.int64) * N + col[None, :], (row < M)[:, None] & (col < N)[None, :]
-    a, b, c, d = [tl.load(x_ptr + words + i * N, mask=inside) for i in (0, 1, 2, 3)]  # four rows
-    out_ptr += 4 * col[:, None].to(tl.int64) * M + row[None, :]
+def transposed_kernel(
+    x_ptr, out_ptr, M, N, words, NEAR: tl.constexpr, FAR: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """A tile of 4 ROWS x 4 COLS bytes of a (M, 4 N) matrix, moved as words of four bytes: single ones are slow.
+
+    Of a word in a row of the result the bytes come from a row of x and those NEAR, FAR and NEAR + FAR below it.
+    """
+    matrix = tl.program_id(2).to(tl.int64)
+    word, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    row = word // (FAR // 2) * 2 * FAR + word % (FAR // 2) // NEAR * 2 * NEAR + word % NEAR
+    places, inside = (matrix * M + row)[:, None] * N + col[None, :], (col < N)[None, :]
+    a, b, c, d = [
+        tl.load(x_ptr + places + i * N, mask=inside & (row < M - i)[:, None], other=0)
+        for i in (0, NEAR, FAR, NEAR + FAR)
+    ]
+    places, inside = (4 * (matrix * N + col) * words)[:, None] + word[None, :], (col < N)[:, None] & (word < words)
     for i in tl.static_range(4):  # their column i
         packed = (a >> 8 * i & 255) | (b >> 8 * i & 255) << 8 | (c >> 8 * i & 255) << 16 | d >> 8 * i << 24
-        tl.store(out_ptr + i * M, tl.trans(packed), mask=tl.trans(inside))
+        tl.store(out_ptr + places + i * words, tl.trans(packed), mask=inside)
 
 
-def transposed_triton(x: Tensor) -> Tensor:
-    """transposed() in one kernel, for M and N that are multiples of 4; 7 tile sizes were within 20 % on H100."""
+def transposed_triton(x: Tensor, regrouped: bool = False) -> Tensor:
+    """transposed() in one kernel, for multiples of 4 columns and, not regrouped, rows; the tile hardly matters."""
     *batch, M, N = x.shape
-    out = x.new_empty(*batch, N, M)
-    transposed_kernel[(triton.cdiv(M, 128), triton.cdiv(N, 128), math.prod(batch))](
-        x.contiguous().view(torch.int32), out.view(torch.int32), M // 4, N // 4, ROWS=32, COLS=32, num_warps=4
-    )
+    out = transposed.empty_results(x, regrouped)
+    words = out.shape[-1] // 4
+    transposed_kernel[(triton.cdiv(words, 32), triton.cdiv(N, 128), math.prod(batch))](
+        x.contiguous().view(torch.int32), out.view(torch.int32), M, N // 4, words, *(8, 128) if regrouped else (1, 2),
+        ROWS=32, COLS=32, num_warps=4,
+    )  # fmt: skip
     return out
 
 
-@custom_op(transposed_triton, lambda x: x.mT.contiguous())
-def transposed(x: Tensor) -> Tensor:
-    """x^T, contiguous, for matrices x (..., M, N) of an 8-bit type.
+@custom_op(transposed_triton, transposed_reference)
+def transposed(x: Tensor, regrouped: bool = False) -> Tensor:
+    """x^T, contiguous, for matrices x (..., M, N) of an 8-bit type; regrouped: as transposed_reference has it.
 
     torch.compile's own takes byte by byte, and with PyTorch 2.13 and Triton 3.7 it gets some bytes wrong.
     """
-    return x.new_empty(x.mT.shape)
+    *batch, M, N = x.shape
+    return x.new_empty(*batch, N, round_up(M, 256) if regrouped else M)
 
 
 def fp8_weights(matrices: Tensor, scale: float = FP8_WEIGHT) -> tuple[Tensor, Tensor]:
@@ -634,9 +658,12 @@ def fp8_weights(matrices: Tensor, scale: float = FP8_WEIGHT) -> tuple[Tensor, Te
     return fp8, transposed(fp8)
 
 
-def fp8_weight_gradient(a: Tensor, b: Tensor, a_scale, b_scale, out_dtype: torch.dtype) -> Tensor:
-    """(a_scale a)^T b_scale b for FP8 a (T, M), b (T, N). Not fast, as sums are over all tokens."""
-    return fp8_product(transposed(a), transposed(b).T, a_scale, b_scale, out_dtype, fast=False)
+def fp8_weight_gradient(a_t: Tensor, b: Tensor, a_scale, b_scale, out_dtype: torch.dtype) -> Tensor:
+    """(a_scale a)^T b_scale b for FP8 b (T, N) and a (T, M), given as its regrouped transpose.
+
+    The sum is over all tokens: not fast, and their order is free.
+    """
+    return fp8_product(a_t, transposed(b, True).T, a_scale, b_scale, out_dtype, fast=False)
 
 
 class Projection(NamedTuple):
@@ -656,19 +683,40 @@ class Projection(NamedTuple):
 
 # ---------------------------------------------------------------------------- the MLP: linear + relu^2, both directions
 # One kernel computes p = x W^T and relu^2 (Primer, arXiv 2109.08668, 2021). Of p only hidden = relu(p)^2 is stored: the
-# derivative, 2 relu(p), is 2 sqrt(hidden), so that backward is the same kernel with another last step.
+# derivative, 2 relu(p), is 2 sqrt(hidden), so that backward is the same kernel with another last step. In FP8 it stores
+# the transpose as well, for weights' gradients.
 
 
-def linear_relu2_reference(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """relu(scale x W^T)^2 for x (T, C), W (F, C); with `hidden` (T, F), scale sqrt(hidden) (x W^T). In x's type."""
-    wide = torch.bfloat16 if x.dtype.itemsize == 1 else x.dtype
+def linear_relu2_reference(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0):
+    """relu(scale x W^T)^2 for x (T, C), W (F, C); with `hidden` (T, F), scale sqrt(hidden) (x W^T). In x's type.
+
+    In FP8 that and its regrouped transpose.
+    """
+    fp8 = x.dtype.itemsize == 1
+    wide = torch.bfloat16 if fp8 else x.dtype
     product = scale * (x.to(wide) @ weight.to(wide).T)
-    return (F.relu(product).square() if hidden is None else product * hidden.to(wide).sqrt()).to(x.dtype)
+    out = (F.relu(product).square() if hidden is None else product * hidden.to(wide).sqrt()).to(x.dtype)
+    return (out, transposed_reference(out, True)) if fp8 else out
+
+
+@triton.jit
+def pack_fp8(a, b, c, d, E5M2: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Four numbers in FP8 as the bytes of an int32; in PTX, as Triton 3.6 compiles the plain form to wrong bytes."""
+    if INTERPRETED:
+        fp8: tl.constexpr = tl.float8e5 if E5M2 else tl.float8e4nv
+        a, b, c, d = [x.to(fp8).to(tl.uint8, bitcast=True).to(tl.int32) for x in (a, b, c, d)]
+        return a | b << 8 | c << 16 | d << 24
+    convert: tl.constexpr = "cvt.rn.satfinite.e5m2x2.f32" if E5M2 else "cvt.rn.satfinite.e4m3x2.f32"
+    return tl.inline_asm_elementwise(
+        "{.reg .b16 ab, cd; " + convert + " ab, $2, $1; " + convert + " cd, $4, $3; mov.b32 $0, {ab, cd};}",
+        "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
 def linear_relu2_kernel(
-    x_desc, weight_desc, hidden_desc, out_desc, scale, T, N, K, BACKWARD: tl.constexpr, PROGRAMS: tl.constexpr,
+    x_desc, weight_desc, hidden_desc, out_desc, out_t_ptr, scale, T, N, K,
+    BACKWARD: tl.constexpr, FP8: tl.constexpr, INTERPRETED: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T x BLOCK_N tiles of the output; GROUP rows of tiles share their columns of W in the L2 cache.
@@ -691,12 +739,19 @@ def linear_relu2_kernel(
             acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
             acc *= acc
         out_desc.store([row, col], acc.to(out_desc.dtype))
+        if FP8:  # the regrouped transpose: a row, that 8 below it and both of the tile's other half
+            upper, lower = acc.reshape(2, 8, 2, 8, BLOCK_N).permute(1, 3, 4, 0, 2).split()
+            a, c = upper.split()
+            b, d = lower.split()
+            words = pack_fp8(a, b, c, d, BACKWARD, INTERPRETED).reshape(64, BLOCK_N)
+            at, cols = row // 4 + tl.arange(0, 64)[:, None], col + tl.arange(0, BLOCK_N)[None, :]
+            tl.store(out_t_ptr + cols.to(tl.int64) * (64 * tiles_t) + at, words, mask=cols < N)
 
 
-def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0) -> Tensor:
+def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0):
     """linear_relu2_reference in one kernel, through TMA, for which rows are multiples of 16 bytes."""
-    (T, K), N = x.shape, weight.shape[0]
-    out, fp8 = x.new_empty(T, N), x.dtype.itemsize == 1
+    (T, K), N, fp8 = x.shape, weight.shape[0], x.dtype.itemsize == 1
+    out, out_t = linear_relu2_fp8.empty_results(x, weight) if fp8 else (linear_relu2.empty_results(x, weight), None)
     # For FP8 the best of 20 on H200, C = 768, F = 3072; for bf16, not timed, what has room in shared memory
     tile, BLOCK_K = ([256, 128], 128) if fp8 else ([128, 128], 64)
     BLOCK_T, BLOCK_N = tile
@@ -706,17 +761,26 @@ def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None,
     linear_relu2_kernel[(programs,)](
         TensorDescriptor.from_tensor(x.contiguous(), [BLOCK_T, BLOCK_K]),
         TensorDescriptor.from_tensor(weight.contiguous(), [BLOCK_N, BLOCK_K]),
-        out_desc if hidden is None else TensorDescriptor.from_tensor(hidden, tile), out_desc, scale, T, N, K,
-        BACKWARD=hidden is not None, PROGRAMS=programs,
+        out_desc if hidden is None else TensorDescriptor.from_tensor(hidden, tile), out_desc,
+        out_t.view(torch.int32) if fp8 else None, scale, T, N, K,
+        BACKWARD=hidden is not None, FP8=fp8, INTERPRETED=not x.is_cuda, PROGRAMS=programs,
         BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=8, num_warps=8, num_stages=3,
     )  # fmt: skip
-    return out
+    return (out, out_t) if fp8 else out
 
 
 @custom_op(linear_relu2_triton, linear_relu2_reference)
 def linear_relu2(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """relu(scale x W^T)^2, or the gradient's product with `hidden`; see linear_relu2_reference."""
     return x.new_empty(len(x), len(weight))
+
+
+@custom_op(linear_relu2_triton, linear_relu2_reference)
+def linear_relu2_fp8(
+    x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same in FP8, and its regrouped transpose."""
+    return x.new_empty(len(x), len(weight)), x.new_empty(len(weight), round_up(len(x), 256))
 
 
 class MLP(torch.autograd.Function):
@@ -730,23 +794,25 @@ class MLP(torch.autograd.Function):
             ctx.save_for_backward(x, hidden, w_fc, w_proj)
             return hidden @ w_proj
         x_fp8 = (x / FP8_X).to(torch.float8_e4m3fn)
-        hidden = linear_relu2(x_fp8, fp8[0], None, FP8_X * FP8_WEIGHT * FP8_HIDDEN**-0.5)  # p^2 / s = (p / sqrt(s))^2
-        ctx.save_for_backward(x_fp8, hidden, fp8, fp8_t)
+        scale = FP8_X * FP8_WEIGHT * FP8_HIDDEN**-0.5  # p^2 / s = (p / sqrt(s))^2
+        hidden, hidden_t = linear_relu2_fp8(x_fp8, fp8[0], None, scale)
+        ctx.save_for_backward(x_fp8, hidden, hidden_t, fp8, fp8_t)
         return fp8_product(hidden, fp8_t[1].T, FP8_HIDDEN, FP8_WEIGHT, x.dtype)
 
     @staticmethod
     def backward(ctx, grad_out):
-        x, hidden, *weights = ctx.saved_tensors
+        x, hidden, *rest = ctx.saved_tensors
         if ctx.grad_scale is None:
-            w_fc, w_proj = weights
+            w_fc, w_proj = rest
             grad_pre = linear_relu2(grad_out, w_proj, hidden, 2.0)
             return grad_pre @ w_fc, grad_pre.T @ x, hidden.T @ grad_out, None, None, None
-        (fp8, fp8_t), scale, dtype = weights, ctx.grad_scale, grad_out.dtype
+        (hidden_t, fp8, fp8_t), scale, dtype = rest, ctx.grad_scale, grad_out.dtype
         grad = (grad_out / scale).to(torch.float8_e5m2)
-        grad_pre = linear_relu2(grad, fp8[1], hidden, 2 * FP8_HIDDEN**0.5 * FP8_WEIGHT)  # relu(p) = sqrt(s hidden)
+        derivative = 2 * FP8_HIDDEN**0.5 * FP8_WEIGHT  # relu(p) = sqrt(s hidden)
+        grad_pre, grad_pre_t = linear_relu2_fp8(grad, fp8[1], hidden, derivative)
         grad_x = fp8_product(grad_pre, fp8_t[0].T, scale, FP8_WEIGHT, dtype)
-        grad_fc = fp8_weight_gradient(grad_pre, x, scale, FP8_X, dtype)
-        return grad_x, grad_fc, fp8_weight_gradient(hidden, grad, FP8_HIDDEN, scale, dtype), None, None, None
+        grad_fc = fp8_weight_gradient(grad_pre_t, x, scale, FP8_X, dtype)
+        return grad_x, grad_fc, fp8_weight_gradient(hidden_t, grad, FP8_HIDDEN, scale, dtype), None, None, None
 
 
 # ---------------------------------------------------------------------------- softcapped multi-token cross-entropy
@@ -842,18 +908,6 @@ def cross_entropy_gradient(
 
 
 @triton.jit
-def pack_e5m2(a, b, c, d, INTERPRETED: tl.constexpr):
-    """Four numbers in e5m2 as the bytes of an int32; in PTX, as Triton 3.6 compiles the plain form to wrong bytes."""
-    if INTERPRETED:
-        a, b, c, d = [x.to(tl.float8e5).to(tl.uint8, bitcast=True).to(tl.int32) for x in (a, b, c, d)]
-        return a | b << 8 | c << 16 | d << 24
-    return tl.inline_asm_elementwise(
-        "{.reg .b16 ab, cd; cvt.rn.satfinite.e5m2x2.f32 ab, $2, $1; cvt.rn.satfinite.e5m2x2.f32 cd, $4, $3;"
-        " mov.b32 $0, {ab, cd};}", "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def cross_entropy_backward_kernel(
     logits_ptr, lse_ptr, sums_ptr, out_ptr, out_t_ptr, factor, T, V,
     TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -866,7 +920,7 @@ def cross_entropy_backward_kernel(
     args = (logits_ptr, lse_ptr, sums_ptr, out_ptr, factor, T, V, first_row, first_col)
     a, b, c, d = [cross_entropy_gradient(*args, offset, ROWS, COLS) for offset in (0, 1, 2, 3)]
     if TRANSPOSED:
-        words = pack_e5m2(a, b, c, d, INTERPRETED)
+        words = pack_fp8(a, b, c, d, True, INTERPRETED)
         corner = first_col.to(tl.int64) * (T // 4) + first_row // 4
         in_tile_row, in_tile_col = tl.arange(0, ROWS // 4)[None, :], tl.arange(0, COLS)[:, None]
         inside = (first_col + in_tile_col < V) & (first_row + 4 * in_tile_row < T)
@@ -1437,7 +1491,7 @@ class SplitHeads(torch.autograd.Function):
             grad_x, grad_weight = grad_qkv @ weight, grad_qkv.T @ x
         else:
             grad_x = fp8_product(grad_qkv, weight.T, ctx.grad_scale, scale, qkv.dtype)
-            grad_weight = fp8_weight_gradient(grad_qkv, x, ctx.grad_scale, FP8_X, qkv.dtype)
+            grad_weight = fp8_weight_gradient(transposed(grad_qkv, True), x, ctx.grad_scale, FP8_X, qkv.dtype)
         return grad_gate, *(None,) * 8, *Projection(grad_weight, x=grad_x)  # in the order of forward's arguments
 
 

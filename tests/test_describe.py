@@ -266,6 +266,9 @@ def test_an_mlp_keeps_its_input_and_its_hidden_units(ratio):
     C = run.hp.model_dim
     kept = describe.kept_bytes(run, run.hp.stages[0], 10)["MLP"]
     assert kept == 10 * len(train_gpt.MLP_LAYERS) * (C + ratio * C) * run.dtype.itemsize
+    fp8 = run_of(train_gpt, f"--mlp_ratio={ratio}")  # a byte each, hidden units as they are and transposed
+    kept = describe.kept_bytes(fp8, fp8.hp.stages[0], 10)["MLP"]
+    assert kept == 10 * len(train_gpt.MLP_LAYERS) * (C + 2 * ratio * C)
 
 
 def test_training_takes_three_times_the_forward_pass_for_each_token(programs):

@@ -176,6 +176,17 @@ FP8_DEVICES = [
 ]
 
 
+def regrouped_transpose(x):
+    """x^T with tokens in the order of weights' gradients, token by token, and zeros where there is none."""
+    order = [b + i + n for b in range(0, len(x), 256) for i in range(0, 128, 16) for n in range(8)]
+    order = [first + step for first in order for step in (0, 8, 128, 136)]
+    out = x.new_zeros(x.shape[1], len(order))
+    for place, token in enumerate(order):
+        if token < len(x):
+            out[:, place] = x[token]
+    return out
+
+
 # One word a row; less than a tile, a tile, a tile and a bit, some tiles with every way of being longer
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -184,10 +195,14 @@ FP8_DEVICES = [
     "shape", [(4, 4), (12, 100), (128, 128), (132, 252), (400, 36), (36, 400), (3, 132, 36), (2, 3, 8, 140)]
 )
 def test_transposed_kernel_moves_every_byte_to_its_place(shape, device):
+    *batch, _, _ = shape
     x = integers(256, *shape).to(device, torch.uint8)
     with poisoned_memory():
         out = train_gpt.transposed_triton(x)
+        regrouped = None if batch else train_gpt.transposed_triton(x, True)
     assert out.is_contiguous() and torch.equal(out, x.mT)
+    if not batch:
+        assert torch.equal(regrouped, regrouped_transpose(x))
 
 
 # Triton 3.7 gets bytes wrong where a compiled kernel writes numbers in FP8 and, in the same pass, their transpose.
@@ -204,7 +219,7 @@ def test_compiled_weights_in_fp8_equal_their_transposes():
 def test_weight_gradient_in_fp8_is_the_product_over_all_tokens(device):
     types = (32, torch.float8_e5m2), (64, torch.float8_e4m3fn)
     a, b = (integers(5, 48, n, device=device).sub(2).to(dtype) for n, dtype in types)  # small: all sums are exact
-    out = train_gpt.fp8_weight_gradient(a, b, 0.5, 3.0, torch.float32)
+    out = train_gpt.fp8_weight_gradient(train_gpt.transposed(a, True), b, 0.5, 3.0, torch.float32)
     assert torch.equal(out, 1.5 * a.float().T @ b.float())
 
 
@@ -267,11 +282,16 @@ def test_linear_relu2_kernel_in_fp8_writes_fp8(T, N, K, with_hidden, device):
     product = K**-0.5 * x.double() @ weight.double().T
     ref = product * hidden.double().sqrt() if with_hidden else product.clamp(min=0) ** 2
     with poisoned_memory():
-        out = train_gpt.linear_relu2_triton(x, weight, hidden, K**-0.5)
-    assert out.dtype == dtype
+        out, out_t = train_gpt.linear_relu2_triton(x, weight, hidden, K**-0.5)
+    assert out.dtype == out_t.dtype == dtype
+    # Both are rounded from the same numbers, in e5m2 one of them twice
+    assert relative_error(out_t, regrouped_transpose(out.float())) < (0.05 if with_hidden else 1e-9)
     assert relative_error(out, ref) < KERNEL_TOLERANCE[dtype] * CUT_OFF[device]
+    assert not out_t[:, regrouped_transpose(torch.ones_like(out)).float().sum(0) == 0].float().any()
     plain = train_gpt.linear_relu2_reference(x.double(), weight.double(), hidden, K**-0.5)
     assert relative_error(plain, ref) < EXACT_TOLERANCE
+    plain, plain_t = train_gpt.linear_relu2_reference(x, weight, hidden, K**-0.5)
+    assert torch.equal(plain_t.float(), regrouped_transpose(plain.float()))
 
 
 def plain_mlp(x, w_fc, w_proj):
@@ -654,7 +674,7 @@ def test_linear_relu2_operator_in_fp8_is_registered_right(with_hidden):
     x, weight, hidden = (normal(*shape, device=DEVICE).abs().to(torch.float8_e4m3fn) for shape in shapes)
     arguments = (x, weight, hidden if with_hidden else None, 0.5)
     # The others compare results, which PyTorch cannot in FP8: their registered shapes and types are what matters
-    torch.library.opcheck(train_gpt.linear_relu2.operator, arguments, test_utils="test_faketensor")
+    torch.library.opcheck(train_gpt.linear_relu2_fp8.operator, arguments, test_utils="test_faketensor")
 
 
 def test_transposed_operator_is_registered_right():
