@@ -3324,7 +3324,7 @@ class Trainer:
 
     def warm_up(self, train_paths: list[Path], val_batches: ValidationBatches) -> None:
         """Compiles all that the run will use, by a step of each stage and a validation, and puts everything back."""
-        saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        saved = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
         schedule = self.schedule
         steps = sorted({*schedule.starts} - {self.hp.total_steps})  # a stage may be without steps
         loader = TrainLoader(train_paths, [schedule.size(step) for step in steps], self.hp, self.world)

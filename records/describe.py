@@ -326,7 +326,6 @@ def memory_told(run: Run) -> str:
     """States by number of processes, an estimate of a micro-batch by stage, and the most of both."""
     columns = [states_bytes(run, size) for size in SIZES]
     for column in columns:
-        column["copy of the parameters in the warm-up"] = column["parameters"]
         column["weights in FP8"] = fp8_bytes(run)
     kept = [*map(partial(kept_bytes, run), run.hp.stages, run.micro_batches(1))]
     most = [most_kept(run, size) for size in SIZES]
