@@ -3331,6 +3331,7 @@ class Trainer:
         batches = [*zip(steps, loader, strict=True)]
         if self.world.on_gpu and (tool := import_tool("precompile")):
             tool.compile_kernels(self, batches)  # without it each kernel's compilation waits for the one before
+        self.compile_ahead(batches)
         for step, batch in batches:
             self.enter_step(step)
             self.add_gradients(step, batch._replace(micro_batches=self.warm_up_batches(step, batch)))
@@ -3353,6 +3354,16 @@ class Trainer:
                 self.graphs[self.stage_index, micro_batch.classes is None] = graph
         self.model.load_state_dict(saved)
         self.reset()
+
+    def compile_ahead(self, batches: list[tuple[int, StepBatch]]) -> None:
+        """On GPUs every second rank compiles the second stage before the first.
+
+        With several ranks these have micro-batches of two sizes, and what one rank compiles others find in the caches.
+        """
+        if self.world.on_gpu and self.world.rank % 2:
+            for step, batch in batches[1:2]:
+                for micro_batch in self.warm_up_batches(step, batch):
+                    self.micro_step(step, micro_batch, self.target_weights[step])
 
     def warm_up_batches(self, step: int, batch: StepBatch) -> list[MicroBatch]:
         """What the warm-up runs: on a CPU all; on a GPU one of each shape, with all classes and with the stage's."""

@@ -169,6 +169,19 @@ def test_warm_up_sees_every_stage_and_shape_of_the_run(runs):
     assert {stage for _, stage, _, training in shapes["run"] if training} == {*range(len(STAGES))}
 
 
+@pytest.mark.parametrize("rank, on_gpu, stages", [(0, True, []), (1, True, [1]), (2, True, []), (1, False, [])])
+def test_every_second_gpu_compiles_another_stage_first(folder, rank, on_gpu, stages):
+    trainer, seen = Trainer(small_run.small_hyperparameters(folder), World()), []
+    paths, starts = find_files(trainer.hp.train_files), trainer.schedule.starts[:3]
+    batches = [*TrainLoader(paths, [trainer.schedule.size(step) for step in starts], trainer.hp, World())]
+    trainer.world = SimpleNamespace(rank=rank, on_gpu=on_gpu, device=CPU)
+    trainer.micro_step = lambda step, batch, _: seen.append((step, len(batch.inputs), batch.classes is None))
+    trainer.compile_ahead([*zip(starts, batches, strict=True)])
+    assert {place[:2] for place in seen} == {(starts[i], len(batches[i].micro_batches[0].inputs)) for i in stages}
+    assert {all_classes for *_, all_classes in seen} == ({True, False} if stages else set())
+    trainer.compile_ahead([])  # a run may have one stage alone
+
+
 def test_rotary_frequencies_follow_the_long_window_at_each_stages_first_step(folder):
     trainer = Trainer(small_run.small_hyperparameters(folder), World())
     yarn, windows = Yarn(trainer.hp.head_dim, 8, CPU), [stage.long_window for stage in trainer.hp.stages]
