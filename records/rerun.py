@@ -60,18 +60,39 @@ def named(arguments: list[str]) -> dict[str, str]:
     return {name: value for name, _, value in (argument[2:].partition("=") for argument in arguments)}
 
 
+def git(*arguments: str, given: bytes = b"") -> bytes:
+    """What git prints for this repository; nothing where it fails or there is none."""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], input=given, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return b""
+
+
+def tools_of(program: bytes) -> dict[str, bytes]:
+    """What a program's runs need of records/, by path; older ones have that in their source.
+
+    As it was in the revision that brought this program; where git knows none, as after an edit, as it is today.
+    """
+    if b"import_tool(" not in program:
+        return {}
+    today = program == (ROOT / "train_gpt.py").read_bytes()
+    blob = git("hash-object", "--stdin", given=program).decode().strip()
+    revisions = [] if today or not blob else git("log", "--format=%h", f"--find-object={blob}").decode().split()
+    tools = {f"records/{tool}.py": None for tool in ("checks", "guard", "logfile", "precompile")}
+    for name in tools:
+        tools[name] = git("show", f"{revisions[-1]}:{name}") if revisions else (ROOT / name).read_bytes()
+    return {name: content for name, content in tools.items() if content}
+
+
 def place(source: str, folder: Path) -> Path:
     """Writes a source to folder/<digest>/train_gpt.py, whole or not at all, and returns that path.
 
-    Beside it GPT-2's vocabulary, which a program looks for there if the data's folder lacks it.
-    Today's program also gets what its runs need of records/; older ones have that in their source.
+    Beside it GPT-2's vocabulary, which a program looks for there if the data's folder lacks it, and its tools.
     """
-    data = source.encode(errors="replace")
+    data, vocabulary = source.encode(errors="replace"), "data/gpt2.tiktoken"
     home = folder / hashlib.sha256(data).hexdigest()[:12]
-    today = data == (ROOT / "train_gpt.py").read_bytes()
-    tools = ["records/checks.py", "records/guard.py", "records/logfile.py", "records/precompile.py"] if today else []
-    beside = ["data/gpt2.tiktoken", *tools]
-    for name, content in (*((name, (ROOT / name).read_bytes()) for name in beside), ("train_gpt.py", data)):
+    beside = {vocabulary: (ROOT / vocabulary).read_bytes(), **tools_of(data), "train_gpt.py": data}
+    for name, content in beside.items():
         path = home / name
         if not path.is_file() or path.read_bytes() != content:
             path.parent.mkdir(parents=True, exist_ok=True)

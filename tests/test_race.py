@@ -486,11 +486,32 @@ def test_rerun_refuses_what_has_no_source_or_several(toy, tmp_path):
         logged_program(tmp_path)
 
 
-@pytest.mark.parametrize("today", [True, False])
-def test_beside_the_program_of_today_stands_what_checks_guards_and_logs_it(tmp_path, today):
-    source = (ROOT / "train_gpt.py").read_text() + ("" if today else "# older\n")
-    home = rerun.place(source, tmp_path).parent
-    tools = {"records/checks.py", "records/guard.py", "records/logfile.py", "records/precompile.py"}
-    found = {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
-    assert found == {"train_gpt.py", "data/gpt2.tiktoken"} | (tools if today else set())
-    assert all((home / name).read_bytes() == (ROOT / name).read_bytes() for name in tools & found)
+def test_beside_a_program_stand_the_tools_of_its_revision(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    (here / "records").mkdir(parents=True)
+    (here / "data").mkdir()
+    monkeypatch.setattr(rerun, "ROOT", here)
+    (here / "data" / "gpt2.tiktoken").write_text("words")
+    git = ["git", "-C", str(here), "-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    program, tools = "import_tool('checks')  # {}\n", ["checks", "guard", "logfile", "precompile"]
+
+    def write(version, names):
+        (here / "train_gpt.py").write_text(program.format(version))
+        for name in names:
+            (here / "records" / f"{name}.py").write_text(version)
+
+    def beside(source):
+        home = rerun.place(source, tmp_path / "sources").parent
+        return {path.stem: path.read_text() for path in (home / "records").glob("*.py")}
+
+    write("old", tools[:2])
+    subprocess.run([*git, "init", "-q"], check=True)
+    for message in ("one", "two"):
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-q", "-m", message], check=True)
+        write("new", tools)
+    assert beside(program.format("old")) == dict.fromkeys(tools[:2], "old")  # though a later revision replaced it
+    assert beside(program.format("new")) == beside(program.format("edited")) == dict.fromkeys(tools, "new")
+    assert beside("print('all in one file')\n") == {}
+    monkeypatch.setenv("PATH", "")  # no git
+    assert beside(program.format("old")) == dict.fromkeys(tools, "new")
