@@ -37,13 +37,14 @@ import importlib
 import inspect
 import math
 import sys
+import threading
 import time
 import unicodedata
 import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -95,7 +96,7 @@ class TrainingStage(NamedTuple):
 
 
 # Training begins with short windows and small batches, in which a token costs nearly the same and teaches more: with
-# half the seed record's, a quarter run ended 0.06 lower. Joined, micro-batches have 65,536 tokens on one GPU.
+# half the seed record's batches, a quarter run ended 0.06 lower. Joined, micro-batches have 65,536 tokens on one GPU.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, max_seq_len, classes
     TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), 896, 12_288, prefix=(0.25, 0.25)),
@@ -115,7 +116,7 @@ class Layer(NamedTuple):
 
     window: str | None = "short"  # which of the stage's windows attention uses; None: a layer without attention
     narrow: bool = False  # queries and keys half as wide as values: only the half that rotates with the position
-    paired: bool = False  # heads interleaved along time in pairs, so that a query sees both heads' keys
+    paired: bool = False  # heads interleaved along time in pairs: a query sees both heads' keys, half as far back
     key_offset: bool = False  # the half of a key that does not rotate comes from the previous token
     value_embed: bool = False  # adds an embedding of the token to the values, times a head's gate
     xsa: bool = False  # exclusive self-attention: less its part along the token's own value, times tanh of a gate
@@ -164,8 +165,8 @@ GATE_ROWS = [i for i, layer in enumerate(LAYERS) if layer.gates]
 # For each gate network, the layers whose gates it gives
 NETWORK_LAYERS = [LAYERS[begin:end] for begin, end in pairwise([*GATE_ROWS, len(LAYERS)])]
 
-# Learned scalars by name: (how many, initial value, learning-rate multiplier). All are one float32 vector. One a layer
-# is a field of LayerWeights, and rests where a layer has no attention, or no MLP.
+# Learned scalars by name: (how many, initial value, learning-rate multiplier). All are one float32 vector. Those with
+# one a layer are fields of LayerWeights; where a layer has no attention, or no MLP, they stay as they are.
 SCALARS = {
     "attn_resid": (len(LAYERS), 1.1**0.5, 5.0),  # weight of the stream where a layer's attention is added to it
     "mlp_resid": (len(LAYERS), 1.1**0.5, 5.0),  # ... where its MLP is
@@ -192,14 +193,14 @@ class Row(NamedTuple):
 
 
 SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count))
-# Messages travel beneath the longest updates, those of the matrices. So the tables' come early: their all-gather is
-# long; but ahead of them a bank whose gradient is soon there. N-grams stand between matrices: during the updates ahead
-# of theirs their gradients arrive, after it the rows of the next step. For the last bank's all-gather all wait.
+# Messages travel beneath the longest updates, those of the matrices. So the tables come early, as their all-gathers are
+# long, but after a bank whose gradient arrives soon. N-grams stand between matrices: their gradients arrive beneath the
+# updates before theirs, the next step's rows beneath the one after it. Nothing hides the last bank's all-gather.
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
     Row("qk_bank", "normuon", True, (1.0,), 1.0, averaged=True),
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
-    # Ahead of embed, of whose gradient its own is made before that is reduced
+    # Ahead of embed: its gradient is made from embed's, before that is reduced
     Row("spellings", "adam", True, (0.5,), 150.0, (0.5, 0.95), averaged=True),
     Row("embed", "adam", True, (1.0,), 150.0, (0.5, 0.95), averaged=True),  # the head, too
     Row("mlp_bank", "normuon", True, (1.0, 2.0), 1.0, averaged=True),
@@ -259,7 +260,7 @@ class Hyperparameters:
     muon_beta2: float = 0.95
     muon_momentum_warmup: int = 560  # steps from 0.85 to 0.93
     muon_momentum_cooldown: int = 376  # the last steps, back to 0.85
-    grad_scale: float = 2.0  # gradients are of this / 8 x the sum of losses; for FP8 and bf16 slightly better than 1
+    grad_scale: float = 2.0  # backward starts from this / 8 x the sum of losses; slightly better than 1 in FP8 and bf16
     # run
     run_id: str = ""  # names log and checkpoint; a fresh UUID if empty
     log_dir: str = "logs"
@@ -576,12 +577,18 @@ symmetric_product = switch(symmetric_product_triton, symmetric_product_reference
 # FP8 stores a number divided by a scale: activations and weights in e4m3, whose largest number is 448, gradients in
 # e5m2. FP8_X: a normed row of C has no number beyond sqrt(C), 32 for a width of 1024. FP8_WEIGHT: weights stayed below
 # 3.1 in a half run. FP8_HIDDEN: the first layer's hidden units grow with the run, to 13,000 in a half run. FP8_GRAD is
-# for a loss that is not multiplied before backward. Too large a scale costs little: numbers below 2^-10 of it become 0.
-# With too small a one they overflow: kernels clip them, conversion by PyTorch 2.11 makes them NaN. MAX_HIDDEN clips in
-# bf16 as the kernels do in FP8. Source: arXiv 2209.05433 (2022).
+# for a loss that is not multiplied before backward. Too large a scale costs little: numbers below 2^-10 of it, in e5m2
+# 2^-17, become 0. With too small a one they overflow: kernels clip them; of PyTorch's conversions those to e4m3 clip
+# (2.13) or make them NaN (2.11), that to e5m2 makes them infinite. MAX_HIDDEN clips in bf16 as the kernels do in FP8.
+# Source: arXiv 2209.05433 (2022).
 FP8_X, FP8_WEIGHT, FP8_HIDDEN, FP8_GRAD = 32 / 448, 8 / 448, 64.0, 2.0**-6
 MAX_HIDDEN = 448 * FP8_HIDDEN
 cached_full = cache(torch.full)
+
+
+def to_fp8(x: Tensor, scale: float, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """x / scale in FP8."""
+    return (x / scale).to(dtype)
 
 
 def fp8_product(a: Tensor, b: Tensor, a_scale, b_scale, out_dtype: torch.dtype, fast: bool = True) -> Tensor:
@@ -597,7 +604,7 @@ def fp8_product(a: Tensor, b: Tensor, a_scale, b_scale, out_dtype: torch.dtype, 
 
 # A weight's gradient is a product of two transposes, (M, T) and (T, N), in which the order of tokens is free. That of
 # "regrouped" ones is, for each 256 tokens, 0, 8, 128, 136; 1, 9, 129, 137; ... 7, 15, 135, 143; 16, 24, 144, 152; ...:
-# of a product's rows the tensor core gives a thread such fours, which it can store as words of the transpose.
+# such fours of a tile's 256 rows the tensor core leaves in one thread, which can store them as words of the transpose.
 
 
 def transposed_reference(x: Tensor, regrouped: bool = False) -> Tensor:
@@ -618,7 +625,8 @@ def transposed_kernel(
     """
     matrix = tl.program_id(2).to(tl.int64)
     word, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
-    row = word // (FAR // 2) * 2 * FAR + word % (FAR // 2) // NEAR * 2 * NEAR + word % NEAR
+    row = word + word // NEAR * NEAR  # counts the rows without the bit NEAR ...
+    row += row // FAR * FAR  # ... and without FAR
     places, inside = (matrix * M + row)[:, None] * N + col[None, :], (col < N)[None, :]
     a, b, c, d = [
         tl.load(x_ptr + places + i * N, mask=inside & (row < M - i)[:, None], other=0)
@@ -631,7 +639,7 @@ def transposed_kernel(
 
 
 def transposed_triton(x: Tensor, regrouped: bool = False) -> Tensor:
-    """transposed() in one kernel, for multiples of 4 columns and, not regrouped, rows; the tile hardly matters."""
+    """transposed() in one kernel, for multiples of 4 columns and, unless regrouped, rows; the tile hardly matters."""
     *batch, M, N = x.shape
     out = transposed.empty_results(x, regrouped)
     words = out.shape[-1] // 4
@@ -654,7 +662,7 @@ def transposed(x: Tensor, regrouped: bool = False) -> Tensor:
 
 def fp8_weights(matrices: Tensor, scale: float = FP8_WEIGHT) -> tuple[Tensor, Tensor]:
     """Matrices W (..., N, K) in FP8, as they are, for x W^T, and transposed, for its gradient."""
-    fp8 = (matrices / scale).to(torch.float8_e4m3fn)
+    fp8 = to_fp8(matrices, scale)
     return fp8, transposed(fp8)
 
 
@@ -676,7 +684,7 @@ class Projection(NamedTuple):
     fp8: Tensor | None = None  # W and W^T, from fp8_weights
     fp8_t: Tensor | None = None
     grad_scale: float | None = None  # of the product's gradient
-    scale: Tensor | None = None  # of W, 0-d; None: FP8_WEIGHT
+    scale: Tensor | None = None  # of W, 0-d, for queries, keys and values; an MLP's is FP8_WEIGHT
     x: Tensor | None = None  # (T, K)
     x_fp8: Tensor | None = None  # in the scale FP8_X
 
@@ -690,13 +698,13 @@ class Projection(NamedTuple):
 def linear_relu2_reference(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0):
     """relu(scale x W^T)^2 for x (T, C), W (F, C); with `hidden` (T, F), scale sqrt(hidden) (x W^T). In x's type.
 
-    In FP8 that and its regrouped transpose.
+    And in FP8 its regrouped transpose, else nothing, (0,).
     """
     fp8 = x.dtype.itemsize == 1
     wide = torch.bfloat16 if fp8 else x.dtype
     product = scale * (x.to(wide) @ weight.to(wide).T)
     out = (F.relu(product).square() if hidden is None else product * hidden.to(wide).sqrt()).to(x.dtype)
-    return (out, transposed_reference(out, True)) if fp8 else out
+    return out, transposed_reference(out, True) if fp8 else out.new_empty(0)
 
 
 @triton.jit
@@ -751,36 +759,31 @@ def linear_relu2_kernel(
 def linear_relu2_triton(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0):
     """linear_relu2_reference in one kernel, through TMA, for which rows are multiples of 16 bytes."""
     (T, K), N, fp8 = x.shape, weight.shape[0], x.dtype.itemsize == 1
-    out, out_t = linear_relu2_fp8.empty_results(x, weight) if fp8 else (linear_relu2.empty_results(x, weight), None)
-    # For FP8 the best of 20 on H200, C = 768, F = 3072; for bf16, not timed, what has room in shared memory
+    out, out_t = linear_relu2.empty_results(x, weight)
+    # For FP8, whose transpose takes 256 rows, the best of 20 on H200 (C = 768, F = 3072) before that was stored; for
+    # bf16, not timed, what has room in shared memory
     tile, BLOCK_K = ([256, 128], 128) if fp8 else ([128, 128], 64)
     BLOCK_T, BLOCK_N = tile
-    out_desc = TensorDescriptor.from_tensor(out, tile)
     num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4  # else interpreted
     programs = min(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N), num_sms)
     linear_relu2_kernel[(programs,)](
         TensorDescriptor.from_tensor(x.contiguous(), [BLOCK_T, BLOCK_K]),
         TensorDescriptor.from_tensor(weight.contiguous(), [BLOCK_N, BLOCK_K]),
-        out_desc if hidden is None else TensorDescriptor.from_tensor(hidden, tile), out_desc,
+        None if hidden is None else TensorDescriptor.from_tensor(hidden, tile), TensorDescriptor.from_tensor(out, tile),
         out_t.view(torch.int32) if fp8 else None, scale, T, N, K,
         BACKWARD=hidden is not None, FP8=fp8, INTERPRETED=not x.is_cuda, PROGRAMS=programs,
         BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=8, num_warps=8, num_stages=3,
     )  # fmt: skip
-    return (out, out_t) if fp8 else out
+    return out, out_t
 
 
 @custom_op(linear_relu2_triton, linear_relu2_reference)
-def linear_relu2(x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """relu(scale x W^T)^2, or the gradient's product with `hidden`; see linear_relu2_reference."""
-    return x.new_empty(len(x), len(weight))
-
-
-@custom_op(linear_relu2_triton, linear_relu2_reference)
-def linear_relu2_fp8(
+def linear_relu2(
     x: Tensor, weight: Tensor, hidden: Tensor | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same in FP8, and its regrouped transpose."""
-    return x.new_empty(len(x), len(weight)), x.new_empty(len(weight), round_up(len(x), 256))
+    """relu(scale x W^T)^2 or, with `hidden`, the gradient ahead of relu^2; see linear_relu2_reference."""
+    T, N = len(x), len(weight)
+    return x.new_empty(T, N), x.new_empty((N, round_up(T, 256)) if x.dtype.itemsize == 1 else 0)
 
 
 class MLP(torch.autograd.Function):
@@ -790,12 +793,12 @@ class MLP(torch.autograd.Function):
     def forward(ctx, x, w_fc, w_proj, fp8=None, fp8_t=None, grad_scale=None):
         ctx.grad_scale = grad_scale
         if fp8 is None:
-            hidden = linear_relu2(x, w_fc).clamp(max=MAX_HIDDEN)  # (T, F)
+            hidden = linear_relu2(x, w_fc)[0].clamp(max=MAX_HIDDEN)  # (T, F)
             ctx.save_for_backward(x, hidden, w_fc, w_proj)
             return hidden @ w_proj
-        x_fp8 = (x / FP8_X).to(torch.float8_e4m3fn)
-        scale = FP8_X * FP8_WEIGHT * FP8_HIDDEN**-0.5  # p^2 / s = (p / sqrt(s))^2
-        hidden, hidden_t = linear_relu2_fp8(x_fp8, fp8[0], None, scale)
+        x_fp8 = to_fp8(x, FP8_X)
+        scale = FP8_X * FP8_WEIGHT * FP8_HIDDEN**-0.5  # with s = FP8_HIDDEN: p^2 / s = (p / sqrt(s))^2
+        hidden, hidden_t = linear_relu2(x_fp8, fp8[0], None, scale)
         ctx.save_for_backward(x_fp8, hidden, hidden_t, fp8, fp8_t)
         return fp8_product(hidden, fp8_t[1].T, FP8_HIDDEN, FP8_WEIGHT, x.dtype)
 
@@ -804,12 +807,12 @@ class MLP(torch.autograd.Function):
         x, hidden, *rest = ctx.saved_tensors
         if ctx.grad_scale is None:
             w_fc, w_proj = rest
-            grad_pre = linear_relu2(grad_out, w_proj, hidden, 2.0)
+            grad_pre, _ = linear_relu2(grad_out, w_proj, hidden, 2.0)
             return grad_pre @ w_fc, grad_pre.T @ x, hidden.T @ grad_out, None, None, None
         (hidden_t, fp8, fp8_t), scale, dtype = rest, ctx.grad_scale, grad_out.dtype
-        grad = (grad_out / scale).to(torch.float8_e5m2)
-        derivative = 2 * FP8_HIDDEN**0.5 * FP8_WEIGHT  # relu(p) = sqrt(s hidden)
-        grad_pre, grad_pre_t = linear_relu2_fp8(grad, fp8[1], hidden, derivative)
+        grad = to_fp8(grad_out, scale, torch.float8_e5m2)
+        factor = 2 * FP8_HIDDEN**0.5 * FP8_WEIGHT  # the derivative is 2 relu(p) = 2 sqrt(s hidden)
+        grad_pre, grad_pre_t = linear_relu2(grad, fp8[1], hidden, factor)
         grad_x = fp8_product(grad_pre, fp8_t[0].T, scale, FP8_WEIGHT, dtype)
         grad_fc = fp8_weight_gradient(grad_pre_t, x, scale, FP8_X, dtype)
         return grad_x, grad_fc, fp8_weight_gradient(hidden_t, grad, FP8_HIDDEN, scale, dtype), None, None, None
@@ -995,7 +998,8 @@ def cross_entropy_backward(
 
 # ---------------------------------------------------------------------------- the head, in FP8 and bf16, with its loss
 # Logits and their gradient are a step's largest tensors: here the gradient is written only in the type its products
-# read. Normed activations are below 100. The seed record's head weights stayed below 1.6; ours are sums of two.
+# read. FP8_HEAD_X has room for normed rows up to a width of 10,000 (see FP8_X), FP8_HEAD for weights up to 6.4: the
+# seed record's stayed below 1.6, ours are sums of two.
 FP8_HEAD_X, FP8_HEAD, FP8_HEAD_GRAD = 100 / 448, 6.4 / 448, 0.75 / 448
 
 
@@ -1011,7 +1015,7 @@ class HeadLoss(torch.autograd.Function):
         if loss_scale is None:
             logits = x @ head.T
         else:
-            x = (x / FP8_HEAD_X).to(torch.float8_e4m3fn)
+            x = to_fp8(x, FP8_HEAD_X)
             weight, head = fp8_weights(head, FP8_HEAD)
             logits = fp8_product(x, weight.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
         losses, lse = cross_entropy(logits, targets)
@@ -1035,7 +1039,7 @@ class HeadLoss(torch.autograd.Function):
 
 # ---------------------------------------------------------------------------- lookups in the embedding tables
 # Gradients are added to .grad here, row by row: autograd would fill a table with zeros, scatter into it, and add all of
-# it, 900 MB for a few thousand rows. Positions are sorted, so that one program sums a row: atomic additions come in an
+# it, 600 MB for a few thousand rows. Positions are sorted, so that one program sums a row: atomic additions come in an
 # order left to chance, and would end with other bits each time.
 
 
@@ -1719,7 +1723,7 @@ class CausalSelfAttention(torch.autograd.Function):
 
 
 def attend(q, k, v, documents: Documents, window: int, scale: float, xsa: Tensor | None = None) -> Tensor:
-    """Causal attention inside each document, to `window` tokens before each: q, k (N, H, D_QK), v -> (N, H, D)."""
+    """Causal attention inside each document, to `window` positions before each: q, k (N, H, D_QK), v -> (N, H, D)."""
     xsa = None if xsa is None else xsa.reshape(q.shape[:2])  # XSA's gates, (T, H) also where N is 2T
     if q.is_cuda and q.size(2) >= 16:  # the least a tensor core multiplies
         return CausalSelfAttention.apply(q, k, v, *documents, window, scale, xsa)
@@ -1922,11 +1926,11 @@ def compiler(enabled: bool) -> Callable:
 
 
 # The functions down to head_losses are the compiled regions and their helpers. One compilation serves all layers of a
-# kind; all take a minute and a half. Attention stays outside, so that windows change without compiling.
+# kind. Attention stays outside, so that windows change without compiling.
 
 
 def join(x, waiting: tuple[Tensor, LayerWeights] | None):
-    """The stream (T, C): x plus what waits to be added, an MLP's result and the weights of its layer."""
+    """The stream (T, C): x and the MLP's result that waits, if any, each times a scalar of its layer."""
     if waiting is None:
         return x
     result, w = waiting
@@ -1967,10 +1971,10 @@ def gate_network(x, waiting, kept: dict, w_in, w_out, bias, layers: list[Layer],
 
 
 def normed_input(x, waiting, fp8: bool):
-    """What attention reads: the stream (T, C), its norm, and the norm in FP8, or None."""
+    """What attention reads: the stream (T, C), the stream normed, and that in FP8, or None."""
     x = join(x, waiting)
     normed = norm(x)
-    return x, normed, (normed.detach() / FP8_X).to(torch.float8_e4m3fn) if fp8 else None
+    return x, normed, to_fp8(normed.detach(), FP8_X) if fp8 else None
 
 
 def qkv_weight(w: LayerWeights, narrow: bool):
@@ -2046,7 +2050,7 @@ class MicroBatch(NamedTuple):
     classes: Tensor | None = None  # of the softmax, (P,); None: all
 
     def tensors(self) -> list[Tensor]:
-        """For GraphMemory.capture."""
+        """What lies on the device, in the order that of() takes."""
         return [t for t in (*self[:2], *self.documents, *self[3:]) if t is not None]
 
     @staticmethod
@@ -2120,7 +2124,7 @@ class GPT(nn.Module):
             setattr(self, function.__name__, compiled(function))  # self.join, self.embed_inputs, ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters by name; for the n-grams, whose table the optimizer holds, an empty tensor of its shape."""
+        """The parameters by name; for the n-grams, whose table the optimizer holds, a meta tensor of its shape."""
         return dict(self.named_parameters(), ngrams=self.embed.new_empty(self.ngram_shape, device="meta"))
 
     def pairs_of_heads(self) -> tuple[Tensor, ...]:
@@ -2186,6 +2190,7 @@ class GPT(nn.Module):
             by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         every_row = torch.arange(len(self.embed), dtype=torch.int32, device=x.device)
         classes = every_row if batch.classes is None else batch.classes
+        # Classes ascend: the order that sorts them is 0, 1, 2, ...
         head = Lookup.apply(self.embed, classes, every_row[: len(classes)]) + self.shared_embeddings(classes)
         args = target_weights, self.prefixes if prefix else None, batch.classes, fp8_loss_scale
         chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
@@ -2193,11 +2198,11 @@ class GPT(nn.Module):
         return torch.cat(losses) if head_chunk else losses[0]
 
     def shared_embeddings(self, tokens: Tensor | slice = slice(None)) -> Tensor:
-        """What tokens share with others of their spelling, (tokens, C). Autograd sees none: add_spellings_gradient."""
+        """What tokens share with others of their spelling, (tokens, C), detached: see add_spellings_gradient."""
         return F.embedding(self.spelling[tokens], self.spellings.detach())
 
     def add_spellings_gradient(self) -> None:
-        """Once embed.grad is complete, and not reduced yet: adds to a spelling's gradient its tokens' there."""
+        """Adds to each spelling's gradient its tokens' rows of embed.grad, once complete and before it is reduced."""
         add_rows(table_gradient(self.spellings), self.spelling, self.spelling_order, table_gradient(self.embed))
 
     def copying(self, x: Tensor, scalars: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -2341,7 +2346,7 @@ def normuon_update(p, low_bits, u, second_moment, beta2: float, lr_eff, decay):
 class Algorithm:
     """State and step of a parameter's slice, which begins at index `first` of the parameter.
 
-    update takes the schedule's values; momentum is NorMuon's. It returns a tensor that is finite if the gradient is.
+    update takes the schedule's values; momentum is NorMuon's. Its result has a NaN or infinity if the gradient has.
     Compiled functions take numbers that change from step to step as tensors: each new Python number compiles anew.
     """
 
@@ -2570,7 +2575,7 @@ class Exchange(NamedTuple):
     rows: Tensor  # int32, ascending: what any rank looks up of this rank's share, counted from the share's first row
     asked: Tensor  # int32, indices into `rows`: what rank 0 looks up of them, then rank 1, ...
     sources: Tensor  # int32, (ranks, rows), where gradients come back: where a rank has a row in `asked`, or -1
-    taken: list[int]  # by owner, how many slots this rank has: they are the rows it looks up, in the table's order
+    taken: list[int]  # by owner, how many rows this rank looks up; a slot is a row's place among all these, ascending
     given: list[int]  # by rank, how many of `asked` are for it
 
     def tensors(self) -> list[Tensor]:
@@ -2715,7 +2720,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, step: int, lr_factor: float, momentum: float) -> None:
-        """Updates the parameters that are due at `step` from their .grad, and clears these; makes that of spellings."""
+        """Updates the parameters due at `step` from their .grad, then clears it; first adds up that of spellings."""
         adam_is_due = step % 2 == 1
         due = {n: slot for n, slot in self.slots.items() if adam_is_due or slot.row.algorithm != "adam"}
         for name, slot in due.items():
@@ -2735,9 +2740,11 @@ class Optimizer:
 
     @torch.no_grad()
     def average(self, weight: float, settle: bool) -> None:
-        """Gives parameters this weight in their averages (see AVERAGE_EVERY), which with `settle` they become."""
-        for slot in (slot for slot in self.slots.values() if slot.algorithm.average is not None):
+        """Moves averages to parameters by this weight (see AVERAGE_EVERY); `settle`: averages replace parameters."""
+        for slot in self.slots.values():
             slice, average = slot.communication.slice, slot.algorithm.average
+            if average is None:
+                continue
             average.mul_(1 - weight).add_(slice, alpha=weight)
             if settle:
                 slice.copy_(average)
@@ -2766,8 +2773,9 @@ FETCH = "fetch it again: python data/cached_fineweb10B.py, or make shards with d
 
 def find_files(pattern: str) -> list[Path]:
     """The files of a glob pattern relative to ROOT, sorted. Raises UserError when there is none."""
-    below = os.path.join(escape(str(ROOT)), pattern)  # an absolute pattern stays as it is
-    paths = sorted(map(Path, glob(below) or glob(below.replace("[", "[[]"))))  # "[" may be meant as a letter
+    root = escape(str(ROOT))  # an absolute pattern stays as it is; "[" may be meant as a letter
+    found = glob(os.path.join(root, pattern)) or glob(os.path.join(root, pattern.replace("[", "[[]")))
+    paths = sorted(map(Path, found))
     remedy = "get FineWeb with python data/cached_fineweb10B.py, an offline sample with python data/sample.py"
     message = f"no data files match {ROOT / pattern}: {remedy}, or set DATA_PATH to the folder that holds data/"
     require(paths, message)
@@ -2848,17 +2856,17 @@ class Shard:
         return dealt
 
 
-def softmax_classes(targets: np.ndarray, count: int, vocab_size: int) -> np.ndarray | None:
+def softmax_classes(targets: np.ndarray, count: int, padded_vocab: int) -> np.ndarray | None:
     """`count` ascending classes for a step's softmax: all its targets, and others spread evenly over the vocabulary.
 
     None if there are more targets, as for a count of 0: the softmax then takes all classes. A checksum of the targets
     chooses the others, so that every rank chooses the same. Source: sampled softmax, arXiv 1412.2007, but without its
-    correction for classes left out, with which losses were worse. GPT-2's tokens are sorted by frequency, all of which
-    even spacing samples.
+    correction for classes left out, with which losses were worse. GPT-2's tokens are sorted by frequency:
+    even spacing takes some of each.
     """
-    taken = np.bincount(targets, minlength=vocab_size) > 0
+    taken = np.bincount(targets, minlength=padded_vocab) > 0
     others = np.flatnonzero(~taken)
-    more = count - (vocab_size - len(others))  # how many others
+    more = count - (padded_vocab - len(others))  # how many others
     if more > 0:
         first = zlib.crc32(targets.tobytes()) % len(others)
         taken[others[(np.arange(more) * len(others) + first) // more]] = True
@@ -2904,9 +2912,7 @@ def unique(rows: np.ndarray) -> np.ndarray:
     return rows[np.flatnonzero(np.diff(rows, prepend=-1))]
 
 
-def exchange_rows(
-    by_rank: list[np.ndarray], rank: int, places: np.ndarray, learns: bool
-) -> tuple[np.ndarray, list]:  # fmt: skip
+def exchange_rows(by_rank: list[np.ndarray], rank: int, places: np.ndarray, learns: bool) -> tuple[np.ndarray, list]:
     """Slots of the rows that `rank` looks up, in their shape, and its Exchange's fields; places (rows,): scratch.
 
     learns: whether gradients will come back. Without, and on one rank, `sources` is empty.
@@ -2971,8 +2977,25 @@ class StepBatch(NamedTuple):
     position: tuple[int, int]  # where the next step goes on: files begun, and the next document of the last of them
 
 
+def in_background(function: Callable, *args) -> Future:
+    """function(*args) in a thread for which nobody waits: a network file system can stall for ever.
+
+    Python waits at its end for the threads of an executor.
+    """
+
+    def work():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    future = Future()
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
 class TrainLoader:
-    """Iterates over steps; while one is computed, a thread assembles the next and copies it to the GPU.
+    """Iterates over steps; once one is taken, a thread assembles the one after it and copies it to the GPU.
 
     sizes: of the steps, see TrainingSchedule.size; position: of the StepBatch before. When the files run out, they
     start over. Raises UserError for files damaged, changed since the run began, or too small for a step.
@@ -2984,8 +3007,7 @@ class TrainLoader:
         self.files_begun, document = position
         self.shard = self._load(self.files_begun - 1)
         self.shard.next_document = document
-        self.reader = ThreadPoolExecutor(1, "next shard")
-        self.next_shard = self.reader.submit(self._load, self.files_begun)
+        self.next_shard = in_background(self._load, self.files_begun)
         self.places = np.empty(hp.ngram_rows, np.int32)  # see exchange_rows
         self.stream = torch.cuda.Stream(world.device) if world.on_gpu else None
         self.assembler = world.thread("micro-batches")
@@ -3011,7 +3033,7 @@ class TrainLoader:
                 return dealt
             self.shard = self.next_shard.result()
             self.files_begun += 1
-            self.next_shard = self.reader.submit(self._load, self.files_begun)
+            self.next_shard = in_background(self._load, self.files_begun)
         raise UserError(
             f"none of the {len(self.paths)} train files ({self.paths[0]} ...) can fill a step: it takes "
             f"{MICRO_BATCHES} x {num_tokens + 1} tokens of documents that begin with token {self.hp.bos} and count up "
@@ -3041,9 +3063,8 @@ class TrainLoader:
                     for tensor in chain(*(b.tensors() for b in batch.micro_batches), batch.exchange.tensors()):
                         tensor.record_stream(torch.cuda.current_stream())
                 yield batch
-        finally:  # without waiting for a thread that reads: a network file system can stall for ever
-            for pool in (self.assembler, self.reader):
-                pool.shutdown(wait=False, cancel_futures=True)
+        finally:
+            self.assembler.shutdown(wait=False, cancel_futures=True)
 
 
 ValidationBatches = list[tuple[list[MicroBatch], Exchange]]  # of one micro-batch each
@@ -3070,7 +3091,7 @@ def read_vocabulary(hp: Hyperparameters) -> dict[bytes, int]:
     if not hp.vocabulary:
         return {}
     paths = [folder / hp.vocabulary for folder in (ROOT, Path(__file__).resolve().parent)]
-    path, ids, number = next((path for path in paths if path.exists()), paths[0]), {}, 0
+    path, ids, number = next(filter(os.path.exists, paths), paths[0]), {}, 0
     remedy = "--vocabulary= takes the file that the data was tokenized with, or nothing, for n-grams of tokens"
     try:
         with open(path, "rb") as file:
@@ -3205,9 +3226,9 @@ class TrainingSchedule:
 class Progress:
     """Where a run is between two steps, with model and optimizer all that it takes to go on."""
 
-    step: int = 0  # steps done
-    elapsed: float = 0.0  # the clock's, ms
-    position: tuple[int, int] = (1, 0)  # the loader's
+    step: int = 0  # done when the last checkpoint was written, or the run began
+    elapsed: float = 0.0  # the clock's at that step, ms
+    position: tuple[int, int] = (1, 0)  # the loader's, after the latest step
     val_losses: list[float] = field(default_factory=list)
 
 
@@ -3255,8 +3276,8 @@ class Trainer:
     def __init__(self, hp: Hyperparameters, world: World, checkpoints: object = None):
         self.hp, self.world, self.schedule, self.checkpoints = hp, world, TrainingSchedule(hp), checkpoints
         compile = hp.compile == "on" or (hp.compile == "auto" and world.on_gpu)
-        # Inductor then chooses no reductions by timing them, and index_put_ and the like take longer. On a CPU bits are
-        # the same in any case, and this would import torch.compile, for three seconds.
+        # If deterministic, Inductor chooses no reductions by timing them; but index_put_ and the like get slower.
+        # On a CPU bits are the same in any case: not called there, as it imports torch.compile, for three seconds.
         if compile or world.on_gpu:
             torch.use_deterministic_algorithms(hp.deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False

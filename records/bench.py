@@ -136,6 +136,7 @@ class Bench:
     def __init__(self, train_gpt: ModuleType, trainer: Trainer, train_paths: list[Path], log: Log):
         self.train_gpt, self.trainer, self.train_paths, self.log = train_gpt, trainer, train_paths, log
         self.hp, self.world, self.schedule = trainer.hp, trainer.world, trainer.schedule
+        trainer.model.prefixes.copy_(train_gpt.prefix_table(trainer.hp))  # as a run has them
 
     def steps(self, count: int) -> Iterator[tuple[int, int, int, StepBatch]]:
         """Stage, how many of its steps came before, step and its batch: `count` steps of each stage that has any.

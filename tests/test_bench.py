@@ -236,6 +236,11 @@ def test_every_stage_runs_its_first_steps_and_even_and_odd_ones_take_turns(bench
                 assert all((a + b) % 2 for a, b in pairwise(taken))
 
 
+def test_prefixes_are_targets_as_in_a_run(bench):
+    prefixes = bench.bench.trainer.model.prefixes
+    assert torch.equal(prefixes, train_gpt.prefix_table(bench.hp)) and (prefixes >= 0).any()
+
+
 def test_the_projected_time_is_the_sum_of_the_rows(bench):
     header, *rows = rows_of(bench.text, "stage")
     schedule = TrainingSchedule(bench.hp)

@@ -2,6 +2,8 @@
 
 import base64
 import random
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -798,6 +800,29 @@ def test_a_file_that_is_no_vocabulary_is_named_with_what_would_be_right(tmp_path
         read_vocabulary(Hyperparameters(vocabulary=str(path), vocab_size=3, bos=2))
     remedy = "--vocabulary= takes the file that the data was tokenized with, or nothing, for n-grams of tokens"
     assert str(error.value) == f"{path}{words}; {remedy}"
+
+
+def test_a_vocabulary_whose_name_no_file_can_have_is_named():
+    with pytest.raises(UserError, match="aaaa: File name too long; --vocabulary= takes"):
+        read_vocabulary(Hyperparameters(vocabulary="a" * 300))
+
+
+def test_a_bracket_in_the_folder_or_the_name_is_a_letter_where_no_pattern_matches(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path / "a[1]")
+    (tmp_path / "a[1]").mkdir()
+    for name in ("x[y]_1.bin", "x[y]_2.bin", "xz_3.bin"):
+        (tmp_path / "a[1]" / name).touch()
+    names = {pattern: [path.name for path in train_gpt.find_files(pattern)] for pattern in ("x[y]_*.bin", "x[z]_*.bin")}
+    assert names == {"x[y]_*.bin": ["x[y]_1.bin", "x[y]_2.bin"], "x[z]_*.bin": ["xz_3.bin"]}
+
+
+def test_python_ends_though_a_read_in_the_background_does_not():
+    reads = "import time, train_gpt; print(train_gpt.in_background(int, '7').result()); "
+    reads += "failed = train_gpt.in_background(int, 'x').exception(); print(type(failed).__name__); "
+    reads += "train_gpt.in_background(time.sleep, 300)"
+    folder = Path(train_gpt.__file__).parent
+    ended = subprocess.run([sys.executable, "-c", reads], cwd=folder, capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "7\nValueError\n", "")
 
 
 def test_a_shard_that_is_lost_behind_its_header_is_named(tmp_path, monkeypatch):
