@@ -1,8 +1,8 @@
 """
 Two or more programs on the same text: is one better, by how much, how sure?
 
-    python records/race.py base=records/2026-11-25_Fp8Gradients new=train_gpt.py 'hot=train_gpt.py --muon_lr=0.025' \\
-        --runs 3 --lengths 0.22,0.25 --target 3.337 --out races/hot [-- --name=value ...]
+    python records/race.py base=HEAD new=train_gpt.py 'hot=train_gpt.py --muon_lr=0.031' \\
+        --runs 3 --lengths 0.2,0.25 --target 3.337 --out races/hot [-- --name=value ...]
 
 A contestant is NAME=PROGRAM: a file, a git revision (its train_gpt.py), or a record folder or log, whose source is
 taken out of the log, with the settings of its logs but for counts of steps, data, and what does not change the

@@ -1,7 +1,7 @@
 """
 Runs the program of a record again: its source stands in its logs.
 
-    python records/rerun.py records/2026-11-25_Fp8Gradients              # with the settings of its logs
+    python records/rerun.py records/2026-11-27_SharedSpellings           # with the settings of its logs
     python records/rerun.py LOG --gpus 2 --run_id=again --seed=3         # on two GPUs, with settings of your own
 
 Settings that are alike in all of the logs are used again unless they are given here; names of runs and folders,
