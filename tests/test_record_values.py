@@ -252,7 +252,6 @@ def test_the_smoke_run_goes_through_the_same_stages_with_a_128th_of_the_tokens()
 def test_a_run_takes_the_memory_that_describe_tells():
     run = describe.Run(train_gpt, train_gpt.parse_arguments([], has_gpu=True)[0])
     held = sum(describe.states_bytes(run, 1).values()) + describe.fp8_bytes(run)
-    copy = sum(p.nbytes for name, p in run.parameters.items() if name != "ngrams")  # in the warm-up
-    told = (held + copy + describe.most_kept(run, 1)) / 2**30
-    assert told == pytest.approx(43.4, rel=0.06)  # measured: 44,430 MiB
+    told = (held + describe.most_kept(run, 1)) / 2**30
+    assert told == pytest.approx(44.9, rel=0.06)  # measured: 46,617 MiB, less 603 that the warm-up held then
     assert f"{told:.2f}  " in describe.text(train_gpt, run.hp)
