@@ -376,6 +376,12 @@ PLANTED = {
         ("averages: begin with zeros", "return 1.0 if ahead + AVERAGE_EVERY >= self.averaged",
          "return 0.5 if ahead + AVERAGE_EVERY >= self.averaged", "test_schedule.py test_an_average_begins"),
         # Data
+        ("Python waits for a read that nobody wants", "target=work, daemon=True", "target=work",
+         "test_loader.py test_python_ends"),
+        ("what a read in the background raised is lost", "future.set_exception(error)", "future.set_result(None)",
+         "test_loader.py test_python_ends"),
+        ("a bracket in the data's folder is a pattern", "root = escape(str(ROOT))", "root = str(ROOT)",
+         "test_loader.py test_a_bracket"),
         ("a shard may be longer than its header says", "size == HEADER_BYTES + 2 * tokens",
          "size >= HEADER_BYTES + 2 * tokens", "test_loader.py test_a_file_that_is_not_a_whole_shard"),
         ("the first id beyond the vocabulary is read", "if count and tokens.max() >= vocab_size:",
@@ -444,6 +450,8 @@ PLANTED = {
         ("the caches do not hear of what operators return", "inspect.getsource(empty_results).encode()", 'b""',
          "test_compile_cache.py test_a_warm_cache"),
         # Train
+        ("every rank compiles the second stage first", "self.world.on_gpu and self.world.rank % 2",
+         "self.world.on_gpu", "test_training.py test_every_second_gpu"),
         ("the deterministic switch is a setting that Dynamo takes back",
          "torch.use_deterministic_algorithms(hp.deterministic, warn_only=True)",
          "torch._inductor.config.deterministic = hp.deterministic",
@@ -779,6 +787,8 @@ PLANTED = {
          "test_records.py test_what_is_no_file"),
     ],
     "records/rerun.py": [
+        ("the tools of the revision that replaced a program", "revisions[-1]", "revisions[0]",
+         "test_race.py test_beside_a_program"),
         ("settings of one log are all logs'", "alike = set.intersection(", "alike = set.union(",
          "test_race.py test_rerun_uses"),
         ("this repository's data wins over the user's", "return {**settings, **given}", "return {**given, **settings}",
