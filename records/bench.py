@@ -136,7 +136,6 @@ class Bench:
     def __init__(self, train_gpt: ModuleType, trainer: Trainer, train_paths: list[Path], log: Log):
         self.train_gpt, self.trainer, self.train_paths, self.log = train_gpt, trainer, train_paths, log
         self.hp, self.world, self.schedule = trainer.hp, trainer.world, trainer.schedule
-        trainer.model.prefixes.copy_(train_gpt.prefix_table(trainer.hp))  # as a run has them
 
     def steps(self, count: int) -> Iterator[tuple[int, int, int, StepBatch]]:
         """Stage, how many of its steps came before, step and its batch: `count` steps of each stage that has any.
@@ -148,6 +147,7 @@ class Bench:
         plan = [(k, i, start + i % max(n // 2 * 2, 1)) for k, start, n in lengths for i in range(count)]
         sizes = [self.schedule.size(step) for _, _, step in plan]
         self.trainer.reset()
+        self.trainer.model.prefixes.copy_(self.train_gpt.prefix_table(self.hp))  # as a run has them
         loader = self.train_gpt.TrainLoader(self.train_paths, sizes, self.hp, self.world)
         return ((*where, batch) for where, batch in zip(plan, loader, strict=True))
 
