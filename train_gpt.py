@@ -2861,8 +2861,8 @@ def softmax_classes(targets: np.ndarray, count: int, padded_vocab: int) -> np.nd
 
     None if there are more targets, as for a count of 0: the softmax then takes all classes. A checksum of the targets
     chooses the others, so that every rank chooses the same. Source: sampled softmax, arXiv 1412.2007, but without its
-    correction for classes left out, with which losses were worse. GPT-2's tokens are sorted by frequency:
-    even spacing takes some of each.
+    correction for classes left out, with which losses were worse. GPT-2's tokens are sorted by frequency: even
+    spacing takes some of each.
     """
     taken = np.bincount(targets, minlength=padded_vocab) > 0
     others = np.flatnonzero(~taken)

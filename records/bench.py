@@ -147,7 +147,6 @@ class Bench:
         plan = [(k, i, start + i % max(n // 2 * 2, 1)) for k, start, n in lengths for i in range(count)]
         sizes = [self.schedule.size(step) for _, _, step in plan]
         self.trainer.reset()
-        self.trainer.model.prefixes.copy_(self.train_gpt.prefix_table(self.hp))  # as a run has them
         loader = self.train_gpt.TrainLoader(self.train_paths, sizes, self.hp, self.world)
         return ((*where, batch) for where, batch in zip(plan, loader, strict=True))
 
@@ -199,6 +198,7 @@ class Bench:
 
     def run(self, start_seconds: float) -> None:
         """What --bench and --profile ask for. start_seconds: from the start of the program to here."""
+        self.trainer.model.prefixes.copy_(self.train_gpt.prefix_table(self.hp))  # as a run has them
         # Profiling comes after all timing: it can slow down what follows.
         times = self.time_stages()
         kernels = self.profile_stages() if self.hp.profile or self.world.on_gpu else {}

@@ -42,7 +42,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from answer import Result
-from rerun import ROOT, Refusal, command, environment, gpus_here, logged_program, logged_settings, named, place
+from rerun import ROOT, Refusal, command, environment, git, gpus_here, logged_program, logged_settings, named, place
 from runlog import HARMLESS, TARGET, Group, Run, clean, interpolate, number, read_run, step_lines
 
 COUNTS = (
@@ -81,11 +81,10 @@ def read_program(program: str) -> tuple[str, list[str]]:
         source, runs = logged_program(path)
         kept = logged_settings(runs, HARMLESS - {"preset"} | DATA | {*COUNTS, "length"})
         return source, [f"--{name}={value}" for name, value in kept.items()]
-    show = ["git", "-C", str(ROOT), "show", "--end-of-options", f"{program}:train_gpt.py"]
-    shown = subprocess.run(show, capture_output=True)
-    if shown.returncode:
+    source = git("show", "--end-of-options", f"{program}:train_gpt.py")
+    if not source:
         raise Refusal(f"{clean(program)}: no file or record folder, and no git revision with a train_gpt.py")
-    return shown.stdout.decode(errors="replace"), []
+    return source.decode(errors="replace"), []
 
 
 def enlist(text: str, common: list[str], out: Path, on_gpu: bool) -> Contestant:

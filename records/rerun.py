@@ -77,11 +77,11 @@ def tools_of(program: bytes) -> dict[str, bytes]:
         return {}
     today = program == (ROOT / "train_gpt.py").read_bytes()
     blob = git("hash-object", "--stdin", given=program).decode().strip()
-    revisions = [] if today or not blob else git("log", "--format=%h", f"--find-object={blob}").decode().split()
-    tools = {f"records/{tool}.py": None for tool in ("checks", "guard", "logfile", "precompile")}
-    for name in tools:
-        tools[name] = git("show", f"{revisions[-1]}:{name}") if revisions else (ROOT / name).read_bytes()
-    return {name: content for name, content in tools.items() if content}
+    revisions = [] if today else git("log", "--format=%h", f"--find-object={blob}").decode().split()
+    names = [f"records/{tool}.py" for tool in ("checks", "guard", "logfile", "precompile")]
+    if not revisions:
+        return {name: (ROOT / name).read_bytes() for name in names}
+    return {name: content for name in names if (content := git("show", f"{revisions[-1]}:{name}"))}
 
 
 def place(source: str, folder: Path) -> Path:
