@@ -97,10 +97,11 @@ class TrainingStage(NamedTuple):
 
 # Training begins with short windows and small batches, in which a token costs nearly the same and teaches more: with
 # half the seed record's batches, a quarter run ended 0.06 lower. Joined, micro-batches have 65,536 tokens on one GPU.
+# More GPUs pay for each step with an exchange: there half as many steps of 131,072 may be faster in stage 2.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, max_seq_len, classes
     TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), 896, 12_288, prefix=(0.25, 0.25)),
-    TrainingStage(1, 131_072, 3, 7, 1.2, (1.0, 0.5), (1.0, 0.0), classes=17_408, prefix=(0.25, 0.0)),
+    TrainingStage(2, 65_536, 3, 7, 0.85, (1.0, 0.5), (1.0, 0.0), classes=12_288, prefix=(0.25, 0.0)),
     TrainingStage(1.125, 131_072, 5, 11, 1.2, (1.0,), (1.0,), classes=17_408),
     TrainingStage(0.375, 131_072, 5, 11, 1.2, (1.0,), (1.0,)),  # all classes, to correct those that were left out
     TrainingStage(None, 131_072, 6, 13, 1.2, (1.0,), (1.0,)),  # at the learning rate lr_end, whatever lr is
@@ -232,7 +233,7 @@ class Hyperparameters:
     val_tokens: int = 10_485_760  # fixed by the rules
     val_batch_size: int = 2_097_152  # tokens; validation runs through micro-batches of an eighth of them
     # length of the run
-    num_scheduled_iterations: int = 2576  # shared by the stages
+    num_scheduled_iterations: int = 3312  # shared by the stages
     num_extension_iterations: int = 96  # at the final learning rate, with longer windows
     length: float = 1.0  # multiplies these two and the momentum's two below: 0.25 is a quarter run
     cooldown_frac: float = 0.8  # of the scheduled iterations
@@ -2250,9 +2251,13 @@ class GPT(nn.Module):
                 scale = self.yarn.scale * (NARROW_SCALE if layer.narrow else 1)
                 y = attend(q, k, v, documents[layer.paired], windows[layer.window], scale, xsa)
                 y = y.reshape(len(x), self.num_heads, -1)  # paired or not, one graph
-            complete = layer.mlp and layer.keep is not None  # without an MLP nothing waits: kept or not, one graph
-            x, result = self.layer_outputs(x, waiting, y, head_gates, added, w, complete)
-            waiting = None if result is None else (result, w)
+            if layer.window or layer.mlp:
+                complete = layer.mlp and layer.keep is not None  # without an MLP nothing waits: kept or not, one graph
+                x, result = self.layer_outputs(x, waiting, y, head_gates, added, w, complete)
+                waiting = None if result is None else (result, w)
+            else:  # one sum: not worth a graph, which each start has to find
+                x, waiting = self.join(x, waiting), None
+                x = x if added is None else x + added
             if layer.keep:
                 kept[layer.keep] = x
         return self.join(x, waiting)
@@ -3332,16 +3337,23 @@ class Trainer:
     @torch.no_grad()
     def validate(self, batches: ValidationBatches, windows: dict[str, int]) -> float:
         """Mean cross-entropy of all ranks' validation tokens, in nats."""
-        one = torch.ones(1, device=self.world.device)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for (batch,), exchange in batches:
             with self.graph_memory.used() if self.graphs else nullcontext():
-                self.model.ngrams = self.ngrams.communication.fetch(exchange)  # may be more rows than the cache has
-                total += self.model(batch, windows, one, head_chunk=32_768, prefix=False).double().sum()
-        self.model.ngrams = self.ngrams.p
+                ngrams = self.ngrams.communication.fetch(exchange)
+                total += self.validation_losses(batch, windows, ngrams).double().sum()
         if self.world.size > 1:
             dist.all_reduce(total)
         return total.item() / self.hp.val_tokens
+
+    @torch.no_grad()
+    def validation_losses(self, batch: MicroBatch, windows: dict[str, int], ngrams: Tensor) -> Tensor:
+        """Loss of each position, (T,); ngrams: the rows that the slots are of, maybe more than the cache has."""
+        self.model.ngrams = ngrams
+        one = torch.ones(1, device=self.world.device)
+        losses = self.model(batch, windows, one, head_chunk=32_768, prefix=False)
+        self.model.ngrams = self.ngrams.p
+        return losses
 
     def warm_up(self, train_paths: list[Path], val_batches: ValidationBatches) -> None:
         """Compiles all that the run will use, by a step of each stage and a validation, and puts everything back."""
@@ -3352,10 +3364,10 @@ class Trainer:
         batches = [*zip(steps, loader, strict=True)]
         if self.world.on_gpu and (tool := import_tool("precompile")):
             tool.compile_kernels(self, batches)  # without it each kernel's compilation waits for the one before
-        self.compile_ahead(batches)
+        self.compile_in_turns(batches, *val_batches[0])
         for step, batch in batches:
             self.enter_step(step)
-            self.add_gradients(step, batch._replace(micro_batches=self.warm_up_batches(step, batch)))
+            self.add_gradients(step, batch._replace(micro_batches=[]))  # what each rank does at the same time
             self.update(step)
             if self.world.on_gpu:
                 self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
@@ -3376,15 +3388,22 @@ class Trainer:
         self.model.load_state_dict(saved)
         self.reset()
 
-    def compile_ahead(self, batches: list[tuple[int, StepBatch]]) -> None:
-        """On GPUs every second rank compiles the second stage before the first.
+    def compile_in_turns(self, batches: list[tuple[int, StepBatch]], val_batch: list[MicroBatch], exchange: Exchange):
+        """Forward and backward of all stages and a chunk of validation; each rank begins elsewhere.
 
-        With several ranks these have micro-batches of two sizes, and what one rank compiles others find in the caches.
+        What one rank has compiled the others find in the caches. Nothing is communicated: ranks would wait for it.
         """
-        if self.world.on_gpu and self.world.rank % 2:
-            for step, batch in batches[1:2]:
-                for micro_batch in self.warm_up_batches(step, batch):
-                    self.micro_step(step, micro_batch, self.target_weights[step])
+        work = [
+            partial(self.micro_step, step, micro_batch, self.target_weights[step])
+            for step, batch in batches
+            for micro_batch in self.warm_up_batches(step, batch)
+        ]
+        ngrams = self.ngrams.p.new_zeros(sum(exchange.taken), self.hp.model_dim)
+        # In the middle, where half of the ranks begin; later stages have micro-batches of another size.
+        work.insert(len(work) // 2, partial(self.validation_losses, *val_batch, self.schedule.windows(0), ngrams))
+        first = self.world.rank * len(work) // self.world.size
+        for run in work[first:] + work[:first]:
+            run()
 
     def warm_up_batches(self, step: int, batch: StepBatch) -> list[MicroBatch]:
         """What the warm-up runs: on a CPU all; on a GPU one of each shape, with all classes and with the stage's."""

@@ -68,8 +68,6 @@ def compile_kernels(trainer, batches: list) -> None:
             micro_batch = few_tokens(batch.micro_batches[0])
             trainer.add_gradients(step, batch._replace(micro_batches=[micro_batch]))
         trainer.update(step | 1)  # Adam's steps are odd
-        with torch.no_grad():
-            one = torch.ones(1, device=trainer.world.device)
-            trainer.model(micro_batch, trainer.schedule.windows(0), one, prefix=False)
+        trainer.validation_losses(micro_batch, trainer.schedule.windows(0), trainer.ngrams.p)
     trainer.reset()
     torch.cuda.empty_cache()

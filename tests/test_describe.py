@@ -118,7 +118,7 @@ def test_a_prefix_has_a_weight_in_its_stages_only():
     stages = table(text_of(train_gpt), "stages; ")[1 : 1 + len(train_gpt.STAGES)]
     assert [row[12:] for row in stages] == [
         ["1, 0.5, 0.25 to 0", "0.25"],
-        ["1, 0.5 to 0.001", "0.25 to 0"],
+        ["1, 0.5 to 0", "0.25 to 0"],
         *[["1", "-"]] * 3,
     ]
     run = run_of(train_gpt)

@@ -100,6 +100,6 @@ def test_two_runs_on_two_gpus_end_with_the_same_bits(text, tmp_path):
 # Most are shown by the tests of test_faults.py that are imported above, without compiling.
 
 
-def test_out_of_memory_on_a_gpu_says_what_was_asked_and_what_to_change(text, tmp_path):
+def test_out_of_memory_on_a_gpu_says_what_was_asked_and_what_to_change(data, tmp_path):  # noqa: F811
     words = ["CUDA out of memory. Tried to allocate", "GiB is free"]
-    test_faults.test_out_of_memory_says_what_was_asked_and_what_to_change(text, tmp_path, "fill_the_gpu", words)
+    test_faults.test_out_of_memory_says_what_was_asked_and_what_to_change(data, tmp_path, "fill_the_gpu", words)

@@ -34,22 +34,22 @@ SPEEDRUN = TrainingSchedule(Hyperparameters())
 # ---------------------------------------------------------------------------- stages
 
 
-def test_four_stages_that_share_2576_steps_are_followed_by_an_extension_of_96():
-    assert SPEEDRUN.starts == (0, 736, 1472, 2300, 2576) and SPEEDRUN.hp.total_steps == 2672
-    assert [stage.share for stage in STAGES] == [1, 1, 1.125, 0.375, None]
+def test_four_stages_that_share_3312_steps_are_followed_by_an_extension_of_96():
+    assert SPEEDRUN.starts == (0, 736, 2208, 3036, 3312) and SPEEDRUN.hp.total_steps == 3408
+    assert [stage.share for stage in STAGES] == [1, 2, 1.125, 0.375, None]
 
 
 def test_stages_are_shares_rounded_down_and_the_last_has_the_rest():
     for scheduled in range(7, 1600):
-        first, third = scheduled * 2 // 7, scheduled * 9 // 28
+        first, second, third = scheduled * 2 // 9, scheduled * 4 // 9, scheduled // 4
         schedule = TrainingSchedule(Hyperparameters(num_scheduled_iterations=scheduled))
-        assert schedule.starts == (0, first, 2 * first, 2 * first + third, scheduled)
+        assert schedule.starts == (0, first, first + second, first + second + third, scheduled)
 
 
 def test_the_batch_grows_once_from_65536_tokens_to_twice_that():
-    assert [stage.tokens for stage in STAGES] == [65_536, *4 * [131_072]]
-    tokens = sum(SPEEDRUN.stage(step).tokens for step in range(2672))
-    assert tokens == 736 * 65_536 + (2672 - 736) * 131_072
+    assert [stage.tokens for stage in STAGES] == [*2 * [65_536], *3 * [131_072]]
+    tokens = sum(SPEEDRUN.stage(step).tokens for step in range(3408))
+    assert tokens == 2208 * 65_536 + (3408 - 2208) * 131_072
 
 
 def test_the_joined_micro_batches_of_one_gpu_have_one_length():
@@ -59,48 +59,48 @@ def test_the_joined_micro_batches_of_one_gpu_have_one_length():
 
 
 def test_documents_are_cut_at_896_tokens_in_the_first_stage_and_at_2048_then():
-    sizes = [SPEEDRUN.size(step) for step in (0, 735, 736, 1472, 2300, 2576)]
-    expected = [(8192, 896), (8192, 896), *4 * [(16_384, 2048)]]
+    sizes = [SPEEDRUN.size(step) for step in (0, 735, 736, 2207, 2208, 3036, 3312)]
+    expected = [*2 * [(8192, 896)], *2 * [(8192, 2048)], *3 * [(16_384, 2048)]]
     assert [size[:2] for size in sizes] == expected
 
 
 def test_the_softmax_has_12288_classes_at_first_then_17408_and_all_in_the_last_372_steps():
-    classes = [SPEEDRUN.size(step)[2] for step in (0, 735, 736, 1471, 1472, 2299, 2300, 2576, 2671)]
-    assert classes == [12_288, 12_288, 17_408, 17_408, 17_408, 17_408, 0, 0, 0]  # 0: all
+    classes = [SPEEDRUN.size(step)[2] for step in (0, 735, 736, 2207, 2208, 3035, 3036, 3312, 3407)]
+    assert classes == [12_288, 12_288, 12_288, 12_288, 17_408, 17_408, 0, 0, 0]  # 0: all
 
 
 def test_windows_grow_from_stage_to_stage_and_once_more_for_the_final_validation():
-    windows = [SPEEDRUN.windows(step) for step in (0, 736, 1472, 2300, 2576)]
+    windows = [SPEEDRUN.windows(step) for step in (0, 736, 2208, 3036, 3312)]
     assert [w["short"] for w in windows] == [128, 384, 640, 640, 768]
     assert [w["long"] for w in windows] == [384, 896, 1408, 1408, 1664]
     assert SPEEDRUN.window_tokens(*FINAL_WINDOWS) == {"short": 768, "long": 2560}
 
 
-def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_515_to_three_tenths():
-    assert [SPEEDRUN.lr(step) for step in (0, 514, 515)] == [0.85, 0.85, 0.85]
-    for step, multiplier in ((516, 0.85), (735, 0.85), (736, 1.2), (1472, 1.2), (2300, 1.2), (2575, 1.2)):
-        t = (step - 515) / (2576 - 515)
+def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_662_to_three_tenths():
+    assert [SPEEDRUN.lr(step) for step in (0, 661, 662)] == [0.85, 0.85, 0.85]
+    for step, multiplier in ((663, 0.85), (736, 0.85), (2207, 0.85), (2208, 1.2), (3036, 1.2), (3311, 1.2)):
+        t = (step - 662) / (3312 - 662)
         assert SPEEDRUN.lr(step) == pytest.approx((1 - t) * multiplier + 0.3 * t, rel=1e-12)
-    assert {SPEEDRUN.lr(step) for step in (2576, 2640, 2671)} == {0.3}
+    assert {SPEEDRUN.lr(step) for step in (3312, 3370, 3407)} == {0.3}
 
 
-def test_matrices_and_embeddings_end_as_their_average_over_every_fourth_of_the_last_267_steps():
+def test_matrices_and_embeddings_end_as_their_average_over_every_fourth_of_the_last_341_steps():
     assert [row.name for row in PARAMETERS if row.averaged] == ["qk_bank", "spellings", "embed", "mlp_bank", "vo_bank"]
-    weights = {step: weight for step in range(2672) if (weight := SPEEDRUN.average_weight(step))}
-    assert [*weights] == [*range(2407, 2672, 4)]
-    assert weights.pop(2407) == 1 and {*weights.values()} == {8 / 267}
+    weights = {step: weight for step in range(3408) if (weight := SPEEDRUN.average_weight(step))}
+    assert [*weights] == [*range(3067, 3408, 4)]
+    assert weights.pop(3067) == 1 and {*weights.values()} == {8 / 341}
 
 
 def test_momentum_rises_over_560_steps_and_falls_back_over_the_last_376():
     expected = {0: 0.85, 280: 0.89, 559: 0.85 + 0.08 * 559 / 560, 560: 0.93, 561: 0.93, 1000: 0.93}
-    expected |= {2295: 0.93, 2296: 0.93, 2297: 0.93 - 0.08 / 376, 2484: 0.89, 2671: 0.85 + 0.08 / 376}
+    expected |= {3031: 0.93, 3032: 0.93, 3033: 0.93 - 0.08 / 376, 3220: 0.89, 3407: 0.85 + 0.08 / 376}
     assert {step: SPEEDRUN.momentum(step) for step in expected} == pytest.approx(expected, rel=1e-12)
 
 
 def test_three_next_tokens_and_a_prefix_are_predicted_at_first_and_one_token_at_last():
     expected = {0: [1, 0.5, 0.25, 0.25], 368: [1, 0.5, 0.125, 0.25], 735: [1, 0.5, 0.25 / 736, 0.25]}
-    expected |= {736: [1, 0.5, 0.25], 1104: [1, 0.25, 0.125], 1471: [1, 0.5 / 736, 0.25 / 736]}
-    expected |= {step: [1, 0] for step in (1472, 2300, 2576, 2671)}
+    expected |= {736: [1, 0.5, 0.25], 1472: [1, 0.25, 0.125], 2207: [1, 0.5 / 1472, 0.25 / 1472]}
+    expected |= {step: [1, 0] for step in (2208, 3036, 3312, 3407)}
     for step, weights in expected.items():
         assert SPEEDRUN.target_weights(step) == pytest.approx(weights, rel=1e-9)
 
@@ -209,7 +209,7 @@ def test_the_speedruns_hyperparameters():
         micro_batch_tokens=65_536,
         val_tokens=10_485_760,
         val_batch_size=2_097_152,
-        num_scheduled_iterations=2576,
+        num_scheduled_iterations=3312,
         num_extension_iterations=96,
         length=1.0,
         cooldown_frac=0.8,
@@ -241,8 +241,8 @@ def test_the_speedruns_hyperparameters():
 
 def test_the_smoke_run_goes_through_the_same_stages_with_a_128th_of_the_tokens():
     schedule = TrainingSchedule(Hyperparameters(**PRESETS["smoke"]))
-    assert schedule.starts == (0, 10, 20, 31, 36) and schedule.hp.total_steps == 40
-    assert [schedule.size(step)[0] for step in schedule.starts] == [64, *4 * [128]]
+    assert schedule.starts == (0, 8, 24, 33, 36) and schedule.hp.total_steps == 40
+    assert [schedule.size(step)[0] for step in schedule.starts] == [*2 * [64], *3 * [128]]
     assert {schedule.size(step)[1] for step in schedule.starts} == {256}
     assert schedule.windows(0) == {"short": 16, "long": 48}
     assert (schedule.hp.model_dim, schedule.hp.val_tokens, schedule.hp.val_batch_size) == (48, 16_384, 8_192)

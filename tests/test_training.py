@@ -25,7 +25,6 @@ import train_gpt
 from train_gpt import (
     FINAL_WINDOWS,
     PRESETS,
-    STAGES,
     Clock,
     Hyperparameters,
     Log,
@@ -92,9 +91,9 @@ def run_of(folder, name, warm, **overrides):
     at = "warm-up"
 
     def note(module, arguments):
-        batch, _, target_weights, *_ = arguments
-        stage = trainer.stage_index if torch.is_grad_enabled() else None
-        found.shapes[at].add((len(batch.inputs), stage, len(target_weights), torch.is_grad_enabled()))
+        batch, windows, target_weights, *_ = arguments
+        windows = tuple(windows.values()) if torch.is_grad_enabled() else None  # a validation's do not matter
+        found.shapes[at].add((len(batch.inputs), windows, len(target_weights)))
 
     trainer.model.register_forward_pre_hook(note)
     val_batches, train_paths = validation_batches(find_files(hp.val_files), hp, World()), find_files(hp.train_files)
@@ -166,20 +165,28 @@ def test_a_run_after_a_warm_up_is_to_the_bit_the_run_without(runs, dtype):
 def test_warm_up_sees_every_stage_and_shape_of_the_run(runs):
     shapes = runs["float32"].warm.shapes
     assert shapes["run"] == shapes["warm-up"]
-    assert {stage for _, stage, _, training in shapes["run"] if training} == {*range(len(STAGES))}
+    schedule = runs["float32"].warm.trainer.schedule
+    of_stages = {tuple(schedule.windows(step).values()) for step in schedule.starts}
+    assert {windows for _, windows, _ in shapes["run"]} == {*of_stages, None}
 
 
-@pytest.mark.parametrize("rank, on_gpu, stages", [(0, True, []), (1, True, [1]), (2, True, []), (1, False, [])])
-def test_every_second_gpu_compiles_another_stage_first(folder, rank, on_gpu, stages):
-    trainer, seen = Trainer(small_run.small_hyperparameters(folder), World()), []
-    paths, starts = find_files(trainer.hp.train_files), trainer.schedule.starts[:3]
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_gpus_compile_in_turns_each_of_them_everything_and_first_what_no_other_does(folder, size):
+    trainer = Trainer(small_run.small_hyperparameters(folder), World())
+    paths, starts = find_files(trainer.hp.train_files), trainer.schedule.starts
     batches = [*TrainLoader(paths, [trainer.schedule.size(step) for step in starts], trainer.hp, World())]
-    trainer.world = SimpleNamespace(rank=rank, on_gpu=on_gpu, device=CPU)
+    val_batch, exchange = validation_batches(find_files(trainer.hp.val_files), trainer.hp, World())[0]
     trainer.micro_step = lambda step, batch, _: seen.append((step, len(batch.inputs), batch.classes is None))
-    trainer.compile_ahead([*zip(starts, batches, strict=True)])
-    assert {place[:2] for place in seen} == {(starts[i], len(batches[i].micro_batches[0].inputs)) for i in stages}
-    assert {all_classes for *_, all_classes in seen} == ({True, False} if stages else set())
-    trainer.compile_ahead([])  # a run may have one stage alone
+    trainer.validation_losses = lambda batch, _, ngrams: seen.append(("validation", len(batch.inputs), len(ngrams)))
+    orders = []
+    for rank in range(size):
+        trainer.world, seen = SimpleNamespace(rank=rank, size=size, on_gpu=True, device=CPU), []
+        trainer.compile_in_turns([*zip(starts, batches, strict=True)], val_batch, exchange)
+        orders.append(seen)
+    assert {step for step, *_ in orders[0]} == {*starts, "validation"}
+    assert ("validation", len(val_batch[0].inputs), 1 + int(val_batch[0].slots.max())) in orders[0]
+    assert all(len(order) == len(orders[0]) and {*order} == {*orders[0]} for order in orders)
+    assert len({order[0] for order in orders}) == size
 
 
 def test_rotary_frequencies_follow_the_long_window_at_each_stages_first_step(folder):
