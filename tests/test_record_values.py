@@ -241,7 +241,7 @@ def test_the_speedruns_hyperparameters():
 
 def test_the_smoke_run_goes_through_the_same_stages_with_a_128th_of_the_tokens():
     schedule = TrainingSchedule(Hyperparameters(**PRESETS["smoke"]))
-    assert schedule.starts == (0, 8, 24, 33, 36) and schedule.hp.total_steps == 40
+    assert schedule.starts == (0, 10, 30, 41, 46) and schedule.hp.total_steps == 50
     assert [schedule.size(step)[0] for step in schedule.starts] == [*2 * [64], *3 * [128]]
     assert {schedule.size(step)[1] for step in schedule.starts} == {256}
     assert schedule.windows(0) == {"short": 16, "long": 48}
