@@ -3393,14 +3393,17 @@ class Trainer:
 
         What one rank has compiled the others find in the caches. Nothing is communicated: ranks would wait for it.
         """
+
+        def validation():
+            ngrams = self.ngrams.p.new_zeros(sum(exchange.taken), self.hp.model_dim)
+            self.validation_losses(*val_batch, self.schedule.windows(0), ngrams)
+
         work = [
             partial(self.micro_step, step, micro_batch, self.target_weights[step])
             for step, batch in batches
             for micro_batch in self.warm_up_batches(step, batch)
         ]
-        ngrams = self.ngrams.p.new_zeros(sum(exchange.taken), self.hp.model_dim)
-        # In the middle, where half of the ranks begin; later stages have micro-batches of another size.
-        work.insert(len(work) // 2, partial(self.validation_losses, *val_batch, self.schedule.windows(0), ngrams))
+        work.insert(len(work) // 2, validation)  # where half of the ranks begin: ahead of the larger micro-batches
         first = self.world.rank * len(work) // self.world.size
         for run in work[first:] + work[:first]:
             run()

@@ -304,6 +304,13 @@ EDITED_LAYERS = {
     "no MLP": changed(all=dict(mlp=False)),
     "attention at the end": [*LAYERS, Layer("long", reads="late", head_gates=True, adds=X0, keep="end")],
     "no gate network": [Layer("short", paired=True, keep="a"), Layer(None), Layer("long", reads="a")],
+    "rows that only add, behind an MLP": [
+        Layer("short", adds=X0, gates=True),
+        Layer(None, mlp=False, adds=NGRAMS, keep="a"),
+        Layer(None),
+        Layer(None, mlp=False, keep="b"),
+        Layer("long", reads="b", adds=dict(a=0.2), gates=True),
+    ],
     "one layer": [ALL],
     "a network each layer": [
         ALL,
