@@ -3388,7 +3388,9 @@ class Trainer:
         self.model.load_state_dict(saved)
         self.reset()
 
-    def compile_in_turns(self, batches: list[tuple[int, StepBatch]], val_batch: list[MicroBatch], exchange: Exchange):
+    def compile_in_turns(
+        self, batches: list[tuple[int, StepBatch]], val_batch: list[MicroBatch], exchange: Exchange
+    ) -> None:  # fmt: skip
         """Forward and backward of all stages and a chunk of validation; each rank begins elsewhere.
 
         What one rank has compiled the others find in the caches. Nothing is communicated: ranks would wait for it.
@@ -3398,15 +3400,15 @@ class Trainer:
             ngrams = self.ngrams.p.new_zeros(sum(exchange.taken), self.hp.model_dim)
             self.validation_losses(*val_batch, self.schedule.windows(0), ngrams)
 
-        work = [
+        tasks = [
             partial(self.micro_step, step, micro_batch, self.target_weights[step])
             for step, batch in batches
             for micro_batch in self.warm_up_batches(step, batch)
         ]
-        work.insert(len(work) // 2, validation)  # where half of the ranks begin: ahead of the larger micro-batches
-        first = self.world.rank * len(work) // self.world.size
-        for run in work[first:] + work[:first]:
-            run()
+        tasks.insert(len(tasks) // 2, validation)  # where half of the ranks begin: ahead of the larger micro-batches
+        first = self.world.rank * len(tasks) // self.world.size
+        for task in tasks[first:] + tasks[:first]:
+            task()
 
     def warm_up_batches(self, step: int, batch: StepBatch) -> list[MicroBatch]:
         """What the warm-up runs: on a CPU all; on a GPU one of each shape, with all classes and with the stage's."""
