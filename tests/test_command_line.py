@@ -386,7 +386,7 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
         (["--hang_timeout=1e10"], ["--hang_timeout=1", "at most 1e9"]),
         (["--seed=18446744073709551616"], ["--seed=18446744073709551616", "2**64 - 1"]),
         (["--seed=-9223372036854775809"], ["--seed=-9223372036854775809", "-2**63"]),
-        (["--val_steps=5,41"], ["--val_steps", "the run ends after step 40", "41"]),
+        (["--val_steps=5,51"], ["--val_steps", "the run ends after step 50", "51"]),
         (["--val_steps=-1"], ["--val_steps", "-1"]),
         (["--resume=auto"], ["--resume=auto", "--run_id="]),
         (["--val_loss_every=-5"], ["--val_loss_every=-5", "negative"]),

@@ -347,5 +347,5 @@ def test_a_good_world_is_summed_up_in_the_first_lines_on_the_screen(folder):
         "world: 1 x CPU, 8 micro-batches each a step, joined up to 1,024 tokens; parameters in float32"
     )
     assert data == "data: 2 train shards, 20,000 tokens; 8,192 of 10,000 validation tokens\n"
-    # 10 steps of 512 tokens, 30 of 1024
-    assert run == "run: good, 40 steps, 35,840 tokens (1.79 of the train files)\n"
+    # 30 steps of 512 tokens, 20 of 1024
+    assert run == "run: good, 50 steps, 35,840 tokens (1.79 of the train files)\n"

@@ -489,7 +489,7 @@ def test_when_the_files_run_out_they_start_over_and_the_epoch_counts_up(tmp_path
 
 def test_a_run_says_in_its_log_at_which_step_the_files_start_over(tmp_path, capsys, monkeypatch):
     hp, _ = train_gpt.parse_arguments(
-        ["--preset=smoke", "--num_scheduled_iterations=9", "--num_extension_iterations=2", f"--log_dir={tmp_path}"],
+        ["--preset=smoke", "--num_scheduled_iterations=14", "--num_extension_iterations=2", f"--log_dir={tmp_path}"],
         has_gpu=False,
     )
     texts = [text_of(ordinary_lengths(seed, 75)) for seed in (3, 4)]
