@@ -2251,13 +2251,9 @@ class GPT(nn.Module):
                 scale = self.yarn.scale * (NARROW_SCALE if layer.narrow else 1)
                 y = attend(q, k, v, documents[layer.paired], windows[layer.window], scale, xsa)
                 y = y.reshape(len(x), self.num_heads, -1)  # paired or not, one graph
-            if layer.window or layer.mlp:
-                complete = layer.mlp and layer.keep is not None  # without an MLP nothing waits: kept or not, one graph
-                x, result = self.layer_outputs(x, waiting, y, head_gates, added, w, complete)
-                waiting = None if result is None else (result, w)
-            else:  # one sum: not worth a graph, which each start has to find
-                x, waiting = self.join(x, waiting), None
-                x = x if added is None else x + added
+            complete = layer.mlp and layer.keep is not None  # without an MLP nothing waits: kept or not, one graph
+            x, result = self.layer_outputs(x, waiting, y, head_gates, added, w, complete)
+            waiting = None if result is None else (result, w)
             if layer.keep:
                 kept[layer.keep] = x
         return self.join(x, waiting)
@@ -3369,9 +3365,6 @@ class Trainer:
             self.enter_step(step)
             self.add_gradients(step, batch._replace(micro_batches=[]))  # what each rank does at the same time
             self.update(step)
-            if self.world.on_gpu:
-                self.peak_memory[self.stage_index] = torch.cuda.max_memory_allocated()
-                torch.cuda.empty_cache()
         for step in (0, 1):  # without and with Adam
             self.optimizer.step(step, schedule.lr(0), schedule.momentum(0))
         self.validate(val_batches[:1], schedule.windows(0))
@@ -3396,12 +3389,17 @@ class Trainer:
         What one rank has compiled the others find in the caches. Nothing is communicated: ranks would wait for it.
         """
 
+        def forward_and_backward(step, micro_batch):
+            self.micro_step(step, micro_batch, self.target_weights[step])
+            if self.world.on_gpu:
+                self.peak_memory[self.schedule.stage_index(step)] = torch.cuda.max_memory_allocated()
+
         def validation():
             ngrams = self.ngrams.p.new_zeros(sum(exchange.taken), self.hp.model_dim)
             self.validation_losses(*val_batch, self.schedule.windows(0), ngrams)
 
         tasks = [
-            partial(self.micro_step, step, micro_batch, self.target_weights[step])
+            partial(forward_and_backward, step, micro_batch)
             for step, batch in batches
             for micro_batch in self.warm_up_batches(step, batch)
         ]
@@ -3409,6 +3407,7 @@ class Trainer:
         first = self.world.rank * len(tasks) // self.world.size
         for task in tasks[first:] + tasks[:first]:
             task()
+            torch.cuda.empty_cache()  # does nothing without a GPU
 
     def warm_up_batches(self, step: int, batch: StepBatch) -> list[MicroBatch]:
         """What the warm-up runs: on a CPU all; on a GPU one of each shape, with all classes and with the stage's."""
