@@ -3354,12 +3354,7 @@ class Trainer:
     def warm_up(self, train_paths: list[Path], val_batches: ValidationBatches) -> None:
         """Compiles all that the run will use, by a step of each stage and a validation, and puts everything back."""
         saved = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
-        schedule = self.schedule
-        steps = sorted({*schedule.starts} - {self.hp.total_steps})  # a stage may be without steps
-        loader = TrainLoader(train_paths, [schedule.size(step) for step in steps], self.hp, self.world)
-        batches = [*zip(steps, loader, strict=True)]
-        if self.world.on_gpu and (tool := import_tool("precompile")):
-            tool.compile_kernels(self, batches)  # without it each kernel's compilation waits for the one before
+        schedule, batches = self.schedule, self.batch_of_each_stage(train_paths)
         self.compile_in_turns(batches, *val_batches[0])
         for step, batch in batches:
             self.enter_step(step)
@@ -3380,6 +3375,12 @@ class Trainer:
                 self.graphs[self.stage_index, micro_batch.classes is None] = graph
         self.model.load_state_dict(saved)
         self.reset()
+
+    def batch_of_each_stage(self, train_paths: list[Path]) -> list[tuple[int, StepBatch]]:
+        """The first step of each stage, if it has one, and a batch of its size."""
+        steps = sorted({*self.schedule.starts} - {self.hp.total_steps})
+        sizes = [self.schedule.size(step) for step in steps]
+        return [*zip(steps, TrainLoader(train_paths, sizes, self.hp, self.world), strict=True)]
 
     def compile_in_turns(
         self, batches: list[tuple[int, StepBatch]], val_batch: list[MicroBatch], exchange: Exchange
@@ -3403,7 +3404,7 @@ class Trainer:
             for step, batch in batches
             for micro_batch in self.warm_up_batches(step, batch)
         ]
-        tasks.insert(len(tasks) // 2, validation)  # where half of the ranks begin: ahead of the larger micro-batches
+        tasks.append(validation)  # the last, as precompile.py's process has begun with it
         first = self.world.rank * len(tasks) // self.world.size
         for task in tasks[first:] + tasks[:first]:
             task()
@@ -3592,11 +3593,14 @@ class Unguarded:
 def main(arguments: list[str]) -> None:
     """A whole run; or, for --bench and --profile, a look at its steps, and for --help and --describe a text."""
     begin, program, guard = time.perf_counter(), sys.modules[__name__], import_tool("guard")
+    words = {argument.lower() for argument in arguments}
+    usage, describe = {"-h", "--help"} & words, {"--describe", "--describe=true", "--describe=1"} & words
+    # Forks: while this process has no threads, nor CUDA. By NVML the GPUs can be counted all the same.
+    gpus = 0 if usage or describe else torch.cuda.device_count()
+    end_compiling = tool.start(program, arguments) if gpus and (tool := import_tool("precompile")) else lambda: None
     watch = guard.Watch(program) if guard else Unguarded()
     watch.start()
     try:
-        words = {argument.lower() for argument in arguments}
-        usage, describe = {"-h", "--help"} & words, {"--describe", "--describe=true", "--describe=1"} & words
         if usage or describe:
             if not usage:
                 import_tool("describe", "--describe").show(program, arguments, watch.rank)
@@ -3638,6 +3642,7 @@ def main(arguments: list[str]) -> None:
             val_batches = thread.submit(validation_batches, val_paths, hp, world)
             trainer = Trainer(hp, world, checkpoints)
         trainer.warm_up(train_paths, val_batches.result())
+        end_compiling()
         log.write(f"warm-up: {time.perf_counter() - begin:.1f} s from the start of main")
         if bench:
             bench.Bench(program, trainer, train_paths, log).run(start_seconds=time.perf_counter() - begin)

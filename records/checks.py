@@ -349,8 +349,7 @@ def check_agreement(
     facts["--dtype"] = str(train_gpt.choose_dtype(hp, world))
     facts["--fp8"] = hp.fp8 if train_gpt.use_fp8(hp, world) else "off"
     facts["--run_id"] = overrides.get("run_id", "drawn")
-    used = {"precompile", *sys.modules}  # precompile is loaded by the warm-up, and runs collectives
-    tools = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in used]
+    tools = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in sys.modules]
     for path in (Path(train_gpt.__file__), *tools):
         facts[path.name] = f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
     facts["software"] = versions(train_gpt)

@@ -1,19 +1,94 @@
-"""Compiles a run's Triton kernels side by side, before its warm-up, in which one would wait for the other.
+"""
+Compiles beside a run's warm-up, in a process of its own, what the warm-up will then find in the caches on the disk.
 
-A warm-up launches some fifty kernels of train_gpt.py for the first time. Compiling one takes a core half a second or
-more; with empty caches that is a third of a start.
+With empty caches most of a start is compiling, and most of that Python in one thread. So a run on a GPU forks a second
+process. It has the same program and a small n-grams' table, and compiles first all Triton kernels of train_gpt.py, side
+by side, then the losses of the first stages, a validation and an update. Meanwhile the run itself compiles the layers.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
 
 import torch
 import triton
 from triton.runtime.jit import JITFunction
 
 TOKENS = 4096  # enough to fill a GPU; else kernels depend on types, and on which sizes are multiples of 16, alone
+NGRAM_ROWS = 65_536  # a multiple of 16, as the run's
+MEMORY = 72  # GiB that a GPU has to have: the run takes up to 49, the losses of all classes and a validation 20
+STAGES = 2  # whose losses are compiled here: with them, validation and update, both processes are done at the same time
+
+
+def start(train_gpt: ModuleType, arguments: list[str]) -> Callable[[], None]:
+    """Forks the process for this host, by its first rank; returns what ends it. To be called before CUDA begins."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return lambda: None
+    parent, pid = os.getpid(), os.fork()
+    if not pid:
+        beside(parent, train_gpt, arguments)
+
+    def end() -> None:
+        os.kill(pid, signal.SIGKILL)  # one that has ended stays until it is waited for
+        os.waitpid(pid, 0)
+
+    return end
+
+
+def beside(parent: int, train_gpt: ModuleType, arguments: list[str]) -> None:
+    """The process. It ends with its parent, and says nothing of what the parent will find, too."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if os.getppid() == parent:
+            world = train_gpt.World.from_environment()
+            memory = torch.cuda.get_device_properties(world.device).total_memory / 2**30
+            hp, _ = train_gpt.parse_arguments(arguments, world.on_gpu, memory)
+            compile_ahead(train_gpt, hp, world, memory)
+    except train_gpt.UserError:
+        pass
+    except BaseException as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        print(f"note: what compiles beside the run has ended, and the start takes longer: {line}", file=sys.stderr)
+    finally:
+        os._exit(0)
+
+
+def compile_ahead(train_gpt: ModuleType, hp, world, memory: float) -> None:
+    """All kernels; with enough memory (GiB) losses of the first stages, a validation and updates of matrices."""
+    alone = train_gpt.World(device=world.device)
+    alone.start()
+    train_paths, val_paths = train_gpt.files_of(hp).values()
+    trainer = train_gpt.Trainer(replace(hp, ngram_rows=NGRAM_ROWS), alone)
+    batches = trainer.batch_of_each_stage(train_paths)
+    compile_kernels(trainer, batches)
+    if memory < MEMORY or hp.compile == "off":
+        return
+    all_rows, weights = trainer.model.output, trainer.target_weights
+
+    def output(batch, *rest):  # in training the rows of LAYERS are left out: the run compiles them
+        no_rows = trainer.model.embed.new_zeros(len(batch.inputs), hp.model_dim, requires_grad=True)
+        return no_rows + 0 if torch.is_grad_enabled() else all_rows(batch, *rest)
+
+    trainer.model.output = output
+    for step, batch in batches[:STAGES]:
+        tokens = trainer.schedule.size(step)[0]
+        joined = first_tokens(batch.micro_batches[0], tokens * train_gpt.micro_batches_together(tokens, hp, world))
+        for micro_batch in trainer.warm_up_batches(step, batch._replace(micro_batches=[joined])):
+            trainer.micro_step(step, micro_batch, weights[step])
+    one_chunk = replace(trainer.hp, val_tokens=hp.val_batch_size // train_gpt.MICRO_BATCHES)
+    trainer.validate(train_gpt.validation_batches(val_paths, one_chunk, alone), trainer.schedule.windows(0))
+    for slot in trainer.optimizer.slots.values():
+        if slot.row.algorithm == "normuon":  # of a bank's matrices each rank updates its part
+            matrices = len(slot.grad) // world.size
+            part = train_gpt.NorMuon(slot.row, hp, slot.algorithm.p[:matrices], 0, train_gpt.compiler(True))
+            part.update(slot.grad[:matrices], 1.0, 0.9)
 
 
 class Compilers(ThreadPoolExecutor):
@@ -49,9 +124,9 @@ def launches_compile(device: torch.device, threads: int) -> Iterator[None]:
         JITFunction.__getitem__ = inherited
 
 
-def few_tokens(batch):
-    """A MicroBatch with the first TOKENS positions of another. Its orders sort nothing: they are not followed."""
-    orders, n = len(batch.slots), min(TOKENS, len(batch.inputs))
+def first_tokens(batch, count: int):
+    """A MicroBatch with the first `count` positions of another. Its orders sort nothing: nobody follows them."""
+    orders, n = len(batch.slots), min(count, len(batch.inputs))
     inputs, targets, order = (tensor[:n] for tensor in (batch.inputs, batch.targets, batch.order))
     documents = type(batch.documents)(*(tensor[:n] for tensor in batch.documents))
     slots, slot_order = batch.slots[:, :n].contiguous(), batch.slot_order[: orders * n]
@@ -61,11 +136,11 @@ def few_tokens(batch):
 def compile_kernels(trainer, batches: list) -> None:
     """Forward and backward of the steps (step, batch), an update and a validation, of few tokens, launching no kernel.
 
-    What that computes is rubbish: parameters are the caller's to put back, all else is put back here.
+    What that computes is rubbish.
     """
-    with launches_compile(trainer.world.device, threads=max(1, os.cpu_count() // trainer.world.size)):
+    with launches_compile(trainer.world.device, threads=os.cpu_count() or 1):
         for step, batch in batches:
-            micro_batch = few_tokens(batch.micro_batches[0])
+            micro_batch = first_tokens(batch.micro_batches[0], TOKENS)
             trainer.add_gradients(step, batch._replace(micro_batches=[micro_batch]))
         trainer.update(step | 1)  # Adam's steps are odd
         trainer.validation_losses(micro_batch, trainer.schedule.windows(0), trainer.ngrams.p)

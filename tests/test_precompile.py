@@ -1,0 +1,162 @@
+"""The process that compiles beside a run's warm-up: what it compiles, and how it ends."""
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import small_run
+import torch
+
+import train_gpt
+from train_gpt import Trainer, TrainLoader, World, find_files, validation_batches
+
+if not find_spec("triton"):
+    pytest.skip("no Triton for this platform", allow_module_level=True)
+sys.path.insert(0, str(Path(train_gpt.__file__).parent / "records"))
+import precompile
+
+CPU = torch.device("cpu")
+
+
+def kind_of(x: object) -> object:
+    """What the compiler looks at in an argument of a region."""
+    if isinstance(x, torch.Tensor):
+        return x.dtype, tuple(x.shape), x.stride(), x.requires_grad
+    return x
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The calls of regions: name, whether gradients are taken, arguments. Stages are gone through as on a GPU."""
+    calls, warm_up_batches = set(), Trainer.warm_up_batches
+    flatten = torch.utils._pytree.tree_leaves
+
+    def noted(function):
+        def call(*args):
+            leaves = [kind_of(leaf) for leaf in flatten(args)]
+            calls.add((function.__name__, torch.is_grad_enabled(), str(leaves)))
+            return function(*args)
+
+        return call
+
+    def as_on_a_gpu(self, *args):
+        world = SimpleNamespace(on_gpu=True, device=CPU)
+        return warm_up_batches(SimpleNamespace(world=world, schedule=self.schedule), *args)
+
+    monkeypatch.setattr(train_gpt, "compiler", lambda enabled: noted)
+    monkeypatch.setattr(Trainer, "warm_up_batches", as_on_a_gpu)
+    return calls
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_what_is_compiled_beside_a_run_is_what_the_run_would_compile(tmp_path, monkeypatch, compiled, size):
+    small_run.write_text(tmp_path, scale=8)
+    stages = tuple(stage._replace(classes=stage.classes and 400) for stage in small_run.SMALL["stages"])
+    hp = replace(small_run.small_hyperparameters(tmp_path, stages=stages), compile="auto")
+    world = World(0, size)
+    trainer = Trainer(hp, World())
+    steps = trainer.schedule.starts
+    loader = TrainLoader(find_files(hp.train_files), [trainer.schedule.size(step) for step in steps], hp, world)
+    chunk, exchange = validation_batches(find_files(hp.val_files), hp, world)[0]
+    trainer.compile_in_turns([*zip(steps, loader, strict=True)], chunk, exchange)
+    for slot in trainer.optimizer.slots.values():  # the part of the first rank
+        if slot.row.algorithm == "normuon":
+            slot.communication.world = world
+            share = train_gpt.Sharded.own(slot.communication, slot.communication.p)
+            algorithm = train_gpt.NorMuon(slot.row, hp, share, 0, train_gpt.compiler(True))
+            algorithm.update(train_gpt.Sharded.own(slot.communication, slot.grad), 1.0, 0.9)
+    of_the_run = {*compiled}
+    compiled.clear()
+
+    kernels = []
+    monkeypatch.setattr(precompile, "compile_kernels", lambda trainer, batches: kernels.append(len(batches)))
+    monkeypatch.setattr(precompile, "NGRAM_ROWS", 256)
+    precompile.compile_ahead(train_gpt, hp, world, precompile.MEMORY - 1)
+    assert kernels == [len(steps)] and not compiled
+    precompile.compile_ahead(train_gpt, hp, world, precompile.MEMORY)
+    assert compiled <= of_the_run
+    left = of_the_run - compiled
+    layers = {"embed_inputs", "gate_network", "join", "layer_outputs", "normed_input", "qkv_weight"}
+    losses = {"head_losses", "copy_inputs"}
+    assert layers | {"head_losses"} <= {name for name, *_ in left} <= layers | losses
+    assert all(training for _, training, _ in left)
+    assert len({call for call in compiled if call[0] == "head_losses" and call[1]}) == 2 * precompile.STAGES
+    assert {name for name, *_ in compiled} >= {*losses, "normuon_update", "layer_outputs"}
+
+
+# A run in whose place somebody waits: {then} says for what. Its process beside prints its own number, and does {what}.
+RUN = """
+import os, sys, time
+from types import SimpleNamespace
+sys.path.insert(0, {records!r})
+import precompile
+class UserError(Exception): pass
+def from_environment():
+    print(os.getpid(), flush=True)
+    {what}
+world = SimpleNamespace(from_environment=from_environment)
+end = precompile.start(SimpleNamespace(World=world, UserError=UserError), [])
+{then}
+"""
+
+
+def run(what, then, **environment):
+    """The run, once its process beside has begun, and that one's number."""
+    source = RUN.format(records=str(Path(precompile.__file__).parent), what=what, then=then)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", source], env=os.environ | environment, **pipes)
+    return process, process.stdout.readline()
+
+
+def is_there(number, seconds=10.0):
+    """Whether a process is still there after so long; returns as soon as it is not."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with suppress(ProcessLookupError):
+            os.kill(number, 0)
+            time.sleep(0.05)
+            continue
+        return False
+    return True
+
+
+def test_the_process_beside_ends_when_the_run_has_no_more_use_for_it():
+    process, line = run("time.sleep(60)", "sys.stdin.readline(); end(); sys.stdin.readline()")
+    assert is_there(int(line), 0.3)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert not is_there(int(line)) and process.poll() is None
+    process.communicate()
+
+
+def test_the_process_beside_ends_with_a_run_that_is_killed():
+    process, line = run("time.sleep(60)", "time.sleep(60)")
+    process.kill()
+    process.wait()
+    assert not is_there(int(line))
+    process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("UserError('the run finds this, too')", ""),
+        ("RuntimeError('no\\nmemory')", "note: what compiles beside the run has ended, and the start takes longer: "
+         "RuntimeError: no memory\n"),
+    ],
+)  # fmt: skip
+def test_the_process_beside_says_in_one_line_why_it_ended_unless_the_run_says_it(error, said):
+    process, _ = run(f"raise {error}", "time.sleep(1); end(); print('went on')")
+    assert process.communicate(timeout=60) == ("went on\n", said) and process.returncode == 0
+
+
+def test_one_process_beside_serves_a_host():
+    process, line = run("time.sleep(60)", "time.sleep(1); end(); print('alone')", LOCAL_RANK="1")
+    assert line == "alone\n" and process.communicate() == ("", "")
