@@ -101,7 +101,7 @@ class TrainingStage(NamedTuple):
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, max_seq_len, classes
     TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), 896, 12_288, prefix=(0.25, 0.25)),
-    TrainingStage(2, 65_536, 3, 7, 0.85, (1.0, 0.5), (1.0, 0.0), classes=12_288, prefix=(0.25, 0.0)),
+    TrainingStage(2, 65_536, 3, 7, 1.0, (1.0, 0.5), (1.0, 0.0), classes=12_288, prefix=(0.25, 0.0)),
     TrainingStage(1.125, 131_072, 5, 11, 1.2, (1.0,), (1.0,), classes=17_408),
     TrainingStage(0.375, 131_072, 5, 11, 1.2, (1.0,), (1.0,)),  # all classes, to correct those that were left out
     TrainingStage(None, 131_072, 6, 13, 1.2, (1.0,), (1.0,)),  # at the learning rate lr_end, whatever lr is
@@ -1538,6 +1538,7 @@ def key_range(starts_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.con
     """Queries and the first key each sees. Some see keys of [begin, end), all see all of [full_begin, full_end)."""
     rows, last = row + tl.arange(0, BLOCK_Q), min(row + BLOCK_Q, N) - 1
     begin = max(tl.load(starts_ptr + row), row - window) // BLOCK_K * BLOCK_K
+    tl.assume(begin <= last)  # if a loop could be skipped, ptxas would let products wait for each other
     full_begin = tl.cdiv(max(tl.load(starts_ptr + last), last - window), BLOCK_K) * BLOCK_K
     full_end = (row + 1) // BLOCK_K * BLOCK_K
     first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
@@ -1551,6 +1552,7 @@ def query_range(ends_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.con
     full_begin = tl.cdiv(last, BLOCK_Q) * BLOCK_Q
     full_end = min(tl.load(ends_ptr + row), row + window + 1) // BLOCK_Q * BLOCK_Q
     begin, end = row // BLOCK_Q * BLOCK_Q, min(tl.load(ends_ptr + last), last + window + 1)
+    tl.assume(begin < end)
     last_query = tl.minimum(tl.load(ends_ptr + rows, mask=rows < N, other=0) - 1, rows + window)
     return rows, last_query, begin, full_begin, full_end, end
 
@@ -1582,7 +1584,7 @@ def attention_kernel(
             p = tl.where((cols >= first[:, None]) & (cols <= rows[:, None]), p, 0.0)
         row_sum += tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc)
-    y, by_head = acc / row_sum[:, None], head.to(tl.int64) * N + rows
+    y, by_head = acc * (1 / row_sum)[:, None], head.to(tl.int64) * N + rows
     if xsa_ptr is not None:
         own, square, t = own_values(own_desc, xsa_ptr, row, head, N, H, D, BLOCK_Q)
         share = tl.sum(y * own, 1) / tl.maximum(square, 1e-8)
@@ -1602,25 +1604,27 @@ def attention_kernel(
 
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_backward_q_kernel(
-    q_desc, own_desc, y_desc, grad_y_desc, grad_q_desc, k_desc, v_desc, starts_ptr, xsa_ptr, lse_ptr, share_ptr,
+    q_desc, own_desc, grad_q_desc, k_desc, v_desc, y_ptr, grad_y_ptr, starts_ptr, xsa_ptr, lse_ptr, share_ptr,
     delta_ptr, before_xsa_ptr, grad_xsa_ptr, factors_ptr, N, H, window, scale,
     D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of a head: gradients of q and gates; for the next kernel delta, dy (before_xsa) and factors."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_Q, tl.program_id(1), scale * LOG2_E
     rows, first, begin, full_begin, full_end, end = key_range(starts_ptr, row, N, window, BLOCK_Q, BLOCK_K)
-    by_head = head.to(tl.int64) * N + rows
-    q, y, grad_y = q_desc.load([row, head * D_QK]), y_desc.load([row, head * D]), grad_y_desc.load([row, head * D])
+    by_head, mask = head.to(tl.int64) * N + rows, (rows < N)[:, None]
+    places = (rows.to(tl.int64) * H + head)[:, None] * D + tl.arange(0, D)[None, :]
+    # Not through TMA: one such load would wait for the other
+    y, grad_y = tl.load(y_ptr + places, mask=mask, other=0.0), tl.load(grad_y_ptr + places, mask=mask, other=0.0)
+    q = q_desc.load([row, head * D_QK])
     delta = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1)
     tl.store(delta_ptr + by_head, delta, mask=rows < N)
     if xsa_ptr is not None:
         own, square, t = own_values(own_desc, xsa_ptr, row, head, N, H, D, BLOCK_Q)
         share, along = tl.load(share_ptr + by_head, mask=rows < N, other=0.0), tl.sum(grad_y.to(tl.float32) * own, 1)
         r = t * along / tl.maximum(square, 1e-8)
-        place = before_xsa_ptr + (rows.to(tl.int64) * H + head)[:, None] * D + tl.arange(0, D)[None, :]
-        tl.store(place, grad_y.to(tl.float32) - r[:, None] * own, mask=(rows < N)[:, None])
+        tl.store(before_xsa_ptr + places, grad_y.to(tl.float32) - r[:, None] * own, mask=mask)
         tl.debug_barrier()  # dy is read back into shared memory, for the product: kept, it would take 32 registers
-        grad_y = tl.load(place, mask=(rows < N)[:, None], other=0.0)
+        grad_y = tl.load(before_xsa_ptr + places, mask=mask, other=0.0)
         tl.store(grad_xsa_ptr + rows * H + head, (t * t - 1) * share * along, mask=rows < N)
         tl.store(factors_ptr + by_head, -t * share, mask=rows < N)
         tl.store(factors_ptr + H * N + by_head, -r, mask=rows < N)
@@ -1641,28 +1645,26 @@ def attention_backward_q_kernel(
 
 @triton.jit(do_not_specialize=["N", "H", "window"])
 def attention_backward_kv_kernel(
-    q_desc, grad_y_desc, k_desc, v_desc, own_y_desc, own_grad_y_desc, grad_k_desc, grad_v_desc, ends_ptr, lse_ptr,
-    delta_ptr, factors_ptr, N, H, window, scale,
+    q_desc, grad_y_desc, k_desc, v_desc, own_y_desc, own_grad_y_desc, grad_k_desc, grad_v_desc, lse_desc, delta_desc,
+    ends_ptr, factors_ptr, N, H, window, scale,
     D_QK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_K keys of one head: the gradients of k and v. Scores are (keys, queries), as both products read them."""
     row, head, scale_2 = tl.program_id(0) * BLOCK_K, tl.program_id(1), scale * LOG2_E
     rows, last_query, begin, full_begin, full_end, end = query_range(ends_ptr, row, N, window, BLOCK_Q, BLOCK_K)
-    lse_ptr += head.to(tl.int64) * N
-    delta_ptr += head.to(tl.int64) * N
     k, v = k_desc.load([row, head * D_QK]), v_desc.load([row, head * D])
     grad_k = tl.zeros((BLOCK_K, D_QK), tl.float32)
     grad_v = tl.zeros((BLOCK_K, D), tl.float32)
     for col in range(begin, end, BLOCK_Q):
         cols = col + tl.arange(0, BLOCK_Q)
         q, grad_y = q_desc.load([col, head * D_QK]), grad_y_desc.load([col, head * D])
-        lse = tl.load(lse_ptr + cols, mask=cols < N, other=0.0)
-        delta = tl.load(delta_ptr + cols, mask=cols < N, other=0.0)
-        p = tl.exp2(tl.dot(k, q.T) * scale_2 - lse[None, :])
+        lse, delta = lse_desc.load([head * N + col]), delta_desc.load([head * N + col])  # beyond N: the next head's
+        s = tl.dot(k, q.T)
+        grad_p = tl.dot(v, grad_y.T)  # runs beneath the exponentials
+        p = tl.exp2(s * scale_2 - lse[None, :])
         if (col < full_begin) | (col >= full_end):
             p = tl.where((cols[None, :] >= rows[:, None]) & (cols[None, :] <= last_query[:, None]), p, 0.0)
         grad_v = tl.dot(p.to(grad_y.dtype), grad_y, grad_v)
-        grad_p = tl.dot(v, grad_y.T)  # here, so that it and the product above run back to back, with one wait
         grad_k = tl.dot((p * (grad_p - delta[None, :])).to(q.dtype), q, grad_k)
     grad_k_desc.store([row, head * D_QK], (grad_k * scale).to(grad_k_desc.dtype))
     if factors_ptr is not None:  # XSA
@@ -1673,11 +1675,11 @@ def attention_backward_kv_kernel(
     grad_v_desc.store([row, head * D], grad_v.to(grad_v_desc.dtype))
 
 
-# Tiles, warps, pipeline stages and registers: the best of 6 to 8 each on H100 for the speedrun's widths and windows.
-# With 168 registers or fewer, three programs share a multiprocessor: one's exponentials overlap the others' products.
-ATTENTION_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=3)
+# Tiles, warps, pipeline stages and registers: the best of some 15 each on H200 for the speedrun's widths and windows.
+# With 128 registers four programs share a multiprocessor, with 168 three: one's exponentials overlap others' products.
+ATTENTION_TILES = dict(BLOCK_Q=64, BLOCK_K=32, num_warps=4, num_stages=3, maxnreg=128)
 ATTENTION_BACKWARD_Q_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2, maxnreg=168)
-ATTENTION_BACKWARD_KV_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2)
+ATTENTION_BACKWARD_KV_TILES = dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4)  # and stages as there is room for
 
 
 def attention_tiles(block: int, *tensors: Tensor) -> list:
@@ -1704,21 +1706,22 @@ class CausalSelfAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         q, k, v, y, lse, starts, ends, xsa, share = ctx.saved_tensors
-        (N, H, _), grad_y, tiles = q.shape, grad_y.contiguous(), ATTENTION_BACKWARD_Q_TILES
+        (N, H, D_QK), grad_y, tiles = q.shape, grad_y.contiguous(), ATTENTION_BACKWARD_Q_TILES
         grad_q, grad_k, grad_v = map(torch.empty_like, (q, k, v))
         delta, before_xsa, grad_xsa, factors = torch.empty_like(lse), grad_y, None, None
         if xsa is not None:
             before_xsa, grad_xsa, factors = torch.empty_like(v), torch.empty_like(xsa), lse.new_empty(3, H, N)
-        descs = *attention_tiles(tiles["BLOCK_Q"], q, v, y, grad_y, grad_q), *attention_tiles(tiles["BLOCK_K"], k, v)
+        descs = *attention_tiles(tiles["BLOCK_Q"], q, v, grad_q), *attention_tiles(tiles["BLOCK_K"], k, v)
         outs = delta, before_xsa, grad_xsa, factors
         attention_backward_q_kernel[(triton.cdiv(N, tiles["BLOCK_Q"]), H)](
-            *descs, starts, xsa, lse, share, *outs, *ctx.sizes, **ctx.options, **tiles
+            *descs, y, grad_y, starts, xsa, lse, share, *outs, *ctx.sizes, **ctx.options, **tiles
         )
-        tiles = ATTENTION_BACKWARD_KV_TILES
+        tiles = ATTENTION_BACKWARD_KV_TILES | dict(num_stages=3 if v.size(2) > D_QK else 2)
         descs = attention_tiles(tiles["BLOCK_Q"], q, before_xsa)
         descs += attention_tiles(tiles["BLOCK_K"], k, v, y, before_xsa, grad_k, grad_v)
+        descs += [TensorDescriptor.from_tensor(t.view(-1), [tiles["BLOCK_Q"]]) for t in (lse, delta)]
         attention_backward_kv_kernel[(triton.cdiv(N, tiles["BLOCK_K"]), H)](
-            *descs, ends, lse, delta, factors, *ctx.sizes, **ctx.options, **tiles
+            *descs, ends, factors, *ctx.sizes, **ctx.options, **tiles
         )
         return grad_q, grad_k, grad_v, *(None,) * 4, grad_xsa
 
