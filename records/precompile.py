@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 TOKENS = 4096  # enough to fill a GPU; else kernels depend on types, and on which sizes are multiples of 16, alone
 NGRAM_ROWS = 65_536  # a multiple of 16, as the run's
-MEMORY = 72  # GiB that a GPU has to have: the run takes up to 49, the losses of all classes and a validation 20
+MEMORY = 72  # GiB of a GPU to be free for both: the run takes up to 49, the losses of all classes and a validation 20
 STAGES = 2  # whose losses are compiled here: with them, validation and update, both processes are done at the same time
 
 
@@ -48,9 +48,10 @@ def beside(parent: int, train_gpt: ModuleType, arguments: list[str]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if os.getppid() == parent:
             world = train_gpt.World.from_environment()
-            memory = torch.cuda.get_device_properties(world.device).total_memory / 2**30
-            hp, _ = train_gpt.parse_arguments(arguments, world.on_gpu, memory)
-            compile_ahead(train_gpt, hp, world, memory)
+            # Both processes have a context now, and the run is busy with checks: what it will take is free yet.
+            free, total = (size / 2**30 for size in torch.cuda.mem_get_info(world.device))
+            hp, _ = train_gpt.parse_arguments(arguments, world.on_gpu, total)
+            compile_ahead(train_gpt, hp, world, free)
     except train_gpt.UserError:
         pass
     except BaseException as error:
@@ -60,15 +61,15 @@ def beside(parent: int, train_gpt: ModuleType, arguments: list[str]) -> None:
         os._exit(0)
 
 
-def compile_ahead(train_gpt: ModuleType, hp, world, memory: float) -> None:
-    """All kernels; with enough memory (GiB) losses of the first stages, a validation and updates of matrices."""
+def compile_ahead(train_gpt: ModuleType, hp, world, free: float) -> None:
+    """All kernels; where enough GiB are free, losses of the first stages, a validation and updates of matrices."""
     alone = train_gpt.World(device=world.device)
     alone.start()
     train_paths, val_paths = train_gpt.files_of(hp).values()
     trainer = train_gpt.Trainer(replace(hp, ngram_rows=NGRAM_ROWS), alone)
     batches = trainer.batch_of_each_stage(train_paths)
     compile_kernels(trainer, batches)
-    if memory < MEMORY or hp.compile == "off":
+    if free < MEMORY or hp.compile == "off":
         return
     all_rows, weights = trainer.model.output, trainer.target_weights
 

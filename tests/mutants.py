@@ -772,7 +772,7 @@ PLANTED = {
          "micro_batches_together(tokens, hp, alone)", "test_precompile.py would_compile"),
         ("it compiles layers, too", "no_rows + 0 if torch.is_grad_enabled() else all_rows", "all_rows",
          "test_precompile.py would_compile"),
-        ("it takes memory that the run needs", "memory < MEMORY or", "", "test_precompile.py would_compile"),
+        ("it takes memory that the run needs", "free < MEMORY or", "", "test_precompile.py would_compile"),
         ("it compiles updates of all matrices", "len(slot.grad) // world.size", "len(slot.grad)",
          "test_precompile.py would_compile"),
     ],

@@ -78,7 +78,7 @@ def test_windows_grow_from_stage_to_stage_and_once_more_for_the_final_validation
 
 def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_662_to_three_tenths():
     assert [SPEEDRUN.lr(step) for step in (0, 661, 662)] == [0.85, 0.85, 0.85]
-    for step, multiplier in ((663, 0.85), (736, 0.85), (2207, 0.85), (2208, 1.2), (3036, 1.2), (3311, 1.2)):
+    for step, multiplier in ((663, 0.85), (735, 0.85), (736, 1.0), (2207, 1.0), (2208, 1.2), (3036, 1.2), (3311, 1.2)):
         t = (step - 662) / (3312 - 662)
         assert SPEEDRUN.lr(step) == pytest.approx((1 - t) * multiplier + 0.3 * t, rel=1e-12)
     assert {SPEEDRUN.lr(step) for step in (3312, 3370, 3407)} == {0.3}
