@@ -19,8 +19,9 @@ Contents, in reading order (search for the banner):
     Schedule          learning rate, momentum, windows, weights of targets and of averages by step
     Train             warm-up, the loop, validation, the clock
     main              a run from its arguments to its end
-What has no part in the result stands in records/: checks, the guard against hangs, the log file, checkpoints, --bench,
---profile, --describe and the sample of text. A copy of this file without them trains as well, but plainly.
+What has no part in the result stands in records/: checks, the guard against hangs, the log file, checkpoints, a second
+process that compiles, --bench, --profile, --describe and the sample of text. A copy of this file without them trains as
+well, but plainly.
 
 Shape letters: T tokens of a micro-batch, N positions of attention (T, or 2 T where heads are paired), C model width,
 H heads, D head width, F hidden units of an MLP, V padded vocabulary, P classes of a softmax, R ranks.
@@ -3407,7 +3408,7 @@ class Trainer:
             for step, batch in batches
             for micro_batch in self.warm_up_batches(step, batch)
         ]
-        tasks.append(validation)  # the last, as precompile.py's process has begun with it
+        tasks.append(validation)  # the last: by then the process of precompile.py has compiled it
         first = self.world.rank * len(tasks) // self.world.size
         for task in tasks[first:] + tasks[:first]:
             task()
@@ -3598,9 +3599,9 @@ def main(arguments: list[str]) -> None:
     begin, program, guard = time.perf_counter(), sys.modules[__name__], import_tool("guard")
     words = {argument.lower() for argument in arguments}
     usage, describe = {"-h", "--help"} & words, {"--describe", "--describe=true", "--describe=1"} & words
-    # Forks: while this process has no threads, nor CUDA. By NVML the GPUs can be counted all the same.
-    gpus = 0 if usage or describe else torch.cuda.device_count()
-    end_compiling = tool.start(program, arguments) if gpus and (tool := import_tool("precompile")) else lambda: None
+    # A second process is forked while this one has neither threads nor CUDA; GPUs are counted by NVML.
+    compiles = isinstance(triton, ModuleType) and not usage and not describe and torch.cuda.device_count()
+    end_compiling = tool.start(program, arguments) if compiles and (tool := import_tool("precompile")) else lambda: None
     watch = guard.Watch(program) if guard else Unguarded()
     watch.start()
     try:

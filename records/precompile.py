@@ -30,7 +30,11 @@ def start(train_gpt: ModuleType, arguments: list[str]) -> Callable[[], None]:
     """Forks the process for this host, by its first rank; returns what ends it. To be called before CUDA begins."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return lambda: None
-    parent, pid = os.getpid(), os.fork()
+    parent = os.getpid()
+    try:
+        pid = os.fork()
+    except OSError:  # no room for a second process
+        return lambda: None
     if not pid:
         beside(parent, train_gpt, arguments)
 

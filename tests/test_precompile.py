@@ -160,3 +160,38 @@ def test_the_process_beside_says_in_one_line_why_it_ended_unless_the_run_says_it
 def test_one_process_beside_serves_a_host():
     process, line = run("time.sleep(60)", "time.sleep(1); end(); print('alone')", LOCAL_RANK="1")
     assert line == "alone\n" and process.communicate() == ("", "")
+
+
+def fails(*_):
+    raise BlockingIOError("Resource temporarily unavailable")
+
+
+def test_a_run_goes_on_where_there_is_no_room_for_a_second_process(monkeypatch):
+    monkeypatch.setattr(os, "fork", fails)
+    precompile.start(train_gpt, [])()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpus", "triton", "forks"),
+    [
+        ([], 1, train_gpt.triton, True),
+        ([], 0, train_gpt.triton, False),
+        ([], 1, SimpleNamespace(), False),  # the checks have a remedy for that
+        (["--help"], 1, train_gpt.triton, False),
+        (["--describe"], 1, train_gpt.triton, False),
+    ],
+)
+def test_main_forks_where_a_run_compiles(monkeypatch, capsys, arguments, gpus, triton, forks):
+    def begins():
+        raise train_gpt.UserError("here the run begins")
+
+    started = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(train_gpt, "triton", triton)
+    monkeypatch.setattr(precompile, "start", lambda program, given: started.append(given) or print)
+    monkeypatch.setattr(train_gpt.World, "from_environment", begins)
+    tools = {"precompile": precompile, "describe": SimpleNamespace(show=print)}
+    monkeypatch.setattr(train_gpt, "import_tool", lambda name, argument="": tools.get(name))
+    with suppress(SystemExit):
+        train_gpt.main(arguments)
+    assert started == [arguments] * forks
