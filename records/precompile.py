@@ -6,6 +6,8 @@ process. It has the same program and a small n-grams' table, and compiles first 
 by side, then the losses of the first stages, a validation and an update. Meanwhile the run itself compiles the layers.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import signal
@@ -15,10 +17,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 from triton.runtime.jit import JITFunction
+
+if TYPE_CHECKING:  # for hints alone
+    from train_gpt import Hyperparameters, MicroBatch, StepBatch, Trainer, World
 
 TOKENS = 4096  # enough to fill a GPU; else kernels depend on types, and on which sizes are multiples of 16, alone
 NGRAM_ROWS = 65_536  # a multiple of 16, as the run's
@@ -65,7 +71,7 @@ def beside(parent: int, train_gpt: ModuleType, arguments: list[str]) -> None:
         os._exit(0)
 
 
-def compile_ahead(train_gpt: ModuleType, hp, world, free: float) -> None:
+def compile_ahead(train_gpt: ModuleType, hp: Hyperparameters, world: World, free: float) -> None:
     """All kernels; where enough GiB are free, losses of the first stages, a validation and updates of matrices."""
     alone = train_gpt.World(device=world.device)
     alone.start()
@@ -129,8 +135,8 @@ def launches_compile(device: torch.device, threads: int) -> Iterator[None]:
         JITFunction.__getitem__ = inherited
 
 
-def first_tokens(batch, count: int):
-    """A MicroBatch with the first `count` positions of another. Its orders sort nothing: nobody follows them."""
+def first_tokens(batch: MicroBatch, count: int) -> MicroBatch:
+    """The first `count` positions of a micro-batch. Their orders sort nothing: nobody follows them."""
     orders, n = len(batch.slots), min(count, len(batch.inputs))
     inputs, targets, order = (tensor[:n] for tensor in (batch.inputs, batch.targets, batch.order))
     documents = type(batch.documents)(*(tensor[:n] for tensor in batch.documents))
@@ -138,7 +144,7 @@ def first_tokens(batch, count: int):
     return type(batch)(inputs, targets, documents, slots, slot_order, order, batch.classes)
 
 
-def compile_kernels(trainer, batches: list) -> None:
+def compile_kernels(trainer: Trainer, batches: list[tuple[int, StepBatch]]) -> None:
     """Forward and backward of the steps (step, batch), an update and a validation, of few tokens, launching no kernel.
 
     What that computes is rubbish.
