@@ -1539,11 +1539,12 @@ def key_range(starts_ptr, row, N, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.con
     """Queries and the first key each sees. Some see keys of [begin, end), all see all of [full_begin, full_end)."""
     rows, last = row + tl.arange(0, BLOCK_Q), min(row + BLOCK_Q, N) - 1
     begin = max(tl.load(starts_ptr + row), row - window) // BLOCK_K * BLOCK_K
-    tl.assume(begin <= last)  # if a loop could be skipped, ptxas would let products wait for each other
+    end = last + 1
+    tl.assume(begin < end)  # if a loop could be skipped, ptxas would make products wait for each other
     full_begin = tl.cdiv(max(tl.load(starts_ptr + last), last - window), BLOCK_K) * BLOCK_K
     full_end = (row + 1) // BLOCK_K * BLOCK_K
     first = tl.maximum(tl.load(starts_ptr + rows, mask=rows < N, other=0), rows - window)
-    return rows, first, begin, full_begin, full_end, last + 1
+    return rows, first, begin, full_begin, full_end, end
 
 
 @triton.jit

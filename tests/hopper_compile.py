@@ -5,12 +5,14 @@ compiler does not. With a folder as argument it lists, instead, what records/pre
 run on a GPU, and whether any was to be launched.
 """
 
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -49,6 +51,10 @@ def compiled(kernel, *args, grid, **options):
     made = kernel.run(*args, grid=grid, warmup=True, **options)
     shared = made.metadata.shared
     assert shared <= 227 * 1024, f"{kernel.__name__}: {shared} bytes of shared memory"
+    ptxas = [triton.knobs.nvidia.ptxas.path, "--gpu-name=sm_90a", "--verbose", "--output-file=/dev/null", "-"]
+    said = subprocess.run(ptxas, input=made.asm["ptx"], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert "serialized" not in said.stderr, f"{kernel.__name__}: products wait for each other: {said.stderr}"
     print(kernel.__name__, shared)
 
 
