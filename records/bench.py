@@ -77,9 +77,12 @@ def kernels_of(profiler: torch.profiler.profile, on_gpu: bool) -> list[Kernel]:
 
 
 def busy_time(kernels: list[Kernel]) -> float:
-    """Microseconds in which at least one kernel ran: where several streams overlap, time counts once."""
+    """Microseconds in which at least one kernel ran: where several streams overlap, time counts once.
+
+    Not NCCL's kernels: they run while they wait for another rank, which in a profile is long.
+    """
     total, reached = 0.0, float("-inf")
-    for start, end in sorted((k.start, k.start + k.duration) for k in kernels):
+    for start, end in sorted((k.start, k.start + k.duration) for k in kernels if k.category != "communication"):
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total

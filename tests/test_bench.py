@@ -117,7 +117,9 @@ def test_what_the_optimizer_launches_is_its_own_unless_it_communicates():
     ],
 )
 def test_time_counts_once_where_kernels_overlap_and_not_where_none_runs(intervals, busy):
-    assert busy_time([Kernel("", "", start, end - start) for start, end in intervals]) == busy
+    kernels = [Kernel("", "products", start, end - start) for start, end in intervals]
+    assert busy_time(kernels) == busy
+    assert busy_time([*kernels, Kernel("", "communication", -100.0, 300.0)]) == busy  # it waits, as far as one can see
 
 
 def fake_profiler(*events):
