@@ -56,7 +56,7 @@ def beside(parent: int, train_gpt: ModuleType, arguments: list[str]) -> None:
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if os.getppid() == parent:
+        if os.getppid() == parent and takes_several_processes():
             world = train_gpt.World.from_environment()
             # Both processes have a context now, and the run is busy with checks: what it will take is free yet.
             free, total = (size / 2**30 for size in torch.cuda.mem_get_info(world.device))
@@ -69,6 +69,14 @@ def beside(parent: int, train_gpt: ModuleType, arguments: list[str]) -> None:
         print(f"note: what compiles beside the run has ended, and the start takes longer: {line}", file=sys.stderr)
     finally:
         os._exit(0)
+
+
+def takes_several_processes() -> bool:
+    """Whether the first GPU does. On some clusters it takes one at a time: this one must not be the first."""
+    driver, mode = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(-1)
+    driver.cuInit(0)  # nothing is on the GPU before there is a context
+    driver.cuDeviceGetAttribute(ctypes.byref(mode), 20, 0)  # CU_DEVICE_ATTRIBUTE_COMPUTE_MODE
+    return mode.value == 0
 
 
 def compile_ahead(train_gpt: ModuleType, hp: Hyperparameters, world: World, free: float) -> None:

@@ -772,6 +772,7 @@ PLANTED = {
         ("... outlives one that is killed", "ctypes.CDLL(None).prctl(1, signal.SIGKILL)", "pass",
          "test_precompile.py killed"),
         ("every rank has one", 'os.environ.get("LOCAL_RANK", "0") != "0"', "False", "test_precompile.py serves_a_host"),
+        ("it takes a GPU that takes one process", "return mode.value == 0", "return True", "test_precompile.py one_process"),
         ("it compiles what no rank has", "micro_batches_together(tokens, hp, world)",
          "micro_batches_together(tokens, hp, alone)", "test_precompile.py would_compile"),
         ("it compiles layers, too", "no_rows + 0 if torch.is_grad_enabled() else all_rows", "all_rows",

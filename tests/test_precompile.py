@@ -97,6 +97,7 @@ import os, sys, time
 from types import SimpleNamespace
 sys.path.insert(0, {records!r})
 import precompile
+precompile.takes_several_processes = lambda: True
 class UserError(Exception): pass
 def from_environment():
     print(os.getpid(), flush=True)
@@ -160,6 +161,22 @@ def test_the_process_beside_says_in_one_line_why_it_ended_unless_the_run_says_it
 def test_one_process_beside_serves_a_host():
     process, line = run("time.sleep(60)", "time.sleep(1); end(); print('alone')", LOCAL_RANK="1")
     assert line == "alone\n" and process.communicate() == ("", "")
+
+
+@pytest.mark.parametrize(("mode", "several"), [(0, True), (2, False), (3, False), (None, False)])
+def test_a_gpu_that_takes_one_process_is_left_to_the_run(monkeypatch, mode, several):
+    calls = []
+
+    def attribute(out, number, device):
+        calls.append((number, device))
+        if mode is not None:
+            out._obj.value = mode
+        return mode is None
+
+    driver = SimpleNamespace(cuInit=calls.append, cuDeviceGetAttribute=attribute)
+    monkeypatch.setattr(precompile.ctypes, "CDLL", {"libcuda.so.1": driver}.get)
+    assert precompile.takes_several_processes() is several
+    assert calls == [0, (20, 0)]
 
 
 def fails(*_):
