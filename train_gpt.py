@@ -3409,7 +3409,7 @@ class Trainer:
             for step, batch in batches
             for micro_batch in self.warm_up_batches(step, batch)
         ]
-        tasks.append(validation)  # the last: by then the process of precompile.py has compiled it
+        tasks.append(validation)  # the last, as the process of precompile.py compiles it, too
         first = self.world.rank * len(tasks) // self.world.size
         for task in tasks[first:] + tasks[:first]:
             task()
@@ -3600,7 +3600,7 @@ def main(arguments: list[str]) -> None:
     begin, program, guard = time.perf_counter(), sys.modules[__name__], import_tool("guard")
     words = {argument.lower() for argument in arguments}
     usage, describe = {"-h", "--help"} & words, {"--describe", "--describe=true", "--describe=1"} & words
-    # A second process is forked while this one has neither threads nor CUDA; GPUs are counted by NVML.
+    # A second process is forked while this one has neither CUDA nor threads of its own; GPUs are counted by NVML.
     compiles = isinstance(triton, ModuleType) and not usage and not describe and torch.cuda.device_count()
     end_compiling = tool.start(program, arguments) if compiles and (tool := import_tool("precompile")) else lambda: None
     watch = guard.Watch(program) if guard else Unguarded()

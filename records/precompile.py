@@ -14,8 +14,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -28,13 +29,19 @@ if TYPE_CHECKING:  # for hints alone
 
 TOKENS = 4096  # enough to fill a GPU; else kernels depend on types, and on which sizes are multiples of 16, alone
 NGRAM_ROWS = 65_536  # a multiple of 16, as the run's
-MEMORY = 72  # GiB of a GPU to be free for both: the run takes up to 49, the losses of all classes and a validation 20
+MEMORY = (
+    72  # GiB of a GPU to be free for both: the run takes up to 49, losses of all classes 18, and there are contexts
+)
 STAGES = 2  # whose losses are compiled here: with them, validation and update, both processes are done at the same time
 
 
 def start(train_gpt: ModuleType, arguments: list[str]) -> Callable[[], None]:
-    """Forks the process for this host, by its first rank; returns what ends it. To be called before CUDA begins."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    """Forks the process for this host, by its first rank; returns what ends it. To be called before CUDA begins.
+
+    None beside a server for several processes (MPS), which does not bear that one is killed.
+    """
+    server = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
+    if os.environ.get("LOCAL_RANK", "0") != "0" or os.path.exists(server):
         return lambda: None
     parent = os.getpid()
     try:
@@ -45,8 +52,10 @@ def start(train_gpt: ModuleType, arguments: list[str]) -> Callable[[], None]:
         beside(parent, train_gpt, arguments)
 
     def end() -> None:
-        os.kill(pid, signal.SIGKILL)  # one that has ended stays until it is waited for
-        os.waitpid(pid, 0)
+        with suppress(ProcessLookupError, ChildProcessError):  # where SIGCHLD is ignored
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):  # one that has ended stays until it is waited for
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
 
     return end
 
@@ -56,12 +65,15 @@ def beside(parent: int, train_gpt: ModuleType, arguments: list[str]) -> None:
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")  # where memory ends, this process goes first
+        world = train_gpt.World.from_environment()
         if os.getppid() == parent and takes_several_processes():
-            world = train_gpt.World.from_environment()
             # Both processes have a context now, and the run is busy with checks: what it will take is free yet.
             free, total = (size / 2**30 for size in torch.cuda.mem_get_info(world.device))
             hp, _ = train_gpt.parse_arguments(arguments, world.on_gpu, total)
-            compile_ahead(train_gpt, hp, world, free)
+            if not hp.resume:  # which takes hyperparameters from a checkpoint
+                compile_ahead(train_gpt, hp, world, free)
     except train_gpt.UserError:
         pass
     except BaseException as error:
@@ -87,7 +99,8 @@ def compile_ahead(train_gpt: ModuleType, hp: Hyperparameters, world: World, free
     trainer = train_gpt.Trainer(replace(hp, ngram_rows=NGRAM_ROWS), alone)
     batches = trainer.batch_of_each_stage(train_paths)
     compile_kernels(trainer, batches)
-    if free < MEMORY or hp.compile == "off":
+    larger = hp.micro_batch_tokens > type(hp).micro_batch_tokens
+    if free < MEMORY or larger or hp.compile == "off":
         return
     all_rows, weights = trainer.model.output, trainer.target_weights
 
@@ -107,7 +120,8 @@ def compile_ahead(train_gpt: ModuleType, hp: Hyperparameters, world: World, free
         if slot.row.algorithm == "normuon":  # of a bank's matrices each rank updates its part
             matrices = len(slot.grad) // world.size
             part = train_gpt.NorMuon(slot.row, hp, slot.algorithm.p[:matrices], 0, train_gpt.compiler(True))
-            part.update(slot.grad[:matrices], 1.0, 0.9)
+            with torch.no_grad():
+                part.update(slot.grad[:matrices], 1.0, 0.9)
 
 
 class Compilers(ThreadPoolExecutor):

@@ -71,7 +71,8 @@ def test_what_is_compiled_beside_a_run_is_what_the_run_would_compile(tmp_path, m
             slot.communication.world = world
             share = train_gpt.Sharded.own(slot.communication, slot.communication.p)
             algorithm = train_gpt.NorMuon(slot.row, hp, share, 0, train_gpt.compiler(True))
-            algorithm.update(train_gpt.Sharded.own(slot.communication, slot.grad), 1.0, 0.9)
+            with torch.no_grad():  # as Optimizer.step
+                algorithm.update(train_gpt.Sharded.own(slot.communication, slot.grad), 1.0, 0.9)
     of_the_run = {*compiled}
     compiled.clear()
 
@@ -79,7 +80,9 @@ def test_what_is_compiled_beside_a_run_is_what_the_run_would_compile(tmp_path, m
     monkeypatch.setattr(precompile, "compile_kernels", lambda trainer, batches: kernels.append(len(batches)))
     monkeypatch.setattr(precompile, "NGRAM_ROWS", 256)
     precompile.compile_ahead(train_gpt, hp, world, precompile.MEMORY - 1)
-    assert kernels == [len(steps)] and not compiled
+    assert kernels == [len(steps)] and not compiled  # but for kernels too little memory, as in the next
+    precompile.compile_ahead(train_gpt, replace(hp, micro_batch_tokens=65_537), world, precompile.MEMORY)
+    assert not compiled
     precompile.compile_ahead(train_gpt, hp, world, precompile.MEMORY)
     assert compiled <= of_the_run
     left = of_the_run - compiled
@@ -102,6 +105,9 @@ class UserError(Exception): pass
 def from_environment():
     print(os.getpid(), flush=True)
     {what}
+if os.environ.get("IGNORED"):
+    import signal
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 world = SimpleNamespace(from_environment=from_environment)
 end = precompile.start(SimpleNamespace(World=world, UserError=UserError), [])
 {then}
@@ -158,8 +164,15 @@ def test_the_process_beside_says_in_one_line_why_it_ended_unless_the_run_says_it
     assert process.communicate(timeout=60) == ("went on\n", said) and process.returncode == 0
 
 
-def test_one_process_beside_serves_a_host():
-    process, line = run("time.sleep(60)", "time.sleep(1); end(); print('alone')", LOCAL_RANK="1")
+@pytest.mark.parametrize("what", ["time.sleep(60)", "raise UserError()"])
+def test_the_process_beside_ends_where_nobody_is_told_of_it(what):
+    process, line = run(what, "time.sleep(1); end(); print('went on', flush=True)", IGNORED="1")
+    assert process.communicate(timeout=30) == ("went on\n", "") and not is_there(int(line), 0.1)
+
+
+@pytest.mark.parametrize("environment", [{"LOCAL_RANK": "1"}, {"CUDA_MPS_PIPE_DIRECTORY": "/"}])
+def test_one_process_beside_serves_a_host_unless_a_server_shares_out_its_gpu(environment):
+    process, line = run("time.sleep(60)", "time.sleep(1); end(); print('alone')", **environment)
     assert line == "alone\n" and process.communicate() == ("", "")
 
 
