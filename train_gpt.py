@@ -1658,14 +1658,14 @@ def attention_backward_kv_kernel(
     grad_k = tl.zeros((BLOCK_K, D_QK), tl.float32)
     grad_v = tl.zeros((BLOCK_K, D), tl.float32)
     for col in range(begin, end, BLOCK_Q):
-        cols = col + tl.arange(0, BLOCK_Q)
         q, grad_y = q_desc.load([col, head * D_QK]), grad_y_desc.load([col, head * D])
         lse, delta = lse_desc.load([head * N + col]), delta_desc.load([head * N + col])  # beyond N: the next head's
         s = tl.dot(k, q.T)
         grad_p = tl.dot(v, grad_y.T)  # runs beneath the exponentials
         p = tl.exp2(s * scale_2 - lse[None, :])
         if (col < full_begin) | (col >= full_end):
-            p = tl.where((cols[None, :] >= rows[:, None]) & (cols[None, :] <= last_query[:, None]), p, 0.0)
+            cols = (col + tl.arange(0, BLOCK_Q))[None, :]
+            p = tl.where((cols >= rows[:, None]) & (cols <= last_query[:, None]), p, 0.0)
         grad_v = tl.dot(p.to(grad_y.dtype), grad_y, grad_v)
         grad_k = tl.dot((p * (grad_p - delta[None, :])).to(q.dtype), q, grad_k)
     grad_k_desc.store([row, head * D_QK], (grad_k * scale).to(grad_k_desc.dtype))

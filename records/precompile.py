@@ -29,9 +29,7 @@ if TYPE_CHECKING:  # for hints alone
 
 TOKENS = 4096  # enough to fill a GPU; else kernels depend on types, and on which sizes are multiples of 16, alone
 NGRAM_ROWS = 65_536  # a multiple of 16, as the run's
-MEMORY = (
-    72  # GiB of a GPU to be free for both: the run takes up to 49, losses of all classes 18, and there are contexts
-)
+MEMORY = 72  # GiB of a GPU to be free for both: the run takes up to 49, this process 18
 STAGES = 2  # whose losses are compiled here: with them, validation and update, both processes are done at the same time
 
 
@@ -114,6 +112,7 @@ def compile_ahead(train_gpt: ModuleType, hp: Hyperparameters, world: World, free
         joined = first_tokens(batch.micro_batches[0], tokens * train_gpt.micro_batches_together(tokens, hp, world))
         for micro_batch in trainer.warm_up_batches(step, batch._replace(micro_batches=[joined])):
             trainer.micro_step(step, micro_batch, weights[step])
+            torch.cuda.empty_cache()  # the run may need it
     one_chunk = replace(trainer.hp, val_tokens=hp.val_batch_size // train_gpt.MICRO_BATCHES)
     trainer.validate(train_gpt.validation_batches(val_paths, one_chunk, alone), trainer.schedule.windows(0))
     for slot in trainer.optimizer.slots.values():
@@ -169,7 +168,7 @@ def first_tokens(batch: MicroBatch, count: int) -> MicroBatch:
 def compile_kernels(trainer: Trainer, batches: list[tuple[int, StepBatch]]) -> None:
     """Forward and backward of the steps (step, batch), an update and a validation, of few tokens, launching no kernel.
 
-    What that computes is rubbish.
+    What that computes is rubbish, and stays.
     """
     with launches_compile(trainer.world.device, threads=os.cpu_count() or 1):
         for step, batch in batches:
@@ -177,5 +176,3 @@ def compile_kernels(trainer: Trainer, batches: list[tuple[int, StepBatch]]) -> N
             trainer.add_gradients(step, batch._replace(micro_batches=[micro_batch]))
         trainer.update(step | 1)  # Adam's steps are odd
         trainer.validation_losses(micro_batch, trainer.schedule.windows(0), trainer.ngrams.p)
-    trainer.reset()
-    torch.cuda.empty_cache()
