@@ -38,7 +38,7 @@ KERNEL_CATEGORIES = {
     "optimizer": r"symmetric_product|update_rows|sum_rows|adam_kernel|nesterov",
     "loss": r"cross_entropy|HeadLoss(?!.*mm\b)|\bcopy_(kernel|backward)",
     "attention": r"flash|attention|split_heads",
-    "products": r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|linear_relu2|aten::\w*mm\b",
+    "products": r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|linear_relu2_kernel|aten::\w*mm\b",
     "memory": r"(?i)memcpy|memset|aten::(copy_|zero_|fill_)",
     "elementwise": r"triton_|elementwise|transposed|reduce|add_rows|at::native|aten::",
 }

@@ -154,12 +154,12 @@ def kept_bytes(run: Run, stage, tokens: int) -> dict[str, int]:
     """An estimate of what the backward pass of a micro-batch of so many tokens finds kept when it begins, by part.
 
     Of attention what is projected, q, k, v before and after the norm, and the result; of an MLP its operands, in FP8
-    hidden units twice, once transposed; of the stream (T, C) what goes into the compiled regions of a layer and what
-    rows keep; of copying q and k before and after the norm; the logits and their gradient.
+    hidden units twice, once transposed; of the stream (T, C) what goes into the compiled regions of a layer and is not
+    only added there, and what rows keep; of copying q and k before and after the norm; the logits and their gradient.
     """
     size, C, layers = run.dtype.itemsize, run.hp.model_dim, run.train_gpt.LAYERS
     product, hidden = (1, 2 * run.hp.mlp_ratio) if "layers" in run.fp8 else (size, run.hp.mlp_ratio)
-    stream = sum(1 + sum(map(bool, (a.window, a.adds, a.values, a.mlp, a.keep, a.reads))) for a in layers)
+    stream = sum(1 + sum(map(bool, (a.window, a.adds, a.values, a.keep, a.reads))) for a in layers)
     return {
         "attention": tokens * len(run.train_gpt.ATTENTION_LAYERS) * C * (product + 7 * size),
         "MLP": tokens * len(run.train_gpt.MLP_LAYERS) * (1 + hidden) * C * product,

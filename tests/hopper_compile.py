@@ -9,7 +9,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import triton
@@ -69,29 +68,30 @@ def projection(fp8: bool) -> Projection:
 def main() -> None:
     driver.set_active(NoGpu())
     JITFunction.__getitem__ = lambda kernel, grid: partial(compiled, kernel, grid=grid)
-    for rows in (C, 2 * C):
-        train_gpt.symmetric_product_triton(bf16(2, C, rows), number(2))
+    for matrices in (bf16(2, C, C), bf16(2, C, 2 * C), bf16(2, 4 * C, C).mT):
+        train_gpt.symmetric_product_triton(matrices, number(2))
     train_gpt.symmetric_product_triton(bf16(2, C, C), number(2), 3.0, -2.0, 0.5)
-    train_gpt.transposed_triton(bf16(C, C).to(torch.float8_e4m3fn))
+    for regrouped in (False, True):
+        train_gpt.transposed_triton(bf16(T, C).to(torch.float8_e4m3fn), regrouped)
     weight, hidden = bf16(4 * C, C), bf16(T, 4 * C)
-    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+    for dtype, grad_dtype in ((torch.bfloat16,) * 2, (torch.float8_e4m3fn, torch.float8_e5m2)):
         train_gpt.linear_relu2_triton(bf16(T, C).to(dtype), weight.to(dtype))
-        train_gpt.linear_relu2_triton(bf16(T, C).to(dtype), weight.to(dtype), hidden.to(dtype))
+        train_gpt.linear_relu2_triton(bf16(T, C).to(grad_dtype), weight.to(dtype), hidden.to(dtype))
     for gate in (None, bf16(T, H)):
-        train_gpt.add_rows_triton(number(V, C), index(T), index(T), bf16(T, C), gate)
-    train_gpt.add_rows_triton(number(V, C), index(V), index(V), number(V, C))
-    for p, n in ((bf16(V, C), 1), (number(V), V)):
-        train_gpt.adam_triton(p, *(number(*p.shape) for _ in range(3)), number(n), 0.1, 1.0, 0.9, 0.99, 1e-10, 0.1)
+        train_gpt.add_rows_triton(bf16(V, C), index(T), index(T), bf16(T, C), gate)
+    for tensors, n in (([bf16(V, C)] * 4, 1), ([bf16(V, C)] * 2 + [number(V, C)] * 2, 1), ([number(V)] * 4, V)):
+        train_gpt.adam_triton(*tensors, number(n), 0.1, 1.0, 0.9, 0.99, 1e-10, 0.1)
     train_gpt.nesterov_triton(bf16(2, C, C), number(2, C, C), 0.9, torch.bfloat16)
-    rows = number(V), index(V), index(T), number(T, C)
+    rows = number(V), index(V), index(T), bf16(T, C)
     train_gpt.update_rows_triton(bf16(V, C), *rows, 7, 0.95, 0.1, 0.1, 1e-10)
-    train_gpt.sum_rows_triton(number(T, C), bf16(T, C), index(8, V), 1, 7)
+    train_gpt.sum_rows_triton(bf16(T, C), index(8, V))
     train_gpt.cross_entropy_triton(bf16(T, V), index(3, T))
     for dtype in (torch.bfloat16, torch.float8_e5m2):
         train_gpt.cross_entropy_backward_triton(bf16(T, V), number(T), index(3, T), number(3, T), 1.0, dtype)
-    for paired, documents, fp8 in ((False, True, True), (True, False, False)):
-        gate, table, rotary = bf16(T, H).requires_grad_(), torch.nn.Parameter(bf16(V, C)), bf16(2 * T, 1, 64)
-        args = gate, table, index(T), index(T), rotary, rotary, (index(T), index(T)) if documents else None, H, paired
+    for paired, key_offset, fp8 in ((False, True, True), (True, False, False)):
+        added, gate = (bf16(T, C), bf16(T, H).requires_grad_()) if fp8 else (None, None)
+        table, rotary, documents = torch.nn.Parameter(bf16(V, C)), bf16(2 * T, 1, 64), (index(T),) * 2
+        args = added, gate, table, index(T), index(T), rotary, rotary, documents if key_offset else None, H, paired
         sum(out.sum() for out in SplitHeads.apply(*args, *projection(fp8))).backward()
     for gates in (None, bf16(T, H).requires_grad_()):
         q, k, v = (bf16(T, H, 128).requires_grad_() for _ in range(3))
@@ -112,7 +112,6 @@ def ahead_of_a_warm_up(folder: Path) -> None:
         train_gpt.find_files(hp.train_files), [trainer.schedule.size(step) for step in steps], hp, World()
     )
     torch.Tensor.is_cuda = True  # by which the program takes its kernels
-    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
     JITFunction.run = lambda kernel, *_, warmup, **__: print(kernel.__name__, "compiled" if warmup else "launched")
     precompile.compile_kernels(trainer, [*zip(steps, loader, strict=True)])
     train_gpt.transposed_triton(bf16(16, 16).to(torch.float8_e4m3fn))

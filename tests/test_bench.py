@@ -83,6 +83,7 @@ def test_a_product_takes_six_flop_a_token_and_weight(speedrun):
         ("memory", "memcpy128"),
         ("elementwise", "triton_poi_fused__fused_rms_norm__scaled_mm__to_copy_clone_div_mul_permute_sub_2"),
         ("elementwise", "triton_red_fused__fused_rms_norm__fused_rms_norm_backward_add_mul_slice_backward_sum_3"),
+        ("elementwise", "triton_poi_fused__to_copy_div_linear_relu2_transposed_2"),
         ("elementwise", "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>"),
         ("elementwise", "void at::native::(anonymous namespace)::CatArrayBatchedCopy_vectorized<"),
         ("elementwise", "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<c10::BFloat16"),

@@ -123,6 +123,14 @@ def test_what_is_sharded_is_shared_by_eight(monkeypatch, first):
         checks.check_parameters(train_gpt, {"p": torch.empty(first, 3)})
 
 
+@pytest.mark.parametrize("shape", [(8, 41, 64), (8, 64, 20)])
+def test_matrices_under_normuon_have_multiples_of_eight_rows_and_columns(monkeypatch, shape):
+    monkeypatch.setattr(train_gpt, "PARAMETERS", (train_gpt.Row("p", "normuon", sharded=True, lr=(1.0,), wd=0.0),))
+    checks.check_parameters(train_gpt, {"p": torch.empty(8, 48, 64)})
+    with pytest.raises(UserError, match=rf"p: normuon takes matrices of .* not \({shape[0]}, {shape[1]}, {shape[2]}\)"):
+        checks.check_parameters(train_gpt, {"p": torch.empty(shape)})
+
+
 @pytest.mark.parametrize("n, least", [(0, 0), (1, 8), (8, 8), (9, 16)])
 def test_padding_is_the_least_that_does(n, least):
     assert train_gpt.round_up(n, 8) == least

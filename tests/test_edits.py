@@ -116,7 +116,7 @@ def test_a_bank_under_adam_is_adams(runs):
 def test_a_learned_scalar_steps_at_its_own_rate(runs):
     moved = runs["a learned scalar a layer"][0].scalars
     hp = train_gpt.Hyperparameters()
-    for name, multiplier in (("added", 2.0), ("mlp_resid", train_gpt.SCALARS["mlp_resid"][2])):
+    for name, multiplier in (("added", 2.0), ("mlp_out", train_gpt.SCALARS["mlp_out"][2])):
         # Adam's first step is as long as its learning rate, here the extension's, wherever there is a gradient.
         size = moved[name].abs().max().item()
         assert size == pytest.approx(multiplier * hp.adam_lr * hp.lr_end, rel=1e-3), name

@@ -109,7 +109,7 @@ def symmetric(N, M, device, dtype):
 
 
 # one tile; one tile and a bit in every direction, odd; three tiles a side; K below and at one step of the inner loop
-SYMMETRIC_SHAPES = [(1, 128, 64), (2, 131, 67), (1, 257, 31), (3, 5, 200)]
+SYMMETRIC_SHAPES = [(1, 128, 64), (2, 136, 72), (1, 264, 32), (3, 8, 200)]
 
 
 def scales(N, device):
@@ -143,7 +143,7 @@ def test_symmetric_product_kernel_is_a_polynomial_of_a_symmetric_matrix(shape, d
 
 @on_each_device
 def test_symmetric_product_kernel_reads_transposed_views(device, dtype):
-    tall = normal(2, 70, 131, device=device, dtype=dtype)  # polar_express passes the transpose of a tall matrix
+    tall = normal(2, 72, 136, device=device, dtype=dtype)  # polar_express passes the transpose of a tall matrix
     with poisoned_memory():
         out = train_gpt.symmetric_product_triton(tall.mT, torch.ones(2, device=device))
     assert relative_error(out, tall.double().mT @ tall.double()) < KERNEL_TOLERANCE[dtype]
@@ -178,8 +178,8 @@ FP8_DEVICES = [
 
 def regrouped_transpose(x):
     """x^T with tokens in the order of weights' gradients, token by token, and zeros where there is none."""
-    order = [b + i + n for b in range(0, len(x), 256) for i in range(0, 128, 16) for n in range(8)]
-    order = [first + step for first in order for step in (0, 8, 128, 136)]
+    order = [b + i + n for b in range(0, len(x), 128) for i in range(0, 64, 16) for n in range(8)]
+    order = [first + step for first in order for step in (0, 8, 64, 72)]
     out = x.new_zeros(x.shape[1], len(order))
     for place, token in enumerate(order):
         if token < len(x):
@@ -326,11 +326,12 @@ def test_mlp_has_the_value_and_gradients_of_the_plain_formula(device, dtype, tol
 
 
 def fp8_mlp(grad_scale):
-    """The MLP in FP8, its weights rounded as the model does it."""
+    """The MLP in FP8, its weights rounded as the model does it; W_proj is a half of what is rounded."""
 
     def mlp(x, w_fc, w_proj):
-        fp8, fp8_t = train_gpt.fp8_weights(torch.stack((w_fc, w_proj)).detach())
-        return MLP.apply(x, w_fc, w_proj, fp8, fp8_t, grad_scale * train_gpt.FP8_GRAD)
+        fp8, fp8_t = train_gpt.fp8_weights(torch.stack((w_fc, 2 * w_proj)).detach())
+        gain = torch.tensor(0.5, device=x.device)
+        return MLP.apply(x, w_fc, w_proj, fp8, fp8_t, grad_scale * train_gpt.FP8_GRAD, gain)
 
     return mlp
 
@@ -599,8 +600,8 @@ def test_fp8_gradient_does_not_depend_on_the_scale_of_the_loss(device):
 BACKEND = "inductor" if HAS_GPU else "aot_eager"
 OPERATOR_DTYPE = torch.bfloat16 if HAS_GPU else torch.float32
 # On a CPU the same operations run. On a GPU compiled code keeps float32 where eager code rounds to bf16: before the
-# rounding to FP8, that moves some values to the next e4m3, a step of 6 to 12 %; measured 1.8 % for the gradient.
-COMPILED_TOLERANCE, COMPILED_FP8_TOLERANCE = (5e-3, 4e-2) if HAS_GPU else (1e-6, 1e-6)
+# rounding to FP8, that moves some values to the next e4m3, a step of 6 to 12 %; measured 4.3 % for the MLP's value.
+COMPILED_TOLERANCE, COMPILED_FP8_TOLERANCE = (5e-3, 6e-2) if HAS_GPU else (1e-6, 1e-6)
 
 
 def assert_compiled_equals_eager(function, inputs, grad_out, tolerance=COMPILED_TOLERANCE):
@@ -799,6 +800,7 @@ def test_attention_kernels_with_xsa_of_values_shorter_than_its_least_are_the_ref
     assert_attention_kernels_are_the_reference([*inputs, normal(*grad_out.shape[:2]).to(grad_out)], grad_out, 64)
 
 
+@interpreted
 def test_attention_kernels_hold_the_largest_scores_that_normed_queries_and_keys_can_have():
     (q, _, v), grad_out = attention_inputs("cpu", torch.float32)  # half precisions do not reach that far
     q = q[:1].expand_as(q).contiguous()
@@ -987,10 +989,11 @@ def split_heads_inputs(device, dtype, with_values, D, paired, key_offset, T=37, 
     yarn.grow(10, 300)  # frequencies that turn visibly
     table, rows = normal(11, H * D, device=device, dtype=dtype), integers(11, T, device=device)
     gate = torch.rand(T, H).to(device, dtype) if with_values else None
+    added = normal(T, H * D, device=device, dtype=dtype) if with_values else None
     x = normal(T, H * D, device=device, dtype=dtype)
     # Each projection is one element of x: exact in any type
     weight = F.one_hot(torch.randint(H * D, (H * (2 * D_QK + D),)), H * D).to(x)
-    return x, weight, gate, table, rows, rows.argsort().int(), yarn.cos, yarn.sin, documents, H, paired
+    return x, weight, added, gate, table, rows, rows.argsort().int(), yarn.cos, yarn.sin, documents, H, paired
 
 
 def test_split_heads_reference_takes_the_second_half_of_a_key_from_the_token_before_in_its_document():
@@ -998,7 +1001,7 @@ def test_split_heads_reference_takes_the_second_half_of_a_key_from_the_token_bef
     for paired in (False, True):
         torch.manual_seed(0)
         x, weight, *rest = split_heads_inputs("cpu", torch.float64, True, 16, paired, True)
-        own = train_gpt.split_heads_reference(x @ weight.T, *rest[:6], None, *rest[7:])
+        own = train_gpt.split_heads_reference(x @ weight.T, *rest[:7], None, *rest[8:])
         out = train_gpt.split_heads_reference(x @ weight.T, *rest)
         assert torch.equal(out[0], own[0]) and torch.equal(out[2], own[2])
         starts = [2 * s if paired else s for s in (0, 1, 3, 16, 17)]
@@ -1007,12 +1010,13 @@ def test_split_heads_reference_takes_the_second_half_of_a_key_from_the_token_bef
             assert torch.equal(key, torch.cat((of_itself[:, :8], before[:, 8:]), 1))
 
 
-def split_heads_and_gradients(function, x, weight, gate, table, rows, *rest):
-    """q, k, v, and the gradients of x and weight, and of gate and table where there are any."""
-    inputs = [t.detach().clone().requires_grad_() for t in (x, weight, gate) if t is not None]
+def split_heads_and_gradients(function, x, weight, added, gate, table, rows, *rest):
+    """q, k, v, and the gradients of x and weight, and of what is added, gate and table where there are any."""
+    inputs = [t.detach().clone().requires_grad_() for t in (x, weight, added, gate) if t is not None]
     table = torch.nn.Parameter(table.clone())
-    gate = F.pad(inputs[2], (1, 0))[:, 1:] if len(inputs) > 2 else None  # of a network's results, not contiguous
-    outs = function(*inputs[:2], gate, table, rows, *rest)
+    # Of a network's results, not contiguous
+    values = [F.pad(t, (1, 0))[:, 1:] for t in inputs[2:]] or (None, None)
+    outs = function(*inputs[:2], *values, table, rows, *rest)
     torch.manual_seed(7)
     torch.autograd.backward(outs, [torch.randn(out.shape).to(out) for out in outs])
     gradients = [t.grad for t in inputs] + ([table.grad] if gate is not None else [])
@@ -1029,13 +1033,13 @@ def split_heads_plainly(x, weight, *rest):
 
 def wide(inputs):
     """In float64, but for the tables of the rotation, and on the CPU: a GPU's kernel of Lookup takes no float64."""
-    x, weight, gate, table, rows, order, cos, sin, documents, *rest = inputs
-    x, weight, gate, table = (None if t is None else t.cpu().double() for t in (x, weight, gate, table))
+    *numbers, rows, order, cos, sin, documents, num_heads, paired = inputs
+    numbers = (None if t is None else t.cpu().double() for t in numbers)
     documents = None if documents is None else Documents(*(t.cpu() for t in documents))
-    return [x, weight, gate, table, *(t.cpu() for t in (rows, order, cos, sin)), documents, *rest]
+    return [*numbers, *(t.cpu() for t in (rows, order, cos, sin)), documents, num_heads, paired]
 
 
-SPLIT_HEADS_RESULTS = ("q", "k", "v", "x", "weight", "gate", "table")
+SPLIT_HEADS_RESULTS = ("q", "k", "v", "x", "weight", "added", "gate", "table")
 # Narrow keys have no half that could come from another position.
 narrow_paired_and_key_offset = pytest.mark.parametrize(
     "narrow, paired, key_offset",
@@ -1057,7 +1061,7 @@ def test_split_heads_kernels_are_the_reference_and_its_gradients(
     refs = split_heads_and_gradients(split_heads_plainly, *wide(inputs))
     for name, out, ref in zip(SPLIT_HEADS_RESULTS, outs, refs, strict=False):
         assert relative_error(out, ref) < KERNEL_TOLERANCE[dtype] * (2 if name in ("x", "weight") else 1), name
-    assert len(outs) == len(refs) == (7 if with_values else 5)
+    assert len(outs) == len(refs) == (8 if with_values else 5)
 
 
 # e4m3's 2.6 % of the projections, once; in the gradients of x and weight also e5m2's 5.3 %.
@@ -1089,8 +1093,7 @@ def test_lookup_adds_its_gradient_to_the_tables_row_by_row(device, dtype):
     expected = torch.zeros(7, 24, dtype=torch.float64, device=device).index_add_(0, rows, grad.double())
     for times in (1, 2):
         out.backward(grad, retain_graph=True)
-        assert table.grad.dtype == torch.float32
-        assert relative_error(table.grad, times * expected) < KERNEL_TOLERANCE[torch.float32]
+        assert relative_error(table.grad, times * expected) < KERNEL_TOLERANCE[dtype] * times
 
 
 # 200 positions are three chunks and a part of one
@@ -1109,7 +1112,7 @@ LOOKED_UP = dict(
 def test_add_rows_kernel_adds_each_rows_sum_once(heads, C, rows, device, dtype):
     T, V = len(rows), 1 + max(rows)
     rows = torch.tensor(rows, dtype=torch.int32, device=device)[torch.randperm(T, device=device)]
-    table, grad = torch.randn(V, C, device=device), normal(T, C, device=device, dtype=dtype)
+    table, grad = normal(V, C, device=device, dtype=dtype), normal(T, C, device=device, dtype=dtype)
     gate = None if heads is None else normal(T, heads, device=device, dtype=dtype)
     expected = table.double()
     train_gpt.add_rows_reference(expected, rows, None, grad.double(), None if gate is None else gate.double())
@@ -1119,7 +1122,7 @@ def test_add_rows_kernel_adds_each_rows_sum_once(heads, C, rows, device, dtype):
         with poisoned_memory():
             train_gpt.add_rows_triton(out, rows, rows.argsort(stable=True).int(), grad, gate)
     assert not any(padded[0].any() or padded[-1].any() for padded in around)
-    assert relative_error(outs[0], expected) < KERNEL_TOLERANCE[torch.float32] * (1 if gate is None else 300)
+    assert relative_error(outs[0], expected) < KERNEL_TOLERANCE[dtype]
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
@@ -1127,19 +1130,22 @@ def test_add_rows_kernel_adds_each_rows_sum_once(heads, C, rows, device, dtype):
 
 
 @pytest.mark.parametrize("shape, parts", [((5, 700, 3), 5), ((40, 100), 1), ((67,), 67), ((3,), 1)])
-@pytest.mark.parametrize("wide", [False, True], ids=["gradient-as-parameter", "gradient-in-float32"])
+@pytest.mark.parametrize("wide", [False, True], ids=["moments-as-parameter", "moments-in-float32"])
 @on_each_device
 def test_adams_kernel_does_what_its_reference_does(wide, shape, parts, device, dtype):
     p, v = 0.1 * torch.randn(shape), torch.rand(shape)
     m, grad = torch.randn(2, *shape)
     multipliers = (1.0 + torch.arange(parts)).view(parts, *[1] * (len(shape) - 1)) / parts
-    start = [t.to(device) for t in (p.to(dtype), grad.to(torch.float32 if wide else dtype), m, v, multipliers)]
+    moments = torch.float32 if wide else dtype
+    tensors = p.to(dtype), grad.to(dtype), m.to(moments), v.to(moments), multipliers
+    start = [t.to(device) for t in tensors]
     ours, theirs = ([t.clone() for t in start] for _ in range(2))
     numbers = 0.02, 0.3, 0.6, 0.95, 1e-10, 20.0  # in which the decay is a fifth of the largest updates
     train_gpt.adam_triton(*ours, *numbers)
     train_gpt.adam_reference(*theirs, *numbers)
-    # p is rounded to its type; gradient and multipliers don't change.
-    changes = max(1e-6, 1.1 * torch.finfo(dtype).eps), 0, 1e-6, 1e-6, 0
+    # p and the moments are rounded to their types; gradient and multipliers don't change.
+    rounding, of_moments = (max(1e-6, 1.1 * torch.finfo(t).eps) for t in (dtype, moments))
+    changes = rounding, 0, of_moments, of_moments, 0
     for before, out, ref, tolerance in zip(start, ours, theirs, changes, strict=True):
         assert torch.equal(ref, before) == (tolerance == 0)
         assert (out.double() - ref.double()).abs().max() <= tolerance * ref.double().abs().max()
