@@ -1939,7 +1939,7 @@ def compiler(enabled: bool) -> Callable:
 
 def join(x, waiting: Tensor | None):
     """The stream (T, C): x and the MLP's result that waits, if any. Just a sum: one gradient does for both."""
-    return x if waiting is None else (widened(x) + waiting).to(x.dtype)
+    return x if waiting is None else x + waiting
 
 
 def embed_inputs(x, ngrams, inputs, signs, spelling, spellings):
@@ -1991,10 +1991,10 @@ def qkv_weight(w: LayerWeights, narrow: bool):
     return weight, None if w.qkv.fp8 is None else w.qkv_lambda.detach() * FP8_WEIGHT
 
 
-def layer_outputs(x, waiting, attended, head_gates, added, w: LayerWeights, complete: bool):
+def layer_outputs(x, waiting, attended, head_gates, added, w: LayerWeights):
     """The rest of a layer: adds attention's result (T, H, D) and `added` (T, C), None for none, and runs the MLP.
 
-    Returns the stream as x (T, C) and the MLP's result, not yet added; None if there is none, or with `complete`.
+    Returns the stream as x (T, C) and the MLP's result, not yet added; None if there is none.
     """
     x = join(x, waiting)
     dtype = x.dtype
@@ -2008,8 +2008,7 @@ def layer_outputs(x, waiting, attended, head_gates, added, w: LayerWeights, comp
     w_fc, w_proj = w.mlp.weight
     # With its scalar in W_proj the scalar's gradient is a sum over W_proj, not over all tokens.
     fp8 = w.mlp.fp8, w.mlp.fp8_t, w.mlp.grad_scale, w.mlp_out.detach()
-    result = MLP.apply(norm(x), w_fc, w.mlp_out * w_proj, *fp8)
-    return (join(x, result), None) if complete else (x, result)
+    return x, MLP.apply(norm(x), w_fc, w.mlp_out * w_proj, *fp8)
 
 
 def all_targets(targets, left, n: int, prefixes, classes) -> Tensor:
@@ -2128,9 +2127,9 @@ class GPT(nn.Module):
             self.embed.normal_(std=0.005)
         longest = max(hp.val_batch_size, *(stage.tokens for stage in hp.stages)) // MICRO_BATCHES
         self.yarn = Yarn(hp.head_dim, 2 * max(longest, hp.micro_batch_tokens), device)  # 2: pairs of heads interleaved
-        compiled, regions = compiler(compile), (join, embed_inputs, gate_network, normed_input, qkv_weight)
-        for function in (*regions, layer_outputs, copy_inputs, head_losses, fp8_weights):
-            setattr(self, function.__name__, compiled(function))  # self.join, self.embed_inputs, ...
+        compiled, regions = compiler(compile), (embed_inputs, gate_network, normed_input, qkv_weight, layer_outputs)
+        for function in (*regions, copy_inputs, head_losses, fp8_weights):
+            setattr(self, function.__name__, compiled(function))  # self.embed_inputs, self.gate_network, ...
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by name; for the n-grams, whose table the optimizer holds, a meta tensor of its shape."""
@@ -2258,11 +2257,11 @@ class GPT(nn.Module):
                 scale = self.yarn.scale * (NARROW_SCALE if layer.narrow else 1)
                 y = attend(q, k, v, documents[layer.paired], windows[layer.window], scale, xsa)
                 y = y.reshape(len(x), self.num_heads, -1)  # paired or not, one graph
-            complete = layer.mlp and layer.keep is not None  # without an MLP nothing waits: kept or not, one graph
-            x, waiting = self.layer_outputs(x, waiting, y, head_gates, added, w, complete)
+            x, waiting = self.layer_outputs(x, waiting, y, head_gates, added, w)
             if layer.keep:
-                kept[layer.keep] = x
-        return self.join(x, waiting)
+                kept[layer.keep] = x = join(x, waiting)
+                waiting = None
+        return join(x, waiting)
 
     def logits(self, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
         """Of these positions only, (positions, V) float32, softcapped as in the loss; beyond vocab_size meaningless.

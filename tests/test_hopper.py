@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from checks import KERNEL_SHARED_MEMORY
 
 TESTS = Path(__file__).parent
 
@@ -27,7 +28,10 @@ def hopper_compile(cache, *arguments):
 
 
 def test_every_kernel_compiles_for_hopper(tmp_path):
-    assert {name for name, _ in hopper_compile(tmp_path)} == LAUNCHED != set()
+    kernels = hopper_compile(tmp_path)
+    assert {name for name, _ in kernels} == LAUNCHED != set()
+    most = max(int(shared) for _, shared in kernels)
+    assert 0.9 * KERNEL_SHARED_MEMORY < most <= KERNEL_SHARED_MEMORY  # below which a GPU is refused
 
 
 def test_every_kernel_is_compiled_and_none_launched_ahead_of_a_warm_up(tmp_path):

@@ -86,7 +86,7 @@ def test_what_is_compiled_beside_a_run_is_what_the_run_would_compile(tmp_path, m
     precompile.compile_ahead(train_gpt, hp, world, precompile.MEMORY)
     assert compiled <= of_the_run
     left = of_the_run - compiled
-    layers = {"embed_inputs", "gate_network", "join", "layer_outputs", "normed_input", "qkv_weight"}
+    layers = {"embed_inputs", "gate_network", "layer_outputs", "normed_input", "qkv_weight"}
     losses = {"head_losses", "copy_inputs"}
     assert layers | {"head_losses"} <= {name for name, *_ in left} <= layers | losses
     assert all(training for _, training, _ in left)
