@@ -814,8 +814,9 @@ class MLP(torch.autograd.Function):
         grad = to_fp8(grad_out, scale, torch.float8_e5m2)
         factor = 2 * FP8_HIDDEN**0.5 * FP8_WEIGHT  # the derivative is 2 relu(p) = 2 sqrt(s hidden)
         grad_pre, grad_pre_t = linear_relu2(grad, fp8[1], hidden, factor)
-        grad_x = fp8_product(grad_pre, fp8_t[0].T, scale * gain, FP8_WEIGHT, dtype)
-        grad_fc = fp8_weight_gradient(grad_pre_t, x, scale * gain, FP8_X, dtype)
+        pre_scale = scale * gain  # of grad_pre
+        grad_x = fp8_product(grad_pre, fp8_t[0].T, pre_scale, FP8_WEIGHT, dtype)
+        grad_fc = fp8_weight_gradient(grad_pre_t, x, pre_scale, FP8_X, dtype)
         return grad_x, grad_fc, fp8_weight_gradient(hidden_t, grad, FP8_HIDDEN, scale, dtype), *(None,) * 4
 
 
@@ -1215,9 +1216,9 @@ nesterov = switch(nesterov_triton, nesterov_reference)
 def update_rows_reference(p, v, last, rows, grad, update: int, beta2: float, lr: float, decay: float, eps: float):
     """Adam with beta1 = 0 and one second moment a row, on p[rows] alone, in place; returns mean(grad^2) by row.
 
-    p (N, C), v (N,) float32, rows (n,), none twice, grad (n, C). lr includes v's bias correction, decay is
-    a factor by itself. `update` is the number of this update, last (N,) int32 that of each row's latest: in between a
-    row does not move, and the decay of v that it has missed is made up for. Cautious weight decay as in adam_reference.
+    p (N, C), v (N,) float32, rows (n,), none twice, grad (n, C). lr includes v's bias correction, decay is a factor by
+    itself. `update` is the number of this update, last (N,) int32 that of each row's latest: in between a row does not
+    move, and the decay of v that it has missed is made up for. Cautious weight decay as in adam_reference.
     """
     grad, master = grad.to(v.dtype), p[rows].to(v.dtype)
     mean_square = grad.square().mean(1)

@@ -107,13 +107,10 @@ def ahead_of_a_warm_up(folder: Path) -> None:
     hp = small_run.small_hyperparameters(folder, **sizes, stages=stages)
     trainer = train_gpt.Trainer(hp, World())
     trainer.fp8_loss_scale = trainer.loss_scale
-    steps = trainer.schedule.starts[:2]
-    loader = train_gpt.TrainLoader(
-        train_gpt.find_files(hp.train_files), [trainer.schedule.size(step) for step in steps], hp, World()
-    )
+    batches = trainer.batch_of_each_stage(train_gpt.find_files(hp.train_files))[:2]
     torch.Tensor.is_cuda = True  # by which the program takes its kernels
     JITFunction.run = lambda kernel, *_, warmup, **__: print(kernel.__name__, "compiled" if warmup else "launched")
-    precompile.compile_kernels(trainer, [*zip(steps, loader, strict=True)])
+    precompile.compile_kernels(trainer, batches)
     train_gpt.transposed_triton(bf16(16, 16).to(torch.float8_e4m3fn))
 
 
