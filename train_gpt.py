@@ -1904,6 +1904,12 @@ def gate_groups(layer: Layer, num_heads: int) -> list[list[float]]:
     return [*(has * num_heads * [gate] for has, gate in of_heads), [*layer.values.values()], [*layer.adds.values()]]
 
 
+def bank_matrices(hp: Hyperparameters) -> dict[str, int]:
+    """How many matrices each bank has that are used; behind them come those that fill it up."""
+    attention = len(ATTENTION_LAYERS)
+    return dict(qk_bank=attention * hp.num_heads, vo_bank=2 * attention, mlp_bank=2 * len(MLP_LAYERS))
+
+
 class LayerWeights(NamedTuple):
     """A layer's learned scalars (0-d), by their names in SCALARS, and its matrices in the layout of the banks."""
 
@@ -2096,9 +2102,10 @@ class GPT(nn.Module):
         # A bank stacks matrices that the optimizer makes orthogonal one by one: of each attention layer W_q, then W_k,
         # each in H / 2 pairs of heads; W_v, W_o; and of each MLP W_fc, W_proj. Unused matrices fill a bank up so that 8
         # ranks share it evenly. Narrow layers use the first half of each head's rows; the rest has no gradient.
-        self.qk_bank = parameter(round_up(len(ATTENTION_LAYERS) * H, 8), 2 * hp.head_dim, C)
-        self.vo_bank = parameter(round_up(len(ATTENTION_LAYERS) * 2, 8), C, C)
-        self.mlp_bank = parameter(round_up(len(MLP_LAYERS), 4), 2, hp.mlp_ratio * C, C)
+        used = bank_matrices(hp)
+        self.qk_bank = parameter(round_up(used["qk_bank"], 8), 2 * hp.head_dim, C)
+        self.vo_bank = parameter(round_up(used["vo_bank"], 8), C, C)
+        self.mlp_bank = parameter(round_up(used["mlp_bank"], 8) // 2, 2, hp.mlp_ratio * C, C)
         self.embed = parameter(V, C)  # of tokens, and what their logits are made of: embedding and head are one
         # To it is added what tokens with the same letters share, as " the", "The" and "the"; see canonical_tokens.
         self.spellings = parameter(V, C)
@@ -2414,13 +2421,16 @@ class NorMuon(Algorithm):
         # An orthogonal matrix has entries of mean square 1 / max(rows, columns). A tall one takes larger steps, as in
         # Muon: those of the MLPs, both stored (F, C), step by lr times sqrt(F / C).
         self.multipliers *= max(1, rows / columns) ** 0.5
+        # One rank leaves out what fills the bank up. Of several the first has none of that, and the others are as fast.
+        self.used = min(N, bank_matrices(hp).get(row.name, N))
 
     def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
         lr = self.hp.muon_lr * lr_factor
-        ahead = nesterov(grad, self.m, momentum, self.p.dtype)
         lr_eff, decay = self.multipliers * lr, torch.tensor(lr * self.hp.muon_wd * self.row.wd)
-        u = polar_express(ahead)
-        self.apply(self.p, self.low_bits, u, self.second_moment, self.hp.muon_beta2, lr_eff, decay)
+        tensors = grad, self.m, self.p, self.low_bits, self.second_moment, lr_eff
+        grad, m, p, low_bits, second_moment, lr_eff = (t if t is None else t[: self.used] for t in tensors)
+        u = polar_express(nesterov(grad, m, momentum, p.dtype))
+        self.apply(p, low_bits, u, second_moment, self.hp.muon_beta2, lr_eff, decay)
         return self.second_moment
 
 
