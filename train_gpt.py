@@ -173,7 +173,6 @@ SCALARS = {
     "attn_resid": (len(LAYERS), 1.1, 5.0),  # weight of the stream where attention is added to it; an MLP is just added
     "mlp_out": (len(LAYERS), 1.0, 5.0),  # weight of the MLP
     "qkv_lambda": (len(LAYERS), 0.5, 5.0),  # scale of W_q, W_k, W_v
-    "out_lambda": (len(LAYERS), 1.0, 5.0),  # scale of W_o
     "copy_gain": (1, 1.0, 5.0),  # scale of the scores of copying, see copy_sums
     "copy_bias": (1, 15.0, 5.0),  # bias of the score of not copying; its weights are the parameter copy_sentinel
 }
@@ -1916,7 +1915,6 @@ class LayerWeights(NamedTuple):
     attn_resid: Tensor
     mlp_out: Tensor
     qkv_lambda: Tensor
-    out_lambda: Tensor
     mlp: Projection | None = None  # W_fc, W_proj, (2, F, C); None without an MLP, the others without attention
     qkv: Projection | None = None  # pairs of heads of W_q, then of W_k, (H, 2, D, C); W_v (C, C)
     out: Tensor | None = None  # W_o (C, C)
@@ -2008,7 +2006,7 @@ def layer_outputs(x, waiting, attended, head_gates, added, w: LayerWeights):
     if attended is not None:
         y = attended if head_gates is None else attended * head_gates.unsqueeze(-1)
         # Widened: were all in bf16, the compiler would have cuBLAS add x to the product, and first copy x.
-        x = w.attn_resid * widened(x) + F.linear(y.reshape(x.shape), w.out_lambda * w.out)
+        x = w.attn_resid * widened(x) + F.linear(y.reshape(x.shape), w.out)
     x = (x if added is None else x + added).to(dtype)
     if w.mlp is None:
         return x, None

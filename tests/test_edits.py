@@ -33,7 +33,7 @@ EDITS = {
     "no value embeddings": [(", value_embed=True", "")],
     "a learned scalar a layer": [
         (r"^SCALARS = \{\n", r'\g<0>    "added": (len(LAYERS), 1.0, 2.0),' + "\n"),
-        (r"^    out_lambda: Tensor\n", r"\g<0>    added: Tensor" + "\n"),
+        (r"^    qkv_lambda: Tensor\n", r"\g<0>    added: Tensor" + "\n"),
         (r"x \+ added\b", "x + w.added * added"),
     ],
     "a bank under Adam": [(r'"mlp_bank", "normuon", (.*), averaged', r'"mlp_bank", "adam", \1, (0.9, 0.95), averaged')],

@@ -227,7 +227,7 @@ def plain_output(p, inputs, gate_network=plain_gates):
                 y = y - (torch.tanh(xsa) * share)[:, :, None] * v
             if layer.head_gates:
                 y = y * head_gates[:, :, None]
-            x = lambdas["attn_resid"][i] * x + y.reshape(T, C) @ (lambdas["out_lambda"][i] * w_o).T
+            x = lambdas["attn_resid"][i] * x + y.reshape(T, C) @ w_o.T
         for name, gate in of_adds.items():
             x = x + gate * sources[name]
         if layer.mlp:

@@ -142,13 +142,13 @@ def test_four_outputs_are_kept_and_four_networks_say_how_much_of_them_is_added_w
 def test_learned_scalars_start_at_their_values_and_learn_at_their_rates():
     by_layer = {"attn_resid": (13, 1.1, 5.0), "mlp_out": (13, 1.0, 5.0)}
     copying = {"copy_gain": (1, 1.0, 5.0), "copy_bias": (1, 15.0, 5.0)}
-    assert {**by_layer, "qkv_lambda": (13, 0.5, 5.0), "out_lambda": (13, 1.0, 5.0), **copying} == SCALARS
+    assert {**by_layer, "qkv_lambda": (13, 0.5, 5.0), **copying} == SCALARS
 
 
 def test_parameters_have_the_records_shapes():
     model = GPT(Hyperparameters(), torch.device("meta"), torch.bfloat16)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
-        "scalars": (54,),
+        "scalars": (41,),
         "gate_in": (4, 64, 768),
         # the first network, of rows 0 to 4, has the most: 1 + 1 + (6 + 6 + 1 + 2) + (6 + 1 + 2) + (6 + 6 + 2)
         "gate_out": (4, 40, 64),
@@ -174,7 +174,7 @@ def test_parameters_have_the_records_shapes():
 def test_each_parameter_has_its_algorithm_and_multipliers():
     rows = {row.name: (row.algorithm, row.sharded, row.lr, row.wd, row.betas) for row in PARAMETERS}
     assert rows == {
-        "scalars": ("adam", False, (5,) * 54, 0, (0.9, 0.99)),
+        "scalars": ("adam", False, (5,) * 41, 0, (0.9, 0.99)),
         "gate_in": ("adam", False, (0.2,), 1, (0.9, 0.99)),
         "gate_out": ("adam", False, (0.2,), 1, (0.9, 0.99)),
         "gate_bias": ("adam", False, (0.2,), 0, (0.9, 0.99)),
