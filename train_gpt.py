@@ -199,6 +199,7 @@ SCALAR_LRS = tuple(lr for count, _, lr in SCALARS.values() for _ in range(count)
 PARAMETERS = (
     #   name            algorithm  sharded  lr x         wd x   betas
     Row("qk_bank", "normuon", True, (1.0,), 1.0, averaged=True),
+    Row("narrow_qk_bank", "normuon", True, (1.0,), 1.0, averaged=True),
     Row("value_embeds", "adam", True, (75.0,), 5.0, (0.75, 0.95)),
     # Ahead of embed: its gradient is made from embed's, before that is reduced
     Row("spellings", "adam", True, (0.5,), 150.0, (0.5, 0.95), averaged=True),
@@ -1905,8 +1906,9 @@ def gate_groups(layer: Layer, num_heads: int) -> list[list[float]]:
 
 def bank_matrices(hp: Hyperparameters) -> dict[str, int]:
     """How many matrices each bank has that are used; behind them come those that fill it up."""
-    attention = len(ATTENTION_LAYERS)
-    return dict(qk_bank=attention * hp.num_heads, vo_bank=2 * attention, mlp_bank=2 * len(MLP_LAYERS))
+    attention, narrow = len(ATTENTION_LAYERS), sum(LAYERS[i].narrow for i in ATTENTION_LAYERS)
+    of_heads = dict(qk_bank=(attention - narrow) * hp.num_heads, narrow_qk_bank=narrow * hp.num_heads)
+    return dict(**of_heads, vo_bank=2 * attention, mlp_bank=2 * len(MLP_LAYERS))
 
 
 class LayerWeights(NamedTuple):
@@ -1916,7 +1918,7 @@ class LayerWeights(NamedTuple):
     mlp_out: Tensor
     qkv_lambda: Tensor
     mlp: Projection | None = None  # W_fc, W_proj, (2, F, C); None without an MLP, the others without attention
-    qkv: Projection | None = None  # pairs of heads of W_q, then of W_k, (H, 2, D, C); W_v (C, C)
+    qkv: Projection | None = None  # pairs of heads of W_q, then of W_k, (H, 2, D_QK, C); W_v (C, C)
     out: Tensor | None = None  # W_o (C, C)
 
 
@@ -1987,10 +1989,9 @@ def normed_input(x, waiting, fp8: bool):
     return x, normed, to_fp8(normed.detach(), FP8_X) if fp8 else None
 
 
-def qkv_weight(w: LayerWeights, narrow: bool):
+def qkv_weight(w: LayerWeights):
     """A layer's W_q, W_k and W_v as one matrix (H (2 D_QK + D), C), and in FP8 its scale, see Projection."""
     qk, v = w.qkv.weight
-    qk = qk[:, :, : qk.size(2) // 2] if narrow else qk
     weight = w.qkv_lambda * torch.cat((qk.flatten(0, 2), v))
     # In FP8 the lambda is part of the scale: the weight is the one that layer_weights has converted.
     return weight, None if w.qkv.fp8 is None else w.qkv_lambda.detach() * FP8_WEIGHT
@@ -2099,9 +2100,10 @@ class GPT(nn.Module):
         self.copy_sentinel = parameter(min(hp.copy_width, 1), C)
         # A bank stacks matrices that the optimizer makes orthogonal one by one: of each attention layer W_q, then W_k,
         # each in H / 2 pairs of heads; W_v, W_o; and of each MLP W_fc, W_proj. Unused matrices fill a bank up so that 8
-        # ranks share it evenly. Narrow layers use the first half of each head's rows; the rest has no gradient.
+        # ranks share it evenly.
         used = bank_matrices(hp)
         self.qk_bank = parameter(round_up(used["qk_bank"], 8), 2 * hp.head_dim, C)
+        self.narrow_qk_bank = parameter(round_up(used["narrow_qk_bank"], 8), hp.head_dim, C)
         self.vo_bank = parameter(round_up(used["vo_bank"], 8), C, C)
         self.mlp_bank = parameter(round_up(used["mlp_bank"], 8) // 2, 2, hp.mlp_ratio * C, C)
         self.embed = parameter(V, C)  # of tokens, and what their logits are made of: embedding and head are one
@@ -2123,7 +2125,7 @@ class GPT(nn.Module):
         with torch.no_grad():
             self.scalars.copy_(torch.tensor([value for count, value, _ in SCALARS.values() for _ in range(count)]))
             bound = 3**0.5 * 0.5 * C**-0.5
-            for matrices in (self.qk_bank, self.vo_bank, self.mlp_bank[:, 0]):
+            for matrices in (self.qk_bank, self.narrow_qk_bank, self.vo_bank, self.mlp_bank[:, 0]):
                 matrices.uniform_(-bound, bound)
             self.gate_in.uniform_(-(C**-0.5), C**-0.5)
             self.copy_qk.normal_(std=C**-0.5)
@@ -2141,9 +2143,11 @@ class GPT(nn.Module):
         """The parameters by name; for the n-grams, whose table the optimizer holds, a meta tensor of its shape."""
         return dict(self.named_parameters(), ngrams=self.embed.new_empty(self.ngram_shape, device="meta"))
 
-    def pairs_of_heads(self) -> tuple[Tensor, ...]:
-        """Of each attention layer H / 2 pairs of heads of W_q, then of W_k, (H, 2, D, C); then what pads the bank."""
-        return self.qk_bank.unflatten(1, (2, -1)).split(self.num_heads)
+    def pairs_of_heads(self) -> list[Tensor]:
+        """Of each attention layer H / 2 pairs of heads of W_q, then of W_k, (H, 2, D_QK, C)."""
+        banks = self.qk_bank, self.narrow_qk_bank
+        pairs = [iter(bank.unflatten(1, (2, -1)).split(self.num_heads)) for bank in banks]
+        return [next(pairs[LAYERS[i].narrow]) for i in ATTENTION_LAYERS]
 
     @torch.no_grad()
     def qkv_fp8_weights(self) -> list[tuple[Tensor, Tensor]]:
@@ -2152,9 +2156,8 @@ class GPT(nn.Module):
         qkvs = [*zip(layers, self.pairs_of_heads(), self.vo_bank[::2], strict=False)]
         by_width = {}  # what the layers of a width take in turn
         for narrow in {layer.narrow for layer in layers}:
-            d = self.qk_bank.size(1) // (4 if narrow else 2)  # rows of a head that are used
             # W_v in the form of W_q and W_k, so that one copy joins all
-            qkv = [(qk[:, :, :d], v.view(-1, 2, d, C)) for layer, qk, v in qkvs if layer.narrow == narrow]
+            qkv = [(qk, v.view(-1, *qk.shape[1:])) for layer, qk, v in qkvs if layer.narrow == narrow]
             together = torch.cat([*chain(*qkv)]).view(len(qkv), -1, C)
             by_width[narrow] = zip(*self.fp8_weights(together), strict=True)
         return [next(by_width[layer.narrow]) for layer in layers]
@@ -2253,7 +2256,7 @@ class GPT(nn.Module):
                     if layer.reads not in normed:
                         _, *normed[layer.reads] = self.normed_input(kept[layer.reads], None, fp8)
                     inputs = normed[layer.reads]
-                weight, scale = self.qkv_weight(w, layer.narrow)
+                weight, scale = self.qkv_weight(w)
                 projection = w.qkv._replace(weight=weight, scale=scale, x=inputs[0], x_fp8=inputs[1])
                 embed_rows = next(value_rows) if layer.value_embed else None
                 q, k, v = split_heads(

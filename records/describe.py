@@ -92,9 +92,9 @@ def forward_flop(run: Run, windows: dict[str, int], classes: int) -> dict[str, i
     """
     program, hp, p = run.train_gpt, run.hp, run.parameters
     layers, C, heads = [layer for layer in program.LAYERS if layer.window], hp.model_dim, hp.num_heads
-    wide = sum(0.5 if layer.narrow else 1 for layer in layers)  # layers as wide as that in queries and keys
-    of_qk, of_vo = wide * heads * p["qk_bank"][0].numel(), 2 * len(layers) * p["vo_bank"][0].numel()
-    flop = {"attention's projections": round(2 * (of_qk + of_vo))}
+    banks = (p["narrow_qk_bank" if layer.narrow else "qk_bank"] for layer in layers)
+    of_qk, of_vo = sum(heads * bank[0].numel() for bank in banks), 2 * len(layers) * p["vo_bank"][0].numel()
+    flop = {"attention's projections": 2 * (of_qk + of_vo)}
     for name in dict.fromkeys(layer.window for layer in layers):
         widths = sum(1.5 if layer.narrow else 2 for layer in layers if layer.window == name)  # scores, values
         flop[f"attention, {name} windows"] = round(2 * widths * C * (windows[name] + 1))

@@ -233,8 +233,8 @@ PLANTED = {
         ("rows: a sum instead of a mean of squares", "mean_square = tl.sum(grad * grad, 0) / C",
          "mean_square = tl.sum(grad * grad, 0)", "test_ngram.py test_rows_follow_the_plain kernel-float32"),
         # Model
-        ("narrow queries and keys are the half that does not turn", "qk[:, :, : qk.size(2) // 2]",
-         "qk[:, :, qk.size(2) // 2 :]", "test_model.py test_losses_and_gradients program's"),
+        ("narrow layers take the wide ones' queries and keys", "banks = self.qk_bank, self.narrow_qk_bank",
+         "banks = self.narrow_qk_bank, self.qk_bank", "test_model.py test_losses_and_gradients program's"),
         ("narrow layers have the others' scale", "NARROW_SCALE if layer.narrow else 1", "1",
          "test_model.py test_losses_and_gradients program's"),
         ("Yarn: fast frequencies are stretched, slow ones kept", "kept = ((rotations - 1) / (32 - 1)).clamp(0, 1)",

@@ -1211,7 +1211,7 @@ MODEL_TOLERANCE, MODEL_GRAD_TOLERANCE = 3e-2, 8e-2
 FP8_MODEL_LOSS_TOLERANCE, FP8_MODEL_GRAD_TOLERANCE = 6e-2, {"head": 9e-2, "auto": 0.13}
 # The gradients of the rest, each a sum over all tokens, cancel: scaling a layer's input changes little, as the norms
 # undo it. Bfloat16 leaves 20 % to 200 % of noise there; float64 in test_model.py checks them.
-COMPARED = ("copy_qk", "qk_bank", "vo_bank", "mlp_bank", "embed", "ngrams", "value_embeds")
+COMPARED = ("copy_qk", "qk_bank", "narrow_qk_bank", "vo_bank", "mlp_bank", "embed", "ngrams", "value_embeds")
 
 
 def losses_and_gradients(model, device, fp8_loss_scale=None, classes=0):

@@ -191,7 +191,7 @@ def plain_output(p, inputs, gate_network=plain_gates):
     x = plain_rms_norm(plain_embeddings(p)[inputs])
     ngrams = sum(p["ngrams"][rows] for rows in plain_ngrams(numbers, HP.ngram_rows))
     kept = {"x0": x, "ngrams": torch.stack([row * p["signs"][i] for row, i in zip(ngrams, numbers, strict=True)])}
-    qk, vo, mlps = iter(p["qk_bank"]), iter(p["vo_bank"]), iter(p["mlp_bank"])
+    wide, narrow, vo, mlps = (iter(p[name]) for name in ("qk_bank", "narrow_qk_bank", "vo_bank", "mlp_bank"))
     value_embeds = iter(p["value_embeds"].split(128))
     starts = [i for i, layer in enumerate(layers) if layer.gates]
     gates = [(None, None, None, {}, {})] * len(layers)
@@ -203,10 +203,9 @@ def plain_output(p, inputs, gate_network=plain_gates):
         xsa, head_gates, value_gate, of_values, of_adds = gates[i]
         if layer.window:
             h = plain_rms_norm(x if layer.reads is None else kept[layer.reads])
+            qk = narrow if layer.narrow else wide
             w_q, w_k, w_v, w_o = matrices(qk, H // 2), matrices(qk, H // 2), next(vo), next(vo)
-            q, k, v = ((h @ (lambdas["qkv_lambda"][i] * w).T).view(T, H, D) for w in (w_q, w_k, w_v))
-            if layer.narrow:
-                q, k = q[:, :, : D // 2], k[:, :, : D // 2]
+            q, k, v = ((h @ (lambdas["qkv_lambda"][i] * w).T).view(T, H, -1) for w in (w_q, w_k, w_v))
             positions, head = torch.arange(T)[:, None].expand(T, H), torch.arange(H)
             positions = 2 * positions + head // (H // 2) if layer.paired else positions
             q, k = (plain_rotate(plain_rms_norm(t), positions, frequencies) for t in (q, k))
@@ -586,20 +585,22 @@ def test_joined_micro_batches_have_the_losses_and_gradients_that_they_have_apart
         assert relative_error(gradient, gradients_apart[name]) < tolerance, name
 
 
-def first_attention_inputs(monkeypatch, model, tokens, **change):
-    """q, k, v of the first attention of a forward pass in which all layers with attention are changed."""
+def first_attention_inputs(monkeypatch, tokens, **change):
+    """q, k, v of the first attention in a model whose layers with attention are all changed; else always the same."""
     seen, attend = [], train_gpt.attend
     with monkeypatch.context() as patch:
         change_attention(patch, **change)
+        torch.manual_seed(0)
+        model = random_model()
         patch.setattr(train_gpt, "attend", lambda q, k, v, *rest: (seen.append((q, k, v)), attend(q, k, v, *rest))[1])
         losses_of(model, tokens[:-1], tokens[1:])
     return seen[0]
 
 
 def test_key_offset_takes_the_second_half_of_a_key_from_the_token_before(monkeypatch):
-    model, tokens, half = random_model(), random_tokens(), HP.head_dim // 2
-    q, k, v = first_attention_inputs(monkeypatch, model, tokens, paired=False, key_offset=False)
-    q2, shifted, v2 = first_attention_inputs(monkeypatch, model, tokens, paired=False, key_offset=True)
+    tokens, half = random_tokens(), HP.head_dim // 2
+    q, k, v = first_attention_inputs(monkeypatch, tokens, paired=False, key_offset=False)
+    q2, shifted, v2 = first_attention_inputs(monkeypatch, tokens, paired=False, key_offset=True)
     assert torch.equal(shifted[:, :, :half], k[:, :, :half])
     firsts = ENDS[:-1]  # of a document have no token before them
     others = [t for t in range(T) if t not in firsts]
@@ -609,7 +610,7 @@ def test_key_offset_takes_the_second_half_of_a_key_from_the_token_before(monkeyp
 
 
 def test_paired_heads_see_the_keys_of_both_heads_and_no_later_ones(monkeypatch):
-    inputs = first_attention_inputs(monkeypatch, random_model(), random_tokens(), paired=True, key_offset=False)
+    inputs = first_attention_inputs(monkeypatch, random_tokens(), paired=True, key_offset=False)
     q, k, v = (t.detach().requires_grad_() for t in inputs)
     window, H = 3, HP.num_heads
     out = train_gpt.attend(q, k, v, documents().paired(), window, 0.1).reshape(T, H, -1)
@@ -759,6 +760,7 @@ def wide_model():
 def test_parameters_have_the_shapes_and_types_that_checkpoints_and_optimizer_expect():
     model, C, H, D = GPT(WIDE, CPU, torch.bfloat16), WIDE.model_dim, WIDE.num_heads, WIDE.head_dim
     attention = sum(layer.window is not None for layer in LAYERS)
+    narrow = sum(layer.window is not None and layer.narrow for layer in LAYERS)
     values = sum(layer.value_embed for layer in LAYERS)
     mlps = sum(layer.mlp for layer in LAYERS)
     networks = [[]]  # gates of each; those ahead of the first network's row are none
@@ -773,7 +775,8 @@ def test_parameters_have_the_shapes_and_types_that_checkpoints_and_optimizer_exp
         "gate_bias": (len(networks) - 1, most),
         "copy_qk": (2 * WIDE.copy_width, C),
         "copy_sentinel": (1, C),
-        "qk_bank": (attention * H + -attention * H % 8, 2 * D, C),  # banks in eights
+        "qk_bank": ((attention - narrow) * H + -(attention - narrow) * H % 8, 2 * D, C),  # banks in eights
+        "narrow_qk_bank": (narrow * H + -narrow * H % 8, D, C),
         "vo_bank": (2 * attention + -2 * attention % 8, C, C),
         "mlp_bank": (mlps + -mlps % 4, 2, WIDE.mlp_ratio * C, C),
         "embed": (1024, C),
@@ -799,9 +802,8 @@ def test_layers_multiply_by_the_same_in_fp8_and_without(fp8_loss_scale):
     weights = model.layer_weights(model.named_scalars(), fp8_loss_scale)
     mlps = [w.mlp for w in weights if w.mlp is not None]
     x = torch.randn(T, 32).double()
-    layers = zip(LAYERS, weights, strict=True)
     _, normed, x_fp8 = train_gpt.normed_input(x, None, fp8_loss_scale is not None)
-    made = ((w, *train_gpt.qkv_weight(w, a.narrow)) for a, w in layers if w.qkv)
+    made = ((w, *train_gpt.qkv_weight(w)) for w in weights if w.qkv)
     qkvs = [w.qkv._replace(weight=weight, scale=scale, x=normed, x_fp8=x_fp8) for w, weight, scale in made]
     assert len(mlps) == len(train_gpt.MLP_LAYERS) and len(qkvs) == len(train_gpt.ATTENTION_LAYERS)
     if fp8_loss_scale is None:
@@ -824,7 +826,10 @@ def test_gates_and_output_projections_start_at_zero(wide_model):
     assert not p["mlp_bank"][:, 1].any()
 
 
-@pytest.mark.parametrize("name, std", [("qk_bank", 0.5), ("vo_bank", 0.5), ("mlp_bank", 0.5), ("gate_in", 3**-0.5)])
+@pytest.mark.parametrize(
+    "name, std",
+    [("qk_bank", 0.5), ("narrow_qk_bank", 0.5), ("vo_bank", 0.5), ("mlp_bank", 0.5), ("gate_in", 3**-0.5)],
+)
 def test_matrices_start_uniform_with_their_std_over_root_width(wide_model, name, std):
     matrices, std = getattr(wide_model, name).detach().float(), std * WIDE.model_dim**-0.5
     for matrix in matrices[:, 0] if name == "mlp_bank" else matrices:

@@ -477,7 +477,8 @@ def test_each_pair_of_heads_is_made_orthogonal_and_evened_out_by_itself():
     model = random_model()
     optimizer = optimizer_of(model, muon_wd=0.0)
     p, rows = model.qk_bank, 2 * HP.head_dim
-    assert p.shape[1:] == (rows, HP.model_dim) and len(p) >= HP.num_heads * len(train_gpt.ATTENTION_LAYERS)
+    wide = sum(bool(layer.window) and not layer.narrow for layer in train_gpt.LAYERS)
+    assert p.shape[1:] == (rows, HP.model_dim) and len(p) >= HP.num_heads * wide
     before, gradient = values_of(model)["qk_bank"], torch.zeros_like(p)
     gradient[3], gradient[4] = torch.randn(rows, HP.model_dim), 1e3 * torch.randn(rows, HP.model_dim)
     add_gradients(model, {"qk_bank": gradient})

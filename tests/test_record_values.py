@@ -85,7 +85,8 @@ def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_662_to_thr
 
 
 def test_matrices_and_embeddings_end_as_their_average_over_every_fourth_of_the_last_341_steps():
-    assert [row.name for row in PARAMETERS if row.averaged] == ["qk_bank", "spellings", "embed", "mlp_bank", "vo_bank"]
+    banks, tables = ["qk_bank", "narrow_qk_bank", "mlp_bank", "vo_bank"], ["spellings", "embed"]
+    assert [row.name for row in PARAMETERS if row.averaged] == banks[:2] + tables + banks[2:]
     weights = {step: weight for step in range(3408) if (weight := SPEEDRUN.average_weight(step))}
     assert [*weights] == [*range(3067, 3408, 4)]
     assert weights.pop(3067) == 1 and {*weights.values()} == {8 / 341}
@@ -155,7 +156,8 @@ def test_parameters_have_the_records_shapes():
         "gate_bias": (4, 40),
         "copy_qk": (256, 768),
         "copy_sentinel": (1, 768),
-        "qk_bank": (64, 256, 768),  # ten layers' three pairs of heads, for queries and keys
+        "qk_bank": (16, 256, 768),  # two layers' three pairs of heads, for queries and keys
+        "narrow_qk_bank": (48, 128, 768),  # the other eight's
         "vo_bank": (24, 768, 768),
         "mlp_bank": (12, 2, 3072, 768),
         "embed": (50304, 768),
@@ -184,12 +186,13 @@ def test_each_parameter_has_its_algorithm_and_multipliers():
         "embed": ("adam", True, (1,), 150, (0.5, 0.95)),
         "spellings": ("adam", True, (0.5,), 150, (0.5, 0.95)),
         "qk_bank": ("normuon", True, (1,), 1, None),
+        "narrow_qk_bank": ("normuon", True, (1,), 1, None),
         "vo_bank": ("normuon", True, (1,), 1, None),
         "mlp_bank": ("normuon", True, (1, 2), 1, None),  # W_fc, W_proj
         "ngrams": ("rowwise", True, (70,), 5, (0, 0.95)),
     }
     # what is there soonest, tables, the longest update, what waits and is waited for, a short message; then the small
-    large = ["qk_bank", "value_embeds", "spellings", "embed", "mlp_bank", "ngrams", "vo_bank"]
+    large = ["qk_bank", "narrow_qk_bank", "value_embeds", "spellings", "embed", "mlp_bank", "ngrams", "vo_bank"]
     small = ["scalars", "gate_in", "gate_out", "gate_bias", "copy_qk", "copy_sentinel"]
     assert [row.name for row in PARAMETERS] == [*large, *small]
     assert train_gpt.NGRAM_FACTORS == {2: (36313, 27191), 3: (17351, 60961, 45259)}
