@@ -311,9 +311,9 @@ PLANTED = {
          "z = widened(norm(x[rows])", "test_model.py test_logits_are_those"),
         # Optimizer
         ("Polar Express: coefficients in the other order", "symmetric_product(gram, scale, *coefficients)",
-         "symmetric_product(gram, scale, *coefficients[::-1])", "test_optimizer.py test_polar_express_is_five"),
+         "symmetric_product(gram, scale, *coefficients[::-1])", "test_optimizer.py test_polar_express_is_four"),
         ("Polar Express: X is divided by its norm each time", "        scale = square = one\n", "",
-         "test_optimizer.py test_polar_express_is_five"),
+         "test_optimizer.py test_polar_express_is_four"),
         ("Adam: decay grows weights where the update grows them",
          "torch.where(update * master > 0, lr * lr * wd * master, 0)",
          "torch.where(update * master < 0, lr * lr * wd * master, 0)", "test_optimizer.py test_adam_decays"),

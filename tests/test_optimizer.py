@@ -47,12 +47,12 @@ POLAR_STEP_TOLERANCE = 1e-5
 # Ten steps in float32. Rounding turns the sign of an update now and then, where it is next to nothing: then a decay
 # comes or does not. Of 24 seeds the most is 3e-7 and 9e-5; without the decay at all it is 1e-2 for banks.
 TRAJECTORY_TOLERANCE = {"adam": 5e-5, "normuon": 5e-4}
-# Five iterations bring every singular value from 1 to 1/100 of the largest into this band; measured 0.85 to 1.15, in
-# bfloat16 too, and their distance from 1 as a root mean square.
-SINGULAR_VALUES = 0.8, 1.2
-POLAR_TOLERANCE = 0.15
-# Polar Express in bfloat16 against float64, norms of matrices of 16 rows or columns; measured 2.4e-2, of 768 5e-4.
-BF16_NORM_TOLERANCE = 3e-2
+# Four iterations bring every singular value from 1 to 1/100 of the largest into this band; measured 0.77 to 1.23, in
+# bfloat16 too, and their distance from 1 as a root mean square, measured 0.162.
+SINGULAR_VALUES = 0.75, 1.25
+POLAR_TOLERANCE = 0.18
+# Polar Express in bfloat16 against float64, norms of matrices of 8 rows; measured 5.2e-2, of 16 2.4e-2, of 768 3e-3.
+BF16_NORM_TOLERANCE = 7e-2
 
 # That of the n-grams: see test_ngram.py
 ROWS = {row.name: row for row in rows_in_use() if row.algorithm != "rowwise"}
@@ -161,11 +161,10 @@ class PlainAdam:
 
 
 COEFFICIENTS = [
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    (8.089257077256764, -22.29778961176275, 15.747758643528782),
+    (3.9404580091358694, -2.7839205238875935, 0.5039305903778444),
+    (3.4500246431021866, -2.4844234308824102, 0.477172045301001),
+    (2.506069553283399, -1.8478249362118586, 0.4383240658418055),
 ]
 
 
@@ -395,7 +394,7 @@ def test_polar_express_brings_singular_values_near_1_and_keeps_the_directions(sh
 
 
 @by_shape
-def test_polar_express_is_five_polynomials_of_the_singular_values(shape):
+def test_polar_express_is_four_polynomials_of_the_singular_values(shape):
     g = torch.randn(3, *shape, dtype=torch.float64)
     expected = torch.stack([plain_polar_express(matrix) for matrix in g])
     assert relative_error(polar_express(g), expected) < EXACT_TOLERANCE
