@@ -51,7 +51,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial, reduce
 from glob import escape, glob
-from itertools import accumulate, chain, pairwise, repeat
+from itertools import accumulate, chain, count, islice, pairwise, repeat
 from operator import itemgetter, xor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -1512,6 +1512,70 @@ def split_heads(qkv: Projection, *rest) -> tuple[Tensor, Tensor, Tensor]:
     return split_heads_reference(F.linear(qkv.x, qkv.weight), *rest)
 
 
+# ---------------------------------------------------------------------------- sums of kept outputs, each times a gate
+# What a gate network's layers are given of earlier rows' outputs: all sums in one kernel, and all gradients in another.
+# Sources come back as results: whoever reads one next takes that, so that its gradient is added up here, too, and not
+# by autograd in a pass for each reader.
+
+
+def weighed_sums_reference(gates: Tensor, columns: tuple[tuple[int, ...], ...], *sources: Tensor) -> list[Tensor]:
+    """For each row of `columns` a sum of sources (T, C), source s times gates[:, row[s]] unless that is -1; sources."""
+    pairs = [zip(row, sources, strict=True) for row in columns]
+    return [*(sum(gates[:, k : k + 1] * x for k, x in row if k >= 0) for row in pairs), *sources]
+
+
+@triton.jit
+def weighed_sums_kernel(
+    gates_ptr, inputs, outs, added, partners, products_ptr, C,
+    COLUMNS: tl.constexpr, GATES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token: outs[i] is added[i], if any, and inputs, each times its gate, whose column is COLUMNS[i].
+
+    In backward, inputs are gradients of the sums, and a gate's own is the product of one with the source it is paired
+    with, partners[i].
+    """
+    t, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    for i in tl.static_range(len(outs)):
+        total = tl.zeros((BLOCK,), tl.float32)
+        if added[i] is not None:
+            total += tl.load(added[i] + t * C + cols, mask=cols < C, other=0.0).to(tl.float32)
+        for j in tl.static_range(len(inputs)):
+            if COLUMNS[i][j] >= 0:
+                gate, x = t * GATES + COLUMNS[i][j], tl.load(inputs[j] + t * C + cols, mask=cols < C, other=0.0)
+                total += tl.load(gates_ptr + gate).to(tl.float32) * x.to(tl.float32)
+                if products_ptr is not None:
+                    partner = tl.load(partners[i] + t * C + cols, mask=cols < C, other=0.0).to(tl.float32)
+                    tl.store(products_ptr + gate, tl.sum(x * partner, 0).to(products_ptr.dtype.element_ty))
+        tl.store(outs[i] + t * C + cols, total.to(outs[i].dtype.element_ty), mask=cols < C)
+
+
+class WeighedSums(torch.autograd.Function):
+    """weighed_sums_reference in one kernel a direction; a program is one warp, which waits for no other."""
+
+    @staticmethod
+    def forward(ctx, gates, columns, *sources):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gates, *sources)
+        (T, C), none = sources[0].shape, (None,) * len(columns)
+        ctx.columns, ctx.options = columns, dict(GATES=gates.size(1), BLOCK=triton.next_power_of_2(C), num_warps=1)
+        sums = tuple(torch.empty_like(sources[0]) for _ in columns)
+        weighed_sums_kernel[(T,)](gates, sources, sums, none, none, None, C, columns, **ctx.options)
+        return *sums, *sources
+
+    @staticmethod
+    def backward(ctx, *grads):
+        gates, *sources = ctx.saved_tensors
+        (T, C), n = sources[0].shape, len(ctx.columns)
+        of_sums, of_others = tuple(grad.contiguous() for grad in grads[:n]), grads[n:]
+        grad_gates, grad_sources = torch.empty_like(gates), tuple(map(torch.empty_like, sources))
+        tensors = gates, of_sums, grad_sources, of_others, tuple(sources), grad_gates
+        weighed_sums_kernel[(T,)](*tensors, C, tuple(zip(*ctx.columns, strict=True)), **ctx.options)
+        return grad_gates, None, *grad_sources
+
+
+weighed_sums = switch(WeighedSums.apply, weighed_sums_reference)
+
+
 # ---------------------------------------------------------------------------- attention
 # FlashAttention-2 (arXiv 2307.08691, 2023) with documents, windows, XSA; its backward pass in two kernels, no atomics.
 
@@ -1898,10 +1962,11 @@ class Yarn:
         self.sin[..., : len(frequencies)] = angle.sin().to(self.sin.dtype)
 
 
-def gate_groups(layer: Layer, num_heads: int) -> list[list[float]]:
-    """Initial values of a layer's gates: of heads for xsa, head_gates and value_embed, of its values, of its adds."""
-    of_heads = (layer.xsa, XSA_GATE), (layer.head_gates, HEAD_GATE), (layer.value_embed, VALUE_GATE)
-    return [*(has * num_heads * [gate] for has, gate in of_heads), [*layer.values.values()], [*layer.adds.values()]]
+def gate_groups(layers: Sequence[Layer], num_heads: int) -> list[list[float]]:
+    """Initial values of a network's gates: those of all sums of kept outputs, then three groups a layer, of heads."""
+    sums = [gate for layer in layers for names in (layer.values, layer.adds) for gate in names.values()]
+    kinds = ("xsa", XSA_GATE), ("head_gates", HEAD_GATE), ("value_embed", VALUE_GATE)
+    return [sums, *(getattr(layer, name) * num_heads * [gate] for layer in layers for name, gate in kinds)]
 
 
 def bank_matrices(hp: Hyperparameters) -> dict[str, int]:
@@ -1960,26 +2025,31 @@ def embed_inputs(x, ngrams, inputs, signs, spelling, spellings):
     return x, (widened(ngrams).sum(0) * F.embedding(inputs, signs)).to(x.dtype)
 
 
-def gate_network(x, waiting, kept: dict, w_in, w_out, bias, layers: list[Layer], num_heads: int):
-    """The stream (T, C); of each of `layers` three gates of heads (T, H), and what to add to values and stream (T, C).
-
-    None for what a layer lacks. What is added is a sum of kept outputs, each times a gate. All layers' sums are made
-    here, so that in the backward pass one kernel sums the gradients of what is kept.
-    """
+def gate_network(x, waiting, w_in, w_out, bias, layers: list[Layer], num_heads: int):
+    """The stream (T, C); the gates of all sums of `layers` (T, gates); three of heads a layer, (T, H) or None."""
     x = join(x, waiting)
-    # Without the empty groups: PyTorch 2.11 can't compile a split into nothing.
-    sizes = [len(group) for layer in layers for group in gate_groups(layer, num_heads) if group]
+    groups = gate_groups(layers, num_heads)
+    sizes = [len(group) for group in groups if group]  # PyTorch 2.11 can't compile a split into nothing
     hidden = F.gelu(F.linear(x, w_in))
-    gates = iter((GATE_SCALE * (F.linear(hidden, w_out[: sum(sizes)]) + bias[: sum(sizes)])).split(sizes, -1))
+    gates = GATE_SCALE * (F.linear(hidden, w_out[: sum(sizes)]) + bias[: sum(sizes)])
+    parts = iter(gates.split(sizes, -1))
+    of_sums, *of_heads = [next(parts).contiguous() if group else None for group in groups]
+    return x, of_sums, of_heads
 
-    def weighed(names, g):
-        return sum(g * kept[name] for name, g in zip(names, g.split(1, -1), strict=True)) if names else None
 
-    def of_layer(layer):
-        *of_heads, of_values, of_stream = [next(gates) if group else None for group in gate_groups(layer, num_heads)]
-        return *of_heads, weighed(layer.values, of_values), weighed(layer.adds, of_stream)
+def layers_sums(gates, kept: dict[str, Tensor], layers: list[Layer]) -> list[Tensor | None]:
+    """Of each layer what is added to its values, and to its stream: (T, C), or None; gates: of_sums of gate_network.
 
-    return x, [of_layer(layer) for layer in layers]
+    What is read takes its place in `kept` anew, for the next reader: see weighed_sums.
+    """
+    column = count()
+    wanted = [{name: next(column) for name in names} for layer in layers for names in (layer.values, layer.adds)]
+    read = [*dict.fromkeys(chain(*wanted))]
+    columns = tuple(tuple(of_sum.get(name, -1) for name in read) for of_sum in wanted if of_sum)
+    results = weighed_sums(gates, columns, *(kept[name] for name in read)) if read else ()
+    kept.update(zip(read, results[len(columns) :], strict=True))
+    sums = iter(results)
+    return [next(sums) if of_sum else None for of_sum in wanted]
 
 
 def normed_input(x, waiting, fp8: bool):
@@ -1989,10 +2059,15 @@ def normed_input(x, waiting, fp8: bool):
     return x, normed, to_fp8(normed.detach(), FP8_X) if fp8 else None
 
 
+def scaled(scale, matrix):
+    """scale (), times a matrix. By rows, so that scale's gradient is summed up by rows first: at once it takes long."""
+    return (scale.expand(len(matrix), 1) * matrix).to(matrix.dtype)
+
+
 def qkv_weight(w: LayerWeights):
     """A layer's W_q, W_k and W_v as one matrix (H (2 D_QK + D), C), and in FP8 its scale, see Projection."""
     qk, v = w.qkv.weight
-    weight = w.qkv_lambda * torch.cat((qk.flatten(0, 2), v))
+    weight = scaled(w.qkv_lambda, torch.cat((qk.flatten(0, 2), v)))
     # In FP8 the lambda is part of the scale: the weight is the one that layer_weights has converted.
     return weight, None if w.qkv.fp8 is None else w.qkv_lambda.detach() * FP8_WEIGHT
 
@@ -2014,7 +2089,7 @@ def layer_outputs(x, waiting, attended, head_gates, added, w: LayerWeights):
     w_fc, w_proj = w.mlp.weight
     # With its scalar in W_proj the scalar's gradient is a sum over W_proj, not over all tokens.
     fp8 = w.mlp.fp8, w.mlp.fp8_t, w.mlp.grad_scale, w.mlp_out.detach()
-    return x, MLP.apply(norm(x), w_fc, w.mlp_out * w_proj, *fp8)
+    return x, MLP.apply(norm(x), w_fc, scaled(w.mlp_out, w_proj), *fp8)
 
 
 def all_targets(targets, left, n: int, prefixes, classes) -> Tensor:
@@ -2090,7 +2165,7 @@ class GPT(nn.Module):
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
         # Initial values of the gates, by network
-        gates = [[g for layer in layers for group in gate_groups(layer, H) for g in group] for layers in NETWORK_LAYERS]
+        gates = [[*chain(*gate_groups(layers, H))] for layers in NETWORK_LAYERS]
         most_gates = max(map(len, gates), default=0)
         self.scalars = parameter(len(SCALAR_LRS), dtype=torch.float32)
         self.gate_in = parameter(len(gates), GATE_HIDDEN, C)
@@ -2238,14 +2313,15 @@ class GPT(nn.Module):
         x0 = Lookup.apply(self.embed, batch.inputs, batch.order)
         x0, ngrams = self.embed_inputs(x0, ngrams, batch.inputs, self.signs, self.spelling, self.spellings.detach())
         documents = {False: batch.documents, True: batch.documents.paired()}
-        kept, normed, gates = {"x0": x0, "ngrams": ngrams}, {}, repeat((None,) * 5)
+        kept, normed, gates, sums = {"x0": x0, "ngrams": ngrams}, {}, repeat(None), repeat(None)
         networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
         x, waiting = x0, None  # the stream, and what join has yet to add to it
         for layer, w in zip(LAYERS, weights, strict=True):
             if layer.gates:
-                x, gates = self.gate_network(x, waiting, kept, *next(networks), self.num_heads)
-                waiting, gates = None, iter(gates)
-            xsa, head_gates, value_gate, added_values, added = next(gates)
+                *network, layers = next(networks)
+                x, of_sums, of_heads = self.gate_network(x, waiting, *network, layers, self.num_heads)
+                waiting, gates, sums = None, iter(of_heads), iter(layers_sums(of_sums, kept, layers))
+            xsa, head_gates, value_gate, added_values, added = *islice(gates, 3), *islice(sums, 2)
             y = None
             if layer.window:
                 fp8 = w.qkv.fp8 is not None

@@ -40,7 +40,7 @@ KERNEL_CATEGORIES = {
     "attention": r"flash|attention|split_heads",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|linear_relu2_kernel|aten::\w*mm\b",
     "memory": r"(?i)memcpy|memset|aten::(copy_|zero_|fill_)",
-    "elementwise": r"triton_|elementwise|transposed|reduce|add_rows|at::native|aten::",
+    "elementwise": r"triton_|elementwise|transposed|reduce|add_rows|weighed_sums|at::native|aten::",
 }
 
 

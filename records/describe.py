@@ -109,7 +109,7 @@ def forward_flop(run: Run, windows: dict[str, int], classes: int) -> dict[str, i
 
 def gates_of(run: Run, layers) -> int:
     """How many gates a network computes for these layers."""
-    return sum(len(group) for layer in layers for group in run.train_gpt.gate_groups(layer, run.hp.num_heads))
+    return sum(map(len, run.train_gpt.gate_groups(layers, run.hp.num_heads)))
 
 
 def states_bytes(run: Run, size: int) -> dict[str, int]:

@@ -22,7 +22,7 @@ import precompile
 import small_run
 
 import train_gpt
-from train_gpt import CausalSelfAttention, CopySums, Documents, Projection, SplitHeads, World
+from train_gpt import CausalSelfAttention, CopySums, Documents, Projection, SplitHeads, WeighedSums, World
 
 T, C, H, V = 96, 768, 6, 512
 bf16 = partial(torch.zeros, dtype=torch.bfloat16)
@@ -93,6 +93,9 @@ def main() -> None:
         table, rotary, documents = torch.nn.Parameter(bf16(V, C)), bf16(2 * T, 1, 64), (index(T),) * 2
         args = added, gate, table, index(T), index(T), rotary, rotary, documents if key_offset else None, H, paired
         sum(out.sum() for out in SplitHeads.apply(*args, *projection(fp8))).backward()
+    sources = (bf16(T, C).requires_grad_() for _ in range(4))
+    *sums, _, after = WeighedSums.apply(bf16(T, 6), ((0, 1, 2, 3), (-1, 4, -1, 5)), *sources)[:4]
+    sum(out.sum() for out in (*sums, after)).backward()
     for gates in (None, bf16(T, H).requires_grad_()):
         q, k, v = (bf16(T, H, 128).requires_grad_() for _ in range(3))
         CausalSelfAttention.apply(q, k, v, index(T), index(T), 384, 0.1, gates).sum().backward()

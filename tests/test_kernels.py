@@ -695,6 +695,33 @@ def test_cross_entropy_backward_operator_is_registered_right(dtype):
     torch.library.opcheck(train_gpt.cross_entropy_backward.operator, arguments)
 
 
+# ---------------------------------------------------------------------------- sums of kept outputs
+
+
+# Of three sums the first reads all sources; nobody else reads the second source.
+SUMS = (3, 0, 4), (-1, 1, -1), (2, -1, 5)
+
+
+def weighed_sums_and_gradients(function, gates, *sources):
+    """The sums, and the gradients of gates and sources; others read the first and the last source after them."""
+    inputs = [t.detach().clone().requires_grad_() for t in (gates, *sources)]
+    *sums, first, _, last = function(inputs[0], SUMS, *inputs[1:])
+    torch.manual_seed(7)
+    outs = *sums, first, last
+    torch.autograd.backward(outs, [torch.randn(out.shape).to(out) for out in outs])
+    return [*(out.detach() for out in sums), *(t.grad for t in inputs)]
+
+
+@on_each_device
+def test_weighed_sums_kernel_is_the_reference_and_its_gradients(device, dtype):
+    inputs = [normal(11, 6, device=device, dtype=dtype), *(normal(11, 72, device=device, dtype=dtype) for _ in SUMS)]
+    with poisoned_memory():
+        outs = weighed_sums_and_gradients(train_gpt.WeighedSums.apply, *inputs)
+    refs = weighed_sums_and_gradients(train_gpt.weighed_sums_reference, *(t.cpu().double() for t in inputs))
+    for i, (out, ref) in enumerate(zip(outs, refs, strict=True)):
+        assert relative_error(out, ref) < KERNEL_TOLERANCE[dtype], i
+
+
 # ---------------------------------------------------------------------------- attention
 
 

@@ -154,12 +154,14 @@ def plain_gates(p, j, x, layers):
     def take(n):
         return [gates.pop(0) for _ in range(n)]
 
-    def of(layer):
-        of_heads = layer.xsa, layer.head_gates, layer.value_embed
-        heads = [torch.cat(take(HP.num_heads), 1) if used else None for used in of_heads]
-        return (*heads, *(dict(zip(names, take(len(names)), strict=True)) for names in (layer.values, layer.adds)))
+    def of_heads(layer):
+        used = layer.xsa, layer.head_gates, layer.value_embed
+        return [torch.cat(take(HP.num_heads), 1) if u else None for u in used]
 
-    return [of(layer) for layer in layers]
+    sums = [
+        [dict(zip(names, take(len(names)), strict=True)) for names in (layer.values, layer.adds)] for layer in layers
+    ]
+    return [(*of_heads(layer), *of_layer) for layer, of_layer in zip(layers, sums, strict=True)]
 
 
 def gates_of_the_table(p, j, x, layers):
