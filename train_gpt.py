@@ -1529,10 +1529,9 @@ def weighed_sums_kernel(
     gates_ptr, inputs, outs, added, partners, products_ptr, C,
     COLUMNS: tl.constexpr, GATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token: outs[i] is added[i], if any, and inputs, each times its gate, whose column is COLUMNS[i].
+    """One token: outs[i] is the sum of added[i], if any, and inputs[j] times the gate COLUMNS[i][j], unless that is -1.
 
-    In backward, inputs are gradients of the sums, and a gate's own is the product of one with the source it is paired
-    with, partners[i].
+    In backward inputs are the sums' gradients, and a gate's is the product of one with the source partners[i].
     """
     t, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     for i in tl.static_range(len(outs)):
@@ -2037,10 +2036,10 @@ def gate_network(x, waiting, w_in, w_out, bias, layers: list[Layer], num_heads: 
     return x, of_sums, of_heads
 
 
-def layers_sums(gates, kept: dict[str, Tensor], layers: list[Layer]) -> list[Tensor | None]:
-    """Of each layer what is added to its values, and to its stream: (T, C), or None; gates: of_sums of gate_network.
+def sums_of_kept(gates, kept: dict[str, Tensor], layers: list[Layer]) -> list[Tensor | None]:
+    """Of each layer what is added to its values, and to its stream: (T, C), or None; gates: gate_network's of sums.
 
-    What is read takes its place in `kept` anew, for the next reader: see weighed_sums.
+    What is read is replaced in `kept` by what the next reader is to take: see weighed_sums.
     """
     column = count()
     wanted = [{name: next(column) for name in names} for layer in layers for names in (layer.values, layer.adds)]
@@ -2320,7 +2319,7 @@ class GPT(nn.Module):
             if layer.gates:
                 *network, layers = next(networks)
                 x, of_sums, of_heads = self.gate_network(x, waiting, *network, layers, self.num_heads)
-                waiting, gates, sums = None, iter(of_heads), iter(layers_sums(of_sums, kept, layers))
+                waiting, gates, sums = None, iter(of_heads), iter(sums_of_kept(of_sums, kept, layers))
             xsa, head_gates, value_gate, added_values, added = *islice(gates, 3), *islice(sums, 2)
             y = None
             if layer.window:
@@ -3690,6 +3689,8 @@ def main(arguments: list[str]) -> None:
     # A second process is forked while this one has neither CUDA nor threads of its own; GPUs are counted by NVML.
     compiles = isinstance(triton, ModuleType) and not usage and not describe and torch.cuda.device_count()
     end_compiling = tool.start(program, arguments) if compiles and (tool := import_tool("precompile")) else lambda: None
+    # torch.compile takes seconds to import: a thread does that while CUDA begins
+    wait = in_background(importlib.import_module, "torch._inductor.compile_fx").result if compiles else lambda: None
     watch = guard.Watch(program) if guard else Unguarded()
     watch.start()
     try:
@@ -3732,6 +3733,7 @@ def main(arguments: list[str]) -> None:
         train_paths, val_paths = files.values()
         with world.thread("validation") as thread:  # two seconds of NumPy, beside those in which the model is made
             val_batches = thread.submit(validation_batches, val_paths, hp, world)
+            wait()
             trainer = Trainer(hp, world, checkpoints)
         trainer.warm_up(train_paths, val_batches.result())
         end_compiling()
