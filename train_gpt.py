@@ -103,8 +103,8 @@ STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, max_seq_len, classes
     TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), 896, 12_288, prefix=(0.25, 0.25)),
     TrainingStage(2, 65_536, 3, 7, 1.0, (1.0, 0.5), (1.0, 0.0), classes=12_288, prefix=(0.25, 0.0)),
-    TrainingStage(1.125, 131_072, 5, 11, 1.2, (1.0,), (1.0,), classes=17_408),
-    TrainingStage(0.375, 131_072, 5, 11, 1.2, (1.0,), (1.0,)),  # all classes, to correct those that were left out
+    TrainingStage(1.25, 131_072, 5, 11, 1.2, (1.0,), (1.0,), classes=17_408),
+    TrainingStage(0.25, 131_072, 5, 11, 1.2, (1.0,), (1.0,)),  # all classes, to correct those that were left out
     TrainingStage(None, 131_072, 6, 13, 1.2, (1.0,), (1.0,)),  # at the learning rate lr_end, whatever lr is
 )
 FINAL_WINDOWS = (6, 20)  # short, long: for the validation after the last step
@@ -1549,16 +1549,16 @@ def weighed_sums_kernel(
 
 
 class WeighedSums(torch.autograd.Function):
-    """weighed_sums_reference in one kernel a direction; a program is one warp, which waits for no other."""
+    """weighed_sums_reference in one kernel a direction."""
 
     @staticmethod
     def forward(ctx, gates, columns, *sources):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gates, *sources)
         (T, C), none = sources[0].shape, (None,) * len(columns)
-        ctx.columns, ctx.options = columns, dict(GATES=gates.size(1), BLOCK=triton.next_power_of_2(C), num_warps=1)
+        ctx.columns, ctx.options = columns, dict(GATES=gates.size(1), BLOCK=triton.next_power_of_2(C))
         sums = tuple(torch.empty_like(sources[0]) for _ in columns)
-        weighed_sums_kernel[(T,)](gates, sources, sums, none, none, None, C, columns, **ctx.options)
+        weighed_sums_kernel[(T,)](gates, sources, sums, none, none, None, C, columns, num_warps=4, **ctx.options)
         return *sums, *sources
 
     @staticmethod
@@ -1568,7 +1568,8 @@ class WeighedSums(torch.autograd.Function):
         of_sums, of_others = tuple(grad.contiguous() for grad in grads[:n]), grads[n:]
         grad_gates, grad_sources = torch.empty_like(gates), tuple(map(torch.empty_like, sources))
         tensors = gates, of_sums, grad_sources, of_others, tuple(sources), grad_gates
-        weighed_sums_kernel[(T,)](*tensors, C, tuple(zip(*ctx.columns, strict=True)), **ctx.options)
+        # One warp, which waits for no other when it sums up a product
+        weighed_sums_kernel[(T,)](*tensors, C, tuple(zip(*ctx.columns, strict=True)), num_warps=1, **ctx.options)
         return grad_gates, None, *grad_sources
 
 

@@ -600,15 +600,18 @@ def test_fp8_gradient_does_not_depend_on_the_scale_of_the_loss(device):
 BACKEND = "inductor" if HAS_GPU else "aot_eager"
 OPERATOR_DTYPE = torch.bfloat16 if HAS_GPU else torch.float32
 # On a CPU the same operations run. On a GPU compiled code keeps float32 where eager code rounds to bf16: before the
-# rounding to FP8, that moves some values to the next e4m3, a step of 6 to 12 %; measured 4.3 % for the MLP's value.
+# rounding to FP8, that moves some values to the next e4m3, a step of 6 to 12 %. Measured 4.3 % for the MLP's value and
+# 6.3 % for x's gradient, with another rounding on the way: there what FP8 itself may cost is the limit.
 COMPILED_TOLERANCE, COMPILED_FP8_TOLERANCE = (5e-3, 6e-2) if HAS_GPU else (1e-6, 1e-6)
 
 
-def assert_compiled_equals_eager(function, inputs, grad_out, tolerance=COMPILED_TOLERANCE):
+def assert_compiled_equals_eager(function, inputs, grad_out, *tolerances):
+    """tolerances: one a result, or one for all; else COMPILED_TOLERANCE."""
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND)
     outs, refs = with_gradients(compiled, inputs, grad_out), with_gradients(function, inputs, grad_out)
-    for i, (out, ref) in enumerate(zip(outs, refs, strict=True)):
+    tolerances = len(outs) * (tolerances or (COMPILED_TOLERANCE,))
+    for i, (out, ref, tolerance) in enumerate(zip(outs, refs, tolerances[: len(outs)], strict=True)):
         assert out.dtype == ref.dtype
         assert relative_error(out, ref) < tolerance, f"result {i}"
 
@@ -623,7 +626,8 @@ def test_compiled_mlp_equals_eager():
 @needs_fp8_gpu
 def test_compiled_mlp_in_fp8_equals_eager():
     inputs, grad_out = mlp_inputs(DEVICE, 0.25)
-    assert_compiled_equals_eager(fp8_mlp(0.25), inputs, grad_out, COMPILED_FP8_TOLERANCE)
+    tolerance = FP8_MLP_TOLERANCES.values() if HAS_GPU else 4 * [COMPILED_FP8_TOLERANCE]
+    assert_compiled_equals_eager(fp8_mlp(0.25), inputs, grad_out, *tolerance)
 
 
 @pytest.mark.parametrize("copying", [False, True])

@@ -35,13 +35,13 @@ SPEEDRUN = TrainingSchedule(Hyperparameters())
 
 
 def test_four_stages_that_share_3312_steps_are_followed_by_an_extension_of_96():
-    assert SPEEDRUN.starts == (0, 736, 2208, 3036, 3312) and SPEEDRUN.hp.total_steps == 3408
-    assert [stage.share for stage in STAGES] == [1, 2, 1.125, 0.375, None]
+    assert SPEEDRUN.starts == (0, 736, 2208, 3128, 3312) and SPEEDRUN.hp.total_steps == 3408
+    assert [stage.share for stage in STAGES] == [1, 2, 1.25, 0.25, None]
 
 
 def test_stages_are_shares_rounded_down_and_the_last_has_the_rest():
     for scheduled in range(7, 1600):
-        first, second, third = scheduled * 2 // 9, scheduled * 4 // 9, scheduled // 4
+        first, second, third = scheduled * 2 // 9, scheduled * 4 // 9, scheduled * 5 // 18
         schedule = TrainingSchedule(Hyperparameters(num_scheduled_iterations=scheduled))
         assert schedule.starts == (0, first, first + second, first + second + third, scheduled)
 
@@ -59,18 +59,18 @@ def test_the_joined_micro_batches_of_one_gpu_have_one_length():
 
 
 def test_documents_are_cut_at_896_tokens_in_the_first_stage_and_at_2048_then():
-    sizes = [SPEEDRUN.size(step) for step in (0, 735, 736, 2207, 2208, 3036, 3312)]
+    sizes = [SPEEDRUN.size(step) for step in (0, 735, 736, 2207, 2208, 3128, 3312)]
     expected = [*2 * [(8192, 896)], *2 * [(8192, 2048)], *3 * [(16_384, 2048)]]
     assert [size[:2] for size in sizes] == expected
 
 
-def test_the_softmax_has_12288_classes_at_first_then_17408_and_all_in_the_last_372_steps():
-    classes = [SPEEDRUN.size(step)[2] for step in (0, 735, 736, 2207, 2208, 3035, 3036, 3312, 3407)]
+def test_the_softmax_has_12288_classes_at_first_then_17408_and_all_in_the_last_280_steps():
+    classes = [SPEEDRUN.size(step)[2] for step in (0, 735, 736, 2207, 2208, 3127, 3128, 3312, 3407)]
     assert classes == [12_288, 12_288, 12_288, 12_288, 17_408, 17_408, 0, 0, 0]  # 0: all
 
 
 def test_windows_grow_from_stage_to_stage_and_once_more_for_the_final_validation():
-    windows = [SPEEDRUN.windows(step) for step in (0, 736, 2208, 3036, 3312)]
+    windows = [SPEEDRUN.windows(step) for step in (0, 736, 2208, 3128, 3312)]
     assert [w["short"] for w in windows] == [128, 384, 640, 640, 768]
     assert [w["long"] for w in windows] == [384, 896, 1408, 1408, 1664]
     assert SPEEDRUN.window_tokens(*FINAL_WINDOWS) == {"short": 768, "long": 2560}
@@ -78,7 +78,7 @@ def test_windows_grow_from_stage_to_stage_and_once_more_for_the_final_validation
 
 def test_the_learning_rate_follows_the_batch_and_cools_down_from_step_662_to_three_tenths():
     assert [SPEEDRUN.lr(step) for step in (0, 661, 662)] == [0.85, 0.85, 0.85]
-    for step, multiplier in ((663, 0.85), (735, 0.85), (736, 1.0), (2207, 1.0), (2208, 1.2), (3036, 1.2), (3311, 1.2)):
+    for step, multiplier in ((663, 0.85), (735, 0.85), (736, 1.0), (2207, 1.0), (2208, 1.2), (3128, 1.2), (3311, 1.2)):
         t = (step - 662) / (3312 - 662)
         assert SPEEDRUN.lr(step) == pytest.approx((1 - t) * multiplier + 0.3 * t, rel=1e-12)
     assert {SPEEDRUN.lr(step) for step in (3312, 3370, 3407)} == {0.3}
@@ -101,7 +101,7 @@ def test_momentum_rises_over_560_steps_and_falls_back_over_the_last_376():
 def test_three_next_tokens_and_a_prefix_are_predicted_at_first_and_one_token_at_last():
     expected = {0: [1, 0.5, 0.25, 0.25], 368: [1, 0.5, 0.125, 0.25], 735: [1, 0.5, 0.25 / 736, 0.25]}
     expected |= {736: [1, 0.5, 0.25], 1472: [1, 0.25, 0.125], 2207: [1, 0.5 / 1472, 0.25 / 1472]}
-    expected |= {step: [1, 0] for step in (2208, 3036, 3312, 3407)}
+    expected |= {step: [1, 0] for step in (2208, 3128, 3312, 3407)}
     for step, weights in expected.items():
         assert SPEEDRUN.target_weights(step) == pytest.approx(weights, rel=1e-9)
 
@@ -243,7 +243,7 @@ def test_the_speedruns_hyperparameters():
 
 def test_the_smoke_run_goes_through_the_same_stages_with_a_128th_of_the_tokens():
     schedule = TrainingSchedule(Hyperparameters(**PRESETS["smoke"]))
-    assert schedule.starts == (0, 10, 30, 41, 46) and schedule.hp.total_steps == 50
+    assert schedule.starts == (0, 10, 30, 42, 46) and schedule.hp.total_steps == 50
     assert [schedule.size(step)[0] for step in schedule.starts] == [*2 * [64], *3 * [128]]
     assert {schedule.size(step)[1] for step in schedule.starts} == {256}
     assert schedule.windows(0) == {"short": 16, "long": 48}
