@@ -177,7 +177,7 @@ def test_greedy_takes_the_likeliest_token_each_time(loaded):
 def one_that_does_not_repeat_itself(loaded):
     """A model as large in which every parameter matters: after ten steps they hardly do."""
     model = train_gpt.GPT(loaded[1], CPU, torch.float32)
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name != "scalars":
