@@ -3689,9 +3689,10 @@ def main(arguments: list[str]) -> None:
     usage, describe = {"-h", "--help"} & words, {"--describe", "--describe=true", "--describe=1"} & words
     # A second process is forked while this one has neither CUDA nor threads of its own; GPUs are counted by NVML.
     compiles = isinstance(triton, ModuleType) and not usage and not describe and torch.cuda.device_count()
-    end_compiling = tool.start(program, arguments) if compiles and (tool := import_tool("precompile")) else lambda: None
+    tool = import_tool("precompile") if compiles else None
+    end_compiling = tool.start(program, arguments) if tool else lambda: None
     # torch.compile takes seconds to import: a thread does that while CUDA begins
-    wait = in_background(importlib.import_module, "torch._inductor.compile_fx").result if compiles else lambda: None
+    imported = in_background(importlib.import_module, "torch._inductor.compile_fx").result if tool else lambda: None
     watch = guard.Watch(program) if guard else Unguarded()
     watch.start()
     try:
@@ -3734,7 +3735,7 @@ def main(arguments: list[str]) -> None:
         train_paths, val_paths = files.values()
         with world.thread("validation") as thread:  # two seconds of NumPy, beside those in which the model is made
             val_batches = thread.submit(validation_batches, val_paths, hp, world)
-            wait()
+            imported()
             trainer = Trainer(hp, world, checkpoints)
         trainer.warm_up(train_paths, val_batches.result())
         end_compiling()
