@@ -1565,9 +1565,9 @@ class WeighedSums(torch.autograd.Function):
     def backward(ctx, *grads):
         gates, *sources = ctx.saved_tensors
         (T, C), n = sources[0].shape, len(ctx.columns)
-        of_sums, of_others = tuple(grad.contiguous() for grad in grads[:n]), grads[n:]
+        grads = tuple(grad if grad is None else grad.contiguous() for grad in grads)
         grad_gates, grad_sources = torch.empty_like(gates), tuple(map(torch.empty_like, sources))
-        tensors = gates, of_sums, grad_sources, of_others, tuple(sources), grad_gates
+        tensors = gates, grads[:n], grad_sources, grads[n:], tuple(sources), grad_gates
         # One warp, which waits for no other when it sums up a product
         weighed_sums_kernel[(T,)](*tensors, C, tuple(zip(*ctx.columns, strict=True)), num_warps=1, **ctx.options)
         return grad_gates, None, *grad_sources
@@ -1971,9 +1971,9 @@ def gate_groups(layers: Sequence[Layer], num_heads: int) -> list[list[float]]:
 
 def bank_matrices(hp: Hyperparameters) -> dict[str, int]:
     """How many matrices each bank has that are used; behind them come those that fill it up."""
-    attention, narrow = len(ATTENTION_LAYERS), sum(LAYERS[i].narrow for i in ATTENTION_LAYERS)
-    of_heads = dict(qk_bank=(attention - narrow) * hp.num_heads, narrow_qk_bank=narrow * hp.num_heads)
-    return dict(**of_heads, vo_bank=2 * attention, mlp_bank=2 * len(MLP_LAYERS))
+    H, narrow = hp.num_heads, [LAYERS[i].narrow for i in ATTENTION_LAYERS]
+    of_heads = dict(qk_bank=H * narrow.count(False), narrow_qk_bank=H * narrow.count(True))
+    return of_heads | dict(vo_bank=2 * len(narrow), mlp_bank=2 * len(MLP_LAYERS))
 
 
 class LayerWeights(NamedTuple):
@@ -2003,6 +2003,21 @@ def compiler(enabled: bool) -> Callable:
     # Compiling makes millions of objects that live on; Python's default garbage collection takes 5 % of its time.
     gc.set_threshold(100_000, 20, 100)
     return torch.compile(dynamic=False, fullgraph=True)
+
+
+def sums_of_kept(gates, kept: dict[str, Tensor], layers: list[Layer]) -> list[Tensor | None]:
+    """Of each layer what is added to its values, and to its stream: (T, C), or None; gates: gate_network's of sums.
+
+    What is read is replaced in `kept` by what the next reader is to take: see weighed_sums.
+    """
+    column = count()
+    wanted = [{name: next(column) for name in names} for layer in layers for names in (layer.values, layer.adds)]
+    read = [*dict.fromkeys(chain(*wanted))]
+    columns = tuple(tuple(of_sum.get(name, -1) for name in read) for of_sum in wanted if of_sum)
+    results = weighed_sums(gates, columns, *(kept[name] for name in read)) if read else ()
+    kept.update(zip(read, results[len(columns) :], strict=True))
+    sums = iter(results)
+    return [next(sums) if of_sum else None for of_sum in wanted]
 
 
 # The functions down to head_losses are the compiled regions and their helpers. One compilation serves all layers of a
@@ -2035,21 +2050,6 @@ def gate_network(x, waiting, w_in, w_out, bias, layers: list[Layer], num_heads: 
     parts = iter(gates.split(sizes, -1))
     of_sums, *of_heads = [next(parts).contiguous() if group else None for group in groups]
     return x, of_sums, of_heads
-
-
-def sums_of_kept(gates, kept: dict[str, Tensor], layers: list[Layer]) -> list[Tensor | None]:
-    """Of each layer what is added to its values, and to its stream: (T, C), or None; gates: gate_network's of sums.
-
-    What is read is replaced in `kept` by what the next reader is to take: see weighed_sums.
-    """
-    column = count()
-    wanted = [{name: next(column) for name in names} for layer in layers for names in (layer.values, layer.adds)]
-    read = [*dict.fromkeys(chain(*wanted))]
-    columns = tuple(tuple(of_sum.get(name, -1) for name in read) for of_sum in wanted if of_sum)
-    results = weighed_sums(gates, columns, *(kept[name] for name in read)) if read else ()
-    kept.update(zip(read, results[len(columns) :], strict=True))
-    sums = iter(results)
-    return [next(sums) if of_sum else None for of_sum in wanted]
 
 
 def normed_input(x, waiting, fp8: bool):
@@ -2377,7 +2377,7 @@ class GPT(nn.Module):
 # is the order of work, which hides communication behind updates, as the public speedrun's record of 2026-01-30 does.
 
 # Polar Express (arXiv 2505.16932): coefficients of four odd polynomials that drive singular values towards 1, made by
-# that paper's method (cushion 0.02, safety 1.02) for values from 0.003 on, which end in 0.80 to 1.20.
+# that paper's method (from 0.003 on, cushion 0.02, safety 1.02): what is at least 0.0031 ends in 0.79 to 1.21.
 POLAR_EXPRESS = (
     (8.089257077256764, -22.29778961176275, 15.747758643528782),
     (3.9404580091358694, -2.7839205238875935, 0.5039305903778444),
@@ -2498,7 +2498,7 @@ class NorMuon(Algorithm):
         # An orthogonal matrix has entries of mean square 1 / max(rows, columns). A tall one takes larger steps, as in
         # Muon: those of the MLPs, both stored (F, C), step by lr times sqrt(F / C).
         self.multipliers *= max(1, rows / columns) ** 0.5
-        # One rank leaves out what fills the bank up. Of several the first has none of that, and the others are as fast.
+        # One rank leaves out what fills the bank up, at its end; of several the first have none, and take as long.
         self.used = min(N, bank_matrices(hp).get(row.name, N))
 
     def update(self, grad: Tensor, lr_factor: float, momentum: float) -> Tensor:
@@ -3691,8 +3691,6 @@ def main(arguments: list[str]) -> None:
     compiles = isinstance(triton, ModuleType) and not usage and not describe and torch.cuda.device_count()
     tool = import_tool("precompile") if compiles else None
     end_compiling = tool.start(program, arguments) if tool else lambda: None
-    # torch.compile takes seconds to import: a thread does that while CUDA begins
-    imported = in_background(importlib.import_module, "torch._inductor.compile_fx").result if tool else lambda: None
     watch = guard.Watch(program) if guard else Unguarded()
     watch.start()
     try:
@@ -3706,6 +3704,8 @@ def main(arguments: list[str]) -> None:
 
         # What to run, and whether it can: known in a second, before anything waits
         checks, logfile, world = import_tool("checks"), import_tool("logfile"), World.from_environment()
+        # torch.compile takes seconds to import: a thread does that while CUDA begins, with the GPU chosen just now
+        imported = in_background(importlib.import_module, "torch._inductor.compile_fx").result if tool else lambda: None
         memory = torch.cuda.get_device_properties(world.device).total_memory / 2**30 if world.on_gpu else math.inf
         hp, overrides = parse_arguments(arguments, world.on_gpu, memory)
         wanted = next((name for name in ("resume", "checkpoint_every", "save_checkpoint") if getattr(hp, name)), None)

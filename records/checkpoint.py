@@ -197,9 +197,10 @@ def resume(hp: Hyperparameters, overrides: dict[str, object]) -> tuple[Hyperpara
     sound = types_of(content["progress"]) == types_of(vars(Progress())) and [*shards] == FILES
     sound &= all(isinstance(a, list) and a and {*map(type, a)} == {str} for a in shards.values())
     require(sound, f"{path}: its progress or shards are none of this program's")
-    names = map(str, content["optimizer"])
+    names = {*map(str, content["optimizer"])}
     averages = {name.removesuffix(".average") for name in names if name.endswith(".average")}
-    averaged = {row.name for row in PARAMETERS if row.averaged and saved.average_frac}
+    in_use = [row for row in PARAMETERS if f"{row.name}.m" in names]  # an empty parameter has no states
+    averaged = {row.name for row in in_use if row.averaged and saved.average_frac}
     told = f"{path}: the run had other averages than the column `averaged` of PARAMETERS says"
     require(averages == averaged, told)
     for key in overrides.keys() - FREE_ON_RESUME:

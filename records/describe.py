@@ -93,12 +93,12 @@ def forward_flop(run: Run, windows: dict[str, int], classes: int) -> dict[str, i
     program, hp, p = run.train_gpt, run.hp, run.parameters
     layers, C, heads = [layer for layer in program.LAYERS if layer.window], hp.model_dim, hp.num_heads
     banks = (p["narrow_qk_bank" if layer.narrow else "qk_bank"] for layer in layers)
-    of_qk, of_vo = sum(heads * bank[0].numel() for bank in banks), 2 * len(layers) * p["vo_bank"][0].numel()
+    of_qk, of_vo = sum(heads * bank[0].numel() for bank in banks), 2 * len(layers) * C * C
     flop = {"attention's projections": 2 * (of_qk + of_vo)}
     for name in dict.fromkeys(layer.window for layer in layers):
         widths = sum(1.5 if layer.narrow else 2 for layer in layers if layer.window == name)  # scores, values
         flop[f"attention, {name} windows"] = round(2 * widths * C * (windows[name] + 1))
-    flop["MLP"] = 2 * len(program.MLP_LAYERS) * p["mlp_bank"][0].numel()
+    flop["MLP"] = 2 * len(program.MLP_LAYERS) * p["mlp_bank"].shape[1:].numel()
     hidden = len(p["gate_in"]) * C + sum(gates_of(run, network) for network in program.NETWORK_LAYERS)
     flop["gates"] = 2 * program.GATE_HIDDEN * hidden
     if hp.copy_width:

@@ -233,6 +233,8 @@ PLANTED = {
         ("rows: a sum instead of a mean of squares", "mean_square = tl.sum(grad * grad, 0) / C",
          "mean_square = tl.sum(grad * grad, 0)", "test_ngram.py test_rows_follow_the_plain kernel-float32"),
         # Model
+        ("what fills a bank up is updated, too", "self.used = min(N, bank_matrices(hp).get(row.name, N))",
+         "self.used = N", "test_optimizer.py test_a_banks_matrices"),
         ("narrow layers take the wide ones' queries and keys", "banks = self.qk_bank, self.narrow_qk_bank",
          "banks = self.narrow_qk_bank, self.qk_bank", "test_model.py test_losses_and_gradients program's"),
         ("narrow layers have the others' scale", "NARROW_SCALE if layer.narrow else 1", "1",

@@ -30,6 +30,7 @@ EDITS = {
     ],
     "a skip with a gate of its own": [(r'(adds=[^,\n]*)(?=, keep="middle")', r"\1 | dict(early=0.1)")],
     "attention on another saved activation": [('reads="middle"', 'reads="early"')],
+    "no narrow layers": [(", narrow=True", "")],
     "no value embeddings": [(", value_embed=True", "")],
     "a learned scalar a layer": [
         (r"^SCALARS = \{\n", r'\g<0>    "added": (len(LAYERS), 1.0, 2.0),' + "\n"),
@@ -47,7 +48,7 @@ EDITS = {
     ],
     "a main stage fewer": [(STAGE_ROW, "")],
 }
-COLUMNS = {"no value embeddings", "one token predicted", "no prefix loss"}
+COLUMNS = {"no narrow layers", "no value embeddings", "one token predicted", "no prefix loss"}
 # In nats: of one process and eight, measured 2e-8, and the least that an edit changes, measured 5e-7 to 3e-3
 LOSS_TOLERANCE, EFFECT = 1e-5, 1e-7
 

@@ -376,6 +376,16 @@ def test_other_averages_are_refused(resume, monkeypatch):
         resume()
 
 
+def test_a_run_without_narrow_layers_goes_on(resume, tmp_path):
+    """Their bank, which is empty then, is in no checkpoint."""
+    path = tmp_path / "logs" / "kept_step000006.pt"
+    content = checkpoint.read_checkpoint(path)
+    states = {name: state for name, state in content["optimizer"].items() if "narrow_qk_bank" not in name}
+    assert len(states) < len(content["optimizer"])
+    checkpoint.write_checkpoint(path, {**content, "optimizer": states})
+    assert resume()[1]["step"] == 6
+
+
 def test_other_stages_are_refused(resume, monkeypatch):
     stages = train_gpt.PRESETS["smoke"]["stages"]
     monkeypatch.setitem(train_gpt.PRESETS["smoke"], "stages", (stages[0]._replace(lr=2.0), *stages[1:]))

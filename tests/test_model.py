@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from checks import check_tables
 from conftest import relative_error
 from small_run import tables_of
+from test_kernels import interpreted
 
 import train_gpt
 from train_gpt import (
@@ -345,6 +346,27 @@ def test_losses_and_gradients_are_those_of_the_plain_formulas(monkeypatch, layer
         else:  # of what this table does not use
             assert parameter.grad is None or not parameter.grad.any(), name
             assert layers != list(LAYERS), name
+
+
+# The kernel computes in float32.
+@interpreted
+@pytest.mark.parametrize("name", ["the program's", "a network each layer"])
+def test_gradients_are_the_same_where_sums_of_kept_outputs_are_a_kernels(monkeypatch, name):
+    for table, value in tables_of(EDITED_LAYERS[name]).items():
+        monkeypatch.setattr(train_gpt, table, value)
+    model, tokens, found = random_model(), random_tokens(), []
+    slopes = torch.randn(T, dtype=torch.float64)
+    for weighed_sums in (train_gpt.weighed_sums, train_gpt.WeighedSums.apply):
+        monkeypatch.setattr(train_gpt, "weighed_sums", weighed_sums)
+        for p in parameters_of(model).values():
+            p.grad = None
+        losses = losses_of(model, tokens[:-1], tokens[1:])
+        (losses * slopes).sum().backward()
+        found.append({"losses": losses.detach(), **{n: p.grad for n, p in parameters_of(model).items()}})
+    for key, expected in found[0].items():
+        assert (expected is None) == (found[1][key] is None), key
+        if expected is not None and expected.any():
+            assert relative_error(found[1][key], expected) < 1e-5, key
 
 
 def test_logits_are_those_of_the_plain_formulas_and_of_the_losses():
