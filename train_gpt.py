@@ -1996,6 +1996,8 @@ def compiler(enabled: bool) -> Callable:
         return lambda function: function
     # A function is compiled once for each kind of layer in each stage: more often than Dynamo's limit of 8 allows.
     torch._dynamo.config.recompile_limit = 64
+    # PyTorch times each graph's guards, for which it clears the CPU's caches: 14 ms a graph for a number in a log.
+    torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
     # A warm start finds graphs by their code, our autograd functions' included.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     # The processes that compile Triton's code take seconds to start, and kernels wait for them.
@@ -2006,7 +2008,7 @@ def compiler(enabled: bool) -> Callable:
 
 
 def sums_of_kept(gates, kept: dict[str, Tensor], layers: list[Layer]) -> list[Tensor | None]:
-    """Of each layer what is added to its values, and to its stream: (T, C), or None; gates: gate_network's of sums.
+    """Of each layer what is added to its values, and to its stream: (T, C), or None; gates: the network's of sums.
 
     What is read is replaced in `kept` by what the next reader is to take: see weighed_sums.
     """
@@ -2040,16 +2042,13 @@ def embed_inputs(x, ngrams, inputs, signs, spelling, spellings):
     return x, (widened(ngrams).sum(0) * F.embedding(inputs, signs)).to(x.dtype)
 
 
-def gate_network(x, waiting, w_in, w_out, bias, layers: list[Layer], num_heads: int):
-    """The stream (T, C); the gates of all sums of `layers` (T, gates); three of heads a layer, (T, H) or None."""
+def gate_network(x, waiting, w_in, w_out, bias, sizes: list[int]):
+    """The stream (T, C), and gates in groups of these sizes (T, size), as in gate_groups; of size 0 None."""
     x = join(x, waiting)
-    groups = gate_groups(layers, num_heads)
-    sizes = [len(group) for group in groups if group]  # PyTorch 2.11 can't compile a split into nothing
     hidden = F.gelu(F.linear(x, w_in))
     gates = GATE_SCALE * (F.linear(hidden, w_out[: sum(sizes)]) + bias[: sum(sizes)])
-    parts = iter(gates.split(sizes, -1))
-    of_sums, *of_heads = [next(parts).contiguous() if group else None for group in groups]
-    return x, of_sums, of_heads
+    parts = iter(gates.split([size for size in sizes if size], -1))  # PyTorch 2.11 can't compile a split into nothing
+    return x, [next(parts).contiguous() if size else None for size in sizes]
 
 
 def normed_input(x, waiting, fp8: bool):
@@ -2319,7 +2318,8 @@ class GPT(nn.Module):
         for layer, w in zip(LAYERS, weights, strict=True):
             if layer.gates:
                 *network, layers = next(networks)
-                x, of_sums, of_heads = self.gate_network(x, waiting, *network, layers, self.num_heads)
+                sizes = [*map(len, gate_groups(layers, self.num_heads))]
+                x, (of_sums, *of_heads) = self.gate_network(x, waiting, *network, sizes)
                 waiting, gates, sums = None, iter(of_heads), iter(sums_of_kept(of_sums, kept, layers))
             xsa, head_gates, value_gate, added_values, added = *islice(gates, 3), *islice(sums, 2)
             y = None
@@ -2342,7 +2342,9 @@ class GPT(nn.Module):
                 scale = self.yarn.scale * (NARROW_SCALE if layer.narrow else 1)
                 y = attend(q, k, v, documents[layer.paired], windows[layer.window], scale, xsa)
                 y = y.reshape(len(x), self.num_heads, -1)  # paired or not, one graph
-            x, waiting = self.layer_outputs(x, waiting, y, head_gates, added, w)
+            # PyTorch's cache does not keep the graph of a row that just adds.
+            outputs = self.layer_outputs if layer.window or layer.mlp else layer_outputs
+            x, waiting = outputs(x, waiting, y, head_gates, added, w)
             if layer.keep:
                 kept[layer.keep] = x = join(x, waiting)
                 waiting = None
