@@ -1534,18 +1534,20 @@ def weighed_sums_kernel(
     In backward inputs are the sums' gradients, and a gate's is the product of one with the source partners[i].
     """
     t, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    places, inside = t * C + cols, cols < C
     for i in tl.static_range(len(outs)):
         total = tl.zeros((BLOCK,), tl.float32)
         if added[i] is not None:
-            total += tl.load(added[i] + t * C + cols, mask=cols < C, other=0.0).to(tl.float32)
+            total += tl.load(added[i] + places, mask=inside, other=0.0).to(tl.float32)
+        if products_ptr is not None:
+            partner = tl.load(partners[i] + places, mask=inside, other=0.0).to(tl.float32)
         for j in tl.static_range(len(inputs)):
             if COLUMNS[i][j] >= 0:
-                gate, x = t * GATES + COLUMNS[i][j], tl.load(inputs[j] + t * C + cols, mask=cols < C, other=0.0)
-                total += tl.load(gates_ptr + gate).to(tl.float32) * x.to(tl.float32)
+                gate, x = t * GATES + COLUMNS[i][j], tl.load(inputs[j] + places, mask=inside, other=0.0).to(tl.float32)
+                total += tl.load(gates_ptr + gate).to(tl.float32) * x
                 if products_ptr is not None:
-                    partner = tl.load(partners[i] + t * C + cols, mask=cols < C, other=0.0).to(tl.float32)
                     tl.store(products_ptr + gate, tl.sum(x * partner, 0).to(products_ptr.dtype.element_ty))
-        tl.store(outs[i] + t * C + cols, total.to(outs[i].dtype.element_ty), mask=cols < C)
+        tl.store(outs[i] + places, total.to(outs[i].dtype.element_ty), mask=inside)
 
 
 class WeighedSums(torch.autograd.Function):
@@ -3691,8 +3693,8 @@ def main(arguments: list[str]) -> None:
     usage, describe = {"-h", "--help"} & words, {"--describe", "--describe=true", "--describe=1"} & words
     # A second process is forked while this one has neither CUDA nor threads of its own; GPUs are counted by NVML.
     compiles = isinstance(triton, ModuleType) and not usage and not describe and torch.cuda.device_count()
-    tool = import_tool("precompile") if compiles else None
-    end_compiling = tool.start(program, arguments) if tool else lambda: None
+    precompile = import_tool("precompile") if compiles else None
+    end_compiling = precompile.start(program, arguments) if precompile else lambda: None
     watch = guard.Watch(program) if guard else Unguarded()
     watch.start()
     try:
@@ -3707,7 +3709,8 @@ def main(arguments: list[str]) -> None:
         # What to run, and whether it can: known in a second, before anything waits
         checks, logfile, world = import_tool("checks"), import_tool("logfile"), World.from_environment()
         # torch.compile takes seconds to import: a thread does that while CUDA begins, with the GPU chosen just now
-        imported = in_background(importlib.import_module, "torch._inductor.compile_fx").result if tool else lambda: None
+        load = partial(importlib.import_module, "torch._inductor.compile_fx")
+        imported = in_background(load).result if precompile else lambda: None
         memory = torch.cuda.get_device_properties(world.device).total_memory / 2**30 if world.on_gpu else math.inf
         hp, overrides = parse_arguments(arguments, world.on_gpu, memory)
         wanted = next((name for name in ("resume", "checkpoint_every", "save_checkpoint") if getattr(hp, name)), None)
