@@ -267,8 +267,8 @@ def check_gpu(train_gpt: ModuleType, hp: Hyperparameters, world: World) -> list[
     told = f"{gpu.name} has {shared} bytes of shared memory a multiprocessor, the kernels' tiles take up to "
     told += f"{KERNEL_SHARED_MEMORY}: make those of attention and linear_relu2_triton smaller"
     require(gpu.major < 9 or shared >= KERNEL_SHARED_MEMORY, told)
-    # Measured for the speedrun's model beside its n-grams: 5.8 GiB whatever the batch, 25.8 with 49,152 tokens,
-    # 27.2 with bf16 layers. Since then 1.3 less.
+    # Measured for the speedrun's model beside its n-grams, when it took 1.3 GiB more than now: 5.8 GiB whatever the
+    # batch, 25.8 with 49,152 tokens, 27.2 with bf16 layers.
     sizes = {stage.tokens // train_gpt.MICRO_BATCHES for stage in hp.stages}
     largest = max(size * train_gpt.micro_batches_together(size, hp, world) for size in sizes)
     free, (table, cache) = torch.cuda.mem_get_info(world.device)[0] / 2**30, ngram_gib(train_gpt, hp, world)

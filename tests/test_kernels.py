@@ -605,13 +605,12 @@ OPERATOR_DTYPE = torch.bfloat16 if HAS_GPU else torch.float32
 COMPILED_TOLERANCE, COMPILED_FP8_TOLERANCE = (5e-3, 6e-2) if HAS_GPU else (1e-6, 1e-6)
 
 
-def assert_compiled_equals_eager(function, inputs, grad_out, *tolerances):
-    """tolerances: one a result, or one for all; else COMPILED_TOLERANCE."""
+def assert_compiled_equals_eager(function, inputs, grad_out, tolerances=COMPILED_TOLERANCE):
+    """tolerances: one for all results, or one for each."""
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND)
     outs, refs = with_gradients(compiled, inputs, grad_out), with_gradients(function, inputs, grad_out)
-    tolerances = len(outs) * (tolerances or (COMPILED_TOLERANCE,))
-    for i, (out, ref, tolerance) in enumerate(zip(outs, refs, tolerances[: len(outs)], strict=True)):
+    for i, (out, ref, tolerance) in enumerate(zip(outs, refs, np.broadcast_to(tolerances, len(outs)), strict=True)):
         assert out.dtype == ref.dtype
         assert relative_error(out, ref) < tolerance, f"result {i}"
 
@@ -626,8 +625,8 @@ def test_compiled_mlp_equals_eager():
 @needs_fp8_gpu
 def test_compiled_mlp_in_fp8_equals_eager():
     inputs, grad_out = mlp_inputs(DEVICE, 0.25)
-    tolerance = FP8_MLP_TOLERANCES.values() if HAS_GPU else 4 * [COMPILED_FP8_TOLERANCE]
-    assert_compiled_equals_eager(fp8_mlp(0.25), inputs, grad_out, *tolerance)
+    tolerances = [*FP8_MLP_TOLERANCES.values()] if HAS_GPU else COMPILED_FP8_TOLERANCE
+    assert_compiled_equals_eager(fp8_mlp(0.25), inputs, grad_out, tolerances)
 
 
 @pytest.mark.parametrize("copying", [False, True])

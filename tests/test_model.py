@@ -785,6 +785,7 @@ def test_parameters_have_the_shapes_and_types_that_checkpoints_and_optimizer_exp
     model, C, H, D = GPT(WIDE, CPU, torch.bfloat16), WIDE.model_dim, WIDE.num_heads, WIDE.head_dim
     attention = sum(layer.window is not None for layer in LAYERS)
     narrow = sum(layer.window is not None and layer.narrow for layer in LAYERS)
+    wide = attention - narrow
     values = sum(layer.value_embed for layer in LAYERS)
     mlps = sum(layer.mlp for layer in LAYERS)
     networks = [[]]  # gates of each; those ahead of the first network's row are none
@@ -799,7 +800,7 @@ def test_parameters_have_the_shapes_and_types_that_checkpoints_and_optimizer_exp
         "gate_bias": (len(networks) - 1, most),
         "copy_qk": (2 * WIDE.copy_width, C),
         "copy_sentinel": (1, C),
-        "qk_bank": ((attention - narrow) * H + -(attention - narrow) * H % 8, 2 * D, C),  # banks in eights
+        "qk_bank": (wide * H + -wide * H % 8, 2 * D, C),  # banks in eights
         "narrow_qk_bank": (narrow * H + -narrow * H % 8, D, C),
         "vo_bank": (2 * attention + -2 * attention % 8, C, C),
         "mlp_bank": (mlps + -mlps % 4, 2, WIDE.mlp_ratio * C, C),
