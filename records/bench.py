@@ -6,13 +6,14 @@ What a step of each stage takes, and which kernels take it: what train_gpt.py do
 
 It is started through train_gpt.py only, which hands itself over as the module `train_gpt`.
 
-Times come from steps launched as in the run, kernels from PyTorch's profiler in a second pass, as it slows steps down.
+Steps are launched as in the run. Kernels come from PyTorch's profiler in a second pass, as it slows steps down.
 Rates are set against what one large product reaches on the same machine, not against a data sheet. What the columns
 mean stands in README.md, "Is it faster?".
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -30,7 +31,9 @@ import torch
 if TYPE_CHECKING:  # for hints alone
     from train_gpt import GPT, Log, StepBatch, Trainer
 
-UNTIMED_STEPS, PROFILED_STEPS = 2, 2  # at a stage's start; an even and an odd one
+UNTIMED_STEPS = 2  # at a stage's start
+PROFILED_STEPS = 2  # an even and an odd one
+HEATING_STEPS = 8  # a GPU's, ahead of these: it cools down while the profiler starts, and a cool one is faster
 # Category of a kernel by its name, the first that matches; on a CPU, of an operator by the names of those it runs in.
 # What Optimizer.step launches is the optimizer's whatever its name, unless it communicates.
 KERNEL_CATEGORIES = {
@@ -53,6 +56,13 @@ class Kernel(NamedTuple):
     duration: float
 
 
+class Profile(NamedTuple):
+    """PROFILED_STEPS steps: what ran, and how long they took, from the end of a step's optimizer, in microseconds."""
+
+    kernels: list[Kernel]
+    duration: float
+
+
 @cache
 def kernel_category(name: str, in_optimizer: bool = False) -> str:
     """One of KERNEL_CATEGORIES, or "other"."""
@@ -60,20 +70,24 @@ def kernel_category(name: str, in_optimizer: bool = False) -> str:
     return "optimizer" if in_optimizer and category != "communication" else category
 
 
-def kernels_of(profiler: torch.profiler.profile, on_gpu: bool) -> list[Kernel]:
-    """What ran while the profiler did: on the GPU, or the operators on the CPU."""
+def profile_of(profiler: torch.profiler.profile, on_gpu: bool) -> Profile:
+    """The last PROFILED_STEPS steps on the GPU; or all operators on the CPU, whose own times then are the duration."""
     kind, events = torch.autograd.DeviceType, profiler.events()
-    spans = [e.time_range for e in events if e.name == "optimizer" and e.device_type == kind.CPU]
+    device = kind.CUDA if on_gpu else kind.CPU  # there a span is that of the kernels which were launched in it
+    spans = [e.time_range for e in events if e.name == "optimizer" and e.device_type == device]
+    ends = sorted(span.end for span in spans)
+    begin, end = (ends[-1 - PROFILED_STEPS], ends[-1]) if on_gpu else (-math.inf, math.inf)
 
     def path(event) -> str:
         return f"{path(event.cpu_parent)} {event.name}" if event.cpu_parent else event.name
 
     kernels = []
-    for event in (e for e in events if not e.is_user_annotation and (e.device_type == kind.CUDA) == on_gpu):
+    for event in (e for e in events if e.device_type == device and not e.is_user_annotation):
         start, duration = event.time_range.start, event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
-        category = kernel_category(path(event), any(span.start <= start <= span.end for span in spans))
-        kernels.append(Kernel(event.name, category, start, duration))
-    return kernels
+        if begin <= start < end:
+            category = kernel_category(path(event), any(span.start <= start <= span.end for span in spans))
+            kernels.append(Kernel(event.name, category, start, duration))
+    return Profile(kernels, end - begin if on_gpu else sum(kernel.duration for kernel in kernels))
 
 
 def busy_time(kernels: list[Kernel]) -> float:
@@ -120,7 +134,7 @@ def measure_ceilings(train_gpt: ModuleType, device: torch.device, dtype: torch.d
 def typical_ms(times: list[tuple[int, float]]) -> float:
     """Of (step, ms): the mean of the medians of even and odd steps.
 
-    Adam steps on odd steps only: the median of all would be the slowest of one kind or the fastest of the other.
+    Mostly Adam steps on odd steps only: the median of all would be the slowest of one kind or the fastest of the other.
     """
     kinds = [[ms for step, ms in times if step % 2 == odd] for odd in (0, 1)]
     return float(np.mean([np.median(kind) for kind in kinds if kind]))
@@ -173,27 +187,28 @@ class Bench:
                 times.setdefault(stage, []).append((step, ms))
         return times
 
-    def profile_stages(self) -> dict[int, list[Kernel]]:
-        """Per stage the kernels of PROFILED_STEPS on this rank; with --profile rank 0's trace goes to a file."""
-        synchronize, kernels = torch.get_device_module(self.world.device).synchronize, {}
-        steps = chain(self.steps(UNTIMED_STEPS + PROFILED_STEPS), [None])
-        for (stage, i, step, batch), following in pairwise(steps):
+    def profile_stages(self) -> dict[int, Profile]:
+        """Per stage PROFILED_STEPS on this rank; with --profile rank 0's trace goes to a file."""
+        synchronize, profiles = torch.get_device_module(self.world.device).synchronize, {}
+        clock = self.train_gpt.Clock(self.world.device)
+        count = UNTIMED_STEPS + HEATING_STEPS * self.world.on_gpu + PROFILED_STEPS
+        for (stage, i, step, batch), following in pairwise(chain(self.steps(count), [None])):
             if i == UNTIMED_STEPS:
                 synchronize()
                 profiler = torch.profiler.profile(acc_events=True)
                 profiler.start()
             self.trainer.enter_step(step)
             self.trainer.add_gradients(step, batch)
-            synchronize()  # what runs on the GPU from here on was launched by the optimizer
             with torch.profiler.record_function("optimizer"):
                 self.trainer.update(step, following and following[-1])
+            clock.step_issued()
+            if i == count - 1:
                 synchronize()
-            if i == UNTIMED_STEPS + PROFILED_STEPS - 1:
                 profiler.stop()
-                kernels[stage] = kernels_of(profiler, self.world.on_gpu)
+                profiles[stage] = profile_of(profiler, self.world.on_gpu)
                 if self.hp.profile and self.world.rank == 0:
                     profiler.export_chrome_trace(str(self.trace_path(stage)))
-        return kernels
+        return profiles
 
     def trace_path(self, stage: int) -> Path:
         """Where the stage's trace goes, for chrome://tracing or ui.perfetto.dev."""
@@ -204,19 +219,17 @@ class Bench:
         self.trainer.model.prefixes.copy_(self.train_gpt.prefix_table(self.hp))  # as a run has them
         # Profiling comes after all timing: it can slow down what follows.
         times = self.time_stages()
-        kernels = self.profile_stages() if self.hp.profile or self.world.on_gpu else {}
+        profiles = self.profile_stages() if self.hp.profile or self.world.on_gpu else {}
         if self.hp.bench:
             fp8 = self.train_gpt.use_fp8(self.hp, self.world)
             dtype = self.train_gpt.choose_dtype(self.hp, self.world)
             ceilings = measure_ceilings(self.train_gpt, self.world.device, dtype, fp8)
-            self.write_times(times, kernels, ceilings, fp8, start_seconds)
+            self.write_times(times, profiles, ceilings, fp8, start_seconds)
         if self.hp.profile:
-            for stage in kernels:
-                # A CPU is slowed down by the profiler: there the whole is the operators' time.
-                on_cpu_ms = sum(kernel.duration for kernel in kernels[stage]) / 1000 / PROFILED_STEPS
-                self.write_kernels(stage, kernels[stage], typical_ms(times[stage]) if self.world.on_gpu else on_cpu_ms)
+            for stage, profile in profiles.items():
+                self.write_kernels(stage, profile)
 
-    def write_times(self, times, kernels, ceilings: tuple[float, float], fp8: bool, start_seconds: float) -> None:
+    def write_times(self, times, profiles, ceilings: tuple[float, float], fp8: bool, start_seconds: float) -> None:
         """The table of stages and the whole run's time."""
         head = "stage steps tokens ms/step min ms/micro-batch min tokens/s TFLOP/s of_ceiling GPU_busy peak_GiB run_s"
         rows, projected = [[name.replace("_", " ") for name in head.split()]], 0.0
@@ -230,7 +243,7 @@ class Bench:
             floor_ms = sum(1000 * work / ceiling for work, ceiling in zip(flops, ceilings, strict=True))
             busy, peak = "n/a", "n/a"
             if self.world.on_gpu:
-                busy = f"{busy_time(kernels[stage]) / 1000 / PROFILED_STEPS / ms:.1%}"
+                busy = f"{busy_time(profiles[stage].kernels) / profiles[stage].duration:.1%}"
                 peak = f"{self.trainer.peak_memory[stage] / 2**30:.1f}"
             seconds = steps * ms / 1000
             projected += seconds
@@ -247,12 +260,13 @@ class Bench:
             f"{projected * size:.2f} {kind}-seconds"
         )
 
-    def write_kernels(self, stage: int, kernels: list[Kernel], step_ms: float) -> None:
-        """The stage's kernels by category, and the 15 largest, with their share of a step."""
+    def write_kernels(self, stage: int, profile: Profile) -> None:
+        """The stage's kernels by category, and the 15 largest, with their share of a profiled step."""
+        step_ms = profile.duration / 1000 / PROFILED_STEPS
 
         def table(*columns: str, more: tuple = ()) -> str:
             ms, launches = Counter(), Counter()
-            for kernel in kernels:
+            for kernel in profile.kernels:
                 key = tuple(getattr(kernel, column)[:90] for column in columns)
                 ms[key] += kernel.duration / 1000 / PROFILED_STEPS
                 launches[key] += 1
@@ -260,7 +274,7 @@ class Bench:
             rows = [[f"{total:.3f}", f"{total / step_ms:.1%}", *others] for total, *others in (*rows, *more)]
             return aligned([["ms/step", "share", "count", *columns], *rows], len(columns))
 
-        gaps = step_ms - busy_time(kernels) / 1000 / PROFILED_STEPS
+        gaps = step_ms - busy_time(profile.kernels) / 1000 / PROFILED_STEPS
         self.log.write(f"stage {stage + 1}, kernels of a step of {step_ms:.2f} ms; trace: {self.trace_path(stage)}")
         self.log.write(table("category", more=[(gaps, "", "gaps")] if self.world.on_gpu else ()))
         self.log.write(table("category", "name"))

@@ -16,10 +16,11 @@ from bench import (
     KERNEL_CATEGORIES,
     Bench,
     Kernel,
+    Profile,
     busy_time,
     flops_per_token,
     kernel_category,
-    kernels_of,
+    profile_of,
     typical_ms,
 )
 
@@ -140,22 +141,36 @@ def fake_profiler(*events):
     return SimpleNamespace(events=lambda: [event(*e) for e in events])
 
 
-def test_a_kernel_that_starts_in_the_optimizers_span_is_the_optimizers():
-    profiler = fake_profiler(
-        ("aten::mm", "CPU", 0, 5),
-        ("nvjet_1", "CUDA", 7, 90),
-        ("optimizer", "CPU", 100, 200),
-        ("optimizer", "CUDA", 110, 190),  # its shadow on the GPU is no kernel
-        ("nvjet_1", "CUDA", 110, 150),
-        ("ncclDevKernel_AllGather_RING_LL", "CUDA", 150, 190),
-        ("cross_entropy_kernel", "CUDA", 210, 230),
+def test_a_gpus_profile_has_the_last_two_steps_and_the_optimizer_what_starts_in_its_span():
+    steps = []
+    for end in range(1000, 5000, 1000):  # of four steps
+        steps += [
+            ("aten::mm", "CPU", end - 995, end - 990),
+            ("optimizer", "CPU", end - 990, end - 985),  # launched long before it runs
+            ("nvjet_1", "CUDA", end - 993, end - 910),
+            ("optimizer", "CUDA", end - 890, end),  # from its first to its last kernel; none itself
+            ("nvjet_1", "CUDA", end - 890, end - 850),
+            ("ncclDevKernel_AllGather_RING_LL", "CUDA", end - 850, end),
+        ]
+    last = ("cross_entropy_kernel", "CUDA", 4000, 4100)  # of the next step, which the profile's end cuts off
+    assert profile_of(fake_profiler(*steps, last), on_gpu=True) == (
+        [
+            kernel
+            for end in (3000, 4000)
+            for kernel in (
+                Kernel("nvjet_1", "products", end - 993, 83),
+                Kernel("nvjet_1", "optimizer", end - 890, 40),
+                Kernel("ncclDevKernel_AllGather_RING_LL", "communication", end - 850, 850),
+            )
+        ],
+        2000,
     )
-    assert kernels_of(profiler, on_gpu=True) == [
-        Kernel("nvjet_1", "products", 7, 83),
-        Kernel("nvjet_1", "optimizer", 110, 40),
-        Kernel("ncclDevKernel_AllGather_RING_LL", "communication", 150, 40),
-        Kernel("cross_entropy_kernel", "loss", 210, 20),
-    ]
+
+
+def test_a_cpus_profile_has_all_operators_and_lasts_as_long_as_they():
+    profiler = fake_profiler(("aten::mm", "CPU", 0, 5), ("optimizer", "CPU", 100, 200), ("aten::mm", "CPU", 110, 150))
+    expected = [Kernel("aten::mm", "products", 0, 5), Kernel("aten::mm", "optimizer", 110, 40)]
+    assert profile_of(profiler, on_gpu=False) == (expected, 45)
 
 
 def test_even_and_odd_steps_weigh_the_same():
@@ -173,9 +188,9 @@ def rows_of(text, first_column):
 def test_rates_follow_from_the_time_of_a_step_and_the_ceilings(speedrun):
     written, stages, schedule = [], range(len(speedrun.hp.stages)), speedrun.schedule
     times = {stage: [(2, 100.0), (3, 120.0), (4, 100.0), (5, 90.0)] for stage in stages}  # an odd step's median: 105
-    kernels = {stage: [Kernel("", "", 0, 123_000)] for stage in stages}  # of two steps
+    profiles = {stage: Profile([Kernel("", "", 0, 123_000)], 205_000) for stage in stages}
     bench = Bench(train_gpt, speedrun, [], SimpleNamespace(write=written.append))
-    bench.write_times(times, kernels, ceilings=(800e12, 1400e12), fp8=True, start_seconds=1.5)
+    bench.write_times(times, profiles, ceilings=(800e12, 1400e12), fp8=True, start_seconds=1.5)
     header, *rows = rows_of("\n".join(written), "stage")
     for row, stage in zip(rows, speedrun.hp.stages, strict=True):
         layers, in_fp8, head = products_of(speedrun.hp, stage.classes)
