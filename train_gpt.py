@@ -94,14 +94,16 @@ class TrainingStage(NamedTuple):
     max_seq_len: int = 1 << 30  # documents are cut at this length or at train_max_seq_len, whichever is less
     classes: int = 0  # tokens of the vocabulary in a step's softmax, its targets among them (softmax_classes); 0: all
     prefix: tuple[float, float] = (0.0, 0.0)  # weight of the next token's prefix (prefix_table) at the start and end
+    adam: int = 2  # steps from one update of the parameters under Adam to the next, which sums up their gradients
 
 
 # Training begins with short windows and small batches, in which a token costs nearly the same and teaches more: with
-# half the seed record's batches, a quarter run ended 0.06 lower. Joined, micro-batches have 65,536 tokens on one GPU.
+# half the seed record's batches, a quarter run ended 0.06 lower. So do more updates by Adam: in stage 1 every step has
+# one, later every second. Joined, micro-batches have 65,536 tokens on one GPU.
 # More GPUs pay for each step with an exchange: there half as many steps of 131,072 may be faster in stage 2.
 STAGES = (
     # share, tokens, short and long window, lr, multi-token weights at the start and at the end, max_seq_len, classes
-    TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), 896, 12_288, prefix=(0.25, 0.25)),
+    TrainingStage(1, 65_536, 1, 3, 0.85, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), 896, 12_288, prefix=(0.25, 0.25), adam=1),
     TrainingStage(2, 65_536, 3, 7, 1.0, (1.0, 0.5), (1.0, 0.0), classes=12_288, prefix=(0.25, 0.0)),
     TrainingStage(1.25, 131_072, 5, 11, 1.2, (1.0,), (1.0,), classes=17_408),
     TrainingStage(0.25, 131_072, 5, 11, 1.2, (1.0,), (1.0,)),  # all classes, to correct those that were left out
@@ -182,7 +184,7 @@ class Row(NamedTuple):
     """One row a parameter of the optimizer. Gradients are reduced and parameters updated in the order of the rows."""
 
     name: str
-    # "normuon": banks of matrices, kept in bf16 and 16 bits more, as float32 has. "adam": on odd steps only. "rowwise":
+    # "normuon": banks of matrices, kept in bf16 and 16 bits more, as float32 has. "adam": not in every step. "rowwise":
     # the table of n-grams, of which a step updates the rows that it has looked up
     algorithm: str
     sharded: bool  # reduce-scatter, update one's slice, all-gather; otherwise all-reduce and update everywhere
@@ -2316,24 +2318,29 @@ class GPT(nn.Module):
         documents = {False: batch.documents, True: batch.documents.paired()}
         kept, normed, gates, sums = {"x0": x0, "ngrams": ngrams}, {}, repeat(None), repeat(None)
         networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
-        x, waiting = x0, None  # the stream, and what join has yet to add to it
+        x, waiting, keep = x0, None, None  # the stream, what join has yet to add to it, and its name in `kept`
         for layer, w in zip(LAYERS, weights, strict=True):
+            fp8 = w.qkv is not None and w.qkv.fp8 is not None
+            # What reads the stream joins it: in one pass, and backward adds up both gradients in one.
             if layer.gates:
                 *network, layers = next(networks)
                 sizes = [*map(len, gate_groups(layers, self.num_heads))]
                 x, (of_sums, *of_heads) = self.gate_network(x, waiting, *network, sizes)
-                waiting, gates, sums = None, iter(of_heads), iter(sums_of_kept(of_sums, kept, layers))
+                waiting = None
+            if layer.window and layer.reads in (None, keep):  # what is to be kept is the stream
+                x, *normed[layer.reads] = self.normed_input(x, waiting, fp8)
+                waiting = None
+            if keep:
+                kept[keep] = x = join(x, waiting)
+                waiting = None
+            if layer.gates:
+                gates, sums = iter(of_heads), iter(sums_of_kept(of_sums, kept, layers))
             xsa, head_gates, value_gate, added_values, added = *islice(gates, 3), *islice(sums, 2)
-            y = None
+            y, keep = None, layer.keep
             if layer.window:
-                fp8 = w.qkv.fp8 is not None
-                if layer.reads is None:
-                    x, *inputs = self.normed_input(x, waiting, fp8)
-                    waiting = None
-                else:
-                    if layer.reads not in normed:
-                        _, *normed[layer.reads] = self.normed_input(kept[layer.reads], None, fp8)
-                    inputs = normed[layer.reads]
+                if layer.reads not in normed:
+                    _, *normed[layer.reads] = self.normed_input(kept[layer.reads], None, fp8)
+                inputs = normed[layer.reads]
                 weight, scale = self.qkv_weight(w)
                 projection = w.qkv._replace(weight=weight, scale=scale, x=inputs[0], x_fp8=inputs[1])
                 embed_rows = next(value_rows) if layer.value_embed else None
@@ -2344,12 +2351,10 @@ class GPT(nn.Module):
                 scale = self.yarn.scale * (NARROW_SCALE if layer.narrow else 1)
                 y = attend(q, k, v, documents[layer.paired], windows[layer.window], scale, xsa)
                 y = y.reshape(len(x), self.num_heads, -1)  # paired or not, one graph
-            # PyTorch's cache does not keep the graph of a row that just adds.
-            outputs = self.layer_outputs if layer.window or layer.mlp else layer_outputs
-            x, waiting = outputs(x, waiting, y, head_gates, added, w)
-            if layer.keep:
-                kept[layer.keep] = x = join(x, waiting)
-                waiting = None
+            if layer.window or layer.mlp:
+                x, waiting = self.layer_outputs(x, waiting, y, head_gates, added, w)
+            else:  # a row that just adds
+                x, waiting = join(x, waiting), added
         return join(x, waiting)
 
     def logits(self, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
@@ -2795,8 +2800,8 @@ class Optimizer:
     """Steps every parameter, with the communication scheduled by hand.
 
     All reductions start in the order of PARAMETERS; updates run in the same order, as their gradients arrive, and
-    gathers run beneath the updates that follow. Parameters under Adam step on odd steps only, counted from 0, with the
-    sum of two steps' gradients. The n-grams' table is held here; the model has a cache of the rows a step looks up.
+    gathers run beneath the updates that follow. Parameters under Adam wait for the last of `adam_every` steps, and then
+    take the sum of their gradients. The n-grams' table is held here; the model has a cache of the rows a step looks up.
     """
 
     def __init__(self, model: GPT, hp: Hyperparameters, world: World, compile: bool = False):
@@ -2816,9 +2821,9 @@ class Optimizer:
                 slot.communication.mark_lookups(i % self.world.size, tokens)
 
     @torch.no_grad()
-    def step(self, step: int, lr_factor: float, momentum: float) -> None:
+    def step(self, step: int, lr_factor: float, momentum: float, adam_every: int = 2) -> None:
         """Updates the parameters due at `step` from their .grad, then clears it; first adds up that of spellings."""
-        adam_is_due = step % 2 == 1
+        adam_is_due = (step + 1) % adam_every == 0
         due = {n: slot for n, slot in self.slots.items() if adam_is_due or slot.row.algorithm != "adam"}
         for name, slot in due.items():
             if name == "spellings":
@@ -3422,8 +3427,9 @@ class Trainer:
         Meanwhile rows of n-grams travel to the ranks that look them up in the `following` step.
         """
         self.ngrams.communication.coming = following and following.exchange
-        self.optimizer.step(step, self.schedule.lr(step), self.schedule.momentum(step))
-        if weight := self.schedule.average_weight(step):
+        schedule = self.schedule
+        self.optimizer.step(step, schedule.lr(step), schedule.momentum(step), adam_every=schedule.stage(step).adam)
+        if weight := schedule.average_weight(step):
             self.optimizer.average(weight, settle=step == self.hp.total_steps - 1)
 
     @torch.no_grad()

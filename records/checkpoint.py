@@ -83,7 +83,7 @@ class Checkpoints:
     def at(self, step: int, between: BetweenSteps) -> None:
         """What is due when `step` steps are done: a checkpoint, and after a signal the end of the run."""
         trainer, now, every = between.trainer, between.now, between.hp.checkpoint_every
-        # Only after an even number of steps: else Adam's gradients of one step would be lost.
+        # Only after an even number of steps: else a gradient that waits for Adam would be lost.
         if not every or step % 2:
             return
         stop = self.agree_to_stop(between.watch)

@@ -106,6 +106,8 @@ def check_tables(train_gpt: ModuleType, hp: Hyperparameters) -> None:
         told = f"{row}: prefix={stage.prefix}: a tuple of two weights >= 0, at the start and at the end, as (0.25, 0.0)"
         pair = stage.prefix if isinstance(stage.prefix, tuple) and len(stage.prefix) == 2 else (None,)
         require(all(isinstance(weight, int | float) and 0 <= weight < math.inf for weight in pair), told)
+        # A checkpoint comes after an even number of steps, when no gradient waits for Adam.
+        require(stage.adam in (1, 2), f"{row}: adam={stage.adam}: 1, an update in each step, or 2, in every second")
         require(stage.classes in range(0, 2**20, 16), f"{row}: classes={stage.classes}: 0 for all, or a multiple of 16")
     windows = train_gpt.FINAL_WINDOWS
     require(len(windows) == 2 and min(windows) > 0, "FINAL_WINDOWS: two windows of at least 1 block")

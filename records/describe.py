@@ -289,10 +289,13 @@ def stages_told(run: Run) -> str:
     validations = {step for step in range(hp.total_steps) if hp.val_loss_every and step % hp.val_loss_every == 0}
     validations |= {*hp.val_steps, hp.total_steps}
     final = schedule.val_windows(hp.total_steps)
+    each = ", ".join(f"{i}" for i, stage in enumerate(hp.stages, 1) if stage.adam == 1)
+    in_each = f"in each step of stage {each}, elsewhere " if each else ""
     return (
         f"stages; the last is the extension\n{aligned(rows, 4)}\n"
         f"momentum {schedule.warmup:,} steps up, the last {schedule.cooldown:,} down; averages over the last "
         f"{schedule.averaged:,}\n"
+        f"Adam updates {in_each}in every second\n"
         f"{len(validations)} validations of {hp.val_tokens:,} tokens, the last with windows of {final['short']:,} and "
         f"{final['long']:,}"
     )

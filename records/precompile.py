@@ -174,5 +174,5 @@ def compile_kernels(trainer: Trainer, batches: list[tuple[int, StepBatch]]) -> N
         for step, batch in batches:
             micro_batch = first_tokens(batch.micro_batches[0], TOKENS)
             trainer.add_gradients(step, batch._replace(micro_batches=[micro_batch]))
-        trainer.update(step | 1)  # Adam's steps are odd
+        trainer.update(step | 1)  # Adam steps on odd steps in all stages
         trainer.validation_losses(micro_batch, trainer.schedule.windows(0), trainer.ngrams.p)

@@ -36,7 +36,7 @@ def load(path: Path):
 
 
 def two_steps(program, world, folder: Path) -> dict:
-    """The first step of a run and its last odd one, on which Adam steps, in the stage that the run has come to."""
+    """The first step of a run and its last odd one, in the stage that the run has come to; Adam steps on both."""
     sys.modules["train_gpt"] = program
     import small_run
 
@@ -47,16 +47,18 @@ def two_steps(program, world, folder: Path) -> dict:
     trainer.model.prefixes[: BOS // 2] = torch.arange(1, BOS // 2 + 1)  # as if there were a vocabulary
     val_batches = program.validation_batches(program.find_files(hp.val_files), hp, world)
     windows = trainer.schedule.window_tokens(*program.FINAL_WINDOWS)
-    begin, losses = trainer.model.scalars.detach().clone(), [trainer.validate(val_batches, windows)]
+    losses = [trainer.validate(val_batches, windows)]
     steps = [0, (hp.total_steps - 2) | 1]
     sizes = [trainer.schedule.size(step) for step in steps]
     loader = program.TrainLoader(program.find_files(hp.train_files), sizes, hp, world)
+    values = [trainer.model.scalars.detach().clone()]
     for step, batch in zip(steps, loader, strict=True):
         trainer.enter_step(step)
         trainer.add_gradients(step, batch)
         trainer.update(step)
+        values.append(trainer.model.scalars.detach().clone())
     losses.append(trainer.validate(val_batches, windows))
-    moved = (trainer.model.scalars.detach() - begin).split([count for count, *_ in program.SCALARS.values()])
+    moved = torch.stack(values).diff(dim=0).split([count for count, *_ in program.SCALARS.values()], dim=1)
     return dict(
         losses=losses,
         digest=small_run.digest(small_run.parameters(trainer)),

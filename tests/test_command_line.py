@@ -175,6 +175,7 @@ def test_there_are_any_number_of_stages_and_the_extension(count):
         ([ROW, LAST._replace(tokens=801)], "STAGES, row 2: tokens=801 must be a multiple of 8"),
         ([ROW._replace(tokens=0), LAST], "STAGES, row 1: tokens=0 must be a multiple of 8"),
         ([ROW, LAST._replace(max_seq_len=0)], "STAGES, row 2: max_seq_len=0 must be positive"),
+        ([ROW._replace(adam=3), LAST], "STAGES, row 1: adam=3: 1, an update in each step, or 2, in every second"),
         ([ROW._replace(short_window=0), LAST], "STAGES, row 1: a window has at least 1 block"),
         (
             [ROW, LAST._replace(target_weights=(1.0,))],

@@ -210,6 +210,16 @@ def test_what_ends_as_an_average_is_told_and_over_how_many_steps():
     assert sum(line.endswith("averages over the last 10") for line in lines) == 1
 
 
+@pytest.mark.parametrize(
+    "steps, words",
+    [([1, 2, 1, 2, 2], "in each step of stage 1, 3, elsewhere in every second"), ([2] * 5, "in every second")],
+)
+def test_how_often_adam_updates_is_told(steps, words):
+    hp = train_gpt.parse_arguments([], has_gpu=True)[0]
+    stages = [stage._replace(adam=n) for stage, n in zip(hp.stages, steps, strict=True)]
+    assert f"Adam updates {words}" in describe.text(train_gpt, replace(hp, stages=tuple(stages))).splitlines()
+
+
 @pytest.mark.parametrize("name", ["none", "a layer more in the middle"])
 def test_the_products_are_those_that_a_forward_pass_computes(programs, name, monkeypatch):
     program, T = programs(name), 64

@@ -266,6 +266,19 @@ def test_a_prefix_is_a_target_in_stages_that_give_it_a_weight(folder, prefix):
     assert seen == {(len(hp.stages[0].target_weights) + any(prefix), any(prefix))}
 
 
+def test_adam_updates_in_each_step_or_in_every_second_one_by_the_stage(folder):
+    stages = [stage._replace(adam=adam) for stage, adam in zip(small_run.SMALL["stages"], (1, 2, 1, 2, 2), strict=True)]
+    trainer = Trainer(small_run.small_hyperparameters(folder, stages=tuple(stages)), World())
+    assert trainer.schedule.starts == (0, 2, 4, 6, 9)
+    updated, adam = [], trainer.optimizer.slots["scalars"].algorithm
+    for step in range(10):
+        before = adam.updates
+        trainer.optimizer.slots["ngrams"].algorithm.update = lambda *_: torch.zeros(1)  # no row was looked up
+        trainer.update(step)
+        updated += [step] * (adam.updates - before)
+    assert updated == [0, 1, 3, 4, 5, 7, 9]
+
+
 # ---------------------------------------------------------------------------- micro-batches through a stage's graph
 
 
