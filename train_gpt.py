@@ -1011,15 +1011,16 @@ class HeadLoss(torch.autograd.Function):
     """Softcapped cross-entropy of the logits x @ head^T with n targets a position: (T, C), (V, C), (n, T) -> (n, T).
 
     loss_scale: what losses are multiplied by before backward, for products in FP8; None for products in x's type.
+    x_fp8: x in the scale FP8_HEAD_X, where it is at hand.
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, loss_scale):
+    def forward(ctx, x, head, targets, loss_scale, x_fp8=None):
         ctx.loss_scale, ctx.dtype = loss_scale, head.dtype
         if loss_scale is None:
             logits = x @ head.T
         else:
-            x = to_fp8(x, FP8_HEAD_X)
+            x = to_fp8(x, FP8_HEAD_X) if x_fp8 is None else x_fp8
             weight, head = fp8_weights(head, FP8_HEAD)
             logits = fp8_product(x, weight.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
         losses, lse = cross_entropy(logits, targets)
@@ -1032,13 +1033,13 @@ class HeadLoss(torch.autograd.Function):
         grad_losses = grad_losses.contiguous()
         if ctx.loss_scale is None:
             grad, _ = cross_entropy_backward(logits, lse, targets, grad_losses, 1.0, logits.dtype)
-            return grad @ head, grad.T @ x, None, None
+            return grad @ head, grad.T @ x, None, None, None
         scale = ctx.loss_scale * FP8_HEAD_GRAD
         grad, grad_t = cross_entropy_backward(logits, lse, targets, grad_losses, scale, torch.float8_e5m2)
         # Not fast, as sums are over the vocabulary, and over all tokens.
         grad_x = fp8_product(grad, head.T, scale, FP8_HEAD, ctx.dtype, fast=False)
         grad_head = fp8_product(grad_t, transposed(x).T, scale, FP8_HEAD_X, ctx.dtype, fast=False)
-        return grad_x, grad_head, None, None
+        return grad_x, grad_head, None, None, None
 
 
 # ---------------------------------------------------------------------------- lookups in the embedding tables
@@ -1926,8 +1927,8 @@ copy_sums = switch(CopySums.apply, copy_sums_reference)
 # ======================================================================================================================
 # GPT.output goes through the rows of LAYERS; each adds to the residual stream x (T, C). An MLP's result is not added at
 # once: it waits (`waiting`) for the next function that reads the stream, which joins both in a kernel that runs anyway.
-# All but attention, lookups, the products that give queries, keys and values, and the scores of copying is in a few
-# compiled functions.
+# All but attention, lookups, the products that give queries, keys and values, the scores of copying and the loss is in
+# a few compiled functions.
 
 
 class Yarn:
@@ -2026,7 +2027,7 @@ def sums_of_kept(gates, kept: dict[str, Tensor], layers: list[Layer]) -> list[Te
     return [next(sums) if of_sum else None for of_sum in wanted]
 
 
-# The functions down to head_losses are the compiled regions and their helpers. One compilation serves all layers of a
+# The functions down to copy_inputs are the compiled regions and their helpers. One compilation serves all layers of a
 # kind. Attention stays outside, so that windows change without compiling.
 
 
@@ -2055,11 +2056,11 @@ def gate_network(x, waiting, w_in, w_out, bias, sizes: list[int]):
     return x, [next(parts).contiguous() if size else None for size in sizes]
 
 
-def normed_input(x, waiting, fp8: bool):
-    """What attention reads: the stream (T, C), the stream normed, and that in FP8, or None."""
+def normed_input(x, waiting, fp8_scale: float | None):
+    """What attention and head read: the stream (T, C), the stream normed, and that in FP8 in this scale, or None."""
     x = join(x, waiting)
     normed = norm(x)
-    return x, normed, to_fp8(normed.detach(), FP8_X) if fp8 else None
+    return x, normed, None if fp8_scale is None else to_fp8(normed.detach(), fp8_scale)
 
 
 def scaled(scale, matrix):
@@ -2110,23 +2111,25 @@ def all_targets(targets, left, n: int, prefixes, classes) -> Tensor:
 
 
 def copy_inputs(x, qk, sentinel_weight, gain, bias):
-    """From the last row's output (T, C): queries and keys (T, D) of copy_sums, score of not copying (T,) in float32."""
-    x = norm(x).detach()  # the stream does not learn to be searched
+    """From GPT.output's x (T, C): queries and keys (T, D) of copy_sums, score of not copying (T,) in float32."""
+    x = x.detach()  # the stream does not learn to be searched
     q, k = norm(F.linear(x, qk).unflatten(-1, (2, -1))).unbind(1)
     return (gain * q.size(-1) ** -0.5 * q).to(x.dtype), k, widened(F.linear(x, sentinel_weight).squeeze(-1)) + bias
 
 
-def head_losses(x, head, targets, left, target_weights, prefixes, classes, fp8_loss_scale, *copying):
-    """Loss of each position (T,), float32, weighted over its targets, from the last row's output (T, C).
+def head_losses(x, head, targets, left, target_weights, prefixes, classes, fp8_loss_scale, x_fp8, *copying):
+    """Loss of each position (T,), float32, weighted over its targets, from what GPT.output returns, (T, C).
 
     head (V, C), or (P, C) with `classes` (P,). copying: sentinel, every, matching, (T,) each: see above copy_scores.
+    Not compiled: all that takes long are kernels, and each count of targets and classes would be a graph of its own.
     """
     targets = all_targets(targets, left, len(target_weights), prefixes, classes)
-    losses = HeadLoss.apply(norm(x), head, targets, fp8_loss_scale)
+    losses = HeadLoss.apply(x, head, targets, fp8_loss_scale, x_fp8)
     if copying:
         sentinel, every, matching = copying
-        first = torch.logaddexp(sentinel, every) - torch.logaddexp(sentinel - losses[0], matching)
-        losses = torch.cat((first[None], losses[1:]))
+        first, *others = losses.unbind()
+        first = torch.logaddexp(sentinel, every) - torch.logaddexp(sentinel - first, matching)
+        losses = torch.stack((first, *others))
     return (target_weights[:, None] * losses).sum(0)
 
 
@@ -2214,7 +2217,7 @@ class GPT(nn.Module):
         longest = max(hp.val_batch_size, *(stage.tokens for stage in hp.stages)) // MICRO_BATCHES
         self.yarn = Yarn(hp.head_dim, 2 * max(longest, hp.micro_batch_tokens), device)  # 2: pairs of heads interleaved
         compiled, regions = compiler(compile), (embed_inputs, gate_network, normed_input, qkv_weight, layer_outputs)
-        for function in (*regions, copy_inputs, head_losses, fp8_weights):
+        for function in (*regions, copy_inputs, fp8_weights):
             setattr(self, function.__name__, compiled(function))  # self.embed_inputs, self.gate_network, ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -2277,7 +2280,7 @@ class GPT(nn.Module):
         before backward. head_chunk: positions whose logits exist at once, if there is one next token.
         """
         scalars = self.named_scalars()
-        x = self.output(batch, windows, scalars, fp8_loss_scale)
+        x, x_fp8 = self.output(batch, windows, scalars, fp8_loss_scale)
         left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)  # how many of its document follow
         by_position = [x, batch.targets, left]
         if len(self.copy_qk):
@@ -2287,9 +2290,9 @@ class GPT(nn.Module):
         classes = every_row if batch.classes is None else batch.classes
         # Classes ascend: the order that sorts them is 0, 1, 2, ...
         head = Lookup.apply(self.embed, classes, every_row[: len(classes)]) + self.shared_embeddings(classes)
-        args = target_weights, self.prefixes if prefix else None, batch.classes, fp8_loss_scale
+        args = target_weights, self.prefixes if prefix else None, batch.classes, fp8_loss_scale, x_fp8
         chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
-        losses = [self.head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
+        losses = [head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
         return torch.cat(losses) if head_chunk else losses[0]
 
     def shared_embeddings(self, tokens: Tensor | slice = slice(None)) -> Tensor:
@@ -2301,13 +2304,13 @@ class GPT(nn.Module):
         add_rows(table_gradient(self.spellings), self.spelling, self.spelling_order, table_gradient(self.embed))
 
     def copying(self, x: Tensor, scalars: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        """copy_inputs of the last row's output x (T, C), with the model's parameters."""
+        """copy_inputs of output's x (T, C), with the model's parameters."""
         return self.copy_inputs(x, self.copy_qk, self.copy_sentinel, *scalars["copy_gain"], *scalars["copy_bias"])
 
     def output(
         self, batch: MicroBatch, windows: dict[str, int], scalars: dict[str, list[Tensor]], fp8_loss_scale: float | None
-    ) -> Tensor:
-        """The stream (T, C) behind the last row, not normed; arguments as in forward."""
+    ) -> list[Tensor | None]:
+        """The stream (T, C) behind the last row, normed; that in FP8 for the head, or None. Arguments as in forward."""
         weights = self.layer_weights(scalars, fp8_loss_scale)
         # value_embeds has one table of V rows after the other: these are 0, V, 2 V, ...
         first_rows = torch.arange(0, len(self.value_embeds), len(self.embed), device=batch.inputs.device)
@@ -2320,7 +2323,7 @@ class GPT(nn.Module):
         networks = zip(self.gate_in, self.gate_out, self.gate_bias, NETWORK_LAYERS, strict=True)
         x, waiting, keep = x0, None, None  # the stream, what join has yet to add to it, and its name in `kept`
         for layer, w in zip(LAYERS, weights, strict=True):
-            fp8 = w.qkv is not None and w.qkv.fp8 is not None
+            fp8_scale = None if w.qkv is None or w.qkv.fp8 is None else FP8_X
             # What reads the stream joins it: in one pass, and backward adds up both gradients in one.
             if layer.gates:
                 *network, layers = next(networks)
@@ -2328,7 +2331,7 @@ class GPT(nn.Module):
                 x, (of_sums, *of_heads) = self.gate_network(x, waiting, *network, sizes)
                 waiting = None
             if layer.window and layer.reads in (None, keep):  # what is to be kept is the stream
-                x, *normed[layer.reads] = self.normed_input(x, waiting, fp8)
+                x, *normed[layer.reads] = self.normed_input(x, waiting, fp8_scale)
                 waiting = None
             if keep:
                 kept[keep] = x = join(x, waiting)
@@ -2339,7 +2342,7 @@ class GPT(nn.Module):
             y, keep = None, layer.keep
             if layer.window:
                 if layer.reads not in normed:
-                    _, *normed[layer.reads] = self.normed_input(kept[layer.reads], None, fp8)
+                    _, *normed[layer.reads] = self.normed_input(kept[layer.reads], None, fp8_scale)
                 inputs = normed[layer.reads]
                 weight, scale = self.qkv_weight(w)
                 projection = w.qkv._replace(weight=weight, scale=scale, x=inputs[0], x_fp8=inputs[1])
@@ -2355,7 +2358,8 @@ class GPT(nn.Module):
                 x, waiting = self.layer_outputs(x, waiting, y, head_gates, added, w)
             else:  # a row that just adds
                 x, waiting = join(x, waiting), added
-        return join(x, waiting)
+        _, *last = self.normed_input(x, waiting, None if fp8_loss_scale is None else FP8_HEAD_X)
+        return last
 
     def logits(self, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
         """Of these positions only, (positions, V) float32, softcapped as in the loss; beyond vocab_size meaningless.
@@ -2363,9 +2367,9 @@ class GPT(nn.Module):
         With copying, log probabilities: the model's own mixed with the tokens that it copies, see above copy_scores.
         """
         scalars = self.named_scalars()
-        x = self.output(batch, windows, scalars, None)
+        x, _ = self.output(batch, windows, scalars, None)
         rows = torch.arange(len(x), device=x.device)[positions]
-        z = softcapped(norm(x[rows]) @ (self.embed + self.shared_embeddings()).T)
+        z = softcapped(x[rows] @ (self.embed + self.shared_embeddings()).T)
         if not len(self.copy_qk):
             return z
         q, k, sentinel = self.copying(x, scalars)

@@ -3,7 +3,7 @@ Compiles beside a run's warm-up, in a process of its own, what the warm-up will 
 
 With empty caches most of a start is compiling, and most of that Python in one thread. So a run on a GPU forks a second
 process. It has the same program and a small n-grams' table, and compiles first all Triton kernels of train_gpt.py, side
-by side, then the losses of the first stages, a validation and an update. Meanwhile the run itself compiles the layers.
+by side, then a validation and an update. Meanwhile the run itself compiles forward and backward of the layers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # for hints alone
 TOKENS = 4096  # enough to fill a GPU; else kernels depend on types, and on which sizes are multiples of 16, alone
 NGRAM_ROWS = 65_536  # a multiple of 16, as the run's
 MEMORY = 72  # GiB of a GPU to be free for both: the run takes up to 46, this process 18
-STAGES = 2  # whose losses are compiled here: with them, validation and update, both processes are done at the same time
 
 
 def start(train_gpt: ModuleType, arguments: list[str]) -> Callable[[], None]:
@@ -90,7 +89,7 @@ def takes_several_processes() -> bool:
 
 
 def compile_ahead(train_gpt: ModuleType, hp: Hyperparameters, world: World, free: float) -> None:
-    """All kernels; where enough GiB are free, losses of the first stages, a validation and updates of matrices."""
+    """All kernels; where enough GiB are free, a validation and updates of matrices."""
     alone = train_gpt.World(device=world.device)
     alone.start()
     train_paths, val_paths = train_gpt.files_of(hp).values()
@@ -100,19 +99,6 @@ def compile_ahead(train_gpt: ModuleType, hp: Hyperparameters, world: World, free
     larger = hp.micro_batch_tokens > type(hp).micro_batch_tokens
     if free < MEMORY or larger or hp.compile == "off":
         return
-    all_rows, weights = trainer.model.output, trainer.target_weights
-
-    def output(batch, *rest):  # in training the rows of LAYERS are left out: the run compiles them
-        no_rows = trainer.model.embed.new_zeros(len(batch.inputs), hp.model_dim, requires_grad=True)
-        return no_rows + 0 if torch.is_grad_enabled() else all_rows(batch, *rest)
-
-    trainer.model.output = output
-    for step, batch in batches[:STAGES]:
-        tokens = trainer.schedule.size(step)[0]
-        joined = first_tokens(batch.micro_batches[0], tokens * train_gpt.micro_batches_together(tokens, hp, world))
-        for micro_batch in trainer.warm_up_batches(step, batch._replace(micro_batches=[joined])):
-            trainer.micro_step(step, micro_batch, weights[step])
-            torch.cuda.empty_cache()  # the run may need it
     one_chunk = replace(trainer.hp, val_tokens=hp.val_batch_size // train_gpt.MICRO_BATCHES)
     trainer.validate(train_gpt.validation_batches(val_paths, one_chunk, alone), trainer.schedule.windows(0))
     for slot in trainer.optimizer.slots.values():

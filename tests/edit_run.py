@@ -41,7 +41,9 @@ def two_steps(program, world, folder: Path) -> dict:
     import small_run
 
     small_run = importlib.reload(small_run)  # its sizes are made from the tables
-    hp = small_run.small_hyperparameters(folder, vocab_size=BOS + 1, bos=BOS, val_tokens=256, vocabulary="")
+    hp = small_run.small_hyperparameters(
+        folder, vocab_size=BOS + 1, bos=BOS, val_tokens=256, vocabulary="", adam_eps=1e-6
+    )
     checks.check_hyperparameters(program, hp)
     trainer = program.Trainer(hp, world)
     trainer.model.prefixes[: BOS // 2] = torch.arange(1, BOS // 2 + 1)  # as if there were a vocabulary

@@ -220,7 +220,7 @@ PLANTED = {
         ("copying: gradients of keys cross into the next document",
          "first = tl.maximum(tl.load(starts_ptr + t, mask=t < N, other=0), t - window)", "first = t - window",
          "test_kernels.py test_copy_kernels_are cpu-float32"),
-        ("copying: the model learns to be searched", "x = norm(x).detach()", "x = norm(x)",
+        ("copying: the model learns to be searched", "x = x.detach()  # the stream", "x = x  # the stream",
          "test_model.py test_losses_and_gradients program's"),
         ("rows: v does not decay while a row rests", "v * tl.exp2(log2_beta2 * missed.to(tl.float32))",
          "v * tl.exp2(log2_beta2)", "test_ngram.py test_rows_follow_the_plain kernel-float32"),

@@ -640,8 +640,8 @@ def test_compiled_head_loss_equals_eager(grad_scale, copying):
     prefixes = integers(1025, 1024, device=DEVICE) - 1
 
     def head_loss(x, head, *sums):
-        args = targets[0], left, weights, prefixes, None, grad_scale
-        return train_gpt.head_losses(x, head, *args, *sums)
+        args = targets[0], left, weights, prefixes, None, grad_scale, None
+        return train_gpt.head_losses(train_gpt.norm(x), head, *args, *sums)
 
     if copying:  # sentinels, every, matching
         inputs += [torch.randn(len(grad_out), device=DEVICE) + mean for mean in (0, 1, -1)]
@@ -964,9 +964,10 @@ def losses_with_copying(targets, documents, window, V):
     weights, prefixes = torch.tensor([1.0, 0.0], device=targets.device), targets.new_full((V,), -1)
 
     def losses(x, w_qk, w_sentinel, gain, bias, head):
+        x = train_gpt.norm(x)
         q, k, sentinel = train_gpt.copy_inputs(x, w_qk, w_sentinel, gain, bias)
         every, matching = train_gpt.copy_sums(q, k, targets, documents, window)
-        args = targets, left, weights, prefixes, None, None
+        args = targets, left, weights, prefixes, None, None, None
         return train_gpt.head_losses(x, head, *args, sentinel, every, matching)
 
     return losses

@@ -827,7 +827,7 @@ def test_layers_multiply_by_the_same_in_fp8_and_without(fp8_loss_scale):
     weights = model.layer_weights(model.named_scalars(), fp8_loss_scale)
     mlps = [w.mlp for w in weights if w.mlp is not None]
     x = torch.randn(T, 32).double()
-    _, normed, x_fp8 = train_gpt.normed_input(x, None, fp8_loss_scale is not None)
+    _, normed, x_fp8 = train_gpt.normed_input(x, None, None if fp8_loss_scale is None else train_gpt.FP8_X)
     made = ((w, *train_gpt.qkv_weight(w)) for w in weights if w.qkv)
     qkvs = [w.qkv._replace(weight=weight, scale=scale, x=normed, x_fp8=x_fp8) for w, weight, scale in made]
     assert len(mlps) == len(train_gpt.MLP_LAYERS) and len(qkvs) == len(train_gpt.ATTENTION_LAYERS)

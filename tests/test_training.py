@@ -338,7 +338,7 @@ def deterministic_as_it_was(monkeypatch):
 def test_the_deterministic_switch_holds_for_every_graph_that_is_compiled(switch, folder, deterministic_as_it_was):
     model = Trainer(small_run.small_hyperparameters(folder, compile="on", deterministic=switch), World()).model
     for tokens in (3, 5):  # PyTorch takes a setting of its compiler's back after the first
-        model.normed_input(torch.ones(tokens, 16), None, False)
+        model.normed_input(torch.ones(tokens, 16), None, None)
         assert torch._inductor.config.deterministic is torch.are_deterministic_algorithms_enabled() is switch
     assert not torch.utils.deterministic.fill_uninitialized_memory
 
