@@ -789,8 +789,6 @@ PLANTED = {
         ("it begins beside a server", " or os.path.exists(server)", "", "test_precompile.py serves_a_host"),
         ("it takes a GPU that takes one process", "return mode.value == 0", "return True",
          "test_precompile.py one_process"),
-        ("it compiles another validation", "hp.val_batch_size // train_gpt.MICRO_BATCHES", "hp.val_batch_size",
-         "test_precompile.py would_compile"),
         ("it takes memory that the run needs", "free < MEMORY or larger or", "", "test_precompile.py would_compile"),
         ("it compiles updates of all matrices", "len(slot.grad) // world.size", "len(slot.grad)",
          "test_precompile.py would_compile"),
