@@ -58,6 +58,10 @@ def test_the_joined_micro_batches_of_one_gpu_have_one_length():
     assert {size * train_gpt.micro_batches_together(size, hp, train_gpt.World()) for size in sizes} == {65_536}
 
 
+def test_adam_updates_in_each_step_of_the_first_stage_and_then_in_every_second():
+    assert [stage.adam for stage in STAGES] == [1, 2, 2, 2, 2]
+
+
 def test_documents_are_cut_at_896_tokens_in_the_first_stage_and_at_2048_then():
     sizes = [SPEEDRUN.size(step) for step in (0, 735, 736, 2207, 2208, 3128, 3312)]
     expected = [*2 * [(8192, 896)], *2 * [(8192, 2048)], *3 * [(16_384, 2048)]]
