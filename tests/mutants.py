@@ -612,6 +612,10 @@ PLANTED = {
         ("the median of even and odd steps together",
          "kinds = [[ms for step, ms in times if step % 2 == odd] for odd in (0, 1)]",
          "kinds = [[ms for _, ms in times]]", "test_bench.py test_even_and_odd"),
+        ("a profile counts steps that heat the GPU up", "if begin <= start < end:", "if start < end:",
+         "test_bench.py test_a_gpus_profile"),
+        ("what runs while the optimizer is launched is its own", "e.name == \"optimizer\" and e.device_type == device",
+         "e.name == \"optimizer\" and e.device_type == kind.CPU", "test_bench.py test_a_gpus_profile"),
     ],
     "records/checkpoint.py": [
         ("a run that was stopped has ended well", 'watch.end(143, f"train_gpt.py', 'watch.end(0, f"train_gpt.py',
