@@ -275,7 +275,7 @@ class Hyperparameters:
     hang_timeout: float = 300.0  # seconds on the clock without a finished step after which the run is ended; 0: never
     bench: bool = False  # instead of the run: time each stage and project the whole run's time
     bench_steps: int = 24  # of each stage; the first two are not timed
-    profile: bool = False  # instead of the run: kernels by category, and a trace of two steps of each stage
+    profile: bool = False  # instead of the run: kernels by category, and a trace of some steps of each stage
     describe: bool = False  # instead of the run: layers, parameters, stages, FLOP and memory, told without GPU or data
     seed: int = 0
     cuda_graphs: str = "auto"  # on a GPU, launch a micro-batch's kernels as one graph; "off" to debug or profile
@@ -1021,7 +1021,8 @@ class HeadLoss(torch.autograd.Function):
             logits = x @ head.T
         else:
             x = to_fp8(x, FP8_HEAD_X) if x_fp8 is None else x_fp8
-            weight, head = fp8_weights(head, FP8_HEAD)
+            # Clipped: this is not compiled, and of what is too large PyTorch 2.11 makes NaN.
+            weight, head = fp8_weights(head.clamp(-448 * FP8_HEAD, 448 * FP8_HEAD), FP8_HEAD)
             logits = fp8_product(x, weight.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
         losses, lse = cross_entropy(logits, targets)
         ctx.save_for_backward(logits, lse, targets, x, head)  # in FP8, the head is transposed
@@ -2057,10 +2058,15 @@ def gate_network(x, waiting, w_in, w_out, bias, sizes: list[int]):
 
 
 def normed_input(x, waiting, fp8_scale: float | None):
-    """What attention and head read: the stream (T, C), the stream normed, and that in FP8 in this scale, or None."""
+    """What attention reads: the stream (T, C), the stream normed, and that in FP8 in this scale, or None."""
     x = join(x, waiting)
     normed = norm(x)
     return x, normed, None if fp8_scale is None else to_fp8(normed.detach(), fp8_scale)
+
+
+def normed_output(x, waiting, fp8_scale: float | None):
+    """What the head reads: normed_input without the stream, for which nobody has a gradient: it would be zeros."""
+    return normed_input(x, waiting, fp8_scale)[1:]
 
 
 def scaled(scale, matrix):
@@ -2117,10 +2123,11 @@ def copy_inputs(x, qk, sentinel_weight, gain, bias):
     return (gain * q.size(-1) ** -0.5 * q).to(x.dtype), k, widened(F.linear(x, sentinel_weight).squeeze(-1)) + bias
 
 
-def head_losses(x, head, targets, left, target_weights, prefixes, classes, fp8_loss_scale, x_fp8, *copying):
-    """Loss of each position (T,), float32, weighted over its targets, from what GPT.output returns, (T, C).
+def head_losses(x, targets, left, copying, head, target_weights, prefixes, classes, fp8_loss_scale, x_fp8=None):
+    """Loss of each position (T,), float32, weighted over its targets, from what GPT.output returns (T, C).
 
-    head (V, C), or (P, C) with `classes` (P,). copying: sentinel, every, matching, (T,) each: see above copy_scores.
+    copying: sentinel, every, matching, (T,) each: see above copy_scores; or nothing. head (V, C), or (P, C) with
+    `classes` (P,).
     Not compiled: all that takes long are kernels, and each count of targets and classes would be a graph of its own.
     """
     targets = all_targets(targets, left, len(target_weights), prefixes, classes)
@@ -2217,7 +2224,7 @@ class GPT(nn.Module):
         longest = max(hp.val_batch_size, *(stage.tokens for stage in hp.stages)) // MICRO_BATCHES
         self.yarn = Yarn(hp.head_dim, 2 * max(longest, hp.micro_batch_tokens), device)  # 2: pairs of heads interleaved
         compiled, regions = compiler(compile), (embed_inputs, gate_network, normed_input, qkv_weight, layer_outputs)
-        for function in (*regions, copy_inputs, fp8_weights):
+        for function in (*regions, normed_output, copy_inputs, fp8_weights):
             setattr(self, function.__name__, compiled(function))  # self.embed_inputs, self.gate_network, ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -2282,18 +2289,19 @@ class GPT(nn.Module):
         scalars = self.named_scalars()
         x, x_fp8 = self.output(batch, windows, scalars, fp8_loss_scale)
         left = batch.documents.ends - 1 - torch.arange(len(x), device=x.device)  # how many of its document follow
-        by_position = [x, batch.targets, left]
+        copying = []
         if len(self.copy_qk):
             q, k, sentinel = self.copying(x, scalars)
-            by_position += sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
+            copying = sentinel, *copy_sums(q, k, batch.targets, batch.documents, self.copy_window)
         every_row = torch.arange(len(self.embed), dtype=torch.int32, device=x.device)
         classes = every_row if batch.classes is None else batch.classes
         # Classes ascend: the order that sorts them is 0, 1, 2, ...
         head = Lookup.apply(self.embed, classes, every_row[: len(classes)]) + self.shared_embeddings(classes)
-        args = target_weights, self.prefixes if prefix else None, batch.classes, fp8_loss_scale, x_fp8
-        chunks = zip(*(tensor.split(head_chunk or len(x)) for tensor in by_position), strict=True)
-        losses = [head_losses(x, head, targets, left, *args, *copying) for x, targets, left, *copying in chunks]
-        return torch.cat(losses) if head_chunk else losses[0]
+        args = head, target_weights, self.prefixes if prefix else None, batch.classes, fp8_loss_scale
+        if head_chunk is None:
+            return head_losses(x, batch.targets, left, copying, *args, x_fp8)
+        chunks = zip(*(tensor.split(head_chunk) for tensor in (x, batch.targets, left, *copying)), strict=True)
+        return torch.cat([head_losses(x, targets, left, copied, *args) for x, targets, left, *copied in chunks])
 
     def shared_embeddings(self, tokens: Tensor | slice = slice(None)) -> Tensor:
         """What tokens share with others of their spelling, (tokens, C), detached: see add_spellings_gradient."""
@@ -2309,7 +2317,7 @@ class GPT(nn.Module):
 
     def output(
         self, batch: MicroBatch, windows: dict[str, int], scalars: dict[str, list[Tensor]], fp8_loss_scale: float | None
-    ) -> list[Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """The stream (T, C) behind the last row, normed; that in FP8 for the head, or None. Arguments as in forward."""
         weights = self.layer_weights(scalars, fp8_loss_scale)
         # value_embeds has one table of V rows after the other: these are 0, V, 2 V, ...
@@ -2358,8 +2366,7 @@ class GPT(nn.Module):
                 x, waiting = self.layer_outputs(x, waiting, y, head_gates, added, w)
             else:  # a row that just adds
                 x, waiting = join(x, waiting), added
-        _, *last = self.normed_input(x, waiting, None if fp8_loss_scale is None else FP8_HEAD_X)
-        return last
+        return self.normed_output(x, waiting, None if fp8_loss_scale is None else FP8_HEAD_X)
 
     def logits(self, batch: MicroBatch, windows: dict[str, int], positions: slice | int = slice(None)) -> Tensor:
         """Of these positions only, (positions, V) float32, softcapped as in the loss; beyond vocab_size meaningless.

@@ -74,9 +74,15 @@ def profile_of(profiler: torch.profiler.profile, on_gpu: bool) -> Profile:
     """The last PROFILED_STEPS steps on the GPU; or all operators on the CPU, whose own times then are the duration."""
     kind, events = torch.autograd.DeviceType, profiler.events()
     device = kind.CUDA if on_gpu else kind.CPU  # there a span is that of the kernels which were launched in it
-    spans = [e.time_range for e in events if e.name == "optimizer" and e.device_type == device]
-    ends = sorted(span.end for span in spans)
-    begin, end = (ends[-1 - PROFILED_STEPS], ends[-1]) if on_gpu else (-math.inf, math.inf)
+    marks = [e for e in events if e.name == "optimizer" and e.device_type == device]
+    spans, begin, end = [mark.time_range for mark in marks], -math.inf, math.inf
+    if on_gpu:
+        ends = {mark.id: 0.0 for mark in marks}  # of a step: with several ranks it has a span on NCCL's stream, too
+        for mark in marks:
+            ends[mark.id] = max(ends[mark.id], mark.time_range.end)
+        if len(ends) <= PROFILED_STEPS:  # the profiler has not seen the GPU
+            return Profile([], math.nan)
+        begin, *_, end = sorted(ends.values())[-1 - PROFILED_STEPS :]
 
     def path(event) -> str:
         return f"{path(event.cpu_parent)} {event.name}" if event.cpu_parent else event.name

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # for hints alone
 
 TOKENS = 4096  # enough to fill a GPU; else kernels depend on types, and on which sizes are multiples of 16, alone
 NGRAM_ROWS = 65_536  # a multiple of 16, as the run's
-MEMORY = 72  # GiB of a GPU to be free for both: the run takes up to 46, this process 18
+MEMORY = 72  # GiB of a GPU to be free for both: the run takes up to 46, this process took 18
 
 
 def start(train_gpt: ModuleType, arguments: list[str]) -> Callable[[], None]:

@@ -296,6 +296,8 @@ PLANTED = {
          "test_model.py test_losses_and_gradients program's"),
         ("spellings: the optimizer forgets their gradient", 'if name == "spellings":', "if False:",
          "test_optimizer.py test_each_parameter_follows spellings"),
+        ("head: what is at hand in FP8 is converted again", "if x_fp8 is None else x_fp8", "if True else x_fp8",
+         "test_kernels.py test_head_loss_takes_x"),
         ("copying: queries lack the gain", "(gain * q.size(-1) ** -0.5 * q)", "(q.size(-1) ** -0.5 * q)",
          "test_kernels.py test_losses_with_copying_are cpu-float64"),
         ("copying: the model's own distribution is mixed in unscaled",

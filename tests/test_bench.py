@@ -125,12 +125,13 @@ def test_time_counts_once_where_kernels_overlap_and_not_where_none_runs(interval
 
 
 def fake_profiler(*events):
-    """A profiler of (name, device, start, end) in microseconds, without nesting."""
+    """A profiler of (name, device, start, end, number of the call) in microseconds, without nesting."""
 
-    def event(name, device, start, end):
+    def event(name, device, start, end, number=0):
         span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
         return SimpleNamespace(
             name=name,
+            id=number,
             device_type=getattr(torch.autograd.DeviceType, device),
             time_range=span,
             self_cpu_time_total=end - start,
@@ -141,17 +142,20 @@ def fake_profiler(*events):
     return SimpleNamespace(events=lambda: [event(*e) for e in events])
 
 
-def test_a_gpus_profile_has_the_last_two_steps_and_the_optimizer_what_starts_in_its_span():
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_gpus_profile_has_the_last_two_steps_and_the_optimizer_what_starts_in_its_spans(ranks):
     steps = []
     for end in range(1000, 5000, 1000):  # of four steps
         steps += [
             ("aten::mm", "CPU", end - 995, end - 990),
-            ("optimizer", "CPU", end - 990, end - 985),  # launched long before it runs
+            ("optimizer", "CPU", end - 990, end - 985, end),  # launched long before it runs
             ("nvjet_1", "CUDA", end - 993, end - 910),
-            ("optimizer", "CUDA", end - 890, end),  # from its first to its last kernel; none itself
+            ("optimizer", "CUDA", end - 890, end - 10, end),  # from its first to its last kernel; none itself
             ("nvjet_1", "CUDA", end - 890, end - 850),
             ("ncclDevKernel_AllGather_RING_LL", "CUDA", end - 850, end),
         ]
+        if ranks > 1:  # one a stream
+            steps.append(("optimizer", "CUDA", end - 850, end, end))
     last = ("cross_entropy_kernel", "CUDA", 4000, 4100)  # of the next step, which the profile's end cuts off
     assert profile_of(fake_profiler(*steps, last), on_gpu=True) == (
         [
@@ -165,6 +169,15 @@ def test_a_gpus_profile_has_the_last_two_steps_and_the_optimizer_what_starts_in_
         ],
         2000,
     )
+
+
+def test_a_profiler_that_has_not_seen_the_gpu_leaves_the_times(speedrun):
+    profile = profile_of(fake_profiler(("aten::mm", "CPU", 0, 5), ("optimizer", "CPU", 100, 200)), on_gpu=True)
+    written, stages = [], range(len(speedrun.hp.stages))
+    bench = Bench(train_gpt, speedrun, [], SimpleNamespace(write=written.append))
+    times, profiles = ({stage: value for stage in stages} for value in ([(2, 100.0), (3, 120.0)], profile))
+    bench.write_times(times, profiles, ceilings=(800e12, 1400e12), fp8=True, start_seconds=1.5)
+    assert "110.00" in written[0] and "nan%" in written[0]
 
 
 def test_a_cpus_profile_has_all_operators_and_lasts_as_long_as_they():

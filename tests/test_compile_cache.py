@@ -51,7 +51,7 @@ def compile_all(folder: Path) -> None:
         def function(x, w_fc, w_proj, head):
             x = x + program.MLP.apply(program.norm(x), w_fc, w_proj)
             weights, left = torch.tensor([1.0, 0.5, 0.25]), torch.arange(len(x))
-            return program.head_losses(program.norm(x), head, targets, left, weights, prefixes, None, None, None)
+            return program.head_losses(program.norm(x), targets, left, (), head, weights, prefixes, None, None)
 
         loss = region(function)(*inputs).double().sum()
         return [loss, *torch.autograd.grad(loss, inputs)]

@@ -595,6 +595,25 @@ def test_fp8_gradient_does_not_depend_on_the_scale_of_the_loss(device):
         assert relative_error(2.0**32 * small.double(), large) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_fp8_gpu], id="cuda-float8")]
+)
+def test_head_loss_takes_x_in_fp8_as_it_is_and_clips_weights_beyond_it(device):
+    (x, head), targets = head_inputs(device, torch.bfloat16, 1)
+    largest = 448 * train_gpt.FP8_HEAD
+    head[5, :3] = torch.tensor([1.5, -1.5, 0.9]) * largest  # PyTorch 2.11 would make NaN of two of them
+    x_fp8 = train_gpt.to_fp8(x, train_gpt.FP8_HEAD_X)
+
+    def losses(x, head):
+        return HeadLoss.apply(x, head, targets, 0.25, x_fp8)
+
+    grad_out = 0.25 * some_slopes(targets)
+    outs = with_gradients(losses, [torch.zeros_like(x), head], grad_out)
+    x_fp8 = None
+    for out, ref in zip(outs, with_gradients(losses, [x, head.clamp(-largest, largest)], grad_out), strict=True):
+        assert out.isfinite().all() and torch.equal(out, ref)
+
+
 # ---------------------------------------------------------------------------- operators under torch.compile
 
 BACKEND = "inductor" if HAS_GPU else "aot_eager"
@@ -640,8 +659,8 @@ def test_compiled_head_loss_equals_eager(grad_scale, copying):
     prefixes = integers(1025, 1024, device=DEVICE) - 1
 
     def head_loss(x, head, *sums):
-        args = targets[0], left, weights, prefixes, None, grad_scale, None
-        return train_gpt.head_losses(train_gpt.norm(x), head, *args, *sums)
+        args = head, weights, prefixes, None, grad_scale
+        return train_gpt.head_losses(train_gpt.norm(x), targets[0], left, sums, *args)
 
     if copying:  # sentinels, every, matching
         inputs += [torch.randn(len(grad_out), device=DEVICE) + mean for mean in (0, 1, -1)]
@@ -967,8 +986,8 @@ def losses_with_copying(targets, documents, window, V):
         x = train_gpt.norm(x)
         q, k, sentinel = train_gpt.copy_inputs(x, w_qk, w_sentinel, gain, bias)
         every, matching = train_gpt.copy_sums(q, k, targets, documents, window)
-        args = targets, left, weights, prefixes, None, None, None
-        return train_gpt.head_losses(x, head, *args, sentinel, every, matching)
+        args = head, weights, prefixes, None, None
+        return train_gpt.head_losses(x, targets, left, (sentinel, every, matching), *args)
 
     return losses
 
