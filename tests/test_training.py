@@ -41,8 +41,9 @@ from train_gpt import (
 
 CPU = torch.device("cpu")
 # Nats at steps 0, 5 and 10, the types' rounding, which ten steps magnify differently on each PyTorch and processor;
-# measured 1e-5, 9e-4, 3e-3 with 2.13 and up to 1.1e-2 with 2.11. Within these steps the loss falls by 0.5.
-BF16_LOSS_TOLERANCE = 0.03
+# measured up to 1e-4, 8e-3, 1.1e-2 with 2.13 and 1.2e-2, 4.6e-2, 4.7e-2 with 2.11 (three seeds). Within these steps the
+# loss falls by 0.8.
+BF16_LOSS_TOLERANCE = 0.07
 # Nats between one process and two, as logged; measured 1.3e-3: documents of joined micro-batches lie elsewhere in the
 # rotary tables, which are bf16. Meanwhile the loss falls by 0.45.
 LOSS_TOLERANCE = 5e-3
