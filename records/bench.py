@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache, partial
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -77,9 +77,8 @@ def profile_of(profiler: torch.profiler.profile, on_gpu: bool) -> Profile:
     marks = [e for e in events if e.name == "optimizer" and e.device_type == device]
     spans, begin, end = [mark.time_range for mark in marks], -math.inf, math.inf
     if on_gpu:
-        ends = {mark.id: 0.0 for mark in marks}  # of a step: with several ranks it has a span on NCCL's stream, too
-        for mark in marks:
-            ends[mark.id] = max(ends[mark.id], mark.time_range.end)
+        # Of a step the last: with several ranks it has a span on NCCL's stream, too
+        ends = {mark.id: mark.time_range.end for mark in sorted(marks, key=lambda mark: mark.time_range.end)}
         if len(ends) <= PROFILED_STEPS:  # the profiler has not seen the GPU
             return Profile([], math.nan)
         begin, *_, end = sorted(ends.values())[-1 - PROFILED_STEPS :]
@@ -159,6 +158,7 @@ class Bench:
     def __init__(self, train_gpt: ModuleType, trainer: Trainer, train_paths: list[Path], log: Log):
         self.train_gpt, self.trainer, self.train_paths, self.log = train_gpt, trainer, train_paths, log
         self.hp, self.world, self.schedule = trainer.hp, trainer.world, trainer.schedule
+        self.synchronize = torch.get_device_module(self.world.device).synchronize  # on a CPU it does nothing
 
     def steps(self, count: int) -> Iterator[tuple[int, int, int, StepBatch]]:
         """Stage, how many of its steps came before, step and its batch: `count` steps of each stage that has any.
@@ -173,43 +173,42 @@ class Bench:
         loader = self.train_gpt.TrainLoader(self.train_paths, sizes, self.hp, self.world)
         return ((*where, batch) for where, batch in zip(plan, loader, strict=True))
 
-    def time_stages(self) -> dict[int, list[tuple[int, float]]]:
-        """Per stage (step, milliseconds); as in the run, a step is launched while the GPU is at the one before."""
-        clock, on_gpu, ends, times = self.train_gpt.Clock(self.world.device), self.world.on_gpu, [], {}
-        steps = self.steps(self.hp.bench_steps)
+    def launched(self, count: int) -> Iterator[tuple[int, int, int, object]]:
+        """Launches the steps as in the run, while the GPU is at the one before; of each, once it is: stage, how many of
+        the stage's came before, step, and its end: a CUDA event, or on a CPU seconds.
+        """
+        clock, steps = self.train_gpt.Clock(self.world.device), self.steps(count)
         following = next(steps)
         while following:
             stage, i, step, batch = following
             self.trainer.enter_step(step)
             self.trainer.add_gradients(step, batch)
             following = next(steps, None)
-            self.trainer.update(step, following and following[-1])
+            with torch.profiler.record_function("optimizer"):
+                self.trainer.update(step, following and following[-1])
             clock.step_issued()
-            ends.append((stage, i, step, clock.issued if on_gpu else time.perf_counter()))
-        clock.synchronize()
+            yield stage, i, step, clock.issued if self.world.on_gpu else time.perf_counter()
+
+    def time_stages(self) -> dict[int, list[tuple[int, float]]]:
+        """Per stage (step, milliseconds)."""
+        times, ends = {}, [*self.launched(self.hp.bench_steps)]
+        self.synchronize()
         for (*_, begin), (stage, i, step, end) in pairwise(ends):
             if i >= UNTIMED_STEPS:
-                ms = begin.elapsed_time(end) if on_gpu else 1000 * (end - begin)
+                ms = begin.elapsed_time(end) if self.world.on_gpu else 1000 * (end - begin)
                 times.setdefault(stage, []).append((step, ms))
         return times
 
     def profile_stages(self) -> dict[int, Profile]:
         """Per stage PROFILED_STEPS on this rank; with --profile rank 0's trace goes to a file."""
-        synchronize, profiles = torch.get_device_module(self.world.device).synchronize, {}
-        clock = self.train_gpt.Clock(self.world.device)
-        count = UNTIMED_STEPS + HEATING_STEPS * self.world.on_gpu + PROFILED_STEPS
-        for (stage, i, step, batch), following in pairwise(chain(self.steps(count), [None])):
-            if i == UNTIMED_STEPS:
-                synchronize()
+        profiles, count = {}, UNTIMED_STEPS + HEATING_STEPS * self.world.on_gpu + PROFILED_STEPS
+        for stage, i, *_ in self.launched(count):
+            if i == UNTIMED_STEPS - 1:
+                self.synchronize()
                 profiler = torch.profiler.profile(acc_events=True)
                 profiler.start()
-            self.trainer.enter_step(step)
-            self.trainer.add_gradients(step, batch)
-            with torch.profiler.record_function("optimizer"):
-                self.trainer.update(step, following and following[-1])
-            clock.step_issued()
-            if i == count - 1:
-                synchronize()
+            elif i == count - 1:
+                self.synchronize()
                 profiler.stop()
                 profiles[stage] = profile_of(profiler, self.world.on_gpu)
                 if self.hp.profile and self.world.rank == 0:
