@@ -667,8 +667,11 @@ def transposed(x: Tensor, regrouped: bool = False) -> Tensor:
 
 
 def fp8_weights(matrices: Tensor, scale: float = FP8_WEIGHT) -> tuple[Tensor, Tensor]:
-    """Matrices W (..., N, K) in FP8, as they are, for x W^T, and transposed, for its gradient."""
-    fp8 = to_fp8(matrices, scale)
+    """Matrices W (..., N, K) in FP8, as they are, for x W^T, and transposed, for its gradient.
+
+    Clipped, compiled or not: see above.
+    """
+    fp8 = to_fp8(matrices.clamp(-448 * scale, 448 * scale), scale)
     return fp8, transposed(fp8)
 
 
@@ -1021,8 +1024,7 @@ class HeadLoss(torch.autograd.Function):
             logits = x @ head.T
         else:
             x = to_fp8(x, FP8_HEAD_X) if x_fp8 is None else x_fp8
-            # Clipped: this is not compiled, and of what is too large PyTorch 2.11 makes NaN.
-            weight, head = fp8_weights(head.clamp(-448 * FP8_HEAD, 448 * FP8_HEAD), FP8_HEAD)
+            weight, head = fp8_weights(head, FP8_HEAD)
             logits = fp8_product(x, weight.T, FP8_HEAD_X, FP8_HEAD, torch.bfloat16)
         losses, lse = cross_entropy(logits, targets)
         ctx.save_for_backward(logits, lse, targets, x, head)  # in FP8, the head is transposed

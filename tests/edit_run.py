@@ -41,7 +41,7 @@ def two_steps(program, world, folder: Path) -> dict:
     import small_run
 
     small_run = importlib.reload(small_run)  # its sizes are made from the tables
-    hp = small_run.small_hyperparameters(
+    hp = small_run.small_hyperparameters(  # eps: Adam's steps are to be as long as its learning rate
         folder, vocab_size=BOS + 1, bos=BOS, val_tokens=256, vocabulary="", adam_eps=1e-6
     )
     checks.check_hyperparameters(program, hp)
