@@ -104,7 +104,7 @@ ADAM, NORMUON = dict(algorithm="adam", betas=(0.9, 0.99), lr=(1.0,)), dict(algor
         ("mlp_bank", {**ADAM, "lr": ()}, "lr=() is no tuple, as (1.0,)"),
         ("mlp_bank", {**NORMUON, "betas": (0.9, 0.99)}, "normuon takes no betas"),
         ("ngrams", dict(averaged=True), "rowwise has no average"),
-        ("gate_bias", NORMUON, "normuon is for banks of matrices, this has the shape (4, 40)"),
+        ("gate_bias", NORMUON, "normuon is for banks of matrices, this has the shape (4, 36)"),
         ("gate_bias", dict(sharded=True), "sharded, but its first dimension 4 does not divide by 8, the most ranks"),
     ],
 )

@@ -391,7 +391,7 @@ def test_a_kept_output_has_a_lane_from_its_row_to_the_last_that_uses_it():
         made = next((i for i, layer in enumerate(rows) if layer.keep == name), -1)
         last = max((i for i, a in enumerate(rows) if name in (a.reads, *a.values, *a.adds)), default=made)
         assert (top, bottom) == (describe.row_y(made), describe.row_y(last)), name
-    assert {*found} == {"x0", "ngrams", *(layer.keep for layer in rows if layer.keep)}
+    assert {*found} == {"ngrams", *(layer.keep for layer in rows if layer.keep)}
 
 
 def test_a_line_has_its_corners_and_is_parted_where_there_is_no_value():

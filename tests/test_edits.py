@@ -26,7 +26,7 @@ EDITS = {
     "none": [],
     "a layer's window": [(r'^    Layer\("short"', '    Layer("long"')],
     "a layer more in the middle": [
-        (r"(?<=^LAYERS = \(\n)((?:    .*\n){6})", r'\1    Layer("short", xsa=True, adds=X0),' + "\n")
+        (r"(?<=^LAYERS = \(\n)((?:    .*\n){6})", r'\1    Layer("short", xsa=True, adds=dict(x0=0.0)),' + "\n")
     ],
     "a skip with a gate of its own": [(r'(adds=[^,\n]*)(?=, keep="middle")', r"\1 | dict(early=0.1)")],
     "attention on another saved activation": [('reads="middle"', 'reads="early"')],
@@ -131,7 +131,7 @@ def test_a_learned_scalar_steps_at_its_own_rate(runs):
     [
         ('reads="middle"', 'reads="center"', "LAYERS, row 9: reads='center' is kept by no earlier row"),
         (r"dict\(early=", "dict(late=", "LAYERS, row 7: 'late' is not kept ahead of the network of its gates"),
-        (r"adds=X0\)", 'adds=("x0",))', "LAYERS, row 1: values and adds take names with their gates at the start"),
+        (r"adds=NGRAMS\)", 'adds=("ngrams",))', "LAYERS, row 2: values and adds take names with their gates"),
         ('"gate_in", "adam", False', '"gate_in", "adam", True', "PARAMETERS, gate_in: sharded, but its first"),
     ],
 )

@@ -18,7 +18,6 @@ from train_gpt import (
     GPT,
     LAYERS,
     NGRAMS,
-    X0,
     Documents,
     Hyperparameters,
     Layer,
@@ -288,6 +287,7 @@ def changed(**changes):
     return [a._replace(**changes.get("all", {}), **changes.get(f"row{i}", {})) for i, a in enumerate(LAYERS)]
 
 
+X0 = dict(x0=0.0)
 ALL = Layer("short", value_embed=True, xsa=True, head_gates=True, adds=dict(x0=0.1), gates=True)
 EDITED_LAYERS = {
     "the program's": list(LAYERS),

@@ -135,9 +135,9 @@ def test_four_outputs_are_kept_and_four_networks_say_how_much_of_them_is_added_w
         **{i: dict(ngrams=0.0) for i in (2, 3, 9)},
         11: dict(start=0.0, middle=0.0, late=0.0, ngrams=0.0),
     }
-    ngrams, both = dict(ngrams=0.05), dict(x0=0.0, ngrams=0.05)
+    ngrams = dict(ngrams=0.05)
     assert {i: layer.adds for i, layer in enumerate(LAYERS)} == {
-        0: ngrams, 1: dict(x0=0.0), **dict.fromkeys((2, 3, 4, 5, 6, 8, 9, 10), both), 7: dict(early=0.09),
+        1: {}, **dict.fromkeys((0, 2, 3, 4, 5, 6, 8, 9, 10), ngrams), 7: dict(early=0.09),
         11: dict(start=0.0, middle=0.0, late=0.0, ngrams=0.05), 12: dict(start=0.0, early=0.0, middle=-0.5, late=0.0),
     }  # fmt: skip
     assert (XSA_GATE, HEAD_GATE, VALUE_GATE, GATE_HIDDEN, GATE_SCALE) == (0.0, 0.25, 1.0, 64, 0.1)
@@ -155,9 +155,9 @@ def test_parameters_have_the_records_shapes():
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
         "scalars": (41,),
         "gate_in": (4, 64, 768),
-        # the first network, of rows 0 to 4, has the most: 1 + 1 + (6 + 6 + 1 + 2) + (6 + 1 + 2) + (6 + 6 + 2)
-        "gate_out": (4, 40, 64),
-        "gate_bias": (4, 40),
+        # the first network, of rows 0 to 4, has the most: 1 + 0 + (6 + 6 + 1 + 1) + (6 + 1 + 1) + (6 + 6 + 1)
+        "gate_out": (4, 36, 64),
+        "gate_bias": (4, 36),
         "copy_qk": (256, 768),
         "copy_sentinel": (1, 768),
         "qk_bank": (16, 256, 768),  # two layers' three pairs of heads, for queries and keys
