@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import math
 import os
 import shutil
@@ -251,7 +252,7 @@ def check_world(train_gpt: ModuleType, hp: Hyperparameters, world: World, files:
     if world.size > 1:
         check_launcher(train_gpt)
     notes = check_gpu(train_gpt, hp, world) if world.on_gpu else []
-    return [*summary(train_gpt, hp, world, files), *notes]
+    return [*summary(train_gpt, hp, world, files), *notes, *bytecode_notes()]
 
 
 def check_gpu(train_gpt: ModuleType, hp: Hyperparameters, world: World) -> list[str]:
@@ -281,6 +282,17 @@ def check_gpu(train_gpt: ModuleType, hp: Hyperparameters, world: World) -> list[
     require(table + cache < free or rows < 16, told)
     told = f"note: about {needed + table:.0f} GiB are needed, {free:.0f} are free: "
     return [f"{told}lower --micro_batch_tokens or the tokens in STAGES"] * (free < needed + table)
+
+
+def bytecode_notes() -> list[str]:
+    """A note where PyTorch's modules have no bytecode, and Python keeps none: with those of torch.compile they took
+    10.2 and 13.0 s to import without it, 3.8 and 6.0 with.
+    """
+    packages, bytecode = Path(torch.__file__).parents[1], Path(importlib.util.cache_from_source(torch.__file__))
+    told = f"note: there is no {bytecode}: each start compiles PyTorch's modules, for up to 7 s; once: "
+    told += f"python -m compileall -q {packages}; if that may not be written: "
+    told += "export PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=FOLDER"
+    return [told] * (not bytecode.exists())
 
 
 # ---------------------------------------------------------------------------- what runs, in words

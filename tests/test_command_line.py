@@ -1,6 +1,7 @@
 """The command line: --name=value for every number, presets, and what is refused; who a process is in the world."""
 
 import dataclasses
+import importlib.util
 import os
 import re
 import uuid
@@ -674,6 +675,18 @@ def test_the_summary_says_where_stages_begin_and_what_length_came_to(tmp_path, m
     assert f"{20 + hp.num_extension_iterations // 2} steps (--length=0.5; momentum 10, " in run
 
 
+def test_missing_bytecode_is_noted_with_what_makes_it(tmp_path, monkeypatch):
+    hp, package = small_check(tmp_path, monkeypatch, (9, 0)), tmp_path / "site" / "torch" / "__init__.py"
+    bytecode = Path(importlib.util.cache_from_source(package))
+    bytecode.parent.mkdir(parents=True)
+    monkeypatch.setattr(torch, "__file__", str(package))
+    for there in (False, True):
+        (noted,) = [line for line in check_world(hp, World()) if line.startswith("note: there is no ")] or [""]
+        found = re.fullmatch(r"note: there is no (\S+): each .* once: python -m compileall -q (\S+); if .*", noted)
+        assert found is None if there else found.groups() == (str(bytecode), str(tmp_path / "site"))
+        bytecode.touch()
+
+
 # 5.8 GiB and 21.4 for 49,152 tokens: of one micro-batch, or of those that are joined; eight ranks have one each
 @pytest.mark.parametrize(
     "tokens, joined, size, needed",
@@ -714,7 +727,7 @@ def test_a_table_of_ngrams_that_does_not_fit_is_refused_with_one_that_does(
     given = int(re.search(r"give --ngram_rows=(\d+)", str(error.value))[1])
     assert given % 16 == 0
     fits = check_world(dataclasses.replace(hp, ngram_rows=given), world)
-    assert not any("note" in line for line in fits)
+    assert not any("GiB are needed" in line for line in fits)
     more = check_world(dataclasses.replace(hp, ngram_rows=given + 800_000), world)  # a GiB
     assert any("note: about 25 GiB are needed" in line for line in more)
 
