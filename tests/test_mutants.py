@@ -9,6 +9,13 @@ def test_every_fault_can_be_planted_once():
     assert all((mutants.ROOT / "tests" / fault.tests.split()[0]).is_file() for fault in mutants.FAULTS)
 
 
+def test_every_fault_has_tests_that_are_to_see_it():
+    assert all(mutants.select(mutants.ROOT, mutants.FAULTS).values())
+    unseen = mutants.FAULTS[0]._replace(tests="test_mutants.py no_such_test")
+    with pytest.raises(SystemExit, match=r"no tests are called test_mutants\.py no_such_test"):
+        mutants.select(mutants.ROOT, [unseen])
+
+
 @pytest.mark.parametrize("old, new", [("no such text", "x"), ("import", "x"), ("import re\n", "import re\n")])
 def test_a_fault_that_cannot_be_planted_is_named(monkeypatch, old, new):
     monkeypatch.setattr(mutants, "FAULTS", [mutants.Fault("train_gpt.py", "a fault", old, new, "test_mutants.py")])
