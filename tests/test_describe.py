@@ -306,7 +306,7 @@ for name in ("is_available", "device_count", "get_device_capability", "_lazy_ini
 sys.path.insert(0, sys.argv[1])
 import train_gpt
 train_gpt.main(sys.argv[2:])
-slow = {"torch._dynamo", "torch.utils.benchmark", "matplotlib"} & {*sys.modules}
+slow = {"torch._dynamo", "sympy", "torch.utils.benchmark", "matplotlib"} & {*sys.modules}
 sys.exit(f"slow to import: {slow}" if slow else 0)
 """
 

@@ -454,6 +454,7 @@ def test_a_run_whose_vocabulary_is_lost_still_leaves_checkpoints(tmp_path):
     trainer, path, position = saved_run(tmp_path, vocabulary=str(vocabulary))
     kept = checkpoint.read_checkpoint(path)["vocabulary"]
     Path(vocabulary).unlink()
+    train_gpt.read_vocabulary.cache_clear()
     path.unlink()
     log = Log(replace(trainer.hp, resume="small"), World())
     trainer.checkpoints.save(trainer, log, Progress(6, 1.0, position, [9.0]))

@@ -492,6 +492,26 @@ def test_each_pair_of_heads_is_made_orthogonal_and_evened_out_by_itself():
     assert optimizer.slots["qk_bank"].algorithm.second_moment.shape == (len(p), 1, HP.model_dim)
 
 
+def test_gradient_rows_go_to_their_owners_the_first_and_the_last_of_a_shard_too(monkeypatch):
+    counts = []
+
+    def exchange(received, values, sizes, sent, async_op):
+        counts.append((sizes, sent, values.tolist()))
+
+    monkeypatch.setattr(train_gpt.dist, "all_to_all_single", exchange)
+    grad = torch.arange(8.0)[:, None]
+    for rank, looked_up, received in ((0, [3, 4, 5], [0, 3]), (1, [0, 3, 7], [4, 5])):
+        rows = train_gpt.ShardedRows(torch.zeros(8, 1), World(rank, 2), vocabulary=8)
+        rows.mark_lookups(0, [3, 4, 5])
+        rows.mark_lookups(1, [0, 3, 7])
+        rows.reduce(grad)
+        own = range(4 * rank, 4 * rank + 4)
+        assert (rows.received_rows + own[0]).tolist() == received
+        sizes, sent, values = counts.pop()
+        assert (sizes[1 - rank], sent[1 - rank], sizes[rank], sent[rank]) == (2, 2, 0, 0)
+        assert values == [[row] for row in looked_up if row not in own]
+
+
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_a_matrix_keeps_its_multiplier_whichever_ranks_slice_it_is_in(size):
     # Of eight ranks each has three of the 24 matrices: every other slice begins with one that takes the second value.

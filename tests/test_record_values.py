@@ -261,3 +261,7 @@ def test_a_run_takes_the_memory_that_describe_tells():
     told = (held + describe.most_kept(run, 1)) / 2**30
     assert told == pytest.approx(44.9, rel=0.06)  # measured: 46,617 MiB, less 603 that the warm-up held then
     assert f"{told:.2f}  " in describe.text(train_gpt, run.hp)
+    # On eight processes stages differ: the last have micro-batches twice as long
+    stages = [stage._replace(classes=0) for stage in run.hp.stages]
+    kept = [sum(describe.kept_bytes(run, *of).values()) for of in zip(stages, run.micro_batches(8), strict=True)]
+    assert describe.most_kept(run, 8) == kept[-1] > 1.9 * kept[0]
