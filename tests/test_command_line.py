@@ -714,6 +714,7 @@ def test_a_table_of_ngrams_that_does_not_fit_is_refused_with_one_that_does(
 ):
     monkeypatch.setattr(train_gpt, "triton", SimpleNamespace(__version__="3.6.0"))
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(checks, "bytecode_notes", list)  # not of memory, and of this machine
     hp = small_check(tmp_path, monkeypatch, (9, 0), tokens=131_072, free=24)
     hp = dataclasses.replace(hp, head_dim=128, micro_batch_tokens=1, ngram_rows=rows)
     world = World(0, size, device=torch.device("cuda", 0))
@@ -727,7 +728,7 @@ def test_a_table_of_ngrams_that_does_not_fit_is_refused_with_one_that_does(
     given = int(re.search(r"give --ngram_rows=(\d+)", str(error.value))[1])
     assert given % 16 == 0
     fits = check_world(dataclasses.replace(hp, ngram_rows=given), world)
-    assert not any("GiB are needed" in line for line in fits)
+    assert not any("note" in line for line in fits)
     more = check_world(dataclasses.replace(hp, ngram_rows=given + 800_000), world)  # a GiB
     assert any("note: about 25 GiB are needed" in line for line in more)
 

@@ -131,7 +131,11 @@ def test_a_learned_scalar_steps_at_its_own_rate(runs):
     [
         ('reads="middle"', 'reads="center"', "LAYERS, row 9: reads='center' is kept by no earlier row"),
         (r"dict\(early=", "dict(late=", "LAYERS, row 7: 'late' is not kept ahead of the network of its gates"),
-        (r"adds=NGRAMS\)", 'adds=("ngrams",))', "LAYERS, row 2: values and adds take names with their gates"),
+        (
+            r"adds=NGRAMS\)",
+            'adds=("ngrams",))',
+            "LAYERS, row 2: values and adds take names with their gates at the start",
+        ),
         ('"gate_in", "adam", False', '"gate_in", "adam", True', "PARAMETERS, gate_in: sharded, but its first"),
     ],
 )
